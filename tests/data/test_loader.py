@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.data.chat import load_template
+from unmask.data.encode import Dropped, EncodedRow, RowEncoder
+from unmask.data.loader import DataloaderConfig, TrainLoader, validation_batches
+from unmask.data.order import epoch_order
+from unmask.data.sources import DatasetConfig, open_rows
+from unmask.errors import ConfigError, DataError
+from unmask.sections import read_section
+
+PAD = 9999  # no row's token
+
+
+@dataclass
+class Numbered:
+    """Rows whose tokens are their own index, of varied length; every `hole`-th gives nothing to train on."""
+
+    count: int
+    hole: int = 0
+    fingerprint: str = "numbered"
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        raise AssertionError("the loader reads rows through its encoder")
+
+    def text_length(self, index: int) -> int:
+        return (index * 7919) % 61 + 2
+
+    def describe(self, index: int) -> str:
+        return f"row {index}"
+
+    def encode(self, index: int) -> EncodedRow | Dropped:
+        if self.hole and index % self.hole == 0:
+            return Dropped("a hole", f"row {index}")
+        length = self.text_length(index)
+        return EncodedRow(np.full(length, index, dtype=np.int64), np.arange(length) >= length // 2)
+
+
+def loader(rows: Numbered, **changes) -> TrainLoader:
+    names = ("shuffle", "group_by_length", "num_workers")
+    config = DataloaderConfig(**{name: changes.pop(name) for name in names if name in changes})
+    sizes = {"global_batch_size": 8, "local_batch_size": 2, "seed": 3, "pad_token_id": PAD, "supervise_padding": False}
+    return TrainLoader(rows, rows.encode, config=config, **{**sizes, **changes})
+
+
+def content(batches) -> list[tuple]:
+    """What a step trains on, whatever its division: each row's id, slot, epoch and supervised tokens."""
+    rows = []
+    for batch in batches:
+        for i, sample in enumerate(batch.sample_ids_B.tolist()):
+            seen = batch.input_ids_BL[i][batch.input_ids_BL[i] != PAD].tolist()
+            slot, length = batch.slots_B[i].item(), batch.answer_lengths_B[i].item()
+            assert seen == [sample] * len(seen)
+            rows.append((sample, slot, batch.epoch, batch.global_rows, length, len(seen)))
+    return sorted(rows)
+
+
+def ids(batches) -> list[int]:
+    return [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
+
+
+@pytest.mark.parametrize("supervise_padding", [False, True])
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_a_global_batch_does_not_depend_on_its_division(group_by_length, supervise_padding):
+    rows = Numbered(50, hole=5)
+    settings = {"group_by_length": group_by_length, "supervise_padding": supervise_padding}
+    whole = [content(step) for step in islice(loader(rows, local_batch_size=8, **settings), 12)]
+    for local, world in [(1, 1), (2, 1), (4, 2), (1, 8), (2, 2)]:
+        ranks = [loader(rows, local_batch_size=local, rank=r, world_size=world, **settings) for r in range(world)]
+        for expected, *steps in zip(whole, *(islice(rank, 12) for rank in ranks), strict=True):
+            assert all(len(step) == 8 // (local * world) for step in steps)
+            assert all(batch.input_ids_BL.shape[0] == local for step in steps for batch in step)
+            joined = [batch for step in steps for batch in step]
+            assert content(joined) == expected
+            assert sorted(batch.slots_B[i].item() for batch in joined for i in range(local)) == list(range(8))
+            if supervise_padding:
+                assert len({batch.input_ids_BL.shape[1] for batch in joined}) == 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    count=st.integers(8, 60),
+    hole=st.sampled_from([0, 3, 7]),
+    done=st.integers(0, 14),
+    shuffle=st.booleans(),
+    group_by_length=st.booleans(),
+)
+def test_a_resumed_loader_goes_on_exactly(count, hole, done, shuffle, group_by_length):
+    rows = Numbered(count + 8, hole)
+    settings = {"shuffle": shuffle, "group_by_length": group_by_length}
+    first = loader(rows, **settings)
+    steps = iter(first)
+    for _ in range(done):
+        next(steps)
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = loader(rows, **settings)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    for expected, got in islice(zip(steps, resumed, strict=False), 6):
+        assert [torch.equal(a.input_ids_BL, b.input_ids_BL) for a, b in zip(expected, got, strict=True)]
+        assert ids(got) == ids(expected) and content(got) == content(expected)
+        assert resumed.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [({"seed": 4}, "seed"), ({"shuffle": False}, "shuffle"), ({"group_by_length": True}, "grouped_by_batches_of")],
+)
+def test_a_position_of_another_order_is_refused(changes, key):
+    state = loader(Numbered(40)).state_dict()
+    with pytest.raises(DataError, match=f"does not fit this run, {key} was"):
+        loader(Numbered(40), **changes).load_state_dict(state)
+    with pytest.raises(DataError, match="fingerprint was numbered and is other"):
+        loader(Numbered(40, fingerprint="other")).load_state_dict(state)
+
+
+def test_each_epoch_visits_each_row_once_in_its_own_order():
+    rows = Numbered(40)
+    steps = list(islice(loader(rows), 10))
+    first, second = [i for step in steps[:5] for i in ids(step)], [i for step in steps[5:] for i in ids(step)]
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert {frozenset(ids(step)) for step in steps[:5]} != {frozenset(ids(step)) for step in steps[5:]}
+    assert [step[0].epoch for step in steps] == [0] * 5 + [1] * 5
+    assert [sorted(ids(step)) for step in islice(loader(rows, shuffle=False), 2)] == [
+        list(range(8)),
+        list(range(8, 16)),
+    ]
+
+
+def test_dropped_rows_are_replaced_and_counted_once():
+    rows = Numbered(44, hole=4)  # 33 rows remain: 4 batches an epoch, one row left over
+    source = loader(rows)
+    steps = list(islice(source, 9))
+    assert [step[0].epoch for step in steps] == [0] * 4 + [1] * 4 + [2]
+    assert all(sample % 4 for step in steps for sample in ids(step))
+    assert source.dropped == {"a hole": 11}
+    assert set(source.examples) == {"a hole"} and source.steps_per_epoch == 5
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(DataError, match="7 rows do not fill one global batch of 8"):
+        loader(Numbered(7))
+    with pytest.raises(DataError, match="a whole pass over 10 rows gives 5 to train on, .*dropped: 5 a hole"):
+        next(iter(loader(Numbered(10, hole=2))))
+    with pytest.raises(ConfigError, match="8 is no multiple of local_batch_size 3"):
+        loader(Numbered(40), local_batch_size=3)
+    with pytest.raises(ConfigError, match="dataloader.num_workers: must be 0 or more"):
+        read_section(DataloaderConfig, {"num_workers": -1}, "dataloader")
+
+
+def test_grouping_by_length_saves_padding_and_visits_each_row_once():
+    rows = Numbered(1000)
+
+    def padding(group_by_length: bool) -> float:
+        steps = list(islice(loader(rows, group_by_length=group_by_length, local_batch_size=8), 125))
+        assert sorted(i for step in steps for i in ids(step)) == list(range(1000))
+        masks = [batch.attention_mask_BL for step in steps for batch in step]
+        return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+    assert padding(True) < 0.05 < 0.3 < padding(False)
+    longest = [max(map(rows.text_length, ids(step))) for step in islice(loader(rows, group_by_length=True), 64)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_grouping_measures_only_the_rows_it_reaches():
+    measured = []
+
+    def text_length(index: int) -> int:
+        measured.append(index)
+        return index
+
+    order = epoch_order(100_000, 0, 1, shuffle=True, batch_rows=2, text_length=text_length)
+    assert measured == []
+    assert len(set(islice(order, 3))) == 3 and len(measured) == 128
+    full = list(epoch_order(1000, 2, 1, shuffle=True, batch_rows=2, text_length=lambda i: i % 17))
+    assert sorted(full) == list(range(1000))
+    for start in (1, 127, 128, 999):
+        again = epoch_order(1000, 2, 1, shuffle=True, batch_rows=2, text_length=lambda i: i % 17, start=start)
+        assert list(again) == full[start:]
+
+
+def test_padding_is_lean_unless_it_is_supervised():
+    rows = Numbered(40)
+    for batch in next(iter(loader(rows))):
+        lengths = [rows.text_length(i) for i in batch.sample_ids_B.tolist()]
+        assert batch.input_ids_BL.shape[1] == max(lengths)
+        assert batch.attention_mask_BL.sum(dim=1).tolist() == lengths
+        assert batch.answer_lengths_B.tolist() == [n - n // 2 for n in lengths]
+        assert (batch.input_ids_BL[~batch.attention_mask_BL] == PAD).all()
+        assert not batch.supervised_BL[~batch.attention_mask_BL].any()
+    for batch in next(iter(loader(rows, supervise_padding=True))):
+        width = batch.input_ids_BL.shape[1]
+        lengths = [rows.text_length(i) for i in batch.sample_ids_B.tolist()]
+        assert batch.attention_mask_BL.all()
+        assert batch.answer_lengths_B.tolist() == [width - n // 2 for n in lengths]
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(loader(Numbered(40))))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def encoder(tmp_path, tokenizer) -> RowEncoder:
+    path = tmp_path / "rows.jsonl"
+    turns = ["user", "assistant"]
+    lines = [{"messages": [{"role": r, "content": "x" * (i % 13 + 1)} for r in turns]} for i in range(60)]
+    lines[7]["messages"][0]["content"] = "long " * 40  # nothing of its answer is left
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DatasetConfig(str(path), seq_length=100)
+    return RowEncoder(open_rows(config), load_template(tokenizer, "llada"), config)
+
+
+@pytest.mark.timeout(60)
+def test_workers_change_nothing_and_do_not_advance_the_position(encoder):
+    def made(num_workers: int) -> TrainLoader:
+        return TrainLoader(
+            encoder.rows,
+            encoder,
+            config=DataloaderConfig(num_workers=num_workers, group_by_length=True),
+            global_batch_size=8,
+            local_batch_size=4,
+            seed=1,
+            pad_token_id=PAD,
+            supervise_padding=True,
+        )
+
+    alone, helped = made(0), made(2)
+    steps = iter(helped)
+    for expected, got in zip(islice(alone, 9), steps, strict=False):
+        for a, b in zip(expected, got, strict=True):
+            assert torch.equal(a.input_ids_BL, b.input_ids_BL) and torch.equal(a.slots_B, b.slots_B)
+        assert helped.state_dict() == alone.state_dict()
+    steps.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert helped.dropped == {"no supervised token within seq_length": 1}
+
+
+def test_validation_batches_are_fixed_and_their_content_is_independent_of_their_size():
+    rows = Numbered(30, hole=4)
+
+    def batches(size: int, supervise_padding: bool = True, max_rows: int | None = None):
+        sizes = {"local_batch_size": size, "pad_token_id": PAD, "max_rows": max_rows}
+        return validation_batches(rows, rows.encode, supervise_padding=supervise_padding, **sizes)
+
+    assert content(batches(4)) == content(batches(7)) == content(batches(30))
+    assert {batch.input_ids_BL.shape[1] for batch in batches(4)} == {max(map(rows.text_length, set(ids(batches(4)))))}
+    assert content(batches(4, False)) == content(batches(30, False))
+    assert {batch.global_rows for batch in batches(4)} == {22}
+    assert sorted(ids(batches(4, max_rows=5))) == [1, 2, 3, 5, 6]
+    with pytest.raises(DataError, match="none of its 3 rows has a supervised token"):
+        empty = Numbered(3, hole=1)
+        validation_batches(empty, empty.encode, local_batch_size=1, pad_token_id=PAD, supervise_padding=False)

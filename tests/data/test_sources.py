@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.data.conversation import Message
+from unmask.data.sources import DatasetConfig, open_rows
+from unmask.errors import ConfigError, DataError
+from unmask.sections import read_section
+
+
+def chat(answer: str, question: str = "q") -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, *lines: object) -> str:
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return str(path)
+
+
+def answers(rows) -> list[str]:
+    return [rows[i].messages[-1].content for i in range(len(rows))]
+
+
+GOOD = chat("fine")
+MALFORMED = {
+    "not_json": (b'{"messages": [', "not JSON"),
+    "more_than_json": (b'{"messages": []} x', "not JSON (Extra data"),
+    "not_utf8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8 (byte 0xff"),
+    "not_an_object": ([1], "a row must be an object, got a list"),
+    "no_messages": ({"text": "x"}, "no messages: neither 'messages' nor 'conversations' among its keys ('text')"),
+    "messages_no_list": ({"messages": "x"}, "'messages' must be a list, got text"),
+    "empty_messages": ({"messages": []}, "'messages' is empty"),
+    "turn_no_object": ({"messages": ["x"]}, "messages[0] must be an object, got text"),
+    "unknown_role": (
+        {"messages": [GOOD["messages"][0], {"role": "tool", "content": "x"}]},
+        "messages[1].role is 'tool', known are system, user, assistant",
+    ),
+    "no_role": ({"messages": [{"content": "x"}]}, "messages[0].role is missing"),
+    "role_no_text": ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role is [], known are"),
+    "content_missing": ({"messages": [{"role": "user"}]}, "messages[0].content must be text, got null"),
+    "content_parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        "messages[0].content must be text, got a list",
+    ),
+    "half_a_surrogate": (
+        b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
+        "messages[0].content holds half a surrogate pair",
+    ),
+    "no_assistant": ({"messages": [{"role": "user", "content": "x"}]}, "has no assistant turn"),
+    "unknown_speaker": (
+        {"conversations": [{"from": "bot", "value": "x"}]},
+        "conversations[0].from is 'bot', known are system, human, user, gpt, assistant",
+    ),
+}
+
+
+@pytest.mark.parametrize("row, problem", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, row, problem):
+    path = write(tmp_path / "rows.jsonl", GOOD, b"", row, GOOD)
+    with pytest.raises(DataError) as error:
+        open_rows(DatasetConfig(path))
+    message = str(error.value)
+    assert message.startswith(f"{path}:3: ") and problem in message
+    assert "fix the row or set dataset.on_malformed: skip" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("row, problem", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_skipped_and_kept_count_of(tmp_path, row, problem):
+    path = write(tmp_path / "rows.jsonl", GOOD, row, chat("last"))
+    rows = open_rows(DatasetConfig(path, on_malformed="skip"))
+    assert answers(rows) == ["fine", "last"]
+    assert len(rows.skipped) == 1 and rows.skipped[0].startswith(f"{path}:2: ") and problem in rows.skipped[0]
+    assert rows.describe(1) == f"{path}:3"
+
+
+def test_a_file_cut_short_is_named_by_its_last_line(tmp_path):
+    path = Path(write(tmp_path / "rows.jsonl", GOOD, GOOD))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"rows.jsonl:2: not JSON .* the file ends inside this row"):
+        open_rows(DatasetConfig(str(path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="no rows, the file is empty"):
+        open_rows(DatasetConfig(str(tmp_path / "rows.jsonl")))
+
+
+def test_a_file_of_malformed_rows_only_is_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"a": 1})
+    with pytest.raises(DataError, match="no rows, all 1 are malformed"):
+        open_rows(DatasetConfig(path, on_malformed="skip"))
+
+
+def test_each_form_of_row_gives_the_same_conversation(tmp_path):
+    turns = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+    ]
+    path = write(tmp_path / "a.jsonl", {"conversations": turns})
+    roles = [(m.role, m.content) for m in open_rows(DatasetConfig(path))[0].messages]
+    assert roles == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    path = write(tmp_path / "b.jsonl", {"in": "q", "out": "a"})
+    config = DatasetConfig(path, prompt_column="in", completion_column="out")
+    assert open_rows(config)[0].messages == (Message("user", "q"), Message("assistant", "a"))
+    path = write(tmp_path / "c.jsonl", {"in": "q"})
+    config = DatasetConfig(path, prompt_column="in", completion_column="out")
+    with pytest.raises(DataError, match="c.jsonl:1: no column 'out', the row has 'in'"):
+        open_rows(config)
+
+
+def test_further_keys_of_a_turn_are_kept_for_the_template(tmp_path):
+    turns = [{"role": "assistant", "content": "a", "reasoning": "r", "tool_calls": None}]
+    rows = open_rows(DatasetConfig(write(tmp_path / "a.jsonl", {"messages": turns})))
+    assert rows[0].messages[0].as_dict() == {"role": "assistant", "content": "a", "reasoning": "r"}
+
+
+def test_a_json_lines_file_is_read_by_offsets(tmp_path):
+    rows_in = [chat("Grüße — 你好 🙂"), chat("b", "line\nbreak"), chat("c")]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows_in]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\n  " + lines[1] + b"\n" + lines[2])
+    rows = open_rows(DatasetConfig(str(path)))
+    assert answers(rows) == ["Grüße — 你好 🙂", "b", "c"]
+    assert rows[1].messages[0].content == "line\nbreak"
+    assert [rows.describe(i).rsplit(":")[-1] for i in range(3)] == ["1", "3", "4"]
+    assert rows.text_length(2) == len(lines[2])
+    assert answers(pickle.loads(pickle.dumps(rows))) == answers(rows)
+
+
+@pytest.mark.parametrize("form", ["list", "object", "pretty", "one_line", "single_row", "lines"])
+def test_json_in_every_usual_shape(tmp_path, form):
+    rows_in = [chat("ä"), chat("b")]
+    text = {
+        "list": json.dumps(rows_in, ensure_ascii=False),
+        "object": json.dumps({"version": "é", "rows": rows_in}, indent=1, ensure_ascii=False),
+        "pretty": json.dumps(rows_in, indent=2),
+        "one_line": json.dumps({"data": rows_in}),
+        "single_row": json.dumps(rows_in[0]),
+        "lines": "".join(json.dumps(row) + "\n" for row in rows_in),
+    }[form]
+    path = tmp_path / "rows.json"
+    path.write_text(text, "utf-8")
+    rows = open_rows(DatasetConfig(str(path)))
+    assert answers(rows) == (["ä"] if form == "single_row" else ["ä", "b"])
+
+
+def test_a_malformed_row_in_a_json_list_is_named_by_its_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([chat("ä"), {"x": 1}], indent=1, ensure_ascii=False), "utf-8")
+    line = path.read_text("utf-8").splitlines().index(' {\n  "x"'.split("\n")[0], 2) + 1
+    with pytest.raises(DataError, match=f"rows.json:{line}: no messages"):
+        open_rows(DatasetConfig(str(path)))
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ('[{"messages": []},\n {"mess', "rows.json:2: not JSON .* cut short"),
+        ('{"a": [1], "b": [2]}', "an object with 2 lists"),
+        ('{"a": 1}', "an object with 0 lists"),
+        ("3", "not a list of rows"),
+        ("", "rows.json:1: not JSON"),
+        ("[]", "no rows, the file is empty"),
+    ],
+)
+def test_json_that_holds_no_rows_is_refused(tmp_path, text, problem):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=problem):
+        open_rows(DatasetConfig(str(tmp_path / "rows.json")))
+
+
+def test_max_samples_reads_no_further(tmp_path):
+    path = write(tmp_path / "rows.jsonl", chat("a"), chat("b"), b"torn")
+    assert answers(open_rows(DatasetConfig(path, max_samples=2))) == ["a", "b"]
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    (tmp_path / "moved").mkdir()
+    one = open_rows(DatasetConfig(write(tmp_path / "rows.jsonl", chat("a"), chat("b"))))
+    two = open_rows(DatasetConfig(write(tmp_path / "moved" / "rows.jsonl", chat("a"), chat("b"))))
+    three = open_rows(DatasetConfig(write(tmp_path / "rows.jsonl", chat("a"), chat("c"))))
+    assert one.fingerprint == two.fingerprint != three.fingerprint
+
+
+def test_a_file_changed_under_way_is_noticed(tmp_path):
+    path = write(tmp_path / "rows.jsonl", chat("a"), chat("b"))
+    rows = open_rows(DatasetConfig(path))
+    write(tmp_path / "rows.jsonl", chat("something longer"))
+    with pytest.raises(DataError, match="rows.jsonl:2: the file has changed"):
+        rows[1]
+
+
+@pytest.mark.parametrize("path", ["trian.jsonl", "./train.txt", "a/b/train", "~/no/such.json", "data/train.parquet"])
+def test_a_missing_path_is_never_sent_to_the_hub(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", GOOD)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would fail
+    with pytest.raises(DataError, match="dataset.path_or_dataset_id: no such file") as error:
+        open_rows(DatasetConfig(path))
+    assert str(Path(path).expanduser().absolute()) in str(error.value)
+    if path == "trian.jsonl":
+        assert "did you mean 'train.jsonl'?" in str(error.value)
+
+
+def test_a_name_that_is_neither_path_nor_hub_id_is_refused():
+    with pytest.raises(DataError, match="neither an existing file or folder nor a hub id"):
+        open_rows(DatasetConfig("gsm8k"))
+
+
+def test_an_unreachable_hub_id_is_said_in_one_line(monkeypatch):
+    import datasets
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'someone/rows' on the Hub.\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="'someone/rows' is no local path and cannot be loaded from the hub") as error:
+        open_rows(DatasetConfig("someone/rows"))
+    assert "\n" not in str(error.value) and "HF_HUB_OFFLINE" in str(error.value)
+
+
+def test_a_hub_dataset_is_read_and_its_rows_are_named(monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_list([chat("a"), {"messages": [{"role": "tool", "content": "x"}]}])
+    asked = []
+
+    def load(dataset_id, name, split):
+        asked.append((dataset_id, name, split))
+        return table if split else datasets.DatasetDict(train=table, test=table)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = open_rows(DatasetConfig("someone/rows", name="main", split="train[:2]"))
+    assert asked == [("someone/rows", "main", "train[:2]")]
+    assert rows[0].messages == (Message("user", "q"), Message("assistant", "a"))
+    assert rows.text_length(0) == 2 and rows.text_length(1) == 0
+    with pytest.raises(DataError, match="someone/rows row 1: .*'tool', known are"):
+        rows[1]
+    with pytest.raises(DataError, match="dataset.split: someone/rows has the splits train, test"):
+        open_rows(DatasetConfig("someone/rows"))
+
+
+def test_tables_on_disk(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = datasets.Dataset.from_list([chat("a"), chat("b"), chat("c")])
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(str(tmp_path / "splits"))
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "rows.parquet")
+    assert answers(open_rows(DatasetConfig(str(tmp_path / "saved")))) == ["a", "b", "c"]
+    assert answers(open_rows(DatasetConfig(str(tmp_path / "splits"), split="test"))) == ["a"]
+    assert answers(open_rows(DatasetConfig(str(tmp_path / "rows.parquet"), max_samples=2))) == ["a", "b"]
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    assert answers(open_rows(DatasetConfig(str(arrow)))) == ["a", "b", "c"]
+    with pytest.raises(DataError, match="'tset' is none of them .did you mean 'test'"):
+        open_rows(DatasetConfig(str(tmp_path / "splits"), split="tset"))
+    with pytest.raises(DataError, match="no column 'in' or 'out' among messages"):
+        open_rows(DatasetConfig(str(arrow), prompt_column="in", completion_column="out"))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_torn_table_is_refused(tmp_path, monkeypatch, name):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError, match=f"{name}: cannot be read as"):
+        open_rows(DatasetConfig(str(tmp_path / name)))
+
+
+def test_a_folder_of_files(tmp_path):
+    write(tmp_path / "train-1.jsonl", chat("a"), chat("b"))
+    write(tmp_path / "train-2.jsonl", chat("c"))
+    config = DatasetConfig(str(tmp_path))
+    rows = open_rows(config)
+    assert answers(rows) == ["a", "b", "c"]
+    assert rows.describe(2).endswith("train-2.jsonl:1") and rows.text_length(2) == rows.text_length(0)
+    assert answers(open_rows(DatasetConfig(str(tmp_path), max_samples=2))) == ["a", "b"]
+    write(tmp_path / "test.jsonl", chat("d"))
+    with pytest.raises(DataError, match=r"belong to several splits \(test, train\); set dataset.split"):
+        open_rows(config)
+    assert answers(open_rows(DatasetConfig(str(tmp_path), split="test"))) == ["d"]
+    with pytest.raises(DataError, match="has test, train, not 'trian' .did you mean 'train'"):
+        open_rows(DatasetConfig(str(tmp_path), split="trian"))
+
+
+def test_fields_that_would_be_ignored_are_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", GOOD)
+    with pytest.raises(DataError, match="dataset.split: .* has no splits; delete it"):
+        open_rows(DatasetConfig(path, split="train"))
+    with pytest.raises(DataError, match="validation_dataset.name: .* only hub datasets"):
+        open_rows(DatasetConfig(path, name="main"), "validation_dataset")
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"unshifted": False}, "dataset.unshifted: .* set it to true"),
+        ({"seq_length": 0}, "dataset.seq_length: must be at least 2"),
+        ({"max_samples": 0}, "dataset.max_samples: must be at least 1"),
+        ({"prompt_column": "a"}, "dataset.completion_column: must be set too, since prompt_column is"),
+        ({"completion_column": "a"}, "dataset.prompt_column: must be set too, since completion_column is"),
+        ({"prompt_column": "a", "completion_column": "a"}, "dataset.completion_column: is the prompt column"),
+        ({"on_malformed": "skp"}, "dataset.on_malformed: 'skp' is not one of error, skip .did you mean 'skip'"),
+        ({"chat_template": " "}, "dataset.chat_template: is empty"),
+    ],
+)
+def test_bad_values_are_refused_by_the_section(values, problem):
+    with pytest.raises(ConfigError, match=problem):
+        read_section(DatasetConfig, {"path_or_dataset_id": "a.jsonl", **values}, "dataset")
+
+
+def test_opening_a_file_imports_nothing_heavy(tmp_path):
+    path = write(tmp_path / "rows.jsonl", GOOD)
+    code = (
+        "import sys; from unmask.data.sources import *; from unmask.data.loader import DataloaderConfig;"
+        f"open_rows(DatasetConfig({path!r}));"
+        "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0

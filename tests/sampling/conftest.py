@@ -1,0 +1,114 @@
+"""Networks whose answers are known: the reference checkpoint, small random ones, and one that follows a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from unmask.models.llada.config import LLaDAConfig, parse_config
+from unmask.models.llada.model import LLaDA, initialise
+from unmask.sampling.adapters import FamilySpec, Prompts
+
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
+CHAT = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> LLaDA:
+    model = LLaDA(parse_config(json.loads((REFERENCE / "config.json").read_text()), "config.json"))
+    model.load_state_dict(load_file(REFERENCE / "model.safetensors"))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Tensor]:
+    return load_file(REFERENCE / "expected.safetensors") | load_file(REFERENCE / "expected_cached.safetensors")
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[..., LLaDA]:
+    """Return a function that makes a random network: 40 ids in 48 rows, mask 39, EOS 38, pad 37."""
+
+    def make(favour: dict[int, float] | None = None, **fields) -> LLaDA:
+        sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 48, "max_sequence_length": 128}
+        ids = {"vocab_size": 40, "embedding_size": 48, "mask_token_id": 39, "eos_token_id": 38, "pad_token_id": 37}
+        model = LLaDA(LLaDAConfig(**(sizes | ids | {"include_bias": True} | fields)))
+        initialise(model, torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            model.transformer.ff_out.weight.mul_(3)
+            for token, bias in (favour or {}).items():
+                model.transformer.ff_out.bias[token] = bias
+        return model
+
+    return make
+
+
+class Script:
+    """An adapter whose logits are a function of (request, position, calls so far); 10 ids, mask 9, EOS 8."""
+
+    def __init__(self, logits: Callable[[int, int, int], Tensor], vocab_size: int = 10) -> None:
+        self.spec = FamilySpec(9, (9,), (8,), vocab_size, vocab_size, 1000)
+        self.device = torch.device("cpu")
+        self.logits = logits
+        self.calls = 0
+
+    def prefill(self, prompts) -> Prompts:
+        lengths = tuple(len(prompt) for prompt in prompts)
+        return Prompts(torch.arange(len(prompts))[:, None].expand(-1, max(lengths)), lengths)
+
+    def denoise(self, context, answer_BC, rows_M, positions_M) -> Tensor:
+        requests_M = context.ids_BP[rows_M, -1]
+        pairs = zip(requests_M.tolist(), positions_M.tolist(), strict=True)
+        found = torch.stack([self.logits(request, position, self.calls) for request, position in pairs])
+        self.calls += 1
+        return found
+
+    def commit(self, context, answer_BC, block_B, completed_B):
+        return context
+
+
+@pytest.fixture
+def script() -> type[Script]:
+    return Script
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 260 ids with a chat template; <|mask|> is 257, <|eot_id|> 258, <|endoftext|> 259."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    controls = ("<|start|>", "<|mask|>", "<|eot_id|>", "<|endoftext|>")
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in controls])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture
+def text_model(small_model) -> LLaDA:
+    """A random network for `chat_tokenizer`."""
+    ids = {"mask_token_id": 257, "eos_token_id": 259, "pad_token_id": 259}
+    return small_model(vocab_size=260, embedding_size=260, **ids)

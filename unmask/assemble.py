@@ -1,0 +1,335 @@
+"""The only file that knows every part: it checks a configuration against the world and puts a run together.
+
+`prepare` does all checks that need no torch, so that a mistake is reported within a second or two; `assemble` builds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unmask.config import LoadedConfig, RunConfig, dump_config
+from unmask.data.sources import DatasetConfig, Rows, open_rows
+from unmask.distributed.runtime import refuse_many_processes, world_size
+from unmask.errors import ConfigError
+from unmask.models.registry import ModelPlan, plan_model
+from unmask.models.tokenizer import find_tokenizer
+from unmask.objectives.registry import check_against_model
+from unmask.report.trackers import check_tracker
+from unmask.sections import to_mapping
+from unmask.training.checkpoint import prepare_run_dir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from unmask.batch import Batch
+    from unmask.data.chat import ChatTemplate
+    from unmask.data.encode import Dropped, EncodedRow
+    from unmask.data.loader import TrainLoader
+    from unmask.objectives.registry import Objective
+    from unmask.training.loop import TrainingOutcome, TrainingRun
+    from unmask.training.resume import ResumePoint
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose configuration, model files, tokenizer and data were found and checked.
+
+    Attributes:
+        config: the configuration.
+        not_needed: keys that were read and have nothing to set here.
+        plan: the model, weights not loaded.
+        tokenizer_folder: where the tokenizer is.
+        rows, validation_rows: the opened data.
+    """
+
+    config: RunConfig
+    not_needed: tuple[str, ...]
+    plan: ModelPlan
+    tokenizer_folder: Path
+    rows: Rows
+    validation_rows: Rows | None
+
+
+def prepare(loaded: LoadedConfig) -> Prepared:
+    """Check everything that can be checked without torch. Raises an UnmaskError that names the field or file."""
+    config = loaded.config
+    refuse_many_processes(world_size())
+    check_tracker(config.wandb)
+    plan = plan_model(config.model)
+    check_against_model(config.dllm, plan.family.provides, plan.family.model_type, plan.config)
+    tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
+    for name, section in (("dataset", config.dataset), ("validation_dataset", config.validation_dataset)):
+        if section is not None and section.seq_length > plan.config.max_sequence_length:
+            raise ConfigError(
+                f"{name}.seq_length: {section.seq_length} is longer than the model's max_sequence_length "
+                f"{plan.config.max_sequence_length}; set it to that or less"
+            )
+    rows = open_rows(config.dataset, "dataset")
+    if len(rows) < config.step_scheduler.global_batch_size:
+        raise ConfigError(
+            f"step_scheduler.global_batch_size: {config.step_scheduler.global_batch_size} is more than the "
+            f"{len(rows)} rows of the dataset; lower it or give more rows"
+        )
+    validation_rows = None
+    if config.validation_dataset is not None:
+        validation_rows = open_rows(config.validation_dataset, "validation_dataset")
+    return Prepared(config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of a run that a dry run shows and a run uses.
+
+    Attributes:
+        tokenizer, template: how text becomes tokens.
+        encode: row index → tokens, or the reason to leave the row out.
+        loader: the training data.
+        objective: corruption and loss.
+        pad_token_id: padding; the model's EOS where it is supervised.
+    """
+
+    tokenizer: Any
+    template: ChatTemplate
+    encode: Callable[[int], EncodedRow | Dropped]
+    loader: TrainLoader
+    objective: Objective
+    pad_token_id: int
+
+
+def build_parts(prepared: Prepared) -> Parts:
+    """Build tokenizer, template, loader and objective; the network is not touched."""
+    from unmask.data.chat import load_template
+    from unmask.data.loader import TrainLoader
+    from unmask.models.tokenizer import load_tokenizer
+    from unmask.objectives.registry import build_objective
+
+    config, plan = prepared.config, prepared.plan
+    tokenizer = load_tokenizer(str(prepared.tokenizer_folder), "dataset.tokenizer")
+    if len(tokenizer) > plan.config.rows:
+        raise ConfigError(
+            f"dataset.tokenizer: {prepared.tokenizer_folder} has {len(tokenizer)} ids, the model's embedding only "
+            f"{plan.config.rows}; use the model's own tokenizer"
+        )
+    template = load_template(tokenizer, config.dataset.chat_template, [plan.config.mask_token_id])
+    encode = _encoder(prepared.rows, template, config.dataset)
+    pad = plan.config.eos_token_id
+    loader = TrainLoader(
+        prepared.rows,
+        encode,
+        config=config.dataloader,
+        global_batch_size=config.step_scheduler.global_batch_size,
+        local_batch_size=config.step_scheduler.local_batch_size,
+        seed=config.seed if config.dataset.shuffle_seed is None else config.dataset.shuffle_seed,
+        pad_token_id=pad,
+        supervise_padding=config.dllm.supervise_padding,
+    )
+    return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
+
+
+Validator = Callable[["nn.Module"], Mapping[str, float]]
+
+
+def assemble(
+    prepared: Prepared,
+    console: Console,
+    extra_validators: Callable[[Parts], Sequence[Validator]] = lambda _: (),
+    is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> tuple[TrainingRun, ResumePoint]:
+    """Load or draw the model, build all parts of the run and put it back to its newest checkpoint.
+
+    Args:
+        prepared: from `prepare`.
+        console: where progress goes.
+        extra_validators: further measurements at each validation, for example exact match.
+        is_good_enough: may end the run, told each validation event.
+    """
+    from unmask.distributed.runtime import build_runtime, prepare_model
+    from unmask.models.registry import build_model
+    from unmask.report.metrics import FILE, MetricsLog
+    from unmask.report.progress import TrainingProgress
+    from unmask.report.trackers import open_tracker
+    from unmask.rng import NoiseStream
+    from unmask.training.loop import TrainingRun
+    from unmask.training.model_files import model_files
+    from unmask.training.optim import build_optimizer
+    from unmask.training.resume import ResumeParts, resume
+
+    config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
+    prepare_run_dir(root)
+    parts = build_parts(prepared)
+    total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
+    validators = _validators(prepared, parts)
+    runtime = build_runtime(config.distributed)
+    model = build_model(prepared.plan, config.model.torch_dtype, seed=config.seed)
+    files = model_files(model, prepared.plan, config.peft, parts.tokenizer, parts.template.source, dump_config(config))
+    model = prepare_model(model, config.distributed, runtime)
+    optimizer = build_optimizer(config.optimizer, model)
+    identity = _identity(prepared)
+    start = resume(
+        root, config.checkpoint, identity, ResumeParts(model, optimizer, parts.loader, files.read, root / FILE)
+    )
+    (root / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    tracker = open_tracker(config.wandb, root, to_mapping(config))
+    metrics = MetricsLog(root / FILE, [tracker.log] if tracker else [], [tracker.close] if tracker else [])
+    progress = TrainingProgress(total_steps, start.step, console)
+    run = TrainingRun(
+        root=root,
+        model=model,
+        objective=parts.objective,
+        loader=parts.loader,
+        optimizer=optimizer,
+        noise=NoiseStream(config.seed),
+        runtime=runtime,
+        steps=config.step_scheduler,
+        total_steps=total_steps,
+        schedule=config.lr_scheduler,
+        peak_lr=config.optimizer.lr,
+        max_norm=config.clip_grad_norm.max_norm,
+        checkpoint=config.checkpoint,
+        identity=identity,
+        write_model=files.write,
+        read_model=files.read,
+        validators=[*validators, *extra_validators(parts)],
+        metrics=metrics,
+        progress=progress,
+        name_rows=partial(_name_rows, prepared.rows),
+        is_good_enough=is_good_enough,
+    )
+    _announce(run, prepared, parts, start)
+    return run, start
+
+
+def run_training(
+    prepared: Prepared,
+    console: Console,
+    extra_validators: Callable[[Parts], Sequence[Validator]] = lambda _: (),
+    is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> TrainingOutcome:
+    """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here."""
+    from unmask.report.metrics import FILE, read_metrics
+    from unmask.report.plots import plot_runs
+    from unmask.training.loop import train
+
+    run, start = assemble(prepared, console, extra_validators, is_good_enough)
+    try:
+        outcome = train(run, start)
+    finally:
+        run.metrics.write("data", dropped_rows=dict(run.loader.dropped), skipped_rows=len(prepared.rows.skipped))
+        run.metrics.close()
+        if any(event["event"] == "train" for event in read_metrics(run.root / FILE)):
+            plot_runs([run.root], run.root / "loss.png")
+    for reason, count in run.loader.dropped.items():
+        console.print(f"left out {count} rows: {reason} (first: {run.loader.examples[reason]})", markup=False)
+    return outcome
+
+
+def _tokenizer_name(config: RunConfig, plan: ModelPlan) -> str:
+    if config.dataset.tokenizer is not None:
+        return config.dataset.tokenizer
+    if plan.folder is None:
+        raise ConfigError("dataset.tokenizer: a fresh model (model.config) has no tokenizer of its own; name a folder")
+    return str(plan.folder)
+
+
+class _Encoder:
+    """Row index → tokens; a class, because data workers must be able to pickle it."""
+
+    def __init__(self, rows: Rows, template: ChatTemplate, section: DatasetConfig) -> None:
+        self.rows, self.template, self.section = rows, template, section
+
+    def __call__(self, index: int) -> EncodedRow | Dropped:
+        from unmask.data.encode import encode_row
+
+        return encode_row(self.rows[index], self.template, self.section, self.section.seq_length)
+
+
+def _encoder(rows: Rows, template: ChatTemplate, section: DatasetConfig) -> Callable[[int], EncodedRow | Dropped]:
+    return _Encoder(rows, template, section)
+
+
+def _validators(prepared: Prepared, parts: Parts) -> list[Validator]:
+    if prepared.validation_rows is None:
+        return []
+    from unmask.data.loader import validation_batches
+    from unmask.distributed.runtime import build_runtime
+    from unmask.evaluation.validation import fixed_noise, validation_losses
+    from unmask.objectives.registry import build_objective
+
+    config = prepared.config
+    assert config.validation_dataset is not None
+    batches = validation_batches(
+        prepared.validation_rows,
+        _encoder(prepared.validation_rows, parts.template, config.validation_dataset),
+        local_batch_size=config.step_scheduler.local_batch_size,
+        pad_token_id=parts.pad_token_id,
+        supervise_padding=config.dllm.supervise_padding,
+    )
+    section = dataclasses.replace(config.dllm, time_sampling="stratified")
+    objective = build_objective(section, prepared.plan.config)
+    noisy = fixed_noise(objective, batches, config.seed)
+    runtime = build_runtime(config.distributed)
+    return [lambda model: validation_losses(model, objective, noisy, runtime)]
+
+
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint must share with a run to be resumed by it."""
+    config = prepared.config
+    return {
+        "model": json.loads(json.dumps(dataclasses.asdict(prepared.plan.config))),
+        "peft": None if config.peft is None else to_mapping(config.peft),
+        "data": prepared.rows.fingerprint,
+        "global_batch_size": config.step_scheduler.global_batch_size,
+        "seed": [config.seed, config.dataset.shuffle_seed],
+        "order": [config.dataloader.shuffle, config.dataloader.group_by_length],
+    }
+
+
+def _name_rows(rows: Rows, batches: Sequence[Batch]) -> str:
+    ids = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
+    shown = ", ".join(rows.describe(sample) for sample in ids[:16])
+    return shown + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+
+
+def _announce(run: TrainingRun, prepared: Prepared, parts: Parts, start: ResumePoint) -> None:
+    """Say and record what this run is about to do."""
+    import torch
+    import transformers
+
+    import unmask
+
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in run.model.parameters())
+    say = run.progress.say
+    for key in prepared.not_needed:
+        say(f"not needed here: {key}")
+    for line in start.refused:
+        say(f"refused: {line}")
+    for line in prepared.rows.skipped[:10]:
+        say(f"skipped row: {line}")
+    if prepared.rows.skipped:
+        say(f"skipped {len(prepared.rows.skipped)} malformed rows")
+    if start.folder is not None:
+        say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
+    say(
+        f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
+        f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {run.runtime.device}"
+    )
+    run.metrics.write(
+        "run",
+        step=start.step,
+        resumed_from=None if start.folder is None else start.folder.name,
+        refused=list(start.refused),
+        total_steps=run.total_steps,
+        rows=len(prepared.rows),
+        skipped_rows=len(prepared.rows.skipped),
+        parameters=total,
+        trainable_parameters=trainable,
+        versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )

@@ -1,0 +1,180 @@
+"""NeMo AutoModel's dLLM YAML, translated: the only file that knows its keys.
+
+What has an equivalent here is mapped. What cannot change a result here is dropped and listed once. What would change
+results is refused by name. Keys that are already ours pass through untouched.
+Source of the keys: NVIDIA-NeMo/Automodel, examples/dllm_sft/*.yaml and its dLLM fine-tuning guide.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.errors import ConfigError
+
+# The classes that our own code stands for; another `_target_` in these places would train something else.
+_TARGETS = {
+    "model": ("NeMoAutoModelForCausalLM.from_pretrained",),
+    "optimizer": ("torch.optim.AdamW", "torch.optim.adamw.AdamW"),
+    "loss_fn": ("MaskedCrossEntropy",),
+    "dataset": ("ChatDataset",),
+    "validation_dataset": ("ChatDataset",),
+    "dataloader": ("StatefulDataLoader",),
+    "validation_dataloader": ("StatefulDataLoader",),
+    "peft": ("PeftConfig",),
+}
+
+# Keys without influence on a result here, whatever their value.
+_DROPPED = (
+    "recipe",
+    "ci",
+    "dist_env",
+    "loss_fn",
+    "validation_dataloader",
+    "model.trust_remote_code",
+    "model.backend",
+    "model.attn_implementation",
+    "dataset.tokenizer.trust_remote_code",
+    "validation_dataset.tokenizer.trust_remote_code",
+    "dataloader.collate_fn",
+    "dataloader.pin_memory",
+    "dataloader.persistent_workers",
+    "distributed.dp_size",
+    "distributed.moe",
+    "distributed.mp_policy.output_dtype",
+    "checkpoint.model_save_format",
+    "checkpoint.save_consolidated",
+    "step_scheduler.log_remote_every_steps",
+)
+
+# Keys without influence as long as they have one of these values; any other is refused with the reason.
+_DROPPED_IF: dict[str, tuple[tuple[Any, ...], str]] = {
+    "distributed.strategy": (("fsdp2", "ddp", None), "training runs on one device"),
+    "distributed.tp_size": ((1, None), "there is no tensor parallelism"),
+    "distributed.cp_size": ((1, None), "there is no context parallelism"),
+    "distributed.pp_size": ((1, None), "there is no pipeline parallelism"),
+    "distributed.ep_size": ((1, None), "there is no expert parallelism"),
+    "distributed.dp_replicate_size": ((1, None), "training runs on one device"),
+    "distributed.sequence_parallel": ((False, None), "there is no tensor parallelism to add it to"),
+    "distributed.offload_policy": ((None,), "there is no offloading"),
+    "distributed.mp_policy.reduce_dtype": (("float32", None), "gradients are summed in fp32"),
+    "peft.match_all_linear": ((False, None), "name the layers in peft.target_modules"),
+    "dllm.block_size": ((None,), "mode mdlm has no blocks"),
+    "dllm.half_life_ratio": ((None,), "it belongs to another objective"),
+    "dllm.ar_loss_alpha": ((None,), "it belongs to another objective"),
+    "dllm.pad_block_size": ((None,), "rows are padded to the longest of the batch"),
+    "dllm.pad_seq_len_divisible": ((None,), "rows are padded to the longest of the batch"),
+}
+
+_RENAMED = {"peft.dim": "peft.r", "peft.alpha": "peft.lora_alpha", "peft.dropout": "peft.lora_dropout"}
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A configuration in our own keys.
+
+    Attributes:
+        values: the mapping.
+        not_needed: dotted keys that were dropped.
+        from_automodel: whether the file was AutoModel's (it has `_target_` keys or a recipe).
+    """
+
+    values: dict[str, Any]
+    not_needed: tuple[str, ...]
+    from_automodel: bool
+
+
+def translate(given: Mapping[str, Any]) -> Translated:
+    """Return the configuration in our keys.
+
+    Raises:
+        ConfigError: a key or value that asks for something which would train differently here.
+    """
+    values = copy.deepcopy(dict(given))
+    from_automodel = "recipe" in values or any(
+        isinstance(section, dict) and "_target_" in section for section in values.values()
+    )
+    for section in list(values):
+        _check_target(values, section)
+    dropped = [key for key in _DROPPED if _pop(values, key, _MISSING) is not _MISSING]
+    for key, (harmless, reason) in _DROPPED_IF.items():
+        value = _pop(values, key, _MISSING)
+        if value is _MISSING:
+            continue
+        if _nothing(value) not in harmless:
+            raise ConfigError(f"{key}: {value!r} is not available here ({reason}); remove it")
+        dropped.append(key)
+    for old, new in _RENAMED.items():
+        value = _pop(values, old, _MISSING)
+        if value is not _MISSING:
+            section, name = new.split(".")
+            values[section][name] = value
+    _compute_dtype(values)
+    for section in ("dataset", "validation_dataset"):
+        _dataset(values.get(section), section, from_automodel, dropped)
+    return Translated(values, tuple(dropped), from_automodel)
+
+
+_MISSING = object()
+
+
+def _pop(values: dict[str, Any], key: str, default: Any) -> Any:
+    """Remove and return `values[a][b]…` for the dotted key a.b…; empty sections on the way are removed too."""
+    head, _, rest = key.partition(".")
+    if not isinstance(values, dict) or head not in values:
+        return default
+    if not rest:
+        return values.pop(head)
+    found = _pop(values[head], rest, default) if isinstance(values[head], dict) else default
+    if found is not default and values[head] == {}:
+        del values[head]
+    return found
+
+
+def _nothing(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
+
+
+def _check_target(values: dict[str, Any], section: str) -> None:
+    content = values[section]
+    if not isinstance(content, dict) or "_target_" not in content:
+        return
+    target = str(content.pop("_target_"))
+    known = _TARGETS.get(section)
+    if known is None:
+        raise ConfigError(f"{section}._target_: {section} does not take a class here; remove it")
+    if not target.endswith(known):
+        raise ConfigError(
+            f"{section}._target_: {target} has no equivalent here; {section} stands for {known[0]}"
+        )
+
+
+def _compute_dtype(values: dict[str, Any]) -> None:
+    """Map mp_policy.param_dtype and autocast_dtype, which both choose the dtype of matmuls, to autocast_dtype."""
+    param = _nothing(_pop(values, "distributed.mp_policy.param_dtype", None))
+    section = values.get("distributed")
+    autocast = _nothing(section.get("autocast_dtype")) if isinstance(section, dict) else None
+    chosen = autocast or param
+    if chosen is not None:
+        values.setdefault("distributed", {})["autocast_dtype"] = chosen
+    elif isinstance(section, dict):
+        section.pop("autocast_dtype", None)
+
+
+def _dataset(section: Any, where: str, from_automodel: bool, dropped: list[str]) -> None:
+    if not isinstance(section, dict):
+        return
+    tokenizer = section.get("tokenizer")
+    if isinstance(tokenizer, dict):
+        tokenizer.pop("_target_", None)
+        name = tokenizer.pop("pretrained_model_name_or_path", None)
+        if tokenizer:
+            raise ConfigError(f"{where}.tokenizer.{next(iter(tokenizer))}: not available here; remove it")
+        section["tokenizer"] = name
+    path = str(section.get("path_or_dataset_id", ""))
+    if from_automodel and "split" in section and path.endswith((".jsonl", ".json", ".parquet", ".arrow")):
+        if section["split"] in ("train", "validation", "test", None):  # names the only split that one file has
+            del section["split"]
+            dropped.append(f"{where}.split")

@@ -1,0 +1,161 @@
+"""The whole configuration of a run: one frozen dataclass of sections, read from YAML, checked before torch loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unmask.automodel import translate
+from unmask.data.loader import DataloaderConfig
+from unmask.data.sources import DatasetConfig
+from unmask.distributed.runtime import DistributedConfig
+from unmask.errors import ConfigError
+from unmask.models.registry import ModelConfig
+from unmask.objectives.registry import DllmConfig
+from unmask.report.trackers import WandbConfig
+from unmask.sections import read_section, to_mapping
+from unmask.training.checkpoint import CheckpointConfig
+from unmask.training.lora import PeftConfig
+from unmask.training.optim import ClipConfig, OptimizerConfig
+from unmask.training.schedule import LRSchedulerConfig, StepSchedulerConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a training run; each section is declared beside the code that it configures."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    step_scheduler: StepSchedulerConfig
+    dllm: DllmConfig = field(default_factory=DllmConfig)
+    validation_dataset: DatasetConfig | None = None
+    dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    clip_grad_norm: ClipConfig = field(default_factory=ClipConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    peft: PeftConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig | None = None
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration and what its reader should be told.
+
+    Attributes:
+        config: the checked configuration.
+        not_needed: NeMo AutoModel keys that were read and have nothing to set here.
+    """
+
+    config: RunConfig
+    not_needed: tuple[str, ...]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a YAML file and apply `--section.key value` overrides.
+
+    Args:
+        path: the file; NeMo AutoModel's dLLM YAML is understood as well.
+        overrides: command-line words, `--section.key value` or `--section.key=value`; values are YAML.
+
+    Raises:
+        ConfigError: no such file, not YAML, or anything in it that cannot be honoured.
+    """
+    values = _read_yaml(Path(path))
+    for key, value in parse_overrides(overrides):
+        _set(values, key, value)
+    return config_from_mapping(values)
+
+
+def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
+    """Check the plain mapping of a configuration; raises ConfigError."""
+    translated = translate(values)
+    config = read_section(RunConfig, translated.values, "")
+    steps = config.step_scheduler
+    if steps.global_batch_size % steps.local_batch_size:
+        raise ConfigError(
+            f"step_scheduler.global_batch_size: {steps.global_batch_size} is not a multiple of local_batch_size "
+            f"{steps.local_batch_size}; accumulation needs whole micro-batches"
+        )
+    if steps.val_every_steps is not None and config.validation_dataset is None and not translated.from_automodel:
+        raise ConfigError(
+            f"step_scheduler.val_every_steps: {steps.val_every_steps} needs a validation_dataset section; add one, or "
+            "set val_every_steps: null"
+        )
+    return LoadedConfig(config, translated.not_needed)
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the YAML of a resolved configuration; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """Split command-line words into (dotted key, value) pairs.
+
+    Raises:
+        ConfigError: a word that is no `--section.key`, a key without a value, or a value that is not YAML.
+    """
+    pairs = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise ConfigError(f"{word!r}: expected an override of the form --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not queue or (queue[0].startswith("--") and len(queue[0]) > 2):
+                raise ConfigError(f"--{key}: a value must follow, as in --{key} VALUE")
+            text = queue.pop(0)
+        try:
+            pairs.append((key, yaml.load(text, Loader=_Loader)))
+        except yaml.YAMLError:
+            raise ConfigError(f"--{key}: {text!r} is not a YAML value; quote it") from None
+    return pairs
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    place: Any = values
+    for depth, section in enumerate(sections, start=1):
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise ConfigError(f"--{key}: {'.'.join(sections[:depth])} is not a section")
+    place[name] = value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"-c {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"-c {path}: not UTF-8 text; save it as UTF-8") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-c {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"-c {path}: expected sections such as model, dataset and step_scheduler")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML readers silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,311 @@
+"""The training loader: an endless stream of global batches, whose position is a few numbers.
+
+Every rank composes the same global batch and takes its own rows from it; which rows it holds depends on the seed, the
+epoch and the position, never on ranks, micro-batches or workers. A row that gives nothing to train on is passed over
+and the next one of the order takes its place. Rows at the end of an epoch that do not fill a batch are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unmask.data.ahead import Encode, encoded_ahead
+from unmask.data.encode import Dropped, EncodedRow
+from unmask.data.order import epoch_order
+from unmask.errors import ConfigError, DataError, FieldError
+from unmask.rng import generator
+
+if TYPE_CHECKING:
+    from unmask.batch import Batch
+    from unmask.data.sources import Rows
+
+
+@dataclass(frozen=True)
+class DataloaderConfig:
+    """The `dataloader` section.
+
+    Attributes:
+        shuffle: visit the rows in a new random order each epoch; false takes them as they lie in the source.
+        group_by_length: batch rows of like length, for less padding; the batches still come in random order.
+        num_workers: processes that encode rows ahead, on each rank; 0 encodes in the training process.
+    """
+
+    shuffle: bool = True
+    group_by_length: bool = False
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise FieldError("num_workers", f"must be 0 or more, got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class _GlobalBatch:
+    """One step's rows, before they are divided among ranks and micro-batches.
+
+    Attributes:
+        rows: (sample id, tokens) of each, the longest first.
+        epoch: pass over the data.
+        start: place in the epoch's order at which the search for its rows began.
+        end: place after its last row.
+        passed_over: reasons of the rows passed over since the batch before it, an ended epoch's included.
+    """
+
+    rows: list[tuple[int, EncodedRow]]
+    epoch: int
+    start: int
+    end: int
+    passed_over: list[tuple[int, Dropped]]
+
+
+class TrainLoader:
+    """Iterates over steps; each is the list of this rank's micro-batches of one global batch.
+
+    Args:
+        rows: the source.
+        encode: gives row i as tokens; must pickle if there are workers.
+        config: the `dataloader` section.
+        global_batch_size: rows a step, over all ranks and micro-batches.
+        local_batch_size: rows a micro-batch.
+        rank: this rank.
+        world_size: number of ranks.
+        seed: of the order and of the slots.
+        pad_token_id: padding; EOS where it is supervised.
+        supervise_padding: padding is attended and supervised. Rows are then padded to the longest of their global
+            batch, so that the loss does not depend on how it is divided; otherwise to the longest of the micro-batch.
+
+    Attributes:
+        dropped: rows passed over, by reason, each row once (a later epoch passes over the same ones).
+        examples: for each reason, what was wrong with the first such row.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+        DataError: fewer rows than a global batch.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        encode: Encode,
+        *,
+        config: DataloaderConfig,
+        global_batch_size: int,
+        local_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int,
+        pad_token_id: int,
+        supervise_padding: bool,
+    ) -> None:
+        if global_batch_size % (local_batch_size * world_size):
+            raise ConfigError(
+                f"step_scheduler.global_batch_size: {global_batch_size} is no multiple of local_batch_size "
+                f"{local_batch_size} × {world_size} ranks"
+            )
+        if len(rows) < global_batch_size:
+            raise DataError(
+                f"dataset: {len(rows)} rows do not fill one global batch of {global_batch_size}; "
+                "lower step_scheduler.global_batch_size or give more rows"
+            )
+        self.rows = rows
+        self.encode = encode
+        self.config = config
+        self.global_batch_size = global_batch_size
+        self.local_batch_size = local_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.pad_token_id = pad_token_id
+        self.supervise_padding = supervise_padding
+        self.epoch = 0
+        self.cursor = 0
+        self.dropped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch in which no row is passed over."""
+        return len(self.rows) // self.global_batch_size
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Yield steps from the current position on, without end.
+
+        Raises:
+            DataError: a malformed row, or an epoch without a single full batch.
+        """
+        for batch in self._global_batches():
+            self.epoch, self.cursor = batch.epoch, batch.end
+            for epoch, row in batch.passed_over:
+                if epoch == 0:
+                    self.dropped[row.reason] += 1
+                    self.examples.setdefault(row.reason, row.detail)
+            yield self._micro_batches(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last step that was yielded, ready for JSON."""
+        return {
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "dropped": dict(self.dropped),
+            "examples": dict(self.examples),
+            "order": self._order_identity(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position; the next iteration starts there.
+
+        Raises:
+            DataError: the position belongs to another order: other data, seed, or grouping.
+        """
+        for key, ours in self._order_identity().items():
+            theirs = state["order"].get(key)
+            if theirs != ours:
+                raise DataError(
+                    f"dataset: the checkpoint's data position does not fit this run, {key} was {theirs} and is {ours}; "
+                    "resume with the data and settings it was made with, or start in a new checkpoint_dir"
+                )
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.dropped = Counter(state["dropped"])
+        self.examples = dict(state["examples"])
+
+    def _order_identity(self) -> dict[str, Any]:
+        """Return all that the order of rows depends on."""
+        return {
+            "fingerprint": self.rows.fingerprint,
+            "rows": len(self.rows),
+            "seed": self.seed,
+            "shuffle": self.config.shuffle,
+            # Windows are counted in global batches; without grouping the batch size does not touch the order.
+            "grouped_by_batches_of": self.global_batch_size if self.config.group_by_length else None,
+        }
+
+    def _candidates(self, epoch: int, cursor: int) -> Iterator[tuple[tuple[int, int], int]]:
+        """Yield ((epoch, place), row index) from a position on, epoch after epoch."""
+        while True:
+            order = epoch_order(
+                len(self.rows),
+                epoch,
+                self.seed,
+                shuffle=self.config.shuffle,
+                batch_rows=self.global_batch_size,
+                text_length=self.rows.text_length if self.config.group_by_length else None,
+                start=cursor,
+            )
+            for place, index in enumerate(order, start=cursor):
+                yield (epoch, place), index
+            epoch, cursor = epoch + 1, 0
+
+    def _global_batches(self) -> Iterator[_GlobalBatch]:
+        epoch, start = self.epoch, self.cursor
+        found: list[tuple[int, EncodedRow]] = []
+        passed_over: list[tuple[int, Dropped]] = []
+        any_in_epoch = start > 0
+        stream = encoded_ahead(
+            self.encode, self._candidates(epoch, start), self.config.num_workers, 2 * self.global_batch_size
+        )
+        for (row_epoch, place), index, row in stream:
+            if row_epoch != epoch:
+                if not any_in_epoch:
+                    raise DataError(self._no_batch(found, passed_over))
+                epoch, start, found, any_in_epoch = row_epoch, 0, [], False
+            if isinstance(row, Dropped):
+                passed_over.append((epoch, row))
+                continue
+            found.append((index, row))
+            if len(found) == self.global_batch_size:
+                # Micro-batches of like length need less padding, and the longest comes first: if memory is too small
+                # for it, that shows at once. The loss does not depend on this order.
+                found.sort(key=lambda item: (-len(item[1]), item[0]))
+                yield _GlobalBatch(found, epoch, start, place + 1, passed_over)
+                start, found, passed_over, any_in_epoch = place + 1, [], [], True
+
+    def _no_batch(self, found: Sequence[object], passed_over: Sequence[tuple[int, Dropped]]) -> str:
+        reasons = Counter(row.reason for _, row in passed_over)
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        return (
+            f"dataset: a whole pass over {len(self.rows)} rows gives {len(found)} to train on, fewer than one "
+            f"global batch of {self.global_batch_size} (dropped: {counted}); raise dataset.seq_length, lower "
+            "step_scheduler.global_batch_size or give more rows"
+        )
+
+    def _micro_batches(self, batch: _GlobalBatch) -> list[Batch]:
+        from unmask.data.collate import collate
+
+        slots = generator(self.seed, "data/slots", batch.epoch, batch.start).permutation(len(batch.rows)).tolist()
+        local, longest = self.local_batch_size, len(batch.rows[0][1])
+        micro_batches = []
+        # Ranks take turns within each micro-batch, so that all of them pad to about the same length.
+        for first in range(self.rank * local, len(batch.rows), self.world_size * local):
+            mine = batch.rows[first : first + local]
+            micro_batches.append(
+                collate(
+                    [row for _, row in mine],
+                    [sample_id for sample_id, _ in mine],
+                    slots[first : first + local],
+                    epoch=batch.epoch,
+                    global_rows=self.global_batch_size,
+                    length=longest if self.supervise_padding else len(mine[0][1]),
+                    pad_token_id=self.pad_token_id,
+                    supervise_padding=self.supervise_padding,
+                )
+            )
+        return micro_batches
+
+
+def validation_batches(
+    rows: Rows,
+    encode: Encode,
+    *,
+    local_batch_size: int,
+    pad_token_id: int,
+    supervise_padding: bool,
+    max_rows: int | None = None,
+) -> list[Batch]:
+    """Return a whole validation set as batches, always the same ones.
+
+    Rows are sorted by length for little padding. With `supervise_padding` all are padded to the longest row of the set,
+    so that the loss does not depend on `local_batch_size`.
+
+    Args:
+        rows: the source.
+        encode: gives row i as tokens.
+        local_batch_size: rows a batch.
+        pad_token_id: padding.
+        supervise_padding: padding is attended and supervised.
+        max_rows: use the first `max_rows` rows that can be scored.
+
+    Raises:
+        DataError: a malformed row, or no row that can be scored.
+    """
+    from unmask.data.collate import collate
+
+    found: list[tuple[int, EncodedRow]] = []
+    for index in range(len(rows)):
+        if max_rows is not None and len(found) == max_rows:
+            break
+        row = encode(index)
+        if isinstance(row, EncodedRow):
+            found.append((index, row))
+    if not found:
+        raise DataError(
+            f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"
+        )
+    found.sort(key=lambda item: (len(item[1]), item[0]))
+    slots = generator(0, "data/slots/validation").permutation(len(found)).tolist()
+    return [
+        collate(
+            [row for _, row in some],
+            [sample_id for sample_id, _ in some],
+            slots[first : first + local_batch_size],
+            epoch=0,
+            global_rows=len(found),
+            length=len(found[-1][1]) if supervise_padding else len(some[-1][1]),
+            pad_token_id=pad_token_id,
+            supervise_padding=supervise_padding,
+        )
+        for first in range(0, len(found), local_batch_size)
+        for some in [found[first : first + local_batch_size]]
+    ]

@@ -1,0 +1,147 @@
+"""Rows of a table that `datasets` holds: Parquet, Arrow, a saved dataset folder or a dataset of the hub.
+
+A table can be far larger than memory, so its rows are checked when they are read, its columns when it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from unmask.data.conversation import Columns, Conversation, RowProblem, read_conversation
+from unmask.errors import DataError
+from unmask.sections import nearest
+
+
+class TableRows:
+    """The rows of one `datasets.Dataset`.
+
+    Args:
+        table: the dataset.
+        label: what messages call it.
+        columns: prompt and completion columns, if any.
+        where: name of the configuration section, for messages.
+        max_rows: use the first `max_rows` rows only.
+
+    Raises:
+        DataError: no rows, or no column that holds conversations.
+    """
+
+    def __init__(self, table: Any, label: str, columns: Columns, where: str, max_rows: int | None = None) -> None:
+        wanted = columns if columns.prompt is not None else ("messages", "conversations")
+        found = [name for name in wanted if name in table.column_names]
+        if len(found) < (2 if columns.prompt is not None else 1):
+            missing = " or ".join(repr(name) for name in wanted if name not in found)
+            raise DataError(
+                f"{label}: no column {missing} among {', '.join(table.column_names) or 'none'}; "
+                f"name the ones that hold the text in {where}.prompt_column and {where}.completion_column"
+            )
+        if len(table) == 0:
+            raise DataError(f"{label}: no rows; give {where} one with conversations")
+        self.table = table if max_rows is None else table.select(range(min(max_rows, len(table))))
+        self.label = label
+        self.columns = columns
+        self.where = where
+        self.skipped: list[str] = []
+        self.fingerprint = self._fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Conversation:
+        try:
+            return read_conversation(self.table[index], self.columns)
+        except RowProblem as error:
+            raise DataError(
+                f"{self.describe(index)}: {error}; fix the row or set {self.where}.on_malformed: skip"
+            ) from None
+
+    def text_length(self, index: int) -> int:
+        """Return the characters of the row's turns; 0 for a malformed row."""
+        try:
+            return sum(len(message.content) for message in read_conversation(self.table[index], self.columns).messages)
+        except RowProblem:
+            return 0
+
+    def describe(self, index: int) -> str:
+        """Return `label row n`, rows counted from 0 as `datasets` does."""
+        return f"{self.label} row {index}"
+
+    def _fingerprint(self) -> str:
+        # Not the fingerprint of `datasets`, which changes with the cache's file times.
+        edges = [self.table[index] for index in sorted({0, len(self.table) // 2, len(self.table) - 1})]
+        identity = json.dumps([self.label.rsplit("/", 1)[-1], len(self.table), edges], default=str, sort_keys=True)
+        return blake2b(identity.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def read_table(path: Path) -> Any:
+    """Open a Parquet or Arrow file.
+
+    Raises:
+        DataError: it cannot be read as one.
+    """
+    import datasets
+
+    try:
+        return datasets.Dataset.from_file(str(path)) if path.suffix == ".arrow" else _parquet(path)
+    except Exception as error:  # datasets, pyarrow and the file system each raise their own
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
+
+
+def read_saved(path: Path, split: str | None, where: str) -> Any:
+    """Open a folder that `Dataset.save_to_disk` wrote.
+
+    Raises:
+        DataError: it cannot be read, or does not say which of its splits to use.
+    """
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as a saved dataset: {_first_line(error)}") from None
+    return _one_split(saved, str(path), split, where)
+
+
+def read_hub(dataset_id: str, name: str | None, split: str | None, where: str) -> Any:
+    """Open a dataset of the Hugging Face hub.
+
+    Raises:
+        DataError: not found, not reachable, or it does not say which of its configurations or splits to use.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset_id, name, split=split)
+    except Exception as error:  # network, hub, builder and file errors, each of a type of its own
+        raise DataError(
+            f"{where}.path_or_dataset_id: {dataset_id!r} is no local path and cannot be loaded from the hub: "
+            f"{_first_line(error)}; check the id, {where}.name, {where}.split, the network and HF_HUB_OFFLINE"
+        ) from None
+    return loaded if split is not None else _one_split(loaded, dataset_id, None, where)
+
+
+def _parquet(path: Path) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_parquet(str(path))
+
+
+def _one_split(loaded: Any, label: str, split: str | None, where: str) -> Any:
+    if not isinstance(loaded, dict):
+        if split is not None:
+            raise DataError(f"{where}.split: {label} has no splits; delete it")
+        return loaded
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        asked = "which one is not said" if split is None else f"{split!r} is none of them{nearest(split, loaded)}"
+        raise DataError(f"{where}.split: {label} has the splits {', '.join(loaded)} and {asked}; set {where}.split")
+    return loaded[split]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0].rstrip(".") if lines else type(error).__name__)[:300]

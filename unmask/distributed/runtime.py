@@ -1,0 +1,106 @@
+"""The device that a run uses and how it computes there: placement, autocast, activation checkpointing, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from unmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Section `distributed`: how the network runs on its device.
+
+    Attributes:
+        autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
+            on GPUs and on CPUs with AMX.
+        activation_checkpointing: keep only each block's input for backward and recompute the rest.
+        device: `auto` takes a CUDA device when there is one.
+    """
+
+    autocast_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def world_size() -> int:
+    """Return the number of processes that the launcher (torchrun) started; 1 without a launcher. Needs no torch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_many_processes(processes: int) -> None:
+    """Raise ConfigError for more than one process: training runs on one device."""
+    if processes > 1:
+        raise ConfigError(
+            f"{processes} processes were asked for, but training runs on one device; start it without torchrun and "
+            "without --nproc-per-node, and raise step_scheduler.global_batch_size by accumulation instead"
+        )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the training step needs to know of the machine.
+
+    Attributes:
+        device: where model and batches live.
+        compute_dtype: dtype of matmuls under autocast; None = the weights' own.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype | None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the network and the loss run."""
+        import torch
+
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def memory_gib(self) -> float:
+        """Return the peak memory so far in GiB: allocated on a CUDA device, resident set on a CPU."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `auto`, `cpu` or `cuda`; ConfigError when there is no CUDA device to take."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: cuda was asked for, but torch sees no CUDA device; use --device cpu (training: distributed.device)"
+        )
+    return torch.device(name)
+
+
+def build_runtime(section: DistributedConfig) -> Runtime:
+    """Pick the device and compute dtype of a run."""
+    import torch
+
+    compute = None if section.autocast_dtype == "float32" else torch.bfloat16
+    return Runtime(pick_device(section.device), compute)
+
+
+def prepare_model(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> nn.Module:
+    """Place a network for training and switch activation checkpointing."""
+    for module in model.modules():
+        if hasattr(module, "activation_checkpointing"):
+            module.activation_checkpointing = section.activation_checkpointing  # pyright: ignore[reportArgumentType]
+    return model.to(runtime.device).train()

@@ -1,0 +1,56 @@
+"""The exceptions a user can meet. Each message names what is wrong, where, and what to do about it.
+
+The command line prints the message in one line and exits with `exit_status`; programmers catch the types.
+"""
+
+from __future__ import annotations
+
+
+class UnmaskError(Exception):
+    """Root of every error raised on purpose by this package."""
+
+    exit_status = 2
+
+
+class ConfigError(UnmaskError):
+    """A configuration field, flag or combination that cannot be honoured."""
+
+
+class FieldError(ConfigError):
+    """A value refused by its own section; the section's reader adds the dotted path in front of `field`.
+
+    Args:
+        field: name of the field within its section.
+        problem: what is wrong and what would be right, as the end of a sentence that starts with the field.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class DataError(UnmaskError):
+    """A data source, row or chat template that cannot be used for training."""
+
+
+class ModelError(UnmaskError):
+    """A model folder, configuration or weight file that cannot be used, or an input the model does not take."""
+
+
+class CheckpointError(UnmaskError):
+    """A training checkpoint that is torn, foreign or cannot be written."""
+
+
+class SamplingError(UnmaskError):
+    """Sampler settings or prompts that cannot be honoured."""
+
+
+class MissingDependencyError(UnmaskError):
+    """An optional package is needed for what was asked; the message gives the install command."""
+
+
+class TrainingError(UnmaskError):
+    """Training had to stop, for example at a loss that is not finite. Not the fault of the input as given."""
+
+    exit_status = 1

@@ -1,0 +1,37 @@
+"""What a model family tells the rest of the package about itself; a family's `family.py` holds one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table of families, light enough to build without torch.
+
+    Attributes:
+        model_type: the value of config.json's `model_type`.
+        provides: what its networks offer to objectives, for example `mask_token`.
+        architecture: class name that a written config.json carries.
+        parse_config: checks a config.json's values; arguments (values, where); raises ModelError.
+        build: the network of a parsed configuration, weights undefined; respects torch's default device.
+        initialise: draws fresh weights in place from an explicit generator.
+        activation_bytes: bytes that a forward pass keeps for backward; arguments (config, tokens, bytes of a residual
+            element, bytes of a matmul input, whether activation checkpointing is on).
+        stop_tokens: token strings that end an answer besides EOS, where the tokenizer knows them.
+    """
+
+    model_type: str
+    provides: frozenset[str]
+    architecture: str
+    parse_config: Callable[[Mapping[str, Any], str], Any]
+    build: Callable[[Any], nn.Module]
+    initialise: Callable[[Any, torch.Generator], None]
+    activation_bytes: Callable[[Any, int, int, int, bool], int]
+    stop_tokens: tuple[str, ...] = ()

@@ -1,0 +1,102 @@
+"""Where a model lives: a local folder, a run directory or a hub id, and what its files promise. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+
+
+def find_folder(name: str, where: str = "checkpoint") -> Path:
+    """Return the local folder that `name` stands for, downloading from the hub when it is a hub id.
+
+    Args:
+        name: a folder with a config.json, a run directory (its `latest` checkpoint is taken), or `owner/name`.
+        where: the flag or field the name came from, for messages.
+
+    Raises:
+        ModelError: no such folder, a folder that is no checkpoint, or a hub that does not answer.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for candidate in (path, path / "latest"):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise ModelError(
+            f"{where}: {name} is not a checkpoint: it has no config.json; give a folder with config.json and "
+            f"{WEIGHTS}, or a run directory with a checkpoint"
+        )
+    if path.exists():
+        raise ModelError(f"{where}: {name} is a file; give the folder that holds config.json and {WEIGHTS}")
+    looks_local = name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or path.parent.is_dir()
+    if looks_local:
+        raise ModelError(f"{where}: no such folder: {path.absolute()} (a hub id has the form owner/name)")
+    return _download(name, where)
+
+
+def _download(name: str, where: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # the hub client raises many kinds: offline, gated, missing, interrupted
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{where}: {name} is neither a local folder nor available from the Hugging Face hub ({reason}); "
+            "check the spelling, the network and `hf auth login`"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object from a file; ModelError names the file when it is missing, cut short or not an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); copy the checkpoint again") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); the file may be cut short, copy it again") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return values
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Return the file of each stored tensor by key, after checking that every file is whole.
+
+    Raises:
+        ModelError: no safetensors in the folder, a shard missing, a file cut short, or an index that disagrees.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{folder / INDEX}: no weight_map; copy the checkpoint again")
+        shards = {folder / str(file) for file in weight_map.values()}
+    elif (folder / WEIGHTS).is_file():
+        weight_map, shards = None, {folder / WEIGHTS}
+    else:
+        raise ModelError(f"{folder}: not a checkpoint: neither {WEIGHTS} nor {INDEX} is there")
+    stored = {key: shard for shard in sorted(shards) for key in _keys(shard)}
+    if weight_map is not None and set(weight_map) != set(stored):
+        odd = sorted(set(weight_map) ^ set(stored))[0]
+        raise ModelError(f"{folder / INDEX}: disagrees with its shards about {odd!r}; copy the checkpoint again")
+    return stored
+
+
+def _keys(shard: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="numpy") as file:
+            return list(file.keys())
+    except FileNotFoundError:
+        raise ModelError(f"{shard}: this shard is missing; copy the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{shard}: not a whole safetensors file ({error}); copy it again") from None

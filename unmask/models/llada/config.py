@@ -1,0 +1,165 @@
+"""LLaDA's config.json as a frozen dataclass: every field is honoured, known to be harmless, or refused by name.
+
+Field names and meanings follow the OLMo-style configuration of ML-GSAI/LLaDA's released checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from unmask.errors import ModelError
+from unmask.sections import nearest
+
+# Values that this network implements; anything else in a config.json would need other code.
+_ONLY = {
+    "activation_type": ("silu",),
+    "alibi": (False,),
+    "attention_dropout": (0.0,),
+    "attention_layer_norm": (False,),
+    "bias_for_layer_norm": (False, None),
+    "block_group_size": (1,),
+    "block_type": ("llama",),
+    "embedding_dropout": (0.0,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "residual_dropout": (0.0,),
+    "rope": (True,),
+    "rope_full_precision": (True,),
+}
+
+# Keys of released files that cannot change a result: library bookkeeping, and settings of features refused above.
+_HARMLESS = frozenset(
+    "_name_or_path alibi_bias_max architectures attention_layer_norm_with_affine auto_map dtype flash_attention "
+    "init_cutoff_factor init_device model_type precision torch_dtype transformers_version use_cache "
+    "return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder is_decoder "
+    "add_cross_attention cross_attention_hidden_size finetuning_task id2label label2id task_specific_params "
+    "problem_type bos_token_id sep_token_id decoder_start_token_id tokenizer_class prefix tie_word_embeddings "
+    "tie_encoder_decoder pruned_heads torchscript".split()
+)
+
+
+@dataclass(frozen=True)
+class LLaDAConfig:
+    """What defines a LLaDA network. Defaults are the released 8B's.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_heads: query heads; `d_model` must divide by it into an even head size.
+        n_kv_heads: key and value heads (GQA); None = `n_heads`.
+        n_layers: transformer blocks.
+        mlp_hidden_size: width of the gated MLP; None = `mlp_ratio * d_model`.
+        vocab_size: ids that text can have.
+        embedding_size: rows of the embedding and the head, at least `vocab_size`; None = `vocab_size`.
+        max_sequence_length: positions the model was trained for; longer inputs are refused.
+        weight_tying: the head is the embedding.
+        include_bias: biases on every linear layer.
+        include_qkv_bias: biases on the query, key and value projections.
+        scale_logits: logits are divided by √d_model.
+        input_emb_norm: embeddings are multiplied by √d_model.
+        init_fn: how a fresh model is drawn, `mitchell` or `normal`.
+        init_std: standard deviation for `normal`.
+        mask_token_id, eos_token_id, pad_token_id: ids with a meaning to corruption and sampling.
+    """
+
+    d_model: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    n_layers: int = 32
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int = 4
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    max_sequence_length: int = 4096
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    include_bias: bool = False
+    include_qkv_bias: bool = False
+    scale_logits: bool = False
+    input_emb_norm: bool = False
+    multi_query_attention: bool | None = None
+    init_fn: str = "mitchell"
+    init_std: float = 0.02
+    mask_token_id: int = 126336
+    eos_token_id: int = 126081
+    pad_token_id: int = 126081
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads after resolving None and `multi_query_attention`."""
+        if self.n_kv_heads is not None:
+            return self.n_kv_heads
+        return 1 if self.multi_query_attention else self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the gated MLP after resolving None."""
+        return self.mlp_hidden_size if self.mlp_hidden_size is not None else self.mlp_ratio * self.d_model
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding and of the head."""
+        return self.embedding_size if self.embedding_size is not None else self.vocab_size
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> LLaDAConfig:
+    """Read the keys of a config.json.
+
+    Args:
+        values: the parsed JSON object (or the inline `model.config` of a run).
+        where: the file or section, for messages.
+
+    Raises:
+        ModelError: a key that is not known, a value that this network does not implement, or sizes that do not fit.
+    """
+    known = {field.name: field for field in fields(LLaDAConfig)}
+    for name, allowed in _ONLY.items():
+        if name in values and values[name] not in allowed:
+            raise ModelError(
+                f"{where}: {name}={values[name]!r} is not supported; this network implements {name}={allowed[0]!r} only"
+            )
+    for name in values:
+        if name not in known and name not in _ONLY and name not in _HARMLESS:
+            raise ModelError(f"{where}: unknown LLaDA field {name!r}{nearest(name, [*known, *_ONLY])}")
+    given = {name: values[name] for name in known if name in values}
+    for name, value in given.items():
+        _check_type(name, value, str(known[name].type), where)
+    config = LLaDAConfig(**given)
+    _check_sizes(config, where)
+    return config
+
+
+def _check_type(name: str, value: Any, kind: str, where: str) -> None:
+    if value is None and "None" in kind:
+        return
+    expected = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind.split(" ")[0]]
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ModelError(f"{where}: {name} should be {kind.split(' ')[0]}, got {value!r}")
+
+
+def _check_sizes(config: LLaDAConfig, where: str) -> None:
+    for name in ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "kv_heads", "hidden_size"):
+        if getattr(config, name) < 1:
+            raise ModelError(f"{where}: {name} must be at least 1, got {getattr(config, name)}")
+    if config.d_model % config.n_heads or config.head_dim % 2:
+        raise ModelError(
+            f"{where}: d_model={config.d_model} must split into n_heads={config.n_heads} heads of even size"
+        )
+    if config.n_heads % config.kv_heads:
+        raise ModelError(f"{where}: n_heads={config.n_heads} must be a multiple of n_kv_heads={config.kv_heads}")
+    if config.rows < config.vocab_size:
+        raise ModelError(f"{where}: embedding_size={config.rows} is below vocab_size={config.vocab_size}")
+    if not 0 <= config.mask_token_id < config.rows:
+        raise ModelError(
+            f"{where}: mask_token_id={config.mask_token_id} is outside the vocabulary of {config.rows}; "
+            "set it to an id between 0 and embedding_size - 1"
+        )
+    if config.init_fn not in ("mitchell", "normal"):
+        raise ModelError(f"{where}: init_fn={config.init_fn!r} is not supported; use 'mitchell' or 'normal'")

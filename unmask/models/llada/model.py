@@ -1,0 +1,236 @@
+"""LLaDA: one bidirectional transformer over text with [MASK] tokens (Nie et al. 2025, arXiv 2502.09992).
+
+Module names follow the released checkpoints, so a state dict has their keys as it stands:
+`model.transformer.{wte,blocks.N.*,ln_f,ff_out}.weight`. Note that `ff_out` names a block's down projection and the head.
+
+Shapes: B rows, L positions, D d_model, H query heads, G key/value heads, E head size, V embedding rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unmask.errors import ModelError
+from unmask.models.llada.config import LLaDAConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, the mean square taken in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        """Return the normalised hidden states in the input's dtype."""
+        return F.rms_norm(hidden_BLD.float(), self.weight.shape, self.weight.float(), self.eps).to(hidden_BLD.dtype)
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles in fp32 (Su et al. 2021, eq. 34; half-split as in GPT-NeoX).
+
+    Args:
+        position_ids: (B, L) or (1, L), integers.
+        head_dim: E, even.
+        theta: base of the frequencies.
+
+    Returns:
+        two float32 tensors (B or 1, 1, L, E), broadcastable over heads.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids.float()[..., None] * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + E/2) by its position's angle; computed in fp32, returned in the input's dtype."""
+    x = heads_BHLE.float()
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(heads_BHLE.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a gated MLP, `silu(ff_proj(x)) · up_proj(x)`."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        width, kv_width = config.d_model, config.kv_heads * config.head_dim
+        bias, qkv_bias = config.include_bias, config.include_bias or config.include_qkv_bias
+        self.head_dim = config.head_dim
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.attn_out = nn.Linear(width, width, bias=bias)
+        self.ff_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.up_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.ff_out = nn.Linear(config.hidden_size, width, bias=bias)
+
+    def forward(self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the block's output, (B, L, D). `mask` is None or bool, broadcastable to (B, H, L, L), True = attend."""
+        hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask)
+        normed_BLD = self.ff_norm(hidden_BLD)
+        return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
+
+    def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """Bidirectional attention; SDPA picks the device's flash or memory-efficient kernel."""
+        q_BHLE = rotate(self._heads(self.q_proj(normed_BLD)), cos, sin)
+        k_BGLE = rotate(self._heads(self.k_proj(normed_BLD)), cos, sin)
+        v_BGLE = self._heads(self.v_proj(normed_BLD))
+        grouped = q_BHLE.shape[1] != k_BGLE.shape[1]
+        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask, enable_gqa=grouped)
+        return self.attn_out(mixed_BHLE.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected_BLD: Tensor) -> Tensor:
+        return projected_BLD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class Transformer(nn.Module):
+    """The network below `model.transformer`: embedding, blocks, final norm and (unless tied) the head."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.wte = nn.Embedding(config.rows, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
+        if not config.weight_tying:
+            self.ff_out = nn.Linear(config.d_model, config.rows, bias=config.include_bias)
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The output matrix (V, D) and bias (V,) or None; the embedding itself when tied."""
+        if self.config.weight_tying:
+            return self.wte.weight, None
+        return self.ff_out.weight, self.ff_out.bias
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Return final hidden states (B, L, D), normed. Arguments as in `LLaDA.forward`."""
+        length = input_ids.shape[1]
+        if length > self.config.max_sequence_length:
+            raise ModelError(
+                f"input of {length} tokens is longer than the model's max_sequence_length "
+                f"{self.config.max_sequence_length}; shorten the prompt, seq_length or max_new_tokens"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)[None]
+        cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        mask = attention_mask_4d(attention_mask)
+        hidden_BLD = self.wte(input_ids)
+        if self.config.input_emb_norm:
+            hidden_BLD = hidden_BLD * math.sqrt(self.config.d_model)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden_BLD = checkpoint(block, hidden_BLD, cos, sin, mask, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                hidden_BLD = block(hidden_BLD, cos, sin, mask)
+        return self.ln_f(hidden_BLD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) of final hidden states (..., D), all V rows."""
+        return F.linear(scaled_for_head(self.config, hidden), *self.head)
+
+
+def scaled_for_head(config: LLaDAConfig, hidden: Tensor) -> Tensor:
+    """Apply `scale_logits` to hidden states before the head, which is linear, instead of to V logits."""
+    return hidden / math.sqrt(config.d_model) if config.scale_logits else hidden
+
+
+def attention_mask_4d(mask: Tensor | None) -> Tensor | None:
+    """Bring a mask to bool and a shape that broadcasts to (B, H, L, L).
+
+    Args:
+        mask: None (every position attends to all, which keeps SDPA's flash kernel possible), (B, L) for padding or
+            (B, 1, L, L) for packing; bool or 0/1, 1 = attend.
+
+    Raises:
+        ModelError: another shape.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        return mask.bool()
+    if mask.dim() != 2:
+        raise ModelError(f"attention_mask has shape {tuple(mask.shape)}; give (B, L) or (B, 1, L, L)")
+    keep_BL = mask.bool()
+    # A row of padding alone would have no key to attend to; such rows see themselves, and nothing looks at them.
+    empty_B = ~keep_BL.any(dim=1)
+    return (keep_BL | empty_B[:, None])[:, None, None, :]
+
+
+class LLaDA(nn.Module):
+    """The network as this package uses it: hidden states first, logits only where somebody asks for them."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({"transformer": Transformer(config)})
+
+    @property
+    def transformer(self) -> Transformer:
+        """The layers; reached through a ModuleDict so that state-dict keys equal the released ones."""
+        return self.model["transformer"]  # pyright: ignore[reportReturnType]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            input_ids: int64 (B, L), L at most `config.max_sequence_length`.
+            attention_mask: None, (B, L) or (B, 1, L, L); bool or 0/1, 1 = attend.
+            position_ids: int64 (B, L) or (1, L); default counts from 0 over the padded row, as the released code does.
+
+        Returns:
+            final hidden states (B, L, D).
+        """
+        return self.transformer(input_ids, attention_mask, position_ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) of hidden states (..., D): all `embedding_size` rows, nothing banned."""
+        return self.transformer.logits(hidden)
+
+    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (hidden, matrix, bias) whose linear map is `logits`, for losses that never build the logits."""
+        return scaled_for_head(self.config, hidden), *self.transformer.head
+
+
+@torch.no_grad()
+def initialise(model: LLaDA, generator: torch.Generator) -> None:
+    """Draw fresh weights as OLMo's `init_fn` does (allenai/OLMo, olmo/initialization.py).
+
+    `mitchell`: normal of 1/√d_model cut at three deviations, the projections back into the residual stream smaller by
+    √(2·(layer+1)) and by their own fan-in. `normal`: one standard deviation for all.
+    """
+    config = model.config
+
+    def draw(weight: Tensor, std: float) -> None:
+        if config.init_fn == "normal":
+            nn.init.normal_(weight, std=config.init_std, generator=generator)
+        else:
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+    wide = config.d_model**-0.5
+    draw(model.transformer.wte.weight, wide)
+    for layer, block in enumerate(model.transformer.blocks):
+        assert isinstance(block, Block)
+        for linear in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj):
+            draw(linear.weight, wide)
+        for linear in (block.attn_out, block.ff_out):
+            draw(linear.weight, (2 * linear.in_features * (layer + 1)) ** -0.5)
+    if not config.weight_tying:
+        draw(model.transformer.ff_out.weight, wide)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif name.endswith("norm.weight") or name.endswith("ln_f.weight"):
+            parameter.fill_(1.0)

@@ -1,0 +1,120 @@
+"""Weights in and out of safetensors folders, a tensor at a time, with exactly the keys that the network has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unmask.errors import ModelError
+from unmask.models.folders import INDEX, WEIGHTS, weight_files
+
+SHARD_BYTES = 5 * 10**9
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every stored (key, tensor) of a folder, shard by shard; at most one tensor is held at a time."""
+    by_file: dict[Path, list[str]] = {}
+    for key, file in weight_files(folder).items():
+        by_file.setdefault(file, []).append(key)
+    for file, keys in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for key in keys:
+                yield key, opened.get_tensor(key)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the first stored tensor."""
+    return next(read_tensors(folder))[1].dtype
+
+
+def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any) -> None:
+    """Fill a network built on the meta device from a folder, without ever holding two copies of it.
+
+    Args:
+        model: the network; every parameter is replaced.
+        folder: a folder with safetensors.
+        dtype: dtype of floating parameters; None = as stored.
+        device: where the parameters go.
+
+    Raises:
+        ModelError: a key too many or too few, or a shape that does not fit; the first one is named.
+    """
+    for key, tensor in _fitting_tensors(model, folder):
+        moved = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        model.load_state_dict({key: moved}, strict=False, assign=True)
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, folder: Path) -> None:
+    """Copy a folder's values into a network's existing parameters, which an optimizer may hold; raises ModelError."""
+    places = model.state_dict()
+    for key, tensor in _fitting_tensors(model, folder):
+        places[key].copy_(tensor)
+
+
+def _fitting_tensors(model: nn.Module, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a folder, checked to be exactly the network's."""
+    wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    missing = dict.fromkeys(wanted)
+    for key, tensor in read_tensors(folder):
+        if key not in wanted:
+            raise ModelError(
+                f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
+            )
+        if tensor.shape != wanted[key]:
+            raise ModelError(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json says {tuple(wanted[key])}"
+            )
+        del missing[key]
+        yield key, tensor
+    if missing:
+        raise ModelError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
+
+
+def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write tensors to `model.safetensors`, or to numbered shards with an index when they exceed one shard.
+
+    Args:
+        tensors: (key, tensor) pairs in file order; consumed once, so that a generator need not hold them all.
+        folder: an existing folder.
+        shard_bytes: largest size of a shard, in bytes (a single larger tensor still gets its own).
+
+    Returns:
+        the files written, index included.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        path = folder / f"shard-{len(shards)}.part"
+        save_file(pending, path, metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+        pending.clear()
+
+    for key, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if pending and size + nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[key] = tensor.detach().cpu().contiguous()
+        size += nbytes
+        total += nbytes
+    flush()
+    if len(shards) == 1:
+        return [shards[0][0].rename(folder / WEIGHTS)]
+    written, weight_map = [], {}
+    for number, (path, keys) in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        written.append(path.rename(folder / name))
+        weight_map.update(dict.fromkeys(keys, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*written, folder / INDEX]

@@ -1,0 +1,72 @@
+"""Objective `mdlm`: masked diffusion as LLaDA trains it (Nie et al. 2025, arXiv 2502.09992, eq. 3 and 5).
+
+Shapes: B rows, L positions, N scored positions, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.batch import Batch, LossTerm, LossTerms, NoisyBatch
+from unmask.objectives.noise import absorb, mask_probability, stratified_time
+from unmask.objectives.token_loss import linear_cross_entropy
+from unmask.rng import NoiseStream
+
+
+@dataclass(frozen=True)
+class MDLM:
+    """Mask supervised tokens at a random level, predict them where they were masked, weight each by 1/p.
+
+    Attributes:
+        mask_token_id: the id that replaces a token.
+        eps: smallest mask probability.
+        normalization: `token` divides Σ CE/p by the supervised tokens of the global batch (NeMo AutoModel, dllm);
+            `sequence` divides each row's Σ CE/p by its answer length and the whole by the rows (LLaDA's GUIDELINES.md).
+        time_sampling: `iid` draws t for each row; `stratified` spreads the t of a global batch evenly.
+    """
+
+    mask_token_id: int
+    eps: float = 1e-3
+    normalization: str = "token"
+    time_sampling: str = "iid"
+
+    def corrupt(self, batch: Batch, rng: NoiseStream) -> NoisyBatch:
+        """Draw one t a row and mask its supervised tokens; a function of the batch's sample ids and epoch alone."""
+        rows, length = batch.input_ids_BL.shape
+        time_B = rng.uniform("time", batch.epoch, batch.sample_ids_B, 1)[:, 0]
+        if self.time_sampling == "stratified":
+            time_B = stratified_time(time_B, batch.slots_B, batch.global_rows)
+        p_B = mask_probability(time_B, self.eps)
+        draws_BL = rng.uniform("mask", batch.epoch, batch.sample_ids_B, length)
+        noisy_BL, masked_BL = absorb(batch.input_ids_BL, batch.supervised_BL, p_B, draws_BL, self.mask_token_id)
+        return self.noisy(batch, noisy_BL, masked_BL, p_B[:, None].expand(rows, length))
+
+    def noisy(self, batch: Batch, noisy_ids_BL: Tensor, masked_BL: Tensor, p_BL: Tensor) -> NoisyBatch:
+        """Assemble what the loss needs from given noise.
+
+        Args:
+            batch: the clean rows.
+            noisy_ids_BL: ids with masks in place.
+            masked_BL: bool, where.
+            p_BL: mask probability at each position, in (0, 1].
+        """
+        weights_BL = torch.where(masked_BL, 1.0 / p_BL, 0.0)
+        if self.normalization == "sequence":
+            weights_BL = weights_BL / batch.answer_lengths_B.clamp(min=1)[:, None]
+            count = float(len(batch.input_ids_BL))
+        else:
+            count = float(batch.supervised_BL.sum())
+        attends = None if bool(batch.attention_mask_BL.all()) else batch.attention_mask_BL
+        return NoisyBatch(batch, noisy_ids_BL, attends, masked_BL, weights_BL, {"mdlm": count})
+
+    def loss(self, model: Any, noisy: NoisyBatch) -> LossTerms:
+        """Run the network once and score the masked positions, gathered before the head."""
+        hidden_BLD = model(noisy.noisy_ids_BL, noisy.attention_mask_BL)
+        hidden_ND, weight_VD, bias_V = model.head_inputs(hidden_BLD[noisy.scored_BL])
+        targets_N = noisy.clean.input_ids_BL[noisy.scored_BL]
+        total = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, noisy.weights_BL[noisy.scored_BL])
+        return LossTerms({"mdlm": LossTerm(total, noisy.counts["mdlm"])})

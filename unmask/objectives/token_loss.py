@@ -1,0 +1,139 @@
+"""Linear head and cross-entropy in one: the logits of a chunk of rows live, those of all rows never do.
+
+The gradients with respect to hidden states, head and bias are computed in the forward pass, while a chunk's
+probabilities are at hand (the idea of Liger's FusedLinearCrossEntropy, arXiv 2410.10989, section 3.2), so backward is a
+multiplication by the incoming scalar. Matmuls run in autocast's dtype where it is on; softmax, loss and the sums of
+gradients over chunks are fp32.
+
+Shapes: N scored positions, D width, V vocabulary rows, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^24 fp32 logits are 64 MiB.
+CHUNK_LOGITS = 2**24
+# With a compute dtype below the master weights', the head is cast a slice at a time, so no copy of it ever exists.
+CAST_ROWS = 2**14
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> Tensor:
+    """Return Σ_n w_n · CE(softmax(h_n Wᵀ + b), y_n), differentiable in hidden, weight and bias.
+
+    Args:
+        hidden_ND: final hidden states of the scored positions, any float dtype.
+        weight_VD: the head; may require gradient or not (frozen), may be the embedding (tied).
+        bias_V: bias of the head or None.
+        targets_N: int64 ids in 0..V-1.
+        weights_N: float weight of each position's cross-entropy; a position of weight 0 is ignored: it contributes
+            neither loss nor gradient, whatever its target and hidden state.
+        chunk_logits: most logits alive at once; at least one row is always computed.
+
+    Returns:
+        scalar float32, nats.
+    """
+    kept_N = weights_N != 0
+    if not bool(kept_N.all()):
+        hidden_ND, targets_N, weights_N = hidden_ND[kept_N], targets_N[kept_N], weights_N[kept_N]
+    kind = hidden_ND.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N.float(), compute, chunk_logits)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits):  # noqa: ANN001
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        grad_bias_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=weight_VD.device) if needs_bias else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        rows = max(1, chunk_logits // len(weight_VD))
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for start in range(0, len(hidden_ND), rows):
+                part = slice(start, start + rows)
+                hidden_RD = hidden_ND[part].to(compute)
+                logits_RV = _logits(hidden_RD, weight_VD, bias_V)
+                targets_R, weights_R = targets_N[part, None], weights_N[part, None]
+                picked_R = logits_RV.gather(1, targets_R)
+                top_R = logits_RV.amax(dim=1, keepdim=True)
+                # exp in place: the logits become unnormalised probabilities, then the gradient of the logits.
+                grad_RV = logits_RV.sub_(top_R).exp_()
+                total_R = grad_RV.sum(dim=1, keepdim=True)
+                loss += ((total_R.log() + top_R - picked_R) * weights_R).sum()
+                if not (needs_hidden or needs_weight or needs_bias):
+                    continue
+                grad_RV.mul_(weights_R / total_R)
+                grad_RV.scatter_add_(1, targets_R, -weights_R)
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_RV.sum(dim=0)
+                _accumulate(grad_RV, hidden_RD, weight_VD, grad_hidden_ND, grad_weight_VD, part)
+        ctx.bias_dtype = None if bias_V is None else bias_V.dtype
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias = ctx.saved_tensors
+        # In place: the buffers are ours alone, and the head's is as large as the head.
+        scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (hidden, weight, bias)]
+        if scaled[2] is not None:
+            scaled[2] = scaled[2].to(ctx.bias_dtype)
+        return *scaled, None, None, None, None
+
+
+def _slices(weight_VD: Tensor, compute: torch.dtype) -> list[slice]:
+    """One slice when the head is already in the compute dtype, else pieces small enough to cast one after another."""
+    step = len(weight_VD) if weight_VD.dtype == compute else CAST_ROWS
+    return [slice(start, start + step) for start in range(0, len(weight_VD), step)]
+
+
+def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Return fp32 logits (R, V), multiplied in the dtype of `hidden_RD`."""
+    logits_RV = torch.empty(len(hidden_RD), len(weight_VD), dtype=torch.float32, device=hidden_RD.device)
+    for piece in _slices(weight_VD, hidden_RD.dtype):
+        product = logits_RV[:, piece]
+        matrix = weight_VD[piece].to(hidden_RD.dtype).t()
+        if hidden_RD.dtype == torch.float32:
+            torch.mm(hidden_RD, matrix, out=product) if product.is_contiguous() else product.copy_(hidden_RD @ matrix)
+        else:
+            product.copy_(hidden_RD @ matrix)
+    return logits_RV if bias_V is None else logits_RV.add_(bias_V.float())
+
+
+def _accumulate(
+    grad_RV: Tensor,
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    grad_hidden_ND: Tensor | None,
+    grad_weight_VD: Tensor | None,
+    part: slice,
+) -> None:
+    """Add one chunk's gradients into the buffers of hidden states and head."""
+    compute = hidden_RD.dtype
+    grad_hidden_RD = torch.zeros(hidden_RD.shape, dtype=torch.float32, device=hidden_RD.device)
+    for piece in _slices(weight_VD, compute):
+        grad_RW = grad_RV[:, piece].to(compute)
+        if grad_hidden_ND is not None:
+            if compute == torch.float32:
+                grad_hidden_RD.addmm_(grad_RW, weight_VD[piece].to(compute))
+            else:
+                grad_hidden_RD += grad_RW @ weight_VD[piece].to(compute)
+        if grad_weight_VD is not None:
+            if grad_weight_VD.dtype == compute == torch.float32:
+                grad_weight_VD[piece].addmm_(grad_RW.t(), hidden_RD)
+            else:
+                grad_weight_VD[piece] += (grad_RW.t() @ hidden_RD).to(grad_weight_VD.dtype)
+    if grad_hidden_ND is not None:
+        grad_hidden_ND[part] = grad_hidden_RD.to(grad_hidden_ND.dtype)

@@ -1,0 +1,105 @@
+"""`--dry-run`: what a person needs to see before spending a GPU-day. Loads no weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unmask.assemble import Parts, Prepared, build_parts
+from unmask.config import dump_config
+from unmask.training.estimate import Estimate, estimate_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from unmask.batch import Batch, NoisyBatch
+
+ROWS = 3
+HIDDEN = "dim"  # style of a masked position, drawn as one block of shade
+
+
+def show_plan(prepared: Prepared, console: Console) -> None:
+    """Print the resolved configuration, sizes, and three training rows clean and corrupted."""
+    import torch
+    from rich.rule import Rule
+    from rich.syntax import Syntax
+
+    from unmask.rng import NoiseStream
+    from unmask.training.lora import attach
+
+    config = prepared.config
+    parts = build_parts(prepared)
+    with torch.device("meta"):
+        model = prepared.plan.family.build(prepared.plan.config)
+        if config.peft is not None:
+            attach(model, config.peft, "")
+    console.print(Rule("configuration"))
+    console.print(Syntax(dump_config(config), "yaml", background_color="default"))
+    for key in prepared.not_needed:
+        console.print(f"not needed here: {key}", markup=False)
+    console.print(Rule("size"))
+    estimate = estimate_memory(config, prepared.plan, model)
+    steps = config.step_scheduler
+    total = steps.total_steps(parts.loader.steps_per_epoch)
+    for line in _sizes(prepared, parts, estimate, total):
+        console.print(line, markup=False, highlight=False)
+    first = next(iter(parts.loader))
+    noisy = [parts.objective.corrupt(batch, NoiseStream(config.seed)) for batch in first]
+    console.print(Rule(f"the first {ROWS} rows of step 1: clean (supervised tokens green), then corrupted"))
+    shown = 0
+    for batch, corrupted in zip(first, noisy, strict=True):
+        for row in range(len(batch.input_ids_BL)):
+            if shown == ROWS:
+                return
+            shown += 1
+            where = prepared.rows.describe(int(batch.sample_ids_B[row]))
+            console.print(f"\n[{shown}] {where}, {int(batch.attention_mask_BL[row].sum())} tokens", markup=False)
+            console.print(_clean(batch, row, parts.tokenizer))
+            masked = int(corrupted.scored_BL[row].sum())
+            supervised = int(batch.supervised_BL[row].sum())
+            console.print(f"    corrupted: {masked} of {supervised} supervised tokens masked", style="dim")
+            console.print(_corrupted(corrupted, row, parts.tokenizer))
+
+
+def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> list[str]:
+    steps = prepared.config.step_scheduler
+    length = prepared.config.dataset.seq_length
+    gib = 2**30
+    skipped = len(prepared.rows.skipped)
+    return [
+        f"parameters        {estimate.parameters:,} ({estimate.trainable:,} trained)",
+        f"rows              {len(prepared.rows):,}" + (f" ({skipped} malformed skipped)" if skipped else ""),
+        f"steps             {total:,} ({parts.loader.steps_per_epoch:,} an epoch)",
+        f"a step            {steps.global_batch_size} rows = {steps.local_batch_size} rows × "
+        f"{steps.global_batch_size // steps.local_batch_size} micro-batches, at most "
+        f"{steps.global_batch_size * length:,} tokens",
+        f"estimated memory  {estimate.total / gib:.2f} GiB = weights {estimate.weights / gib:.2f} + gradients "
+        f"{estimate.gradients / gib:.2f} + AdamW {estimate.optimizer / gib:.2f} + activations at {length} tokens "
+        f"{estimate.activations / gib:.2f}",
+    ]
+
+
+def _clean(batch: Batch, row: int, tokenizer: Any) -> Text:
+    attended = batch.attention_mask_BL[row].tolist()
+    marks = ["green" if s else "" for s in batch.supervised_BL[row].tolist()]
+    return _pieces(batch.input_ids_BL[row].tolist(), marks, attended, tokenizer)
+
+
+def _corrupted(noisy: NoisyBatch, row: int, tokenizer: Any) -> Text:
+    attended = noisy.clean.attention_mask_BL[row].tolist()
+    marks = [HIDDEN if m else "" for m in noisy.scored_BL[row].tolist()]
+    return _pieces(noisy.noisy_ids_BL[row].tolist(), marks, attended, tokenizer)
+
+
+def _pieces(ids: list[int], styles: list[str], attended: list[bool], tokenizer: Any) -> Text:
+    """Decode runs of equally styled tokens together, since a character may be spread over several tokens."""
+    from itertools import groupby
+
+    from rich.text import Text
+
+    text = Text()
+    kept = [(token, style) for token, style, seen in zip(ids, styles, attended, strict=True) if seen]
+    for style, run in groupby(kept, key=lambda item: item[1]):
+        ids_of_run = [token for token, _ in run]
+        text.append("░" * len(ids_of_run) if style == HIDDEN else tokenizer.decode(ids_of_run), style=style)
+    return text

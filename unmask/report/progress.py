@@ -1,0 +1,73 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows loss, learning rate, gradient norm, speed and time left.
+
+    Args:
+        total_steps: the run's length.
+        first_step: steps already done (a resumed run).
+        console: where to write; when it is no terminal, a plain line every `seconds_between` seconds.
+        seconds_between: interval of the plain lines; the first and last steps are always shown.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, console: Console, seconds_between: float = 10.0) -> None:
+        self._total = total_steps
+        self._first = first_step
+        self._console = console
+        self._between = seconds_between
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> TrainingProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, tokens_per_second: float) -> None:
+        """Show one finished step."""
+        line = f"loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=line)
+            return
+        now = time.monotonic()
+        if now - self._shown >= self._between or step in (self._first + 1, self._total):
+            self._shown = now
+            left = (now - self._started) / max(1, step - self._first) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {line}  ETA {_clock(left)}")
+
+    def say(self, text: str) -> None:
+        """Print a line of its own: a validation result, a checkpoint, a warning."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,181 @@
+"""From prompts to answers: encode, sample in batches, decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from unmask.errors import SamplingError
+from unmask.sampling.adapters import Adapter, adapter_for
+from unmask.sampling.denoise import Request, StepEvent, denoise
+from unmask.sampling.draws import row_keys
+from unmask.sampling.prompts import encode_prompts
+from unmask.sampling.settings import SamplerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows denoised together unless the caller says otherwise.
+DEFAULT_BATCH_SIZE = 16
+
+# Ends a turn in Llama-3-style templates, LLaDA's among them.
+END_OF_TURN = "<|eot_id|>"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an answer cost.
+
+    Attributes:
+        nfe: network calls that the row took part in; a guidance pair counts once.
+        tokens_per_forward: tokens of the answer (a stop token not counted) per network call.
+        seconds: from the start of the row's batch until the row was finished.
+        tokens_per_second: tokens of the answer per second, for this row alone.
+    """
+
+    nfe: int
+    tokens_per_forward: float
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        token_ids: the answer without the prompt, up to and without the first stop token, at most `max_new_tokens`.
+        text: `token_ids` decoded without special tokens; None without a tokenizer.
+        finish_reason: "eos" when a stop token ended it, otherwise "length".
+        prompt_ids: the tokens that it answers.
+        stats: what it cost.
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    prompt_ids: list[int]
+    stats: Stats
+
+
+def generate(
+    model: nn.Module,
+    prompts: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sampler: SamplerConfig | None = None,
+    seed: int = 42,
+    raw: bool = False,
+    batch_size: int | None = None,
+    on_event: Callable[[StepEvent], None] | None = None,
+) -> list[Generation]:
+    """Sample an answer to each prompt.
+
+    An answer does not depend on the other prompts, their order or the batch size, but that a prompt given twice draws
+    other numbers the second time, and that matrix products round differently with the batch's shape (where two choices
+    tie in the model's precision, the tie may then fall the other way).
+
+    Args:
+        model: from `unmask.load_model`; put into eval mode for the time of the call.
+        prompts: a prompt or a list of prompts. A prompt is a text (one user turn through the chat template, or literal
+            text with `raw`), a chat as a list of {"role", "content"}, or a list of token ids.
+        tokenizer: needed for texts and chats, and for `text` in the result.
+        sampler: settings; None = the defaults.
+        seed: with equal seed and prompt the answer is the same.
+        raw: tokenize texts as they stand, without a chat template.
+        batch_size: rows denoised together, at least 1; None = 16.
+        on_event: called after each network call.
+
+    Returns:
+        a `Generation` for each prompt, in their order; a list of one for a single prompt.
+
+    Raises:
+        SamplingError: a prompt that is empty, too long for the model or needs a tokenizer; a model of no known family;
+            logits that are not finite.
+    """
+    sampler = sampler if sampler is not None else SamplerConfig()
+    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise SamplingError(f"batch_size: must be an integer of at least 1, got {batch_size!r}")
+    adapter = adapter_for(model, sampler.cfg_scale)
+    encoded = encode_prompts(prompts, tokenizer, raw, adapter.spec.mask_id)
+    for index, ids in enumerate(encoded):
+        _check_prompt(index, ids, adapter, sampler)
+    requests = [
+        Request(*request) for request in zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
+    ]
+    requests.sort(key=lambda request: len(request.prompt_ids))  # prompts of like length need little padding
+    stops = stop_ids(adapter, tokenizer)
+    results: dict[int, Generation] = {}
+    with _evaluating(model):
+        for start in range(0, len(requests), size):
+            began = time.perf_counter()
+            for event in denoise(adapter, requests[start : start + size], sampler, stops):
+                if on_event is not None:
+                    on_event(event)
+                for row in event.finished_B.nonzero()[:, 0].tolist():
+                    index = event.rows[row]
+                    seconds = time.perf_counter() - began
+                    answer, nfe = event.answer_BC[row].tolist(), int(event.nfe_B[row])
+                    results[index] = _result(encoded[index], answer, nfe, seconds, stops, tokenizer)
+    return [results[index] for index in range(len(encoded))]
+
+
+def stop_ids(adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Return the tokens that end an answer: the model's, and the tokenizer's end of text and end of turn."""
+    ids = set(adapter.spec.eos_ids)
+    if tokenizer is not None:
+        if isinstance(tokenizer.eos_token_id, int):
+            ids.add(tokenizer.eos_token_id)
+        end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        if isinstance(end_of_turn, int) and end_of_turn != tokenizer.unk_token_id:
+            ids.add(end_of_turn)
+    return tuple(sorted(ids))
+
+
+def _check_prompt(index: int, ids: Sequence[int], adapter: Adapter, sampler: SamplerConfig) -> None:
+    spec = adapter.spec
+    total = len(ids) + sampler.max_new_tokens
+    if total > spec.max_length:
+        raise SamplingError(
+            f"prompt {index}: {len(ids)} tokens and max_new_tokens={sampler.max_new_tokens} make {total}, over the "
+            f"model's max_sequence_length {spec.max_length}; shorten the prompt or the answer"
+        )
+    outside = [token for token in ids if not 0 <= token < spec.input_rows]
+    if outside:
+        raise SamplingError(
+            f"prompt {index}: token id {outside[0]} is outside the model's vocabulary of {spec.input_rows}; "
+            "use the tokenizer that belongs to the checkpoint"
+        )
+
+
+def _result(
+    prompt_ids: list[int],
+    answer: list[int],
+    nfe: int,
+    seconds: float,
+    stops: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Generation:
+    end = next((place for place, token in enumerate(answer) if token in stops), None)
+    token_ids = answer[:end]
+    text = None if tokenizer is None else str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    stats = Stats(nfe, len(token_ids) / nfe, seconds, len(token_ids) / max(seconds, 1e-9))
+    return Generation(token_ids, text, "length" if end is None else "eos", prompt_ids, stats)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch every module to eval mode, and those that were training back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

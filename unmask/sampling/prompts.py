@@ -1,0 +1,113 @@
+"""What a caller may give as prompts, and how each becomes token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from unmask.errors import DataError, SamplingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from unmask.data.chat import ChatTemplate
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """Return the prompts as a list; a single text, chat or sequence of ids becomes a list of one.
+
+    Raises:
+        SamplingError: something that is neither a prompt nor a list of them.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    items = _plain(prompts)
+    if not isinstance(items, (list, tuple)):
+        raise SamplingError(f"prompts: expected texts, chats or lists of token ids, got {_shown(prompts)}")
+    single = len(items) > 0 and all(isinstance(item, (Mapping, int)) for item in items)
+    return [items] if single else list(items)
+
+
+def encode_prompts(
+    prompts: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool = False, mask_id: int | None = None
+) -> list[list[int]]:
+    """Return the token ids of each prompt.
+
+    Args:
+        prompts: a prompt or a list of prompts. A text is one user turn, or literal text with `raw`; a list of
+            {"role", "content"} is a chat; a list of integers is token ids.
+        tokenizer: needed for texts and chats.
+        raw: tokenize texts as they stand, control tokens spelt in them included.
+        mask_id: the model's mask, which the text of a chat cannot spell.
+
+    Raises:
+        SamplingError: no tokenizer for a text, an empty prompt, one of another kind, or a tokenizer whose chat template
+            cannot render it.
+    """
+    items = [_plain(prompt) for prompt in as_list(prompts)]
+    template: ChatTemplate | None = None
+    encoded = []
+    for index, prompt in enumerate(items):
+        if _is_ids(prompt):
+            encoded.append(list(prompt))
+            continue
+        messages = _messages(index, prompt, raw)
+        if tokenizer is None:
+            raise SamplingError(
+                f"prompt {index}: text needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...) or give token ids"
+            )
+        if messages is None:
+            ids = list(tokenizer.encode(prompt, add_special_tokens=False))
+        else:
+            try:
+                template = template or _template(tokenizer, mask_id)
+                ids = template.encode_prompt(messages)
+            except DataError as error:
+                raise SamplingError(f"prompt {index}: {error}; or give literal text with raw") from None
+        if not ids:
+            raise SamplingError(f"prompt {index}: the tokenizer makes no tokens of it; write some text")
+        encoded.append(ids)
+    return encoded
+
+
+def _messages(index: int, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:
+    """Return a prompt's chat messages, or None for literal text; refuse what is neither."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise SamplingError(f"prompt {index}: the text is empty; write what the model should answer")
+        return None if raw else [{"role": "user", "content": prompt}]
+    if isinstance(prompt, (list, tuple)) and not prompt:
+        raise SamplingError(f"prompt {index}: the list is empty; give at least one token id or message")
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in prompt):
+        raise SamplingError(f"prompt {index}: expected text, messages or token ids, got {_shown(prompt)}")
+    if raw:
+        raise SamplingError(f"prompt {index}: a chat goes through the chat template; leave raw out, or give text")
+    for number, turn in enumerate(prompt):
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise SamplingError(
+                f"prompt {index}: message {number} needs the texts 'role' and 'content', got {_shown(turn)}"
+            )
+    if not any(turn["content"].strip() for turn in prompt):
+        raise SamplingError(f"prompt {index}: every message is empty; write what the model should answer")
+    return [dict(turn) for turn in prompt]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> ChatTemplate:
+    from unmask.data.chat import load_template
+
+    return load_template(tokenizer, control_ids=() if mask_id is None else (mask_id,))
+
+
+def _is_ids(prompt: Any) -> bool:
+    is_list = isinstance(prompt, (list, tuple)) and len(prompt) > 0
+    return is_list and all(isinstance(item, int) and not isinstance(item, bool) for item in prompt)
+
+
+def _plain(prompt: Any) -> Any:
+    """Return tensors and arrays as lists, everything else as it is."""
+    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,216 @@
+"""Checkpoints that are whole or not there: written beside, then renamed; read only after every byte is checked.
+
+`step_N/` is a plain Hugging Face folder (the model as it is at step N) with the optimizer's moments, the data position
+and the run's configuration beside the weights. `manifest.json` is written last and lists every file's size and CRC-32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import CheckpointError, FieldError
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_STEP = re.compile(r"step_(\d+)")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Section `checkpoint`: the run directory and what is kept in it.
+
+    Attributes:
+        enabled: False writes logs only and cannot resume.
+        checkpoint_dir: the run directory; a run that finds checkpoints there goes on from the newest whole one.
+        max_recent_checkpoints: older ones are removed after each save; null keeps all.
+    """
+
+    enabled: bool = True
+    checkpoint_dir: str = "checkpoints"
+    max_recent_checkpoints: int | None = 3
+
+    def __post_init__(self) -> None:
+        if self.max_recent_checkpoints is not None and self.max_recent_checkpoints < 1:
+            raise FieldError("max_recent_checkpoints", f"must be at least 1 or null, got {self.max_recent_checkpoints}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to resume from.
+
+    Attributes:
+        folder: its `step_N`.
+        state: the content of its state.json.
+        refused: one line for each newer checkpoint that could not be used, naming it and why.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    refused: tuple[str, ...]
+
+
+def prepare_run_dir(root: Path) -> None:
+    """Create a run directory and make sure that it can be written, before anything heavy starts.
+
+    Raises:
+        CheckpointError: a file in the way, or no permission.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.checkpoint_dir: {root} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """Write `step_N` beside its place, rename it into place and point `latest` at it.
+
+    Args:
+        root: the run directory.
+        step: N; an existing `step_N` is replaced.
+        state: JSON-able content of state.json.
+        write: fills a new folder with the model, optimizer and configuration.
+
+    Raises:
+        CheckpointError: the disk is full or read-only; nothing half-written stays and older checkpoints are untouched.
+    """
+    final, temporary = root / f"step_{step}", root / f".step_{step}.{os.getpid()}.part"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        (temporary / STATE).write_text(json.dumps({"format": _FORMAT, "step": step, **state}, indent=1) + "\n")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        listing = {str(path.relative_to(temporary)): [path.stat().st_size, _crc32(path)] for path in files}
+        (temporary / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": listing}, indent=1) + "\n")
+        for path in (*files, temporary / MANIFEST, temporary):
+            _to_disk(path)
+        if final.exists():  # a torn one of that name; moved aside in one step, removed by `prune`
+            final.rename(root / f".step_{step}.{os.getpid()}.old.part")
+        temporary.rename(final)
+        _point_latest(root, final.name)
+    except (OSError, ValueError, RuntimeError) as error:  # safetensors reports a full disk as an error of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{final}: the checkpoint could not be saved ({reason}); nothing half-written was left and older "
+            "checkpoints are untouched. Free some space or change checkpoint.checkpoint_dir, then run again to resume"
+        ) from error
+    return final
+
+
+def prune(root: Path, keep: int | None) -> None:
+    """Remove all but the `keep` newest checkpoints, and what killed saves left behind."""
+    for leftover in root.glob(".step_*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in [] if keep is None else checkpoints(root)[keep:]:
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.part")  # a kill half-way must not leave a torn step_N
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the `step_N` folders of a run, newest first, whole or not."""
+    found = [(int(match[1]), path) for path in root.glob("step_*") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Found | None:
+    """Return the newest checkpoint that is whole and of this model; None when the run has none yet.
+
+    Args:
+        root: the run directory.
+        identity: what must be equal for a checkpoint to belong to this run (see `save_checkpoint`'s state["identity"]).
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be used; each is named with its reason.
+    """
+    refused = []
+    for folder in checkpoints(root):
+        try:
+            verify(folder)
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            _check_identity(folder, state.get("identity", {}), identity)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        return Found(folder, state, tuple(refused))
+    if refused:
+        raise CheckpointError(
+            f"{root} holds no checkpoint that this run can resume from: {'; '.join(refused)}. "
+            "Set checkpoint.checkpoint_dir to a new folder, or move these away to start from the beginning"
+        )
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: naming the checkpoint and the first file that is missing, too short or changed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder.name} has format {manifest.get('format')}, this version reads {_FORMAT}")
+    for name, (size, crc) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder.name} is torn: {name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder.name} is torn: {name} has {path.stat().st_size} bytes instead of {size}")
+        if _crc32(path) != crc:
+            raise CheckpointError(f"{folder.name} is damaged: {name} does not match its checksum")
+
+
+def _check_identity(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            raise CheckpointError(
+                f"{folder.name} is foreign: its {name} is {_short(stored.get(name))}, this run's is {_short(value)}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _point_latest(root: Path, name: str) -> None:
+    link = root / f".{LATEST}.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, root / LATEST)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

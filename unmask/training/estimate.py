@@ -1,0 +1,67 @@
+"""How much memory a run will take, counted from its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from unmask.models.registry import ModelPlan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unmask.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step on one device, and counts of parameters.
+
+    Attributes:
+        parameters, trainable: how many, and how many of them are trained.
+        weights: the master weights.
+        gradients: one a trained parameter.
+        optimizer: AdamW's two moments.
+        activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Estimate:
+    """Count the memory of a training step.
+
+    Args:
+        config: the run.
+        plan: the model's plan.
+        model: its network, on the meta device, adapters attached.
+    """
+    from unmask.objectives.token_loss import CHUNK_LOGITS
+
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    width = 4 if config.model.torch_dtype == "float32" else 2
+    trained_bytes = sum(p.numel() for p in trainable) * width
+    tokens = config.step_scheduler.local_batch_size * config.dataset.seq_length
+    compute = 2 if config.distributed.autocast_dtype == "bfloat16" else width
+    activations = plan.family.activation_bytes(
+        plan.config, tokens, width, compute, config.distributed.activation_checkpointing
+    )
+    return Estimate(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in trainable),
+        weights=sum(p.numel() for p in parameters) * width,
+        gradients=trained_bytes,
+        optimizer=2 * trained_bytes,
+        activations=activations + 4 * CHUNK_LOGITS,
+    )

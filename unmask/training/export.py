@@ -1,0 +1,79 @@
+"""`unmask export`: a plain Hugging Face folder that every loader of the family reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from unmask.errors import CheckpointError, ModelError
+
+
+def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str | None = None) -> list[str]:
+    """Write model, config, tokenizer and chat template; written beside `output` and renamed when complete.
+
+    Args:
+        checkpoint: a folder, run directory or hub id.
+        output: a folder that does not exist yet, or an empty one.
+        adapter: LoRA adapter to merge into the weights.
+        dtype: dtype of the written weights; None = as stored.
+
+    Returns:
+        warnings for the user, one line each.
+
+    Raises:
+        ModelError: the checkpoint or adapter cannot be used.
+        CheckpointError: `output` is taken or cannot be written; nothing half-written is left.
+    """
+    from unmask.models.registry import plan_folder
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
+    plan = plan_folder(checkpoint, "--checkpoint")
+    if adapter is not None:
+        from unmask.models.adapter_folder import find_adapter
+
+        find_adapter(adapter)
+    from unmask.models.registry import build_model
+    from unmask.training.model_files import save_model
+
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"--output: {output} cannot be written ({error.strerror}); choose another place") from None
+    try:
+        # The adapter's delta is added in fp32 and the sum rounded once to the stored dtype.
+        model = build_model(plan, dtype if adapter is None else "float32")
+        if adapter is not None:
+            import torch
+
+            from unmask.models.adapter import load_adapter, merge_adapter
+            from unmask.models.weights import stored_dtype
+
+            assert plan.folder is not None
+            load_adapter(model, adapter)
+            merge_adapter(model)
+            model.to(getattr(torch, dtype) if dtype else stored_dtype(plan.folder))
+        save_model(model, plan, temporary)
+        warnings = _copy_tokenizer(checkpoint, temporary)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"--output: {output} could not be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return warnings
+
+
+def _copy_tokenizer(checkpoint: str, folder: Path) -> list[str]:
+    from unmask.models.tokenizer import find_tokenizer, load_tokenizer
+
+    try:
+        find_tokenizer(checkpoint, "--checkpoint")
+    except ModelError:
+        return [f"{checkpoint} has no tokenizer, so the exported folder has none either"]
+    load_tokenizer(checkpoint, "--checkpoint").save_pretrained(folder)
+    return []

@@ -1,0 +1,198 @@
+"""The training loop. From here: corruption and loss are the objective's (`step.objective`), the network is `model`.
+
+    rows → loader → micro-batches of one global batch → train_step → metrics.jsonl
+                                                     ↘ every so many steps: validation, checkpoint
+
+Everything that the loop needs arrives assembled in a `TrainingRun`; nothing is looked up here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from unmask.batch import Batch
+from unmask.distributed.runtime import Runtime
+from unmask.errors import TrainingError
+from unmask.objectives.registry import Objective
+from unmask.report.metrics import MetricsLog
+from unmask.report.progress import TrainingProgress
+from unmask.rng import NoiseStream
+from unmask.training.checkpoint import CheckpointConfig, prune, save_checkpoint
+from unmask.training.optim import set_learning_rate
+from unmask.training.optimizer_state import save_optimizer
+from unmask.training.resume import ResumePoint
+from unmask.training.schedule import LRSchedulerConfig, StepSchedulerConfig, due, learning_rate
+from unmask.training.signals import StopRequest
+from unmask.training.step import StepResult, train_step
+
+
+class Loader(Protocol):
+    """What the loop needs of the data: the micro-batches of each step, and a position to save."""
+
+    def __iter__(self) -> Generator[list[Batch]]:
+        """Yield each step's micro-batches from the current position on, without end."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last step returned, JSON-able."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One assembled run.
+
+    Attributes:
+        root: the run directory.
+        model, objective, loader, optimizer, noise, runtime: the parts of a step.
+        steps: sizes and intervals; `total_steps` is the length they resolve to.
+        schedule, peak_lr, max_norm: the optimizer's settings that change or limit a step.
+        checkpoint: what is kept, under which identity (a checkpoint of another identity is foreign).
+        write_model: writes the model as a Hugging Face folder; `read_model` puts such a folder's weights back.
+        validators: each takes the model and returns the fields of a validation event.
+        metrics, progress: where numbers go.
+        name_rows: says which rows a batch holds, for an error message.
+        is_good_enough: told each validation event; True ends the run.
+    """
+
+    root: Path
+    model: nn.Module
+    objective: Objective
+    loader: Loader
+    optimizer: Optimizer
+    noise: NoiseStream
+    runtime: Runtime
+    steps: StepSchedulerConfig
+    total_steps: int
+    schedule: LRSchedulerConfig
+    peak_lr: float
+    max_norm: float | None
+    checkpoint: CheckpointConfig
+    identity: Mapping[str, Any]
+    write_model: Callable[[Path], None]
+    read_model: Callable[[Path], None]
+    validators: Sequence[Callable[[nn.Module], Mapping[str, float]]]
+    metrics: MetricsLog
+    progress: TrainingProgress
+    name_rows: Callable[[Sequence[Batch]], str]
+    is_good_enough: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """How a run ended.
+
+    Attributes:
+        step: the last step made.
+        reason: `finished`, `good enough`, or the name of the signal that stopped it.
+        checkpoint: the folder saved last; None when checkpoints are off.
+    """
+
+    step: int
+    reason: str
+    checkpoint: Path | None
+
+
+def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
+    """Train from `start` to the end, to a good-enough validation, or to a signal.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite; the step, its rows and the last good checkpoint are named.
+        CheckpointError: a checkpoint could not be saved.
+    """
+    step, saved = start.step, start.folder
+    reason = "finished"
+    stream = iter(run.loader)
+    with StopRequest() as stop, run.progress, contextlib.closing(stream):
+        while step < run.total_steps:
+            began = time.perf_counter()
+            batches = next(stream)
+            step += 1
+            rate = learning_rate(step, run.schedule, run.peak_lr, run.total_steps)
+            set_learning_rate(run.optimizer, rate)
+            result = train_step(
+                run.model, run.objective, batches, run.noise, run.optimizer, run.runtime, run.max_norm
+            )
+            if not result.finite:
+                raise _not_finite(run, step, result, batches, saved)
+            _record(run, step, rate, result, time.perf_counter() - began)
+            good = due(step, run.steps.val_every_steps) and _validate(run, step)
+            if good or stop.name is not None:
+                reason = stop.name or "good enough"
+                break
+            if due(step, run.steps.ckpt_every_steps) and step < run.total_steps:
+                saved = _save(run, step)
+        if reason == "finished" and step > start.step and not due(step, run.steps.val_every_steps):
+            _validate(run, step)
+        if step > start.step:
+            saved = _save(run, step)
+        run.metrics.write("end", step=step, reason=reason)
+    return TrainingOutcome(step, reason, saved)
+
+
+def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float) -> None:
+    speed = result.tokens / seconds
+    run.metrics.write(
+        "train",
+        step=step,
+        loss=result.loss,
+        **{f"{name}_loss": value for name, value in result.losses.items()},
+        grad_norm=result.grad_norm,
+        lr=rate,
+        tokens=result.tokens,
+        supervised_tokens=result.supervised_tokens,
+        tokens_per_second=round(speed, 1),
+        memory_gib=round(run.runtime.memory_gib(), 3),
+    )
+    run.progress.step(step, result.loss, rate, result.grad_norm, speed)
+
+
+def _validate(run: TrainingRun, step: int) -> bool:
+    """Run every validator, record the event, and say whether the run may end."""
+    if not run.validators:
+        return False
+    event: dict[str, Any] = {}
+    began = time.perf_counter()
+    for validator in run.validators:
+        event.update(validator(run.model))
+    run.metrics.write("validation", step=step, **event, seconds=round(time.perf_counter() - began, 3))
+    run.progress.say(f"step {step}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in event.items()))
+    return run.is_good_enough(event)
+
+
+def _save(run: TrainingRun, step: int) -> Path | None:
+    if not run.checkpoint.enabled:
+        return None
+
+    def write(folder: Path) -> None:
+        run.write_model(folder)
+        save_optimizer(run.model, run.optimizer, folder)
+
+    state = {"loader": run.loader.state_dict(), "identity": dict(run.identity)}
+    folder = save_checkpoint(run.root, step, state, write)
+    prune(run.root, run.checkpoint.max_recent_checkpoints)
+    run.progress.say(f"step {step}  saved {folder}")
+    return folder
+
+
+def _not_finite(
+    run: TrainingRun, step: int, result: StepResult, batches: Sequence[Batch], saved: Path | None
+) -> TrainingError:
+    run.metrics.write("stopped", step=step, reason="not finite")  # NaN has no place in JSON, so no value
+    return TrainingError(
+        f"step {step}: the loss ({result.loss}) or the gradient norm ({result.grad_norm}) is not finite, and training "
+        f"stopped before the update. Rows of this step: {run.name_rows(batches)}. Last good checkpoint: "
+        f"{saved or 'none yet'}. Lower optimizer.lr, add lr_scheduler.lr_warmup_steps or look at these rows"
+    )

@@ -1,0 +1,93 @@
+"""The optimizer: AdamW in one fused kernel, decay on matrices only, and gradient clipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from unmask.errors import FieldError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Section `optimizer`: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    Attributes:
+        name: `adamw`.
+        lr: peak learning rate.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay of matrices; norms and biases are never decayed.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise FieldError(name, f"must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise FieldError("betas", f"must lie in [0, 1), got {list(self.betas)}")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Section `clip_grad_norm`.
+
+    Attributes:
+        max_norm: gradients are scaled down to this global 2-norm; None = never.
+    """
+
+    max_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and self.max_norm <= 0:
+            raise FieldError("max_norm", f"must be positive or null, got {self.max_norm}")
+
+
+def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
+    """Build fused AdamW over the trainable parameters in two groups: matrices with decay, vectors without."""
+    import torch
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        fused=True,
+    )
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
+    """Scale all gradients in place so that their global 2-norm is at most `max_norm`.
+
+    Returns:
+        the norm before scaling, float32 scalar. A norm that is not finite is returned and nothing is scaled.
+    """
+    import torch
+
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).float()
+    # One comparison on the host saves a pass over all gradients in most steps; the norm is logged anyway.
+    if max_norm is not None and torch.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(gradients, float(max_norm / (norm + 1e-6)))
+    return norm
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
