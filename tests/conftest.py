@@ -5,9 +5,13 @@ The environment is set before any test imports torch, transformers or matplotlib
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -47,3 +51,137 @@ def pytest_unconfigure() -> None:
 def fixtures() -> Path:
     """Folder of the golden data that lies beside the tests."""
     return Path(__file__).parent / "fixtures"
+
+
+class TinyFiles:
+    """What a training run of a second needs: a byte-level tokenizer, chat rows, and a configuration that names them.
+
+    Attributes:
+        folder: holds `tokenizer/`, `train.jsonl` (24 rows) and `valid.jsonl` (6 rows).
+        model: fields of a fresh LLaDA with 264 ids.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        self.folder = folder
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        controls = ["startoftext", "endoftext", "start_header_id", "end_header_id", "eot_id", "mdm_mask"]
+        tokenizer.add_special_tokens([AddedToken(f"<|{text}|>", special=True, normalized=False) for text in controls])
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>"
+        )
+        fast.save_pretrained(folder / "tokenizer")
+        self.model = {
+            "model_type": "llada",
+            "d_model": 32,
+            "n_heads": 2,
+            "n_layers": 2,
+            "mlp_hidden_size": 48,
+            "vocab_size": 264,
+            "max_sequence_length": 96,
+            "mask_token_id": 261,
+            "eos_token_id": 257,
+            "pad_token_id": 257,
+        }
+        self._write_rows("train.jsonl", range(24))
+        self._write_rows("valid.jsonl", range(100, 106))
+
+    def _write_rows(self, name: str, numbers: range) -> None:
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{n} plus {n % 7}?"},
+                    {"role": "assistant", "content": "so " * (n % 5) + f"it is {n + n % 7}."},
+                ]
+            }
+            for n in numbers
+        ]
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def config(self, run_dir: Path, **changes: object) -> dict:
+        """Return a configuration of six steps in which each dotted key, its dots written `__`, is replaced."""
+        values: dict = {
+            "model": {"config": dict(self.model)},
+            "dataset": {
+                "path_or_dataset_id": str(self.folder / "train.jsonl"),
+                "tokenizer": str(self.folder / "tokenizer"),
+                "chat_template": "llada",
+                "seq_length": 96,
+            },
+            "step_scheduler": {"global_batch_size": 4, "local_batch_size": 2, "max_steps": 6},
+            "optimizer": {"lr": 3e-3},
+            "distributed": {"device": "cpu"},
+            "checkpoint": {"checkpoint_dir": str(run_dir)},
+        }
+        for key, value in changes.items():
+            *sections, name = key.split("__")
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
+        return values
+
+    def validation(self, **changes: object) -> dict:
+        """Return a `validation_dataset` section."""
+        return {
+            "path_or_dataset_id": str(self.folder / "valid.jsonl"),
+            "tokenizer": str(self.folder / "tokenizer"),
+            "chat_template": "llada",
+            "seq_length": 96,
+            **changes,
+        }
+
+    def write(self, path: Path, values: dict) -> Path:
+        """Write a configuration as YAML."""
+        import yaml
+
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished training run: how it ended, what it logged, where it lies, what it printed."""
+
+    outcome: object
+    events: list[dict]
+    root: Path
+    output: str
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {event["step"]: event["loss"] for event in self.events if event["event"] == "train"}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
+    return TinyFiles(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def train_tiny() -> Callable[..., TinyRun]:
+    """Return a function that trains in this process, one thread, as `unmask train` does; options are run_training's."""
+
+    def train(values: dict, **options: object) -> TinyRun:
+        import torch
+        from rich.console import Console
+
+        from unmask.assemble import prepare, run_training
+        from unmask.config import config_from_mapping
+        from unmask.report.metrics import FILE, read_metrics
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        root, printed = Path(values["checkpoint"]["checkpoint_dir"]), io.StringIO()
+        try:
+            outcome = run_training(prepare(config_from_mapping(values)), Console(file=printed, width=400), **options)
+        finally:
+            torch.set_num_threads(threads)
+        return TinyRun(outcome, read_metrics(root / FILE), root, printed.getvalue())
+
+    return train

@@ -1,8 +1,8 @@
 """Keyed randomness: every draw is a function of (seed, stream, epoch, sample), of nothing else.
 
 A 128-bit BLAKE2b hash of the key seeds a counter-based Philox generator, so rank, batch size, accumulation and the
-global generators never matter, and two streams never share numbers. torch's CPU generator would not do: it uses only the
-low 32 bits of its seed. A draw of n numbers is a prefix of a longer one, so padding does not matter either.
+global generators never matter, and two streams never share numbers. torch's CPU generator would not do: it uses only
+the low 32 bits of its seed. A draw of n numbers is a prefix of a longer one, so padding does not matter either.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(typing.get_args(hint), value, where)
     if origin is Literal:
         choices = typing.get_args(hint)
-        if value not in choices or isinstance(value, bool) != any(choice is value for choice in (True, False)):
+        if not any(value == choice and type(value) is type(choice) for choice in choices):  # True is no 1
             raise ConfigError(f"{where}: {choice_problem(value, choices)}")
         return value
     if dataclasses.is_dataclass(hint):
@@ -137,7 +137,8 @@ def _convert_sequence(hint: Any, origin: type, value: Any, where: str) -> Any:
     if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
         if len(value) != len(arguments):
             raise ConfigError(f"{where}: expected {len(arguments)} values, got {value!r}")
-        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value)))
+        pairs = zip(arguments, value, strict=True)
+        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
     return origin(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
@@ -158,7 +159,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float:
         try:  # YAML 1.1 reads 2e-5 (no dot) as text; what was meant is plain
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
         if not math.isfinite(number):
             raise ConfigError(f"{where}: expected a finite number, got {value!r}")

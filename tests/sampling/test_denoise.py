@@ -117,6 +117,19 @@ def test_other_stop_tokens_end_a_row_too(script):
     assert len(events) == 1
 
 
+def test_the_mask_is_never_written_even_if_it_is_named_as_a_stop_token(script):
+    adapter = script(lambda row, at, call: peak(9, 9.0) + peak(4))
+    events = list(denoise(adapter, [Request(0, [0], 0)], SamplerConfig(steps=2, max_new_tokens=2), stop_ids=[9]))
+    assert events[-1].answer_BC.tolist() == [[4, 4]]
+
+
+def test_every_call_draws_afresh(script):
+    first, second = run(script(lambda *_: peak(1)), steps=2, max_new_tokens=6, remasking="random")
+    weighed_twice = first.open_BC
+    assert weighed_twice.sum() == 3
+    assert not (first.score_BC == second.score_BC)[weighed_twice].any()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_stop_with_the_place_named(script, bad):
     adapter = script(lambda row, at, call: peak(1, bad if call == 2 and row == 1 and at == 3 else 1.0))

@@ -82,6 +82,26 @@ def test_a_mask_token_in_the_prompt_stays_given(small_model):
     assert answer.prompt_ids == [39, 5, 39] and 39 not in answer.token_ids
 
 
+def test_padding_is_on_the_left_and_each_row_counts_from_its_own_start(small_model):
+    model, fed = small_model(), []
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: fed.append((args, kwargs)), with_kwargs=True)
+    generate(model, [[1, 2, 3], [4]], sampler=SamplerConfig(steps=1, max_new_tokens=2, eos="suppress"))
+    handle.remove()
+    [((ids,), options)] = fed
+    assert ids[:, 2:].tolist() == [[4, 39, 39], [3, 39, 39]]
+    assert options["attention_mask"].tolist() == [[False, False, True, True, True], [True] * 5]
+    assert options["position_ids"].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_prompts_of_like_length_share_a_batch(small_model):
+    model, shapes = small_model(), []
+    handle = model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    sampler = SamplerConfig(steps=1, max_new_tokens=2, eos="suppress")
+    generate(model, [[1] * 9, [2], [3] * 9, [4]], sampler=sampler, batch_size=2)
+    handle.remove()
+    assert shapes == [(2, 3), (2, 11)]
+
+
 def test_guidance_masks_the_whole_prompt_and_counts_a_pair_once(small_model):
     model, fed = small_model(), []
     handle = model.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0].clone()))

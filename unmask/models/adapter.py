@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from unmask.errors import ModelError
-from unmask.models.adapter_folder import WEIGHTS, find_adapter
+from unmask.models.adapter_folder import CONFIG, WEIGHTS, find_adapter
+from unmask.models.folders import read_json
 
 _PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
 
@@ -35,20 +36,28 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     from peft import PeftConfig
 
     folder = find_adapter(folder)
+    kind = read_json(folder / CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"adapter: {folder} is of peft_type {kind!r}; only LORA adapters can be applied")
+    outside = [key for key in _read(folder) if ".blocks." not in key]
+    if outside:
+        # The head is read as a matrix and shares its name with each block's down projection; PEFT's suffixes hit both.
+        raise ModelError(
+            f"adapter: {folder} adapts {outside[0]!r}; only linear layers of blocks can be adapted, train it without"
+        )
     config: Any = PeftConfig.from_pretrained(str(folder))
     try:
         attach_adapter(model, config)
     except ValueError as error:
-        raise ModelError(f"adapter: {folder} does not fit this network ({str(error).split(chr(10))[0]})") from None
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"adapter: {folder} was made for another network ({reason[:200]})") from None
     read_adapter(model, folder)
 
 
 @torch.no_grad()
 def read_adapter(model: nn.Module, folder: Path) -> None:
     """Copy a folder's adapter weights into adapters already attached; ModelError when they are not the same set."""
-    from safetensors.torch import load_file
-
-    stored = load_file(folder / WEIGHTS)
+    stored = _read(folder)
     places = _adapter_tensors(model)
     if set(stored) != set(places):
         odd = sorted(set(stored) ^ set(places))[0]
@@ -57,6 +66,16 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
         if stored[key].shape != place.shape:
             raise ModelError(f"adapter: {folder}: {key} has shape {tuple(stored[key].shape)}, not {tuple(place.shape)}")
         place.copy_(stored[key])
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
 
 
 def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:

@@ -74,20 +74,19 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         ModelError: no safetensors in the folder, a shard missing, a file cut short, or an index that disagrees.
     """
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{folder / INDEX}: no weight_map; copy the checkpoint again")
-        shards = {folder / str(file) for file in weight_map.values()}
-    elif (folder / WEIGHTS).is_file():
-        weight_map, shards = None, {folder / WEIGHTS}
-    else:
+    if (folder / WEIGHTS).is_file():  # first, as transformers does
+        return dict.fromkeys(_keys(folder / WEIGHTS), folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
         raise ModelError(f"{folder}: not a checkpoint: neither {WEIGHTS} nor {INDEX} is there")
-    stored = {key: shard for shard in sorted(shards) for key in _keys(shard)}
-    if weight_map is not None and set(weight_map) != set(stored):
-        odd = sorted(set(weight_map) ^ set(stored))[0]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{folder / INDEX}: no weight_map; copy the checkpoint again")
+    promised = {(key, str(file)) for key, file in weight_map.items()}
+    stored = {(key, name) for name in sorted({name for _, name in promised}) for key in _keys(folder / name)}
+    if promised != stored:
+        odd = min(promised ^ stored)[0]
         raise ModelError(f"{folder / INDEX}: disagrees with its shards about {odd!r}; copy the checkpoint again")
-    return stored
+    return {key: folder / name for key, name in sorted(stored, key=lambda entry: entry[::-1])}
 
 
 def _keys(shard: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""From a name to a network: the table of families, the `model` section, and loading. Torch loads only with a network."""
+"""From a name to a network: the table of families, the `model` section, and loading. Torch loads last."""
 
 from __future__ import annotations
 

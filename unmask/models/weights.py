@@ -99,15 +99,20 @@ def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
         shards.append((path, list(pending)))
         pending.clear()
 
-    for key, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[key] = tensor.detach().cpu().contiguous()
-        size += nbytes
-        total += nbytes
-    flush()
+    try:
+        for key, tensor in tensors:
+            nbytes = tensor.numel() * tensor.element_size()
+            if pending and size + nbytes > shard_bytes:
+                flush()
+                size = 0
+            pending[key] = tensor.detach().cpu().contiguous()
+            size += nbytes
+            total += nbytes
+        flush()
+    except BaseException:  # a full disk or an interrupt leaves nothing half-written behind
+        for path in folder.glob("shard-*.part"):
+            path.unlink()
+        raise
     if len(shards) == 1:
         return [shards[0][0].rename(folder / WEIGHTS)]
     written, weight_map = [], {}

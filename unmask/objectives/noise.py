@@ -20,7 +20,7 @@ def stratified_time(draws_B: Tensor, slots_B: Tensor, strata: int) -> Tensor:
         strata: rows of the global batch.
 
     Returns:
-        float32 (B,) in [0, 1).
+        float32 (B,) in [0, 1]; 1 itself only by rounding, in the last slot.
     """
     return (slots_B.to(draws_B.dtype) + draws_B) / strata
 
@@ -29,7 +29,7 @@ def mask_probability(time_B: Tensor, eps: float) -> Tensor:
     """Return p = (1 − ε)·t + ε, the chance of each token to be masked (Nie et al. 2025, GUIDELINES.md).
 
     Args:
-        time_B: t in [0, 1).
+        time_B: t in [0, 1].
         eps: smallest probability, in (0, 1]; bounds the 1/p weight of the loss.
     """
     return (1 - eps) * time_B + eps

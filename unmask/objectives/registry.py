@@ -60,7 +60,7 @@ class DllmConfig:
         mode: name of the objective.
         mask_token_id: checked against the model, which knows it; may be left out.
         eps: smallest corruption level, in (0, 1).
-        supervise_padding: pad rows with EOS that is attended, corrupted and supervised, so that the model learns to stop.
+        supervise_padding: pad rows with EOS that is attended, corrupted and supervised; teaches the model to stop.
         normalization: `token` or `sequence`, see `unmask.objectives.mdlm`.
         time_sampling: `iid` or `stratified` over the global batch.
     """

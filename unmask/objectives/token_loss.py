@@ -3,7 +3,7 @@
 The gradients with respect to hidden states, head and bias are computed in the forward pass, while a chunk's
 probabilities are at hand (the idea of Liger's FusedLinearCrossEntropy, arXiv 2410.10989, section 3.2), so backward is a
 multiplication by the incoming scalar. Matmuls run in autocast's dtype where it is on; softmax, loss and the sums of
-gradients over chunks are fp32.
+gradients over chunks are fp32 (fp64 for fp64 inputs).
 
 Shapes: N scored positions, D width, V vocabulary rows, R rows of a chunk.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^24 fp32 logits are 64 MiB.
 CHUNK_LOGITS = 2**24
@@ -41,14 +42,23 @@ def linear_cross_entropy(
         chunk_logits: most logits alive at once; at least one row is always computed.
 
     Returns:
-        scalar float32, nats.
+        scalar, nats; float32 (float64 for fp64 hidden states). Its gradient can be taken once, and not differentiated.
     """
+    if not torch.is_grad_enabled():
+        # A Function's needs_input_grad ignores no_grad: validation would compute gradients that nobody asked for.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     kept_N = weights_N != 0
     if not bool(kept_N.all()):
         hidden_ND, targets_N, weights_N = hidden_ND[kept_N], targets_N[kept_N], weights_N[kept_N]
     kind = hidden_ND.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N.float(), compute, chunk_logits)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits)
+
+
+def _wide(compute: torch.dtype) -> torch.dtype:
+    """Return the dtype of what is summed: fp32, or fp64 where the inputs are."""
+    return torch.promote_types(compute, torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,9 +66,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits):  # noqa: ANN001
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
-        grad_bias_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=weight_VD.device) if needs_bias else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        wide = {"dtype": _wide(compute), "device": hidden_ND.device}
+        grad_weight_VD = torch.zeros(weight_VD.shape, **wide) if needs_weight else None
+        grad_bias_V = torch.zeros(len(weight_VD), **wide) if needs_bias else None
+        loss = torch.zeros((), **wide)
+        weights_N = weights_N.to(loss.dtype)
         rows = max(1, chunk_logits // len(weight_VD))
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), rows):
@@ -79,37 +91,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_bias_V is not None:
                     grad_bias_V += grad_RV.sum(dim=0)
                 _accumulate(grad_RV, hidden_RD, weight_VD, grad_hidden_ND, grad_weight_VD, part)
-        ctx.bias_dtype = None if bias_V is None else bias_V.dtype
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        if grad_bias_V is not None:
+            grad_bias_V = grad_bias_V.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias = ctx.saved_tensors
-        # In place: the buffers are ours alone, and the head's is as large as the head.
-        scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (hidden, weight, bias)]
-        if scaled[2] is not None:
-            scaled[2] = scaled[2].to(ctx.bias_dtype)
+        # In place: the buffers are ours alone, and the head's is as large as the head. A second backward is refused by
+        # autograd, which sees that saved tensors changed.
+        scaled = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
         return *scaled, None, None, None, None
 
 
 def _slices(weight_VD: Tensor, compute: torch.dtype) -> list[slice]:
-    """One slice when the head is already in the compute dtype, else pieces small enough to cast one after another."""
-    step = len(weight_VD) if weight_VD.dtype == compute else CAST_ROWS
+    """One slice when nothing is to be cast, else pieces small enough to cast one after another."""
+    step = len(weight_VD) if weight_VD.dtype == compute == _wide(compute) else CAST_ROWS
     return [slice(start, start + step) for start in range(0, len(weight_VD), step)]
 
 
 def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Return fp32 logits (R, V), multiplied in the dtype of `hidden_RD`."""
-    logits_RV = torch.empty(len(hidden_RD), len(weight_VD), dtype=torch.float32, device=hidden_RD.device)
+    """Return wide logits (R, V), multiplied in the dtype of `hidden_RD`."""
+    logits_RV = torch.empty(len(hidden_RD), len(weight_VD), dtype=_wide(hidden_RD.dtype), device=hidden_RD.device)
     for piece in _slices(weight_VD, hidden_RD.dtype):
         product = logits_RV[:, piece]
         matrix = weight_VD[piece].to(hidden_RD.dtype).t()
-        if hidden_RD.dtype == torch.float32:
+        if hidden_RD.dtype == logits_RV.dtype:
             torch.mm(hidden_RD, matrix, out=product) if product.is_contiguous() else product.copy_(hidden_RD @ matrix)
         else:
             product.copy_(hidden_RD @ matrix)
-    return logits_RV if bias_V is None else logits_RV.add_(bias_V.float())
+    return logits_RV if bias_V is None else logits_RV.add_(bias_V)
 
 
 def _accumulate(
@@ -122,18 +136,18 @@ def _accumulate(
 ) -> None:
     """Add one chunk's gradients into the buffers of hidden states and head."""
     compute = hidden_RD.dtype
-    grad_hidden_RD = torch.zeros(hidden_RD.shape, dtype=torch.float32, device=hidden_RD.device)
+    grad_hidden_RD = torch.zeros(hidden_RD.shape, dtype=grad_RV.dtype, device=hidden_RD.device)
     for piece in _slices(weight_VD, compute):
         grad_RW = grad_RV[:, piece].to(compute)
         if grad_hidden_ND is not None:
-            if compute == torch.float32:
+            if compute == grad_hidden_RD.dtype:
                 grad_hidden_RD.addmm_(grad_RW, weight_VD[piece].to(compute))
             else:
                 grad_hidden_RD += grad_RW @ weight_VD[piece].to(compute)
         if grad_weight_VD is not None:
-            if grad_weight_VD.dtype == compute == torch.float32:
+            if compute == grad_weight_VD.dtype:
                 grad_weight_VD[piece].addmm_(grad_RW.t(), hidden_RD)
             else:
-                grad_weight_VD[piece] += (grad_RW.t() @ hidden_RD).to(grad_weight_VD.dtype)
+                grad_weight_VD[piece] += grad_RW.t() @ hidden_RD
     if grad_hidden_ND is not None:
         grad_hidden_ND[part] = grad_hidden_RD.to(grad_hidden_ND.dtype)

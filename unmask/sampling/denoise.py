@@ -246,6 +246,6 @@ def _require_finite(logits_MV: Tensor, state: State, rows_M: Tensor) -> None:
 
 def _finished(state: State, stop: Sequence[int]) -> Tensor:
     """Return bool (B,): rows where nothing is open, or nothing to the left of a settled stop token."""
-    stops_BC = torch.isin(state.answer_BC, torch.tensor(stop, dtype=torch.long)) & ~state.open_BC
-    open_so_far_BC = state.open_BC.long().cumsum(dim=1) > 0
+    stops_BC = torch.isin(state.answer_BC, torch.tensor(stop, dtype=torch.long))
+    open_so_far_BC = state.open_BC.long().cumsum(dim=1) > 0  # the position itself counts: a stop token must be settled
     return ~state.open_BC.any(dim=1) | (stops_BC & ~open_so_far_BC).any(dim=1)

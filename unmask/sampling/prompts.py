@@ -95,7 +95,7 @@ def _messages(index: int, prompt: Any, raw: bool) -> list[dict[str, Any]] | None
 def _template(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> ChatTemplate:
     from unmask.data.chat import load_template
 
-    return load_template(tokenizer, control_ids=() if mask_id is None else (mask_id,))
+    return load_template(tokenizer, control_ids=() if mask_id is None else (mask_id,), for_training=False)
 
 
 def _is_ids(prompt: Any) -> bool:

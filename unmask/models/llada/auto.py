@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import MaskedLMOutput
 
+from unmask.errors import ModelError
 from unmask.models.llada.config import parse_config
 from unmask.models.llada.model import RMSNorm, Transformer
+
+_REMEDIES = {
+    "labels": ": its loss depends on how tokens were masked; train with `unmask train` or compute it from .logits",
+    "inputs_embeds": "; give input_ids",
+    "past_key_values": ": attention is bidirectional and keeps no cache; sample with `unmask generate`",
+}
 
 
 class LLaDAHFConfig(PreTrainedConfig):
@@ -44,9 +57,22 @@ class LLaDAModelLM(PreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others: Any,
     ) -> MaskedLMOutput:
-        """Return `.logits` (B, L, V); arguments as in the native network, generation-only keywords are ignored."""
+        """Return `.logits` (B, L, V); arguments as in the native network.
+
+        Raises:
+            ModelError: another argument that asks for something (not None, False or a default of transformers).
+        """
+        for name, value in others.items():
+            if value is not None and value is not False and name not in ("use_cache", "return_dict", "cache_position"):
+                raise ModelError(f"LLaDA's forward does not take {name}{_REMEDIES.get(name, '; leave it out')}")
+        if input_ids is None:
+            raise ModelError("LLaDA's forward needs input_ids")
         transformer = self.model["transformer"]
         hidden_BLD = transformer(input_ids, attention_mask, position_ids)
         return MaskedLMOutput(logits=transformer.logits(hidden_BLD))  # pyright: ignore[reportCallIssue]
@@ -73,7 +99,7 @@ class LLaDAModelLM(PreTrainedModel):
 
 
 def register() -> None:
-    """Register LLaDA with AutoConfig, AutoModel, AutoModelForCausalLM and AutoModelForMaskedLM; calling it again is free."""
+    """Register LLaDA with AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM; repeatable."""
     AutoConfig.register("llada", LLaDAHFConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         auto.register(LLaDAHFConfig, LLaDAModelLM, exist_ok=True)

@@ -5,6 +5,7 @@ Field names and meanings follow the OLMo-style configuration of ML-GSAI/LLaDA's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,14 @@ _ONLY = {
     "block_group_size": (1,),
     "block_type": ("llama",),
     "embedding_dropout": (0.0,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({}, None),
+    "is_encoder_decoder": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "return_dict": (True,),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
     "residual_dropout": (0.0,),
@@ -32,11 +41,9 @@ _ONLY = {
 # Keys of released files that cannot change a result: library bookkeeping, and settings of features refused above.
 _HARMLESS = frozenset(
     "_name_or_path alibi_bias_max architectures attention_layer_norm_with_affine auto_map dtype flash_attention "
-    "init_cutoff_factor init_device model_type precision torch_dtype transformers_version use_cache "
-    "return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder is_decoder "
-    "add_cross_attention cross_attention_hidden_size finetuning_task id2label label2id task_specific_params "
-    "problem_type bos_token_id sep_token_id decoder_start_token_id tokenizer_class prefix tie_word_embeddings "
-    "tie_encoder_decoder pruned_heads torchscript".split()
+    "init_device model_type precision torch_dtype transformers_version use_cache cross_attention_hidden_size "
+    "finetuning_task id2label label2id task_specific_params problem_type bos_token_id sep_token_id "
+    "decoder_start_token_id tokenizer_class prefix tie_encoder_decoder torchscript".split()
 )
 
 
@@ -54,12 +61,14 @@ class LLaDAConfig:
         embedding_size: rows of the embedding and the head, at least `vocab_size`; None = `vocab_size`.
         max_sequence_length: positions the model was trained for; longer inputs are refused.
         weight_tying: the head is the embedding.
-        include_bias: biases on every linear layer.
+        tie_word_embeddings: transformers' name for `weight_tying`; may be left out, may not contradict it.
+        include_bias: biases on every linear layer; norms have none, so the file must say `bias_for_layer_norm: false`.
         include_qkv_bias: biases on the query, key and value projections.
         scale_logits: logits are divided by √d_model.
         input_emb_norm: embeddings are multiplied by √d_model.
         init_fn: how a fresh model is drawn, `mitchell` or `normal`.
         init_std: standard deviation for `normal`.
+        init_cutoff_factor: `normal` draws beyond this many deviations are redrawn; None = none are.
         mask_token_id, eos_token_id, pad_token_id: ids with a meaning to corruption and sampling.
     """
 
@@ -75,6 +84,7 @@ class LLaDAConfig:
     rope_theta: float = 500000.0
     rms_norm_eps: float = 1e-5
     weight_tying: bool = False
+    tie_word_embeddings: bool | None = None
     include_bias: bool = False
     include_qkv_bias: bool = False
     scale_logits: bool = False
@@ -82,6 +92,7 @@ class LLaDAConfig:
     multi_query_attention: bool | None = None
     init_fn: str = "mitchell"
     init_std: float = 0.02
+    init_cutoff_factor: float | None = None
     mask_token_id: int = 126336
     eos_token_id: int = 126081
     pad_token_id: int = 126081
@@ -120,19 +131,27 @@ def parse_config(values: Mapping[str, Any], where: str) -> LLaDAConfig:
         ModelError: a key that is not known, a value that this network does not implement, or sizes that do not fit.
     """
     known = {field.name: field for field in fields(LLaDAConfig)}
+    every = [*known, *_ONLY, *_HARMLESS]
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
             raise ModelError(
                 f"{where}: {name}={values[name]!r} is not supported; this network implements {name}={allowed[0]!r} only"
             )
     for name in values:
-        if name not in known and name not in _ONLY and name not in _HARMLESS:
-            raise ModelError(f"{where}: unknown LLaDA field {name!r}{nearest(name, [*known, *_ONLY])}")
+        if name not in every:
+            raise ModelError(f"{where}: unknown LLaDA field {name!r}{nearest(name, every)}")
     given = {name: values[name] for name in known if name in values}
     for name, value in given.items():
         _check_type(name, value, str(known[name].type), where)
     config = LLaDAConfig(**given)
+    if config.include_bias and values.get("bias_for_layer_norm") is None:
+        # In the released code a norm without a setting of its own follows include_bias.
+        raise ModelError(
+            f"{where}: include_bias=True would give the norms biases, which are not supported; "
+            "add bias_for_layer_norm=False"
+        )
     _check_sizes(config, where)
+    _check_ids(config, where)
     return config
 
 
@@ -152,14 +171,35 @@ def _check_sizes(config: LLaDAConfig, where: str) -> None:
         raise ModelError(
             f"{where}: d_model={config.d_model} must split into n_heads={config.n_heads} heads of even size"
         )
+    for name in ("rope_theta", "rms_norm_eps", "init_std", "init_cutoff_factor"):
+        value = getattr(config, name)
+        if value is not None and not (0 < value < math.inf):
+            raise ModelError(f"{where}: {name} must be a positive number, got {value}")
+    if config.multi_query_attention is not None and config.n_kv_heads is not None:
+        meant = 1 if config.multi_query_attention else config.n_heads
+        if config.n_kv_heads != meant:
+            raise ModelError(
+                f"{where}: multi_query_attention={config.multi_query_attention} contradicts n_kv_heads="
+                f"{config.n_kv_heads}; leave multi_query_attention out"
+            )
     if config.n_heads % config.kv_heads:
         raise ModelError(f"{where}: n_heads={config.n_heads} must be a multiple of n_kv_heads={config.kv_heads}")
     if config.rows < config.vocab_size:
         raise ModelError(f"{where}: embedding_size={config.rows} is below vocab_size={config.vocab_size}")
-    if not 0 <= config.mask_token_id < config.rows:
-        raise ModelError(
-            f"{where}: mask_token_id={config.mask_token_id} is outside the vocabulary of {config.rows}; "
-            "set it to an id between 0 and embedding_size - 1"
-        )
     if config.init_fn not in ("mitchell", "normal"):
         raise ModelError(f"{where}: init_fn={config.init_fn!r} is not supported; use 'mitchell' or 'normal'")
+    if config.tie_word_embeddings not in (None, config.weight_tying):
+        raise ModelError(
+            f"{where}: tie_word_embeddings={config.tie_word_embeddings} contradicts weight_tying="
+            f"{config.weight_tying}; leave tie_word_embeddings out"
+        )
+
+
+def _check_ids(config: LLaDAConfig, where: str) -> None:
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        if not 0 <= value < config.rows:
+            raise ModelError(
+                f"{where}: {name}={value} is outside the vocabulary of {config.rows}; "
+                "set it to an id between 0 and embedding_size - 1"
+            )

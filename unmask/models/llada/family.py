@@ -27,9 +27,9 @@ def _initialise(model: Any, generator: torch.Generator) -> None:
 def activation_bytes(config: LLaDAConfig, tokens: int, residual: int, compute: int, checkpointing: bool) -> int:
     """Count what autograd keeps: per block the residual stream, norms, q, k, v, the attention output and the MLP.
 
-    Each block keeps two residual states and two normed copies in the residual's dtype, and q, k, v, the mixed heads, two
-    matmul inputs and four MLP tensors in the matmul's. With checkpointing a block keeps its input alone, and one block
-    at a time the rest.
+    Each block keeps two residual states and two normed copies in the residual's dtype, and q, k, v, the mixed heads,
+    two matmul inputs and four MLP tensors in the matmul's. With checkpointing a block keeps its input alone, and
+    one block at a time the rest.
     """
     width, hidden = config.d_model, config.hidden_size
     kv = config.kv_heads * config.head_dim

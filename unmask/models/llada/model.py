@@ -1,7 +1,7 @@
 """LLaDA: one bidirectional transformer over text with [MASK] tokens (Nie et al. 2025, arXiv 2502.09992).
 
 Module names follow the released checkpoints, so a state dict has their keys as it stands:
-`model.transformer.{wte,blocks.N.*,ln_f,ff_out}.weight`. Note that `ff_out` names a block's down projection and the head.
+`model.transformer.{wte,blocks.N.*,ln_f,ff_out}.weight`. `ff_out` names a block's down projection and the head alike.
 
 Shapes: B rows, L positions, D d_model, H query heads, G key/value heads, E head size, V embedding rows.
 """
@@ -75,7 +75,7 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(config.hidden_size, width, bias=bias)
 
     def forward(self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the block's output, (B, L, D). `mask` is None or bool, broadcastable to (B, H, L, L), True = attend."""
+        """Return the block's output, (B, L, D). `mask`: None or bool, broadcastable to (B, H, L, L), True = attend."""
         hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask)
         normed_BLD = self.ff_norm(hidden_BLD)
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
@@ -153,10 +153,12 @@ def attention_mask_4d(mask: Tensor | None) -> Tensor | None:
             (B, 1, L, L) for packing; bool or 0/1, 1 = attend.
 
     Raises:
-        ModelError: another shape.
+        ModelError: another shape, or a 4-D mask of floats, which elsewhere means numbers added to the scores.
     """
     if mask is None:
         return None
+    if mask.dim() == 4 and mask.is_floating_point():
+        raise ModelError("attention_mask of four dimensions must be bool or 0/1 integers (1 = attend), not floats")
     if mask.dim() == 4:
         return mask.bool()
     if mask.dim() != 2:
@@ -209,15 +211,18 @@ def initialise(model: LLaDA, generator: torch.Generator) -> None:
     """Draw fresh weights as OLMo's `init_fn` does (allenai/OLMo, olmo/initialization.py).
 
     `mitchell`: normal of 1/√d_model cut at three deviations, the projections back into the residual stream smaller by
-    √(2·(layer+1)) and by their own fan-in. `normal`: one standard deviation for all.
+    √(2·(layer+1)) and by their own fan-in. `normal`: one deviation for all, cut at `init_cutoff_factor` of them.
     """
     config = model.config
 
     def draw(weight: Tensor, std: float) -> None:
+        cutoff = 3.0
         if config.init_fn == "normal":
-            nn.init.normal_(weight, std=config.init_std, generator=generator)
+            std, cutoff = config.init_std, config.init_cutoff_factor
+        if cutoff is None:
+            nn.init.normal_(weight, std=std, generator=generator)
         else:
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+            nn.init.trunc_normal_(weight, std=std, a=-cutoff * std, b=cutoff * std, generator=generator)
 
     wide = config.d_model**-0.5
     draw(model.transformer.wte.weight, wide)

@@ -1,0 +1,52 @@
+"""Small networks: the reference checkpoint, and random ones with chosen fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from unmask.models.llada.config import LLaDAConfig
+from unmask.models.llada.model import LLaDA, initialise
+from unmask.models.registry import load_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def reference_folder(fixtures: Path) -> Path:
+    return fixtures / "llada_tiny"
+
+
+@pytest.fixture
+def reference_model(reference_folder: Path) -> LLaDA:
+    model = load_model(str(reference_folder))
+    assert isinstance(model, LLaDA)
+    return model
+
+
+@pytest.fixture(scope="session")
+def network() -> Callable[..., LLaDA]:
+    """Return a function that makes a random network; biases and norms are random too, so that none can hide."""
+
+    def make(seed: int = 1, **fields) -> LLaDA:
+        sizes = {"d_model": 24, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 40, "max_sequence_length": 64}
+        ids = {"vocab_size": 30, "embedding_size": 32, "mask_token_id": 29, "eos_token_id": 28, "pad_token_id": 27}
+        model = LLaDA(LLaDAConfig(**(sizes | ids | {"rope_theta": 100.0} | fields)))
+        generator = torch.Generator().manual_seed(seed)
+        initialise(model, generator)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name or "ln_f" in name:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    return make

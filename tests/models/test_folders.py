@@ -1,0 +1,111 @@
+"""From a name to a folder: what is local stays local, and every miss says what to give instead."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from unmask.errors import ConfigError, ModelError
+from unmask.models import folders
+from unmask.models.folders import find_folder
+from unmask.models.registry import FAMILIES, ModelConfig, load_model, plan_folder, plan_model
+from unmask.models.tokenizer import load_tokenizer
+from unmask.sections import read_section
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, where: str) -> Path:
+        raise AssertionError(f"{name} was sent to the hub")
+
+    monkeypatch.setattr(folders, "_download", refuse)
+
+
+def refused(name: str | Path, where: str = "checkpoint") -> str:
+    with pytest.raises(ModelError) as caught:
+        plan_folder(str(name), where)
+    message = str(caught.value)
+    assert "\n" not in message and str(name).removeprefix("~/").removeprefix("./") in message
+    return message
+
+
+def test_a_folder_and_a_run_directory(tmp_path: Path, reference_folder: Path) -> None:
+    assert find_folder(str(reference_folder)) == reference_folder
+    run = tmp_path / "run"
+    shutil.copytree(reference_folder, run / "step_10")
+    (run / "latest").symlink_to("step_10")
+    assert find_folder(str(run)) == run / "latest"
+    assert plan_folder(str(run), "x").config == plan_folder(str(reference_folder), "x").config
+
+
+def test_relative_and_home_paths(tmp_path: Path, reference_folder: Path, monkeypatch, no_hub) -> None:
+    shutil.copytree(reference_folder, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_folder("models/tiny").samefile(tmp_path / "models" / "tiny")
+    assert find_folder("~/models/tiny") == tmp_path / "models" / "tiny"
+
+
+def test_what_is_missing_locally_is_never_sent_to_the_hub(tmp_path: Path, monkeypatch, no_hub) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    # models/tiny could be a hub id, but a folder models lies here.
+    for name in ("/nowhere/model", "./model", "../model", "~/no-such-model", "model", "a/b/c", "models/tiny"):
+        assert "no such folder" in refused(name)
+
+
+def test_a_hub_id_without_a_network_says_so_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused("GSAI-ML/no-such-model", "model.pretrained_model_name_or_path")
+    assert message.startswith("model.pretrained_model_name_or_path: GSAI-ML/no-such-model is neither a local folder")
+    assert "network" in message
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path, reference_folder: Path) -> None:
+    assert "no config.json" in refused(tmp_path)
+    shutil.copy(reference_folder / "config.json", tmp_path)
+    assert "not a checkpoint: neither model.safetensors" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llada", "d_mo')
+    assert "not valid JSON" in refused(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    assert "not valid JSON" in refused(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    assert "expected a JSON object" in refused(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "model_type None is not one of llada" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "lladda"}')
+    assert "did you mean 'llada'?" in refused(tmp_path)
+
+
+def test_a_file_is_no_folder(reference_folder: Path) -> None:
+    assert "is a file; give the folder" in refused(reference_folder / "model.safetensors")
+    with pytest.raises(ModelError, match="is a file"):
+        load_model(str(reference_folder / "config.json"))
+
+
+def test_a_checkpoint_without_a_tokenizer(reference_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="dataset.tokenizer: .*has no tokenizer"):
+        load_tokenizer(str(reference_folder), "dataset.tokenizer")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "tru')
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_section_takes_one_source(tmp_path: Path) -> None:
+    for values in ({}, {"pretrained_model_name_or_path": "x", "config": {}}):
+        with pytest.raises(ConfigError, match="model.pretrained_model_name_or_path: set either this .* and not both"):
+            read_section(ModelConfig, values, "model")
+    with pytest.raises(ModelError, match="model.config: model_type None is not one of"):
+        plan_model(ModelConfig(config={}))
+    with pytest.raises(ModelError, match="none.json: cannot be read"):
+        plan_model(ModelConfig(config=str(tmp_path / "none.json")))
+
+
+def test_every_family_of_the_table_says_its_own_name() -> None:
+    import importlib
+
+    for model_type, module in FAMILIES.items():
+        assert importlib.import_module(module).FAMILY.model_type == model_type
