@@ -15,7 +15,8 @@ def noisy(mask: Tensor | None) -> NoisyBatch:
     ids = torch.arange(6).view(2, 3)
     flags = ids > 2
     clean = Batch(ids, flags, ~flags, flags.sum(1), torch.tensor([4, 9]), 1, torch.tensor([1, 0]), 2)
-    return NoisyBatch(clean, ids + 1, mask, flags, flags.float(), {"mdlm": 3.0})
+    positions = flags.flatten().nonzero()[:, 0]
+    return NoisyBatch(clean, ids + 1, mask, flags, positions, flags.float(), {"mdlm": 3.0})
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 3, dtype=torch.bool)])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config import LoadedConfig, RunConfig, dump_config
-from unmask.data.sources import DatasetConfig, Rows, open_rows
+from unmask.data.sources import Rows, open_rows
 from unmask.distributed.runtime import refuse_many_processes, world_size
 from unmask.errors import ConfigError
 from unmask.models.registry import ModelPlan, plan_model
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from unmask.batch import Batch
     from unmask.data.chat import ChatTemplate
-    from unmask.data.encode import Dropped, EncodedRow
+    from unmask.data.encode import RowEncoder
     from unmask.data.loader import TrainLoader
+    from unmask.distributed.runtime import Runtime
     from unmask.objectives.registry import Objective
     from unmask.training.loop import TrainingOutcome, TrainingRun
     from unmask.training.resume import ResumePoint
@@ -97,7 +98,7 @@ class Parts:
 
     tokenizer: Any
     template: ChatTemplate
-    encode: Callable[[int], EncodedRow | Dropped]
+    encode: RowEncoder
     loader: TrainLoader
     objective: Objective
     pad_token_id: int
@@ -106,6 +107,7 @@ class Parts:
 def build_parts(prepared: Prepared) -> Parts:
     """Build tokenizer, template, loader and objective; the network is not touched."""
     from unmask.data.chat import load_template
+    from unmask.data.encode import RowEncoder
     from unmask.data.loader import TrainLoader
     from unmask.models.tokenizer import load_tokenizer
     from unmask.objectives.registry import build_objective
@@ -118,7 +120,7 @@ def build_parts(prepared: Prepared) -> Parts:
             f"{plan.config.rows}; use the model's own tokenizer"
         )
     template = load_template(tokenizer, config.dataset.chat_template, [plan.config.mask_token_id])
-    encode = _encoder(prepared.rows, template, config.dataset)
+    encode = RowEncoder(prepared.rows, template, config.dataset)
     pad = plan.config.eos_token_id
     loader = TrainLoader(
         prepared.rows,
@@ -150,6 +152,9 @@ def assemble(
         extra_validators: further measurements at each validation, for example exact match.
         is_good_enough: may end the run, told each validation event.
     """
+    import torch
+
+    from unmask import rng
     from unmask.distributed.runtime import build_runtime, prepare_model
     from unmask.models.registry import build_model
     from unmask.report.metrics import FILE, MetricsLog
@@ -162,13 +167,17 @@ def assemble(
     from unmask.training.resume import ResumeParts, resume
 
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
+    runtime = build_runtime(config.distributed)
     prepare_run_dir(root)
     parts = build_parts(prepared)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
-    validators = _validators(prepared, parts)
-    runtime = build_runtime(config.distributed)
+    validators = _validators(prepared, parts, runtime)
     model = build_model(prepared.plan, config.model.torch_dtype, seed=config.seed)
-    files = model_files(model, prepared.plan, config.peft, parts.tokenizer, parts.template.source, dump_config(config))
+    with torch.random.fork_rng(devices=[]):  # PEFT draws fresh adapters from the global generator
+        torch.manual_seed(rng.key(config.seed, "adapter/init") % 2**32)
+        files = model_files(
+            model, prepared.plan, config.peft, parts.tokenizer, parts.template.source, dump_config(config)
+        )
     model = prepare_model(model, config.distributed, runtime)
     optimizer = build_optimizer(config.optimizer, model)
     identity = _identity(prepared)
@@ -220,11 +229,12 @@ def run_training(
     run, start = assemble(prepared, console, extra_validators, is_good_enough)
     try:
         outcome = train(run, start)
+        if outcome.reason != "already finished":
+            run.metrics.write("data", dropped_rows=dict(run.loader.dropped), skipped_rows=len(prepared.rows.skipped))
+            if any(event["event"] == "train" for event in read_metrics(run.root / FILE)):
+                plot_runs([run.root], run.root / "loss.png")
     finally:
-        run.metrics.write("data", dropped_rows=dict(run.loader.dropped), skipped_rows=len(prepared.rows.skipped))
         run.metrics.close()
-        if any(event["event"] == "train" for event in read_metrics(run.root / FILE)):
-            plot_runs([run.root], run.root / "loss.png")
     for reason, count in run.loader.dropped.items():
         console.print(f"left out {count} rows: {reason} (first: {run.loader.examples[reason]})", markup=False)
     return outcome
@@ -238,27 +248,11 @@ def _tokenizer_name(config: RunConfig, plan: ModelPlan) -> str:
     return str(plan.folder)
 
 
-class _Encoder:
-    """Row index → tokens; a class, because data workers must be able to pickle it."""
-
-    def __init__(self, rows: Rows, template: ChatTemplate, section: DatasetConfig) -> None:
-        self.rows, self.template, self.section = rows, template, section
-
-    def __call__(self, index: int) -> EncodedRow | Dropped:
-        from unmask.data.encode import encode_row
-
-        return encode_row(self.rows[index], self.template, self.section, self.section.seq_length)
-
-
-def _encoder(rows: Rows, template: ChatTemplate, section: DatasetConfig) -> Callable[[int], EncodedRow | Dropped]:
-    return _Encoder(rows, template, section)
-
-
-def _validators(prepared: Prepared, parts: Parts) -> list[Validator]:
+def _validators(prepared: Prepared, parts: Parts, runtime: Runtime) -> list[Validator]:
     if prepared.validation_rows is None:
         return []
+    from unmask.data.encode import RowEncoder
     from unmask.data.loader import validation_batches
-    from unmask.distributed.runtime import build_runtime
     from unmask.evaluation.validation import fixed_noise, validation_losses
     from unmask.objectives.registry import build_objective
 
@@ -266,7 +260,7 @@ def _validators(prepared: Prepared, parts: Parts) -> list[Validator]:
     assert config.validation_dataset is not None
     batches = validation_batches(
         prepared.validation_rows,
-        _encoder(prepared.validation_rows, parts.template, config.validation_dataset),
+        RowEncoder(prepared.validation_rows, parts.template, config.validation_dataset, "validation_dataset"),
         local_batch_size=config.step_scheduler.local_batch_size,
         pad_token_id=parts.pad_token_id,
         supervise_padding=config.dllm.supervise_padding,
@@ -274,7 +268,6 @@ def _validators(prepared: Prepared, parts: Parts) -> list[Validator]:
     section = dataclasses.replace(config.dllm, time_sampling="stratified")
     objective = build_objective(section, prepared.plan.config)
     noisy = fixed_noise(objective, batches, config.seed)
-    runtime = build_runtime(config.distributed)
     return [lambda model: validation_losses(model, objective, noisy, runtime)]
 
 
@@ -283,6 +276,7 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
     return {
         "model": json.loads(json.dumps(dataclasses.asdict(prepared.plan.config))),
+        "torch_dtype": config.model.torch_dtype,
         "peft": None if config.peft is None else to_mapping(config.peft),
         "data": prepared.rows.fingerprint,
         "global_batch_size": config.step_scheduler.global_batch_size,
@@ -315,6 +309,9 @@ def _announce(run: TrainingRun, prepared: Prepared, parts: Parts, start: ResumeP
         say(f"skipped row: {line}")
     if prepared.rows.skipped:
         say(f"skipped {len(prepared.rows.skipped)} malformed rows")
+    if start.step >= run.total_steps:
+        say(f"{start.folder}: this run of {run.total_steps} steps is already finished; raise max_steps to go on")
+        return
     if start.folder is not None:
         say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
     say(

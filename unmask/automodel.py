@@ -1,8 +1,10 @@
 """NeMo AutoModel's dLLM YAML, translated: the only file that knows its keys.
 
 What has an equivalent here is mapped. What cannot change a result here is dropped and listed once. What would change
-results is refused by name. Keys that are already ours pass through untouched.
-Source of the keys: NVIDIA-NeMo/Automodel, examples/dllm_sft/*.yaml and its dLLM fine-tuning guide.
+results is refused by name. Keys that are already ours pass through untouched. What such a file leaves out keeps the
+value that it has there, so that a file trains the same here as there.
+Source of the keys: NVIDIA-NeMo/Automodel, examples/dllm_sft/*.yaml and its dLLM fine-tuning guide; of the defaults:
+its recipes' `build_lr_scheduler`, and torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ _DROPPED = (
     "dataloader.persistent_workers",
     "distributed.dp_size",
     "distributed.moe",
+    "distributed.mp_policy._target_",
     "distributed.mp_policy.output_dtype",
     "checkpoint.model_save_format",
     "checkpoint.save_consolidated",
     "step_scheduler.log_remote_every_steps",
+    "wandb.save_dir",
 )
 
 # Keys without influence as long as they have one of these values; any other is refused with the reason.
@@ -68,6 +72,9 @@ _DROPPED_IF: dict[str, tuple[tuple[Any, ...], str]] = {
     "dllm.pad_seq_len_divisible": ((None,), "rows are padded to the longest of the batch"),
 }
 
+# Patterns for the fused projections of LLaDA's remote code; the released weights and our network have split ones.
+_FUSED = ("*.att_proj",)
+
 _RENAMED = {"peft.dim": "peft.r", "peft.alpha": "peft.lora_alpha", "peft.dropout": "peft.lora_dropout"}
 
 
@@ -78,12 +85,10 @@ class Translated:
     Attributes:
         values: the mapping.
         not_needed: dotted keys that were dropped.
-        from_automodel: whether the file was AutoModel's (it has `_target_` keys or a recipe).
     """
 
     values: dict[str, Any]
     not_needed: tuple[str, ...]
-    from_automodel: bool
 
 
 def translate(given: Mapping[str, Any]) -> Translated:
@@ -93,6 +98,7 @@ def translate(given: Mapping[str, Any]) -> Translated:
         ConfigError: a key or value that asks for something which would train differently here.
     """
     values = copy.deepcopy(dict(given))
+    # The file is AutoModel's if it has `_target_` keys or a recipe.
     from_automodel = "recipe" in values or any(
         isinstance(section, dict) and "_target_" in section for section in values.values()
     )
@@ -110,26 +116,37 @@ def translate(given: Mapping[str, Any]) -> Translated:
         value = _pop(values, old, _MISSING)
         if value is not _MISSING:
             section, name = new.split(".")
+            if name in values[section]:
+                raise ConfigError(f"{old}: {new} is set too and means the same; remove one of them")
             values[section][name] = value
     _compute_dtype(values)
     for section in ("dataset", "validation_dataset"):
         _dataset(values.get(section), section, from_automodel, dropped)
-    return Translated(values, tuple(dropped), from_automodel)
+    if from_automodel:
+        _only_automodel(values, dropped)
+    return Translated(values, tuple(dropped))
 
 
 _MISSING = object()
 
 
 def _pop(values: dict[str, Any], key: str, default: Any) -> Any:
-    """Remove and return `values[a][b]…` for the dotted key a.b…; empty sections on the way are removed too."""
-    head, _, rest = key.partition(".")
-    if not isinstance(values, dict) or head not in values:
+    """Remove and return `values[a][b]…` for the dotted key a.b…; a subsection that it leaves empty is removed too.
+
+    A section stays, however empty: `peft: {}` trains an adapter, no `peft` trains the model.
+    """
+    *sections, name = key.split(".")
+    places = [values]
+    for section in sections:
+        inner = places[-1].get(section)
+        if not isinstance(inner, dict):
+            return default
+        places.append(inner)
+    if name not in places[-1]:
         return default
-    if not rest:
-        return values.pop(head)
-    found = _pop(values[head], rest, default) if isinstance(values[head], dict) else default
-    if found is not default and values[head] == {}:
-        del values[head]
+    found = places[-1].pop(name)
+    if len(sections) == 2 and not places[-1]:
+        del places[-2][sections[-1]]
     return found
 
 
@@ -146,9 +163,7 @@ def _check_target(values: dict[str, Any], section: str) -> None:
     if known is None:
         raise ConfigError(f"{section}._target_: {section} does not take a class here; remove it")
     if not target.endswith(known):
-        raise ConfigError(
-            f"{section}._target_: {target} has no equivalent here; {section} stands for {known[0]}"
-        )
+        raise ConfigError(f"{section}._target_: {target} has no equivalent here; {section} stands for {known[0]}")
 
 
 def _compute_dtype(values: dict[str, Any]) -> None:
@@ -157,10 +172,37 @@ def _compute_dtype(values: dict[str, Any]) -> None:
     section = values.get("distributed")
     autocast = _nothing(section.get("autocast_dtype")) if isinstance(section, dict) else None
     chosen = autocast or param
+    if not isinstance(section, dict):
+        return
+    for key in section.get("mp_policy") or ():
+        raise ConfigError(f"distributed.mp_policy.{key}: not available here; remove it")
+    section.pop("mp_policy", None)
+    section.pop("autocast_dtype", None)
     if chosen is not None:
-        values.setdefault("distributed", {})["autocast_dtype"] = chosen
-    elif isinstance(section, dict):
-        section.pop("autocast_dtype", None)
+        section["autocast_dtype"] = str(chosen).removeprefix("torch.")
+
+
+def _only_automodel(values: dict[str, Any], dropped: list[str]) -> None:
+    """Fill in what AutoModel's own defaults say, and drop what it takes without effect."""
+    steps, optimizer, schedule = (values.get(name) for name in ("step_scheduler", "optimizer", "lr_scheduler"))
+    if isinstance(steps, dict) and steps.get("val_every_steps") and values.get("validation_dataset") is None:
+        del steps["val_every_steps"]
+        dropped.append("step_scheduler.val_every_steps")
+    if isinstance(optimizer, dict):
+        for name, value in (("lr", 1e-3), ("weight_decay", 0.01)):
+            optimizer.setdefault(name, value)
+    peak = optimizer.get("lr") if isinstance(optimizer, dict) else None
+    if isinstance(schedule, dict):
+        schedule.setdefault("lr_decay_style", "cosine")
+        schedule.setdefault("lr_warmup_steps", None)
+        if isinstance(peak, (int, float)):
+            schedule.setdefault("init_lr", 0.1 * peak)
+            schedule.setdefault("min_lr", 0.01 * peak)
+    patterns = values["peft"].get("target_modules") if isinstance(values.get("peft"), dict) else None
+    if isinstance(patterns, list) and any(pattern not in _FUSED for pattern in patterns):
+        for pattern in [pattern for pattern in patterns if pattern in _FUSED]:
+            patterns.remove(pattern)
+            dropped.append(f"peft.target_modules {pattern}")
 
 
 def _dataset(section: Any, where: str, from_automodel: bool, dropped: list[str]) -> None:

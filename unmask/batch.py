@@ -48,6 +48,8 @@ class NoisyBatch:
         noisy_ids_BL: int64, what the network sees.
         attention_mask_BL: bool, True = attend; None when the batch has no padding, so that attention needs no mask.
         scored_BL: bool, positions whose prediction enters the loss.
+        positions_N: int64, the same positions as indices into the flattened (B·L) batch; known on the CPU, so that the
+            gather before the head does not wait for the device to count them.
         weights_BL: float32, weight of each scored position's cross-entropy (0 elsewhere).
         counts: for each loss term, the local count that its sum is to be divided by once summed over all
             micro-batches and ranks. Known before the network runs, so that one division is exact.
@@ -57,6 +59,7 @@ class NoisyBatch:
     noisy_ids_BL: Tensor
     attention_mask_BL: Tensor | None
     scored_BL: Tensor
+    positions_N: Tensor
     weights_BL: Tensor
     counts: Mapping[str, float]
 

@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from unmask.errors import ConfigError, UnmaskError
+from unmask.errors import ConfigError, SamplingError, UnmaskError
 
 _TRAIN_HELP = """\
 Any field of the configuration can be set after the file:  --optimizer.lr 1e-4  --step_scheduler.max_steps=200
@@ -39,16 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `unmask … | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a place of the user's that no part of the program expected to fail
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"unmask: error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("unmask: interrupted", file=sys.stderr)
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, with its mistakes reported as ours are: in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing and leaving."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     import unmask
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="unmask", description="Fine-tune, evaluate and run diffusion language models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"unmask {unmask.__version__}")
@@ -58,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str, more: str = "") -> Any:
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str, more: str = ""
+) -> Any:
     parser = commands.add_parser(
         name,
         help=help,
@@ -160,7 +174,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
         return 0
     from unmask.training.checkpoint import prepare_run_dir
 
-    root = Path(prepared.config.checkpoint.checkpoint_dir)
+    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     prepare_run_dir(root)
     outcome = run_training(prepared, Console())
     print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")
@@ -174,9 +188,16 @@ def _generate(arguments: argparse.Namespace) -> int | None:
 
     names = ("steps", "max_new_tokens", "block_size", "temperature", "remasking", "threshold", "cfg_scale", "eos")
     sampler = SamplerConfig(**{name: getattr(arguments, name) for name in names})
+    for prompt in arguments.prompt:
+        if not prompt.strip():
+            raise SamplingError("--prompt: the text is empty; write what the model should answer")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise SamplingError(f"--batch_size: must be at least 1, got {arguments.batch_size}")
     output = None if arguments.output is None else Path(arguments.output)
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: {output.absolute().parent} is no folder; create it first")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file in it")
     if arguments.adapter is not None:
         from unmask.models.adapter_folder import find_adapter
 
@@ -186,12 +207,14 @@ def _generate(arguments: argparse.Namespace) -> int | None:
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
     from unmask.distributed.runtime import pick_device
     from unmask.models.registry import load_model, plan_folder
-    from unmask.models.tokenizer import find_tokenizer, load_tokenizer
+    from unmask.models.tokenizer import load_tokenizer
+    from unmask.training.export import tokenizer_folder
 
     plan_folder(folder, "--checkpoint")
-    find_tokenizer(folder, "--checkpoint")
-    tokenizer = load_tokenizer(folder, "--checkpoint")
-    model = load_model(folder, arguments.dtype, pick_device(arguments.device), arguments.adapter)
+    source = tokenizer_folder(folder, arguments.adapter)
+    device = pick_device(arguments.device)
+    tokenizer = load_tokenizer(str(source), "--checkpoint")
+    model = load_model(folder, arguments.dtype, device, arguments.adapter)
     from unmask.sampling.generate import generate
 
     answers = generate(

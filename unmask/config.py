@@ -83,7 +83,7 @@ def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
             f"step_scheduler.global_batch_size: {steps.global_batch_size} is not a multiple of local_batch_size "
             f"{steps.local_batch_size}; accumulation needs whole micro-batches"
         )
-    if steps.val_every_steps is not None and config.validation_dataset is None and not translated.from_automodel:
+    if steps.val_every_steps is not None and config.validation_dataset is None:
         raise ConfigError(
             f"step_scheduler.val_every_steps: {steps.val_every_steps} needs a validation_dataset section; add one, or "
             "set val_every_steps: null"
@@ -142,10 +142,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"-c {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"-c {path}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"-c {path}: expected sections such as model, dataset and step_scheduler")
     return values
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Say what is wrong and on which line, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return f"{error.problem or error.context}" + (f" (line {mark.line + 1})" if mark else "")
+    return " ".join(str(error).split())
 
 
 class _Loader(yaml.SafeLoader):
@@ -154,6 +162,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # merged keys may be given again, and SafeLoader itself refuses a key that is no scalar
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)

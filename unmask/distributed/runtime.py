@@ -32,7 +32,10 @@ class DistributedConfig:
 
 def world_size() -> int:
     """Return the number of processes that the launcher (torchrun) started; 1 without a launcher. Needs no torch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise ConfigError(f"WORLD_SIZE: the launcher set it to {given!r}, which is no number of processes")
+    return int(given)
 
 
 def refuse_many_processes(processes: int) -> None:
@@ -70,9 +73,18 @@ class Runtime:
 
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        import resource
-        import sys
+        return _peak_resident_gib()
 
+
+def _peak_resident_gib() -> float:
+    import resource
+    import sys
+
+    # Linux keeps ru_maxrss across exec, so it would report a large parent's memory; VmHWM starts afresh.
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

@@ -61,12 +61,15 @@ class MDLM:
         else:
             count = float(batch.supervised_BL.sum())
         attends = None if bool(batch.attention_mask_BL.all()) else batch.attention_mask_BL
-        return NoisyBatch(batch, noisy_ids_BL, attends, masked_BL, weights_BL, {"mdlm": count})
+        positions_N = masked_BL.flatten().nonzero()[:, 0]
+        return NoisyBatch(batch, noisy_ids_BL, attends, masked_BL, positions_N, weights_BL, {"mdlm": count})
 
     def loss(self, model: Any, noisy: NoisyBatch) -> LossTerms:
         """Run the network once and score the masked positions, gathered before the head."""
         hidden_BLD = model(noisy.noisy_ids_BL, noisy.attention_mask_BL)
-        hidden_ND, weight_VD, bias_V = model.head_inputs(hidden_BLD[noisy.scored_BL])
-        targets_N = noisy.clean.input_ids_BL[noisy.scored_BL]
-        total = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, noisy.weights_BL[noisy.scored_BL])
+        scored_ND = hidden_BLD.flatten(0, 1)[noisy.positions_N]
+        targets_N = noisy.clean.input_ids_BL.flatten()[noisy.positions_N]
+        weights_N = noisy.weights_BL.flatten()[noisy.positions_N]
+        hidden_ND, weight_VD, bias_V = model.head_inputs(scored_ND)
+        total = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, weights_N)
         return LossTerms({"mdlm": LossTerm(total, noisy.counts["mdlm"])})

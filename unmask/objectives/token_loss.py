@@ -48,9 +48,10 @@ def linear_cross_entropy(
         # A Function's needs_input_grad ignores no_grad: validation would compute gradients that nobody asked for.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
+    # Blanked rather than taken out: how many are left would have to be asked of the device, and it would be waited for.
     kept_N = weights_N != 0
-    if not bool(kept_N.all()):
-        hidden_ND, targets_N, weights_N = hidden_ND[kept_N], targets_N[kept_N], weights_N[kept_N]
+    hidden_ND = torch.where(kept_N[:, None], hidden_ND, 0.0)
+    targets_N = torch.where(kept_N, targets_N, 0)
     kind = hidden_ND.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits)

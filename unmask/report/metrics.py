@@ -31,12 +31,23 @@ class MetricsLog:
     ) -> None:
         self._listeners = tuple(listeners)
         self._closers = tuple(closers)
+        self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event; `time` (seconds since the epoch) is added."""
+        """Append one event; `time` (seconds since the epoch) is added.
+
+        Raises:
+            DataError: the disk is full or read-only.
+        """
         record = {"event": event, **values, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"{self._path}: cannot be written ({error.strerror}); free some space, then run again to resume from "
+                "the last checkpoint"
+            ) from None
         for listener in self._listeners:
             listener(record)
 
@@ -62,10 +73,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise DataError(f"{path}:{number}: not a JSON object; the log is damaged there") from None
+            event = None
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+        elif number < len(lines):
+            raise DataError(f"{path}:{number}: not an event of a run; the log is damaged there")
     return events
 
 

@@ -33,8 +33,10 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     """Draw training and validation loss, gradient norm and learning rate of one or several runs into a PNG.
 
     Raises:
-        DataError: a run without a log or without a finished step.
+        DataError: a run without a log or without a finished step, or an output that cannot be written.
     """
+    if not output.absolute().parent.is_dir() or output.is_dir():
+        raise DataError(f"{output}: is a folder or lies in none; name a file in a folder that exists")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,7 +50,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         train = [event for event in events if event["event"] == "train"]
         if not train:
             raise DataError(f"{run}: the log has no finished step to plot yet")
-        label = "" if len(runs) == 1 else f" {run.name or run.resolve().name}"
+        label = "" if len(runs) == 1 else f" {run.resolve().name}"
         _draw(top, middle, bottom, train, [e for e in events if e["event"] == "validation"], number, label)
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
@@ -60,9 +62,14 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     temporary = output.with_name(output.name + ".part")
-    figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
-    temporary.replace(output)
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        temporary.replace(output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{output}: cannot be written ({error.strerror}); choose another place") from None
+    finally:
+        plt.close(figure)
     return output
 
 

@@ -104,8 +104,10 @@ def check_tracker(section: WandbConfig | None) -> None:
     """Raise MissingDependencyError now, before a model loads, when the tracker is not installed."""
     import importlib.util
 
-    if section is not None and section.enable and importlib.util.find_spec(section.tracker) is None:
-        raise _missing(section.tracker)
+    if section is not None and section.enable:
+        spec = importlib.util.find_spec(section.tracker)
+        if spec is None or spec.origin is None:  # a plain folder of that name, such as wandb's own logs, has no origin
+            raise _missing(section.tracker)
 
 
 def _import(name: str) -> Any:

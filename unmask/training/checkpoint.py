@@ -88,6 +88,8 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Call
     Raises:
         CheckpointError: the disk is full or read-only; nothing half-written stays and older checkpoints are untouched.
     """
+    from safetensors import SafetensorError
+
     final, temporary = root / f"step_{step}", root / f".step_{step}.{os.getpid()}.part"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +105,7 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Call
             final.rename(root / f".step_{step}.{os.getpid()}.old.part")
         temporary.rename(final)
         _point_latest(root, final.name)
-    except (OSError, ValueError, RuntimeError) as error:  # safetensors reports a full disk as an error of its own
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # safetensors hides OSErrors
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise CheckpointError(
@@ -113,11 +115,18 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Call
     return final
 
 
-def prune(root: Path, keep: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints, and what killed saves left behind."""
+def prune(root: Path, keep: int | None, saved: Path) -> None:
+    """Remove what killed saves left behind, and all but the `keep` newest checkpoints up to the one just saved.
+
+    Checkpoints of later steps are ones that this run refused (torn or foreign): they neither count nor are touched, or
+    they would push out the whole one.
+    """
     for leftover in root.glob(".step_*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for folder in [] if keep is None else checkpoints(root)[keep:]:
+    for link in root.glob(f".{LATEST}.*"):
+        link.unlink(missing_ok=True)
+    found = checkpoints(root)
+    for folder in [] if keep is None else found[found.index(saved) + keep :]:
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.part")  # a kill half-way must not leave a torn step_N
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -63,5 +63,5 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         weights=sum(p.numel() for p in parameters) * width,
         gradients=trained_bytes,
         optimizer=2 * trained_bytes,
-        activations=activations + 4 * CHUNK_LOGITS,
+        activations=activations + 4 * min(CHUNK_LOGITS, tokens * plan.config.rows),
     )

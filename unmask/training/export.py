@@ -25,8 +25,11 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         ModelError: the checkpoint or adapter cannot be used.
         CheckpointError: `output` is taken or cannot be written; nothing half-written is left.
     """
+    from safetensors import SafetensorError
+
     from unmask.models.registry import plan_folder
 
+    output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
     plan = plan_folder(checkpoint, "--checkpoint")
@@ -42,7 +45,9 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise CheckpointError(f"--output: {output} cannot be written ({error.strerror}); choose another place") from None
+        raise CheckpointError(
+            f"--output: {output} cannot be written ({error.strerror}); choose another place"
+        ) from None
     try:
         # The adapter's delta is added in fp32 and the sum rounded once to the stored dtype.
         model = build_model(plan, dtype if adapter is None else "float32")
@@ -57,23 +62,40 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             merge_adapter(model)
             model.to(getattr(torch, dtype) if dtype else stored_dtype(plan.folder))
         save_model(model, plan, temporary)
-        warnings = _copy_tokenizer(checkpoint, temporary)
+        warnings = _copy_tokenizer(checkpoint, adapter, temporary)
         if output.exists():
             output.rmdir()
         temporary.rename(output)
-    except OSError as error:
-        raise CheckpointError(f"--output: {output} could not be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise CheckpointError(f"--output: {output} could not be written ({reason}); nothing of it was left") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return warnings
 
 
-def _copy_tokenizer(checkpoint: str, folder: Path) -> list[str]:
-    from unmask.models.tokenizer import find_tokenizer, load_tokenizer
+def _copy_tokenizer(checkpoint: str, adapter: str | None, folder: Path) -> list[str]:
+    from unmask.models.tokenizer import load_tokenizer
 
     try:
-        find_tokenizer(checkpoint, "--checkpoint")
+        source = tokenizer_folder(checkpoint, adapter)
     except ModelError:
         return [f"{checkpoint} has no tokenizer, so the exported folder has none either"]
-    load_tokenizer(checkpoint, "--checkpoint").save_pretrained(folder)
+    load_tokenizer(str(source), "--checkpoint").save_pretrained(folder)
     return []
+
+
+def tokenizer_folder(checkpoint: str, adapter: str | None) -> Path:
+    """Return the folder of the tokenizer to use: the adapter's, whose chat template it was trained with, if it has one.
+
+    Raises:
+        ModelError: neither has one.
+    """
+    from unmask.models.adapter_folder import find_adapter
+    from unmask.models.tokenizer import FILES, find_tokenizer
+
+    if adapter is not None:
+        folder = find_adapter(adapter)
+        if any((folder / file).is_file() for file in FILES):
+            return folder
+    return find_tokenizer(checkpoint, "--checkpoint")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from unmask.errors import TrainingError
 from unmask.objectives.registry import Objective
 from unmask.report.metrics import MetricsLog
 from unmask.report.progress import TrainingProgress
-from unmask.rng import NoiseStream
+from unmask.rng import NoiseStream, key
 from unmask.training.checkpoint import CheckpointConfig, prune, save_checkpoint
 from unmask.training.optim import set_learning_rate
 from unmask.training.optimizer_state import save_optimizer
@@ -37,8 +38,18 @@ from unmask.training.step import StepResult, train_step
 class Loader(Protocol):
     """What the loop needs of the data: the micro-batches of each step, and a position to save."""
 
-    def __iter__(self) -> Generator[list[Batch]]:
-        """Yield each step's micro-batches from the current position on, without end."""
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """How many rows were passed over, by reason."""
+        ...
+
+    @property
+    def examples(self) -> Mapping[str, str]:
+        """For each reason, the first such row."""
+        ...
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Yield each step's micro-batches from the current position on, without end; a generator."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,7 +107,8 @@ class TrainingOutcome:
 
     Attributes:
         step: the last step made.
-        reason: `finished`, `good enough`, or the name of the signal that stopped it.
+        reason: `finished`, `good enough`, the name of the signal that stopped it, or `already finished` when there was
+            nothing left to do.
         checkpoint: the folder saved last; None when checkpoints are off.
     """
 
@@ -113,18 +125,22 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
         CheckpointError: a checkpoint could not be saved.
     """
     step, saved = start.step, start.folder
+    if step >= run.total_steps:
+        return TrainingOutcome(step, "already finished", saved)
     reason = "finished"
-    stream = iter(run.loader)
+    stream = cast(Generator[list[Batch]], iter(run.loader))
     with StopRequest() as stop, run.progress, contextlib.closing(stream):
+        if run.steps.val_at_start and step == 0:
+            _validate(run, step)
         while step < run.total_steps:
             began = time.perf_counter()
             batches = next(stream)
             step += 1
             rate = learning_rate(step, run.schedule, run.peak_lr, run.total_steps)
             set_learning_rate(run.optimizer, rate)
-            result = train_step(
-                run.model, run.objective, batches, run.noise, run.optimizer, run.runtime, run.max_norm
-            )
+            # Dropout, the one user of the global generator, draws the same after a resume as without one.
+            torch.manual_seed(key(run.noise.seed, "dropout", sample=step) % 2**32)
+            result = train_step(run.model, run.objective, batches, run.noise, run.optimizer, run.runtime, run.max_norm)
             if not result.finite:
                 raise _not_finite(run, step, result, batches, saved)
             _record(run, step, rate, result, time.perf_counter() - began)
@@ -134,10 +150,9 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
                 break
             if due(step, run.steps.ckpt_every_steps) and step < run.total_steps:
                 saved = _save(run, step)
-        if reason == "finished" and step > start.step and not due(step, run.steps.val_every_steps):
+        if reason == "finished" and not due(step, run.steps.val_every_steps):
             _validate(run, step)
-        if step > start.step:
-            saved = _save(run, step)
+        saved = _save(run, step)
         run.metrics.write("end", step=step, reason=reason)
     return TrainingOutcome(step, reason, saved)
 
@@ -182,7 +197,7 @@ def _save(run: TrainingRun, step: int) -> Path | None:
 
     state = {"loader": run.loader.state_dict(), "identity": dict(run.identity)}
     folder = save_checkpoint(run.root, step, state, write)
-    prune(run.root, run.checkpoint.max_recent_checkpoints)
+    prune(run.root, run.checkpoint.max_recent_checkpoints, folder)
     run.progress.say(f"step {step}  saved {folder}")
     return folder
 

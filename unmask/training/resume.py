@@ -52,9 +52,7 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     Raises:
         CheckpointError: there are checkpoints, but none that can be used.
     """
-    if not section.enabled:
-        return ResumePoint(0, None, ())
-    found = find_checkpoint(root, identity)
+    found = find_checkpoint(root, identity) if section.enabled else None
     if found is None:
         cut_after(parts.log, -1)
         return ResumePoint(0, None, ())

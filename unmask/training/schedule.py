@@ -20,6 +20,7 @@ class StepSchedulerConfig:
         num_epochs: stop after this many passes over the data; None = by steps alone.
         ckpt_every_steps: save a checkpoint every so many steps (and at the end); None = at the end only.
         val_every_steps: run validation every so many steps (and at the end); None = at the end only.
+        val_at_start: run validation before the first step too, as step 0.
     """
 
     global_batch_size: int = 32
@@ -28,6 +29,7 @@ class StepSchedulerConfig:
     num_epochs: int | None = None
     ckpt_every_steps: int | None = None
     val_every_steps: int | None = None
+    val_at_start: bool = False
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "local_batch_size", "max_steps", "num_epochs", "ckpt_every_steps"):
@@ -48,23 +50,28 @@ class LRSchedulerConfig:
 
     Attributes:
         lr_decay_style: `constant`, `linear` or `cosine` from the optimizer's lr to `min_lr`.
-        lr_warmup_steps: steps of linear warm-up from `init_lr`.
+        lr_warmup_steps: steps of linear warm-up from `init_lr`; None = a tenth of the run, at most 1000.
         init_lr: rate before the first warm-up step.
         min_lr: rate after `lr_decay_steps`.
         lr_decay_steps: step at which `min_lr` is reached; None = the end of the run.
     """
 
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int | None = 0
     init_lr: float = 0.0
     min_lr: float = 0.0
     lr_decay_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr_warmup_steps", "init_lr", "min_lr"):
-            if getattr(self, name) < 0:
-                raise FieldError(name, f"must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise FieldError(name, f"must not be negative, got {value}")
         _at_least_one("lr_decay_steps", self.lr_decay_steps)
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Return the length of the warm-up in a run of `total_steps`."""
+        return min(1000, total_steps // 10) if self.lr_warmup_steps is None else self.lr_warmup_steps
 
 
 def learning_rate(step: int, section: LRSchedulerConfig, peak: float, total_steps: int) -> float:
@@ -80,7 +87,7 @@ def learning_rate(step: int, section: LRSchedulerConfig, peak: float, total_step
         init_lr + (peak − init_lr)·step/warmup during warm-up, so that the first step already moves; then `peak`
         decaying to `min_lr`, which is reached after the last step.
     """
-    warmup = section.lr_warmup_steps
+    warmup = section.warmup_steps(total_steps)
     if step <= warmup:
         return section.init_lr + (peak - section.init_lr) * step / warmup
     if section.lr_decay_style == "constant":

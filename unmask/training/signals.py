@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Context in which SIGINT and SIGTERM set `name` instead of killing the process; handlers are restored on leaving."""
+    """Context in which SIGINT and SIGTERM set `name` instead of killing the process; leaving restores the handlers."""
 
     def __init__(self) -> None:
         self.name: str | None = None

@@ -1,0 +1,67 @@
+"""The device of a run, and the refusal of more than one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from unmask.distributed.runtime import (
+    DistributedConfig,
+    build_runtime,
+    pick_device,
+    prepare_model,
+    refuse_many_processes,
+    world_size,
+)
+from unmask.errors import ConfigError
+
+
+def test_one_process_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert world_size() == 1
+    refuse_many_processes(1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes .*one device"):
+        refuse_many_processes(world_size())
+    monkeypatch.setenv("WORLD_SIZE", "-1")
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        world_size()
+
+
+def test_a_missing_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no CUDA device.*--device cpu"):
+        pick_device("cuda")
+
+
+def test_autocast_computes_in_bf16_and_only_there() -> None:
+    matrix = torch.ones(2, 2)
+    for dtype, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        runtime = build_runtime(DistributedConfig(autocast_dtype=dtype, device="cpu"))  # pyright: ignore[reportArgumentType]
+        with runtime.autocast():
+            assert (matrix @ matrix).dtype == expected
+        assert (matrix @ matrix).dtype == torch.float32
+        assert runtime.memory_gib() > 0.01
+
+
+def test_the_model_is_placed_and_switched() -> None:
+    class Layer(nn.Module):
+        activation_checkpointing = False
+
+    model = nn.Sequential(Layer(), nn.Linear(2, 2)).eval()
+    section = DistributedConfig(activation_checkpointing=True, device="cpu")
+    assert prepare_model(model, section, build_runtime(section)).training
+    assert model[0].activation_checkpointing is True
+
+
+def test_the_peak_is_this_processs_own() -> None:
+    """A parent's size must not show: Linux hands ru_maxrss on to what a process starts."""
+    ballast = torch.ones(2**26)  # 256 MiB in this process
+    code = "from unmask.distributed.runtime import _peak_resident_gib; print(_peak_resident_gib())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ballast.numel() and float(done.stdout) < 0.125

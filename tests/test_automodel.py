@@ -1,0 +1,218 @@
+"""NeMo AutoModel's dLLM YAML: accepted, equal to our own, and refused where it would train something else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from unmask.automodel import translate
+from unmask.config import RunConfig, config_from_mapping, load_config
+from unmask.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "dllm_sft"
+CHAT = "nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset"
+
+# Every key that AutoModel's LLaDA recipes carry.
+THEIRS: dict = {
+    "recipe": "DiffusionLMSFTRecipe",
+    "step_scheduler": {
+        "global_batch_size": 32,
+        "local_batch_size": 4,
+        "ckpt_every_steps": 500,
+        "val_every_steps": 500,
+        "max_steps": None,
+        "num_epochs": 5,
+    },
+    "dist_env": {"backend": "nccl", "timeout_minutes": 10},
+    "seed": 42,
+    "wandb": {"enable": False, "project": "some-project", "name": "some-run"},
+    "model": {
+        "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": "GSAI-ML/LLaDA-8B-Base",
+        "torch_dtype": "float32",
+        "trust_remote_code": True,
+        "backend": {"attn": "te"},
+    },
+    "checkpoint": {
+        "enabled": True,
+        "checkpoint_dir": "dllm_checkpoints/llada_sft",
+        "model_save_format": "safetensors",
+        "save_consolidated": False,
+    },
+    "distributed": {
+        "strategy": "fsdp2",
+        "dp_size": "none",
+        "tp_size": 1,
+        "cp_size": 1,
+        "pp_size": 1,
+        "sequence_parallel": False,
+        "activation_checkpointing": False,
+        "mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "float32"},
+        "autocast_dtype": "bfloat16",
+        "offload_policy": None,
+    },
+    "loss_fn": {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"},
+    "dllm": {"mode": "mdlm", "mask_token_id": 126336, "eps": 0.001, "supervise_padding": True},
+    "optimizer": {
+        "_target_": "torch.optim.AdamW",
+        "betas": [0.9, 0.999],
+        "eps": "1e-8",
+        "lr": "2e-5",
+        "weight_decay": 0.0,
+    },
+    "clip_grad_norm": {"max_norm": 1.0},
+    "lr_scheduler": {"lr_decay_style": "cosine", "init_lr": 0.0, "min_lr": 0.0},
+    "dataset": {
+        "_target_": CHAT,
+        "path_or_dataset_id": "allenai/tulu-3-sft-mixture",
+        "split": "train",
+        "shuffle_seed": 42,
+        "seq_length": 1024,
+        "truncation": True,
+        "unshifted": True,
+        "chat_template": "llada",
+        "tokenizer": {"pretrained_model_name_or_path": "GSAI-ML/LLaDA-8B-Base", "trust_remote_code": True},
+    },
+    "dataloader": {
+        "_target_": "torchdata.stateful_dataloader.StatefulDataLoader",
+        "collate_fn": "nemo_automodel.components.datasets.utils.default_collater",
+        "group_by_length": True,
+    },
+    "ci": {"time": "00:45:00", "recipe_owner": "somebody"},
+}
+PEFT = {
+    "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+    "match_all_linear": False,
+    "target_modules": [f"*.{n}" for n in "q_proj k_proj v_proj att_proj attn_out ff_proj up_proj ff_out".split()],
+    "dim": 16,
+    "alpha": 32,
+}
+
+
+def theirs(**changes: object) -> dict:
+    values = copy.deepcopy(THEIRS)
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return values
+
+
+def assert_same_training(config: RunConfig, ours: RunConfig) -> None:
+    for section in RunConfig.__dataclass_fields__:
+        if section not in ("wandb", "checkpoint"):
+            assert getattr(config, section) == getattr(ours, section), section
+
+
+def test_their_full_recipe_is_our_example() -> None:
+    loaded = config_from_mapping(theirs())
+    assert_same_training(loaded.config, load_config(EXAMPLES / "llada_sft.yaml").config)
+    assert loaded.config.checkpoint.checkpoint_dir == "dllm_checkpoints/llada_sft"
+
+
+def test_their_lora_recipe_is_our_example() -> None:
+    loaded = config_from_mapping(theirs(peft=copy.deepcopy(PEFT)))
+    assert_same_training(loaded.config, load_config(EXAMPLES / "llada_lora.yaml").config)
+    assert "peft.target_modules *.att_proj" in loaded.not_needed
+
+
+def test_each_key_without_influence_is_listed_once() -> None:
+    listed = config_from_mapping(theirs()).not_needed
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {
+        "recipe", "ci", "dist_env", "loss_fn", "model.trust_remote_code", "model.backend",
+        "dataset.tokenizer.trust_remote_code", "dataloader.collate_fn", "distributed.dp_size",
+        "distributed.mp_policy.output_dtype", "checkpoint.model_save_format", "checkpoint.save_consolidated",
+        "distributed.strategy", "distributed.tp_size", "distributed.cp_size", "distributed.pp_size",
+        "distributed.sequence_parallel", "distributed.offload_policy", "distributed.mp_policy.reduce_dtype",
+        "step_scheduler.val_every_steps",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model___target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config"}, "model._target_"),
+        ({"optimizer___target_": "torch.optim.SGD"}, "optimizer._target_"),
+        ({"optimizer__amsgrad": True}, "optimizer.amsgrad"),
+        ({"loss_fn___target_": "somewhere.LinearCrossEntropy"}, "loss_fn._target_"),
+        ({"dataset___target_": "somewhere.ColumnMappedDataset"}, "dataset._target_"),
+        ({"dataset__mask_reasoning_content": True}, "dataset.mask_reasoning_content"),
+        ({"dataset__tokenizer__padding_side": "left"}, "dataset.tokenizer.padding_side"),
+        ({"dataset__unshifted": False}, "dataset.unshifted"),
+        ({"distributed__tp_size": 2}, "distributed.tp_size"),
+        ({"distributed__ep_size": 8}, "distributed.ep_size"),
+        ({"distributed__strategy": "megatron_fsdp"}, "distributed.strategy"),
+        ({"distributed__sequence_parallel": True}, "distributed.sequence_parallel"),
+        ({"distributed__offload_policy": {"_target_": "x"}}, "distributed.offload_policy"),
+        ({"distributed__mp_policy__reduce_dtype": "bfloat16"}, "distributed.mp_policy.reduce_dtype"),
+        ({"distributed__mp_policy__cast_forward_inputs": False}, "distributed.mp_policy.cast_forward_inputs"),
+        ({"distributed__autocast_dtype": "float16"}, "distributed.autocast_dtype"),
+        ({"peft": {**PEFT, "match_all_linear": True}}, "peft.match_all_linear"),
+        ({"peft": {**PEFT, "use_dora": True}}, "peft.use_dora"),
+        ({"peft": {**PEFT, "r": 4}}, "peft.dim"),
+        ({"dllm__mode": "hybrid"}, "dllm.mode"),
+        ({"dllm__block_size": 32}, "dllm.block_size"),
+        ({"dllm__half_life_ratio": 0.25}, "dllm.half_life_ratio"),
+        ({"lr_scheduler__wd_incr_style": "linear"}, "lr_scheduler.wd_incr_style"),
+        ({"packed_sequence": {"packed_sequence_size": 1024}}, "packed_sequence"),
+        ({"wandb___target_": "x"}, "wandb._target_"),
+    ],
+)
+def test_a_key_that_would_change_results_is_refused_by_name(changes: dict, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_mapping(theirs(**changes))
+    assert str(caught.value).startswith(named + ":") and "\n" not in str(caught.value)
+
+
+def test_what_their_file_leaves_out_keeps_their_default() -> None:
+    values = theirs()
+    for name in ("lr", "weight_decay", "betas", "eps"):
+        del values["optimizer"][name]
+    values["lr_scheduler"] = {"lr_decay_style": "linear"}
+    config = config_from_mapping(values).config
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-3, 0.01)  # torch.optim.AdamW's
+    schedule = config.lr_scheduler
+    assert (schedule.init_lr, schedule.min_lr) == (pytest.approx(1e-4), pytest.approx(1e-5))
+    assert schedule.warmup_steps(5000) == 500 and schedule.warmup_steps(10**6) == 1000
+
+
+def test_tracking_without_enable_is_on_as_it_is_there() -> None:
+    config = config_from_mapping(theirs(wandb={"project": "p", "save_dir": "logs"})).config
+    assert config.wandb is not None and config.wandb.enable and config.wandb.tracker == "wandb"
+
+
+def test_a_parameter_dtype_alone_chooses_the_compute_dtype() -> None:
+    values = theirs()
+    del values["distributed"]["autocast_dtype"]
+    assert config_from_mapping(values).config.distributed.autocast_dtype == "bfloat16"
+    values["distributed"]["mp_policy"]["param_dtype"] = "none"
+    assert config_from_mapping(values).config.distributed.autocast_dtype == "float32"
+
+
+def test_an_adapter_section_that_loses_all_its_keys_still_trains_an_adapter() -> None:
+    values = theirs(peft={"_target_": PEFT["_target_"], "match_all_linear": False})
+    assert config_from_mapping(values).config.peft is not None
+    assert config_from_mapping(theirs(peft={"dim": 4})).config.peft.r == 4  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_the_only_split_of_a_local_file_is_not_needed() -> None:
+    values = theirs(dataset__path_or_dataset_id="./rows.jsonl")
+    loaded = config_from_mapping(values)
+    assert loaded.config.dataset.split is None and "dataset.split" in loaded.not_needed
+
+
+def test_the_given_mapping_is_left_alone() -> None:
+    values = theirs()
+    translate(values)
+    assert values == THEIRS
+
+
+def test_our_own_keys_pass_untouched() -> None:
+    ours = {"model": {"config": "c.json"}, "optimizer": {"lr": 1e-4}, "lr_scheduler": {"lr_decay_style": "cosine"}}
+    translated = translate(ours)
+    assert translated.values == ours and translated.not_needed == ()

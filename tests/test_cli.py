@@ -1,0 +1,72 @@
+"""The command line's shape: commands, both spellings of flags, and one line for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from unmask.cli import build_parser, main
+
+COMMANDS = ("quickstart", "train", "generate", "prep", "plot", "export")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0 and f"usage: unmask {command}" in capsys.readouterr().out
+
+
+def test_flags_have_both_spellings_and_the_published_defaults() -> None:
+    parser = build_parser()
+    words = ["generate", "--checkpoint", "c", "--prompt", "a", "--prompt", "b"]
+    default = parser.parse_args(words)
+    assert (default.steps, default.max_new_tokens, default.block_size) == (128, 128, 32)
+    assert (default.temperature, default.remasking, default.seed, default.prompt) == (
+        0.0, "low_confidence", 42, ["a", "b"],
+    )  # fmt: skip
+    for flag in ("--max_new_tokens", "--max-new-tokens"):
+        assert parser.parse_args([*words, flag, "7"]).max_new_tokens == 7
+    for flag in ("--dry_run", "--dry-run"):
+        assert parser.parse_args(["train", "-c", "x", flag]).dry_run
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import unmask
+
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"unmask {unmask.__version__}\n"
+
+
+def test_an_unknown_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "run", "--colour", "red"]) == 2
+    assert capsys.readouterr().err == "unmask: error: unknown argument --colour; see `unmask plot --help`\n"
+
+
+def test_an_unexpected_failure_of_the_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/locked/file")
+
+    monkeypatch.setattr("unmask.cli._plot", fail)
+    assert main(["plot", "run"]) == 2
+    assert capsys.readouterr().err == "unmask: error: /locked/file: Permission denied\n"
+
+
+def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unmask.cli._plot", interrupt)
+    assert main(["plot", "run"]) == 130
+    assert capsys.readouterr().err == "unmask: interrupted\n"
+
+
+def test_the_module_for_launchers_is_the_train_command() -> None:
+    words = [sys.executable, "-m", "unmask.train", "-c", "nowhere.yaml"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("unmask: error: -c nowhere.yaml: cannot be read")

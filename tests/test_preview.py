@@ -1,0 +1,104 @@
+"""`--dry-run` shows what a person needs to see, and touches nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.cli import main
+
+# Peak resident memory of two steps, above what the imports take; prints measured bytes and the estimate.
+MEASURE = """
+import json, sys
+import torch
+from rich.console import Console
+from unmask.assemble import assemble, prepare
+from unmask.config import load_config
+from unmask.distributed.runtime import Runtime
+from unmask.training.estimate import estimate_memory
+from unmask.training.loop import train
+import unmask.data.loader, transformers, matplotlib.pyplot, torch.utils.checkpoint
+
+torch.set_num_threads(1)
+prepared = prepare(load_config(sys.argv[1]))
+with torch.device("meta"):
+    shape = prepared.plan.family.build(prepared.plan.config)
+estimate = estimate_memory(prepared.config, prepared.plan, shape)
+a = torch.randn(64, 64, requires_grad=True)
+torch.optim.AdamW([a], fused=True)
+(a @ a).sum().backward()
+runtime = Runtime(torch.device("cpu"), None)
+before = runtime.memory_gib()
+run, start = assemble(prepared, Console(file=open("/dev/null", "w")))
+train(run, start)
+print(json.dumps([(runtime.memory_gib() - before) * 2**30, estimate.total]))
+"""
+
+
+def test_it_shows_the_run_and_writes_nothing(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write(tmp_path / "run.yaml", tiny.config(tmp_path / "run", dllm__time_sampling="stratified"))
+    assert main(["train", "-c", str(path), "--dry-run", "--optimizer.lr", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+    assert "lr: 0.5" in shown and "global_batch_size: 4" in shown
+    from unmask.models.llada.config import LLaDAConfig
+    from unmask.models.llada.model import LLaDA
+
+    fields = {key: value for key, value in tiny.model.items() if key != "model_type"}
+    count = sum(parameter.numel() for parameter in LLaDA(LLaDAConfig(**fields)).parameters())
+    assert f"{count:,} ({count:,} trained)" in shown
+    assert "estimated memory" in shown and "4 rows = 2 rows × 2 micro-batches, at most 384 tokens" in shown
+    rows = re.findall(r"\[(\d)\] (\S*train\.jsonl:\d+)", shown.replace("\n", " "))
+    assert [number for number, _ in rows] == ["1", "2", "3"]
+    masked = re.findall(r"corrupted: (\d+) of (\d+) supervised", shown)
+    assert len(masked) == 3 and all(int(some) <= int(all_) for some, all_ in masked)
+    assert shown.count("░") == sum(int(some) for some, _ in masked)
+
+
+def test_the_corruption_shown_is_that_of_the_first_step(tiny, train_tiny, tmp_path: Path, capsys) -> None:
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1)
+    path = tiny.write(tmp_path / "run.yaml", values)
+    main(["train", "-c", str(path), "--dry-run"])
+    supervised = [int(n) for n in re.findall(r"corrupted: \d+ of (\d+) supervised", capsys.readouterr().out)]
+    run = train_tiny(values)
+    assert sum(supervised) <= next(e["supervised_tokens"] for e in run.events if e["event"] == "train")
+
+
+def test_an_adapter_is_counted_as_what_is_trained(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write(
+        tmp_path / "run.yaml", tiny.config(tmp_path / "run", peft={"r": 2, "target_modules": ["*.q_proj"]})
+    )
+    assert main(["train", "-c", str(path), "--dry-run"]) == 0
+    assert f"({2 * 2 * (32 + 32):,} trained)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_estimate_is_near_what_is_measured(tiny, tmp_path: Path, checkpointing: bool) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * 600}]} for _ in range(16)
+    ]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {**tiny.model, "d_model": 192, "n_heads": 4, "n_layers": 6, "mlp_hidden_size": 512}
+    values = tiny.config(
+        tmp_path / "run",
+        model__config={**model, "max_sequence_length": 512},
+        dataset__path_or_dataset_id=str(tmp_path / "long.jsonl"),
+        dataset__seq_length=512,
+        step_scheduler__global_batch_size=8,
+        step_scheduler__local_batch_size=8,
+        step_scheduler__max_steps=2,
+        distributed__activation_checkpointing=checkpointing,
+        checkpoint__enabled=False,
+    )
+    words = [sys.executable, "-c", MEASURE, str(tiny.write(tmp_path / "run.yaml", values))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured, estimated = json.loads(done.stdout.splitlines()[-1])
+    assert estimated == pytest.approx(measured, rel=0.4), (measured / 2**20, estimated / 2**20)

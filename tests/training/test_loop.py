@@ -1,0 +1,150 @@
+"""What a run logs, and how it stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unmask.errors import CheckpointError, DataError, TrainingError
+from unmask.training import checkpoint as checkpoint_module
+
+Train = Callable[..., Any]
+FIELDS = {
+    "event", "step", "loss", "mdlm_loss", "grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_second",
+    "memory_gib", "time",
+}  # fmt: skip
+
+
+def test_a_run_directory_holds_what_the_design_says(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = tiny.config(
+        tmp_path, step_scheduler__ckpt_every_steps=2, step_scheduler__val_every_steps=4,
+        validation_dataset=tiny.validation(),
+    )  # fmt: skip
+    run = train_tiny(values)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "loss.png", "step_2", "step_4", "step_6", "latest",
+    }  # fmt: skip
+    train = [event for event in run.events if event["event"] == "train"]
+    assert [event["step"] for event in train] == [1, 2, 3, 4, 5, 6]
+    assert all(set(event) == FIELDS for event in train)
+    assert all(math.isfinite(event["loss"]) and event["loss"] == event["mdlm_loss"] for event in train)
+    validation = [event for event in run.events if event["event"] == "validation"]
+    assert [event["step"] for event in validation] == [4, 6]
+    assert all({"loss", "mdlm_loss"} <= set(event) for event in validation)
+    assert (tmp_path / "config.yaml").read_text() == (tmp_path / "step_6" / "config.yaml").read_text()
+
+
+def test_every_checkpoint_but_the_recent_ones_is_removed(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    train_tiny(tiny.config(tmp_path, step_scheduler__ckpt_every_steps=1, checkpoint__max_recent_checkpoints=2))
+    assert {path.name for path in tmp_path.glob("step_*")} == {"step_5", "step_6"}
+
+
+def test_without_checkpoints_there_are_none(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = tiny.config(tmp_path, checkpoint__enabled=False, step_scheduler__ckpt_every_steps=1)
+    run = train_tiny(values)
+    assert run.outcome.checkpoint is None and not list(tmp_path.glob("step_*"))
+    assert list(train_tiny(values).losses) == [1, 2, 3, 4, 5, 6]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Make the loss of step `at` (two micro-batches a step) not a number."""
+    from unmask.objectives.mdlm import MDLM
+
+    original, calls = MDLM.loss, 0
+
+    def loss(self, model, noisy):
+        nonlocal calls
+        calls += 1
+        terms = original(self, model, noisy)
+        if calls == 2 * at:
+            terms.terms["mdlm"].sum.data.fill_(float("nan"))
+        return terms
+
+    monkeypatch.setattr(MDLM, "loss", loss)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    tiny, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
+    poison(monkeypatch, at=4)
+    with pytest.raises(TrainingError) as caught:
+        train_tiny(values)
+    said = str(caught.value)
+    assert caught.value.exit_status == 1 and "\n" not in said
+    assert said.startswith("step 4: the loss (nan)") and str(tmp_path / "step_2") in said
+    assert said.count("train.jsonl:") == 4  # every row of the global batch, by file and line
+    monkeypatch.undo()
+    assert list(train_tiny(values).losses) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_that_is_not_finite_leaves_model_and_optimizer_alone(tiny) -> None:
+    from unmask.assemble import build_parts, prepare
+    from unmask.config import config_from_mapping
+    from unmask.distributed.runtime import Runtime
+    from unmask.models.registry import build_model
+    from unmask.rng import NoiseStream
+    from unmask.training.optim import OptimizerConfig, build_optimizer
+    from unmask.training.step import train_step
+
+    prepared = prepare(config_from_mapping(tiny.config(Path("unused"))))
+    parts = build_parts(prepared)
+    model = build_model(prepared.plan, "float32")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = float("inf")
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    batches = next(iter(parts.loader))
+    with torch.no_grad():
+        next(model.parameters())[int(batches[0].input_ids_BL[0, 0])] = float("inf")
+        before[0][int(batches[0].input_ids_BL[0, 0])] = float("inf")
+    runtime = Runtime(torch.device("cpu"), None)
+    result = train_step(model, parts.objective, batches, NoiseStream(1), optimizer, runtime, 1.0)
+    assert not result.finite and not optimizer.state
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_a_disk_that_fills_up_while_saving(
+    tiny, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import unmask.training.loop as loop
+
+    values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
+
+    def full(*arguments: object) -> None:
+        if list(tmp_path.glob("step_2")):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        loop, "save_optimizer", lambda model, optimizer, folder: full() or original(model, optimizer, folder)
+    )
+    from unmask.training.optimizer_state import save_optimizer as original
+
+    with pytest.raises(CheckpointError) as caught:
+        train_tiny(values)
+    assert str(tmp_path / "step_4") in str(caught.value) and "No space left on device" in str(caught.value)
+    assert [path.name for path in checkpoint_module.checkpoints(tmp_path)] == ["step_2"]
+    checkpoint_module.verify(tmp_path / "latest")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    from unmask.report.metrics import MetricsLog
+
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+
+    class Full:
+        def write(self, _: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None: ...
+
+    log._file.close()
+    log._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        log.write("train", step=1)

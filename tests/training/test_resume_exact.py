@@ -1,0 +1,242 @@
+"""Law: killed and resumed = never killed. The same losses, float for float, and the same bytes of weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask.report.metrics import read_metrics
+from unmask.training.checkpoint import checkpoints, verify
+
+STEPS = 60
+Train = Callable[..., Any]
+
+# The pieces that a random kill meets by chance, met on purpose: what SIGKILL interrupts is the n-th call.
+KILL_IN_SAVE = (
+    "import os, signal, sys\n"
+    "from unmask.training import checkpoint\n"
+    "name, left = sys.argv[1], int(sys.argv[2])\n"
+    "function = getattr(checkpoint, name)\n"
+    "def fatal(*arguments):\n"
+    "    global left\n"
+    "    left -= 1\n"
+    "    if left < 0:\n"
+    "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    return function(*arguments)\n"
+    "setattr(checkpoint, name, fatal)\n"
+    "from unmask.cli import main\n"
+    "sys.exit(main(['train', '-c', sys.argv[3]]))\n"
+)
+
+
+def config(tiny, root: Path, **changes: object) -> dict:
+    fixed = {
+        "step_scheduler__max_steps": STEPS,
+        "step_scheduler__ckpt_every_steps": 7,
+        "lr_scheduler__lr_decay_style": "cosine",
+        "lr_scheduler__lr_warmup_steps": 5,
+        "dllm__time_sampling": "stratified",
+    }
+    return tiny.config(root, **{**fixed, **changes})
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def start(tiny, values: dict, path: Path) -> subprocess.Popen:
+    tiny.write(path, values)
+    words = [sys.executable, "-m", "unmask", "train", "-c", str(path)]
+    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen, root: Path, step: int) -> None:
+    log = root / "metrics.jsonl"
+    while process.poll() is None:
+        if log.exists() and log.read_bytes().count(b'"event": "train"') >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
+
+
+def losses(root: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in read_metrics(root / "metrics.jsonl") if event["event"] == "train"}
+
+
+def weights(root: Path) -> bytes:
+    return (root / "latest" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, train_tiny: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never interrupted."""
+    return train_tiny(config(tiny, tmp_path_factory.mktemp("whole"))).root
+
+
+def assert_same_as(reference: Path, root: Path) -> None:
+    assert losses(root) == losses(reference)
+    assert list(losses(root)) == list(range(1, STEPS + 1))
+    assert weights(root) == weights(reference)
+    assert not list(root.glob(".*.part"))
+
+
+def test_killed_at_some_step(tiny, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
+    values = config(tiny, tmp_path / "run")
+    process = start(tiny, values, tmp_path / "run.yaml")
+    wait_for_step(process, tmp_path / "run", 24)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    resumed = train_tiny(values)
+    assert "resuming from" in resumed.output
+    assert_same_as(reference, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_killed_ten_times_in_one_run(tiny, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
+    values = config(tiny, tmp_path / "run")
+    for step in (1, 3, 8, 13, 20, 27, 33, 41, 48, 56):
+        process = start(tiny, values, tmp_path / "run.yaml")
+        wait_for_step(process, tmp_path / "run", step)
+        process.kill()
+        process.communicate()
+        for folder in checkpoints(tmp_path / "run"):
+            verify(folder)
+    train_tiny(values)
+    assert_same_as(reference, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("name", "calls"), [("_crc32", 0), ("_crc32", 12), ("_to_disk", 0), ("_to_disk", 15), ("_point_latest", 1)]
+)
+def test_killed_inside_a_save(tiny, train_tiny: Train, tmp_path: Path, reference: Path, name: str, calls: int) -> None:
+    values = config(tiny, tmp_path / "run")
+    tiny.write(tmp_path / "run.yaml", values)
+    words = [sys.executable, "-c", KILL_IN_SAVE, name, str(calls), str(tmp_path / "run.yaml")]
+    assert subprocess.run(words, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    for folder in checkpoints(tmp_path / "run"):
+        verify(folder)
+    if (tmp_path / "run" / "latest").is_symlink():
+        verify(tmp_path / "run" / "latest")
+    train_tiny(values)
+    assert_same_as(reference, tmp_path / "run")
+
+
+def test_a_signal_saves_and_ends_cleanly(tiny, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
+    values = config(tiny, tmp_path / "run")
+    process = start(tiny, values, tmp_path / "run.yaml")
+    wait_for_step(process, tmp_path / "run", 10)
+    process.terminate()
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    stopped = max(losses(tmp_path / "run"))
+    assert stopped < STEPS and f"SIGTERM after step {stopped}; run directory: " in out
+    assert os.readlink(tmp_path / "run" / "latest") == f"step_{stopped}"
+    train_tiny(values)
+    assert_same_as(reference, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dataloader__group_by_length": True, "dataloader__num_workers": 2},
+        {"dllm__supervise_padding": True, "step_scheduler__local_batch_size": 4},
+        {"peft": {"r": 4, "lora_dropout": 0.2}},
+    ],
+    ids=["plain", "workers and grouping", "supervised padding", "adapter"],
+)
+def test_stopped_twice_and_resumed_twice(tiny, train_tiny: Train, tmp_path: Path, changes: dict) -> None:
+    whole = config(tiny, tmp_path / "whole", step_scheduler__max_steps=20, **{**changes, "dataloader__num_workers": 0})
+    parts = config(tiny, tmp_path / "parts", step_scheduler__max_steps=20, **changes)
+    train_tiny(whole)
+    validation = {"step_scheduler": {**parts["step_scheduler"], "val_every_steps": 6}}
+    stop = {"extra_validators": lambda _: [lambda _: signal.raise_signal(signal.SIGINT) or {}]}
+    for expected in (6,) if "dataloader__num_workers" in changes else (6, 12):  # workers take seconds to start
+        run = train_tiny({**parts, **validation, "validation_dataset": tiny.validation(max_samples=1)}, **stop)
+        assert (run.outcome.reason, run.outcome.step) == ("SIGINT", expected)
+    run = train_tiny(parts)
+    assert (run.outcome.reason, run.outcome.step) == ("finished", 20)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    name = "adapter_model.safetensors" if "peft" in changes else "model.safetensors"
+    final = [(tmp_path / part / "latest" / name).read_bytes() for part in ("whole", "parts")]
+    assert final[0] == final[1]
+
+
+def test_a_finished_run_started_again_changes_nothing(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = config(tiny, tmp_path, step_scheduler__max_steps=3)
+    first = train_tiny(values)
+    stamp = (tmp_path / "step_3" / "model.safetensors").stat().st_mtime_ns
+    again = train_tiny(values)
+    assert again.events == first.events
+    assert again.outcome.reason == "already finished" and "already finished" in again.output
+    assert (tmp_path / "step_3" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    whole = train_tiny(tiny.config(tmp_path / "whole", step_scheduler__max_steps=6))
+    train_tiny(tiny.config(tmp_path / "parts", step_scheduler__max_steps=4))
+    parts = train_tiny(tiny.config(tmp_path / "parts", step_scheduler__max_steps=6))
+    assert parts.losses == whole.losses  # the rate is constant, so the length does not matter
+
+
+def test_a_torn_checkpoint_is_named_and_the_previous_one_used(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
+    whole = train_tiny(values)
+    for step in (4, 6):
+        path = tmp_path / f"step_{step}" / "optimizer.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    again = train_tiny(values)
+    assert "refused: step_6 is torn: optimizer.safetensors" in again.output
+    assert "refused: step_4 is torn: optimizer.safetensors" in again.output
+    assert "step_2 after step 2 of 6" in again.output
+    assert again.losses == whole.losses
+    for folder in checkpoints(tmp_path):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model__config__d_model": 64}, "its model is"),
+        ({"model__torch_dtype": "bfloat16"}, "its torch_dtype is"),
+        ({"seed": 1}, "its seed is"),
+        ({"dataset__path_or_dataset_id": "valid.jsonl"}, "its data is"),
+        ({"step_scheduler__global_batch_size": 2}, "its global_batch_size is"),
+        ({"peft__r": 2}, "its peft is"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tiny, train_tiny: Train, tmp_path: Path, changes: dict, named: str):
+    from unmask.errors import CheckpointError
+
+    root = tmp_path / "run"
+    train_tiny(tiny.config(root, step_scheduler__max_steps=1))
+    before = weights(root)
+    changes = {k: str(tiny.folder / v) if v == "valid.jsonl" else v for k, v in changes.items()}
+    with pytest.raises(CheckpointError) as caught:
+        train_tiny(tiny.config(root, **changes))
+    assert "step_1 is foreign" in str(caught.value) and named in str(caught.value)
+    assert weights(root) == before
+
+
+def test_a_torn_last_line_of_the_log_is_cut(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
+    whole = train_tiny({**values, "step_scheduler": {**values["step_scheduler"], "max_steps": 4}})
+    later = {"event": "train", "step": 5, "loss": 99.0}
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps(later) + "\n" + '{"event": "train", "st')
+    again = train_tiny(values)
+    assert list(again.losses) == [1, 2, 3, 4, 5, 6] and again.losses[5] != 99.0
+    assert {step: again.losses[step] for step in whole.losses} == whole.losses

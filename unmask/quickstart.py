@@ -1,0 +1,175 @@
+"""`unmask quickstart`: train, evaluate and sample a small LLaDA from scratch, on a CPU, in minutes, offline.
+
+The same configuration, training, evaluation and generation code as everything else; only the problems are made here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from unmask.data.arithmetic import Problem, make_problems
+from unmask.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 100, 200
+GOOD_ENOUGH = 0.97  # exact match on the validation problems that ends training
+ANSWER_TOKENS = 32
+CONFIG, RUN, TOKENIZER = "quickstart.yaml", "run", "tokenizer"
+
+
+def quickstart(root: Path, seed: int = 42) -> int:
+    """Make problems, train until the validation problems are solved, show exact match before and after, and two answers.
+
+    Args:
+        root: folder for everything; an earlier quickstart in it is replaced, anything else is refused.
+        seed: of problems, weights and noise.
+
+    Returns:
+        exit status: 0.
+    """
+    began = time.monotonic()
+    clear(root)
+    train, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, seed)
+    validation, test = held_out[:VALIDATION_ROWS], held_out[VALIDATION_ROWS:]
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        f"{len(train):,} arithmetic problems to train on, {len(held_out)} held out: no training problem has their "
+        f"operands and operator. One of them:\n  {test[0].question}\n  "
+        + test[0].answer.replace("\n", "\n  "),
+        markup=False,
+    )
+    write_folder(root, train, validation, seed)
+
+    from unmask.assemble import prepare, run_training
+    from unmask.config import load_config
+
+    outcome = run_training(
+        prepare(load_config(root / CONFIG)),
+        console,
+        lambda parts: [lambda model: {"exact_match": score(model, parts.tokenizer, validation)}],
+        lambda event: event["exact_match"] >= GOOD_ENOUGH,
+    )
+    if outcome.reason.startswith("SIG"):
+        console.print(f"stopped after step {outcome.step}; run `unmask quickstart` again to start over", markup=False)
+        return 0
+    _show_results(console, root, test, began)
+    return 0
+
+
+def clear(root: Path) -> None:
+    """Make room for a new quickstart; CheckpointError when the folder holds something else."""
+    if not root.exists():
+        return
+    if not root.is_dir() or (any(root.iterdir()) and not (root / CONFIG).is_file()):
+        raise CheckpointError(f"--output: {root} exists and is no earlier quickstart; choose a new folder")
+    shutil.rmtree(root)
+
+
+def write_folder(root: Path, train: Sequence[Problem], validation: Sequence[Problem], seed: int) -> None:
+    """Write the problems as chat JSONL, a tokenizer trained on them, and the configuration."""
+    from unmask.data.vocabulary import train_tokenizer
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Written first: it marks the folder as a quickstart's, so that a killed one can be replaced.
+        (root / CONFIG).write_text(yaml.safe_dump(configuration(root, seed), sort_keys=False), encoding="utf-8")
+        for name, problems in (("train", train), ("validation", validation)):
+            lines = (json.dumps(problem.row()) + "\n" for problem in problems)
+            (root / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"--output: {root} cannot be written ({error.strerror}); choose another folder") from None
+    texts = [text for problem in train[:2000] for text in (f"user\n\n{problem.question}", f"assistant\n\n{problem.answer}")]
+    train_tokenizer(texts, vocab_size=384).save_pretrained(root / TOKENIZER)
+
+
+def configuration(root: Path, seed: int) -> dict[str, Any]:
+    """Return the quickstart's configuration; written as YAML, it is an example to start from."""
+    data = {"tokenizer": str(root / TOKENIZER), "chat_template": "llada", "seq_length": 80}
+    return {
+        "model": {
+            "config": {
+                "model_type": "llada",
+                "d_model": 128,
+                "n_heads": 4,
+                "n_layers": 3,
+                "mlp_hidden_size": 384,
+                "vocab_size": 384,
+                "max_sequence_length": 128,
+                "rope_theta": 10000.0,
+                "mask_token_id": 5,
+                "eos_token_id": 1,
+                "pad_token_id": 1,
+            }
+        },
+        "dllm": {"mode": "mdlm", "time_sampling": "stratified"},
+        "dataset": {"path_or_dataset_id": str(root / "train.jsonl"), **data},
+        "validation_dataset": {"path_or_dataset_id": str(root / "validation.jsonl"), **data},
+        "dataloader": {"group_by_length": True},
+        "step_scheduler": {
+            "global_batch_size": 32,
+            "local_batch_size": 32,
+            "max_steps": 2400,
+            "val_every_steps": 200,
+            "val_at_start": True,
+        },
+        "optimizer": {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1},
+        "lr_scheduler": {"lr_decay_style": "cosine", "lr_warmup_steps": 50},
+        "checkpoint": {"checkpoint_dir": str(root / RUN)},
+        "seed": seed,
+    }
+
+
+def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> float:
+    """Return the share of problems that the model solves, its answers sampled as `unmask generate` would."""
+    from unmask.evaluation.grade import exact_match
+    from unmask.sampling.generate import generate
+    from unmask.sampling.settings import SamplerConfig
+
+    sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
+    questions = [problem.question for problem in problems]
+    answers = generate(model, questions, tokenizer=tokenizer, sampler=sampler, batch_size=64)
+    return exact_match([answer.text or "" for answer in answers], [problem.answer for problem in problems])
+
+
+def _show_results(console: Console, root: Path, test: Sequence[Problem], began: float) -> None:
+    from unmask.models.registry import load_model
+    from unmask.models.tokenizer import load_tokenizer
+    from unmask.report.metrics import FILE, read_metrics
+    from unmask.sampling.settings import SamplerConfig
+    from unmask.sampling.view import watch
+
+    run = root / RUN
+    model, tokenizer = load_model(str(run)), load_tokenizer(str(run))
+    sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
+    for problem in test[:2]:
+        console.print(f"\n> {problem.question}", markup=False)
+        watch(model, problem.question, tokenizer, sampler, console)
+    before = _first_validation(read_metrics(run / FILE))
+    after = score(model, tokenizer, test)
+    console.print(
+        f"\nexact match on held-out problems: {before:.1%} before training, {after:.1%} after "
+        f"({len(test)} problems that neither training nor stopping saw)\n"
+        f"loss curve: {run / 'loss.png'}\nfrom start to end: {time.monotonic() - began:.0f} s\n\nNext:\n"
+        f'  unmask generate --checkpoint {run} --prompt "{test[2].question}" --max_new_tokens {ANSWER_TOKENS}\n'
+        f"  unmask train -c {root / CONFIG} --dry-run\n"
+        f"  unmask export --checkpoint {run} --output {root / 'model'}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _first_validation(events: Sequence[Mapping[str, Any]]) -> float:
+    return next(event["exact_match"] for event in events if event["event"] == "validation")
