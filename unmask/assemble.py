@@ -120,6 +120,7 @@ def build_parts(prepared: Prepared) -> Parts:
             f"{plan.config.rows}; use the model's own tokenizer"
         )
     template = load_template(tokenizer, config.dataset.chat_template, [plan.config.mask_token_id])
+    tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
     encode = RowEncoder(prepared.rows, template, config.dataset)
     pad = plan.config.eos_token_id
     loader = TrainLoader(

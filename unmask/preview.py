@@ -30,7 +30,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     config = prepared.config
     parts = build_parts(prepared)
     with torch.device("meta"):
-        model = prepared.plan.family.build(prepared.plan.config)
+        model = prepared.plan.family.build(prepared.plan.config).to(getattr(torch, config.model.torch_dtype))
         if config.peft is not None:
             attach(model, config.peft, "")
     console.print(Rule("configuration"))

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 100, 200
-GOOD_ENOUGH = 0.97  # exact match on the validation problems that ends training
-ANSWER_TOKENS = 32
+TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 80, 120
+GOOD_ENOUGH = 0.95  # exact match on the validation problems that ends training
+ANSWER_TOKENS = 24
 CONFIG, RUN, TOKENIZER = "quickstart.yaml", "run", "tokenizer"
 
 
 def quickstart(root: Path, seed: int = 42) -> int:
-    """Make problems, train until the validation problems are solved, show exact match before and after, and two answers.
+    """Make problems, train until the validation problems are solved, show exact match before and after.
 
     Args:
         root: folder for everything; an earlier quickstart in it is replaced, anything else is refused.
@@ -47,8 +47,7 @@ def quickstart(root: Path, seed: int = 42) -> int:
     console = Console(highlight=False)
     console.print(
         f"{len(train):,} arithmetic problems to train on, {len(held_out)} held out: no training problem has their "
-        f"operands and operator. One of them:\n  {test[0].question}\n  "
-        + test[0].answer.replace("\n", "\n  "),
+        f"operands and operator. One of them:\n  {test[0].question}\n  " + test[0].answer.replace("\n", "\n  "),
         markup=False,
     )
     write_folder(root, train, validation, seed)
@@ -91,7 +90,9 @@ def write_folder(root: Path, train: Sequence[Problem], validation: Sequence[Prob
             (root / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"--output: {root} cannot be written ({error.strerror}); choose another folder") from None
-    texts = [text for problem in train[:2000] for text in (f"user\n\n{problem.question}", f"assistant\n\n{problem.answer}")]
+    texts = [
+        text for problem in train[:2000] for text in (f"user\n\n{problem.question}", f"assistant\n\n{problem.answer}")
+    ]
     train_tokenizer(texts, vocab_size=384).save_pretrained(root / TOKENIZER)
 
 
@@ -104,7 +105,7 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
                 "model_type": "llada",
                 "d_model": 128,
                 "n_heads": 4,
-                "n_layers": 3,
+                "n_layers": 2,
                 "mlp_hidden_size": 384,
                 "vocab_size": 384,
                 "max_sequence_length": 128,
@@ -114,22 +115,30 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
                 "pad_token_id": 1,
             }
         },
-        "dllm": {"mode": "mdlm", "time_sampling": "stratified"},
+        # Answers are short and half of each is copied: a high least level spends the minutes on what is hard.
+        "dllm": {"mode": "mdlm", "eps": 0.3, "supervise_padding": True, "time_sampling": "stratified"},
         "dataset": {"path_or_dataset_id": str(root / "train.jsonl"), **data},
         "validation_dataset": {"path_or_dataset_id": str(root / "validation.jsonl"), **data},
-        "dataloader": {"group_by_length": True},
         "step_scheduler": {
-            "global_batch_size": 32,
-            "local_batch_size": 32,
-            "max_steps": 2400,
-            "val_every_steps": 200,
+            "global_batch_size": 64,
+            "local_batch_size": 64,
+            "max_steps": 1300,
+            "val_every_steps": 100,
             "val_at_start": True,
         },
-        "optimizer": {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1},
+        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.01},
         "lr_scheduler": {"lr_decay_style": "cosine", "lr_warmup_steps": 50},
+        "distributed": {"autocast_dtype": "bfloat16" if fast_bf16() else "float32", "device": "cpu"},
         "checkpoint": {"checkpoint_dir": str(root / RUN)},
         "seed": seed,
     }
+
+
+def fast_bf16() -> bool:
+    """Say whether this CPU multiplies bf16 matrices in hardware; without AMX fp32 is the faster of the two."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
 
 
 def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> float:

@@ -1,6 +1,6 @@
 """Arithmetic word problems in GSM8K's answer format, for the quickstart: made here, so nothing is downloaded.
 
-A held-out problem shares its operands and operator (23 + 45, say) with no training problem, whatever the names and things.
+A held-out problem shares its operands and operator (23 + 4, say) with no training problem, whatever names and things.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class DatasetConfig:
 
     Attributes:
         path_or_dataset_id: a .jsonl, .json, .parquet or .arrow file, a folder of them, a folder that `datasets` saved,
-            or a hub id `owner/name`. What looks like a path is never sent to the hub.
+            or a hub id `owner/name`. What looks like a path, or lies in a folder that is here, is never sent to the hub.
         name: the hub dataset's configuration.
         split: which split of a hub dataset, a saved folder, or a folder of files named after their splits.
         shuffle_seed: seed of the row order; null takes the run's seed.
@@ -225,7 +225,9 @@ def _split_files(path: Path, split: str | None, where: str) -> list[Path]:
 
 
 def _looks_local(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or Path(text).suffix in SUFFIXES
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or Path(text).suffix in SUFFIXES:
+        return True
+    return "/" in text and Path(text).parent.is_dir()
 
 
 def _missing(path: Path) -> str:

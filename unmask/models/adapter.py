@@ -11,6 +11,7 @@ from torch import nn
 from unmask.errors import ModelError
 from unmask.models.adapter_folder import CONFIG, WEIGHTS, find_adapter
 from unmask.models.folders import read_json
+from unmask.models.weights import write_tensors
 
 _PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
 
@@ -80,10 +81,8 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
     """Write the attached adapter as PEFT does."""
-    from safetensors.torch import save_file
-
     tensors = {key: value.detach().cpu().contiguous() for key, value in _adapter_tensors(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / WEIGHTS)
     config.save_pretrained(str(folder))
 
 

@@ -24,7 +24,6 @@ class Family:
         initialise: draws fresh weights in place from an explicit generator.
         activation_bytes: bytes that a forward pass keeps for backward; arguments (config, tokens, bytes of a residual
             element, bytes of a matmul input, whether activation checkpointing is on).
-        stop_tokens: token strings that end an answer besides EOS, where the tokenizer knows them.
     """
 
     model_type: str
@@ -34,4 +33,3 @@ class Family:
     build: Callable[[Any], nn.Module]
     initialise: Callable[[Any, torch.Generator], None]
     activation_bytes: Callable[[Any, int, int, int, bool], int]
-    stop_tokens: tuple[str, ...] = ()

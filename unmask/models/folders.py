@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ModelError
+from unmask.models.adapter_folder import CONFIG as ADAPTER_CONFIG
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+# What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
+_LIGHT = ("config.json", "generation_config.json", "*.jinja", "tokenizer*", "vocab.*", "merges.txt",
+          "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def find_folder(name: str, where: str = "checkpoint") -> Path:
+def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> Path:
     """Return the local folder that `name` stands for, downloading from the hub when it is a hub id.
 
     Args:
         name: a folder with a config.json, a run directory (its `latest` checkpoint is taken), or `owner/name`.
         where: the flag or field the name came from, for messages.
+        weights: False downloads the configuration and the tokenizer alone.
 
     Raises:
         ModelError: no such folder, a folder that is no checkpoint, or a hub that does not answer.
@@ -30,6 +35,7 @@ def find_folder(name: str, where: str = "checkpoint") -> Path:
         for candidate in (path, path / "latest"):
             if (candidate / "config.json").is_file():
                 return candidate
+        _refuse_adapter(path, name, where)
         raise ModelError(
             f"{where}: {name} is not a checkpoint: it has no config.json; give a folder with config.json and "
             f"{WEIGHTS}, or a run directory with a checkpoint"
@@ -39,14 +45,24 @@ def find_folder(name: str, where: str = "checkpoint") -> Path:
     looks_local = name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or path.parent.is_dir()
     if looks_local:
         raise ModelError(f"{where}: no such folder: {path.absolute()} (a hub id has the form owner/name)")
-    return _download(name, where)
+    return _download(name, where, [*_LIGHT, *(_WEIGHTS if weights else ())])
 
 
-def _download(name: str, where: str) -> Path:
+def _refuse_adapter(path: Path, name: str, where: str) -> None:
+    for candidate in (path, path / "latest"):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            base = read_json(candidate / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+            raise ModelError(
+                f"{where}: {name} is an adapter, not a whole model; give `--checkpoint {base} --adapter {name}`, to "
+                "`unmask export` first where a whole model is needed"
+            )
+
+
+def _download(name: str, where: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: offline, gated, missing, interrupted
         reason = str(error).strip().split("\n")[0]
         raise ModelError(

@@ -53,12 +53,19 @@ class ModelPlan:
         config: the family's parsed configuration.
         config_json: the raw values, as an exported config.json carries them on.
         folder: where its weights are; None for a fresh network.
+        hub_id: `owner/name` when the model was named so; None for a local one.
     """
 
     family: Family
     config: Any
     config_json: dict[str, Any]
     folder: Path | None
+    hub_id: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The hub id or folder of the model; "" for a fresh network."""
+        return self.hub_id or str(self.folder or "")
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
@@ -73,14 +80,18 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     return importlib.import_module(FAMILIES[model_type]).FAMILY
 
 
-def plan_model(section: ModelConfig) -> ModelPlan:
+def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
     """Find and check everything about a model but its weights' values; needs no torch.
+
+    Args:
+        section: the `model` section.
+        weights: False leaves the weights of a hub id where they are, for a plan that is only looked at.
 
     Raises:
         ModelError: a missing folder, a folder that is no checkpoint, a file cut short, an unsupported configuration.
     """
     if section.pretrained_model_name_or_path is not None:
-        return plan_folder(section.pretrained_model_name_or_path, "model.pretrained_model_name_or_path")
+        return plan_folder(section.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", weights)
     if isinstance(section.config, str):
         path = Path(section.config).expanduser()
         if path.is_dir():
@@ -89,18 +100,21 @@ def plan_model(section: ModelConfig) -> ModelPlan:
     else:
         values, where = dict(section.config or {}), "model.config"
     family = family_of(values, where)
-    return ModelPlan(family, family.parse_config(values, where), _written_config(values, family), None)
+    written = {"architectures": [family.architecture], "model_type": family.model_type, **_portable(values, None)}
+    return ModelPlan(family, family.parse_config(values, where), written, None)
 
 
-def plan_folder(name: str, where: str) -> ModelPlan:
+def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     """As `plan_model`, for a folder, run directory or hub id given by name."""
-    folder = find_folder(name, where)
+    hub_id = None if Path(name).expanduser().is_dir() else name
+    folder = find_folder(name, where, weights)
     path = folder / "config.json"
     values = read_json(path)
     family = family_of(values, str(path))
     config = family.parse_config(values, str(path))
-    weight_files(folder)
-    return ModelPlan(family, config, values, folder)
+    if weights or hub_id is None:
+        weight_files(folder)
+    return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id)
 
 
 def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: int = 42) -> nn.Module:
@@ -153,5 +167,24 @@ def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter
     return model.eval()
 
 
-def _written_config(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    return {"architectures": [family.architecture], "model_type": family.model_type, **values}
+def _portable(values: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:
+    """Return config.json with an `auto_map` that holds without the code beside it.
+
+    Transformers finds `owner/name--module.Class` in that repository. A class in the folder itself is written so when
+    the folder is a hub's, and left out when it is local: its code does not come along.
+    """
+    auto_map = values.get("auto_map")
+    if not isinstance(auto_map, dict):
+        return dict(values)
+
+    def elsewhere(target: Any) -> Any:
+        if isinstance(target, (list, tuple)):  # a slow and a fast tokenizer
+            found = [elsewhere(item) for item in target]
+            return found if any(found) else None
+        if not isinstance(target, str) or "--" in target:
+            return target
+        return None if hub_id is None else f"{hub_id}--{target}"
+
+    kept = {auto: target for auto, entry in auto_map.items() if (target := elsewhere(entry))}
+    others = {key: value for key, value in values.items() if key != "auto_map"}
+    return {**others, "auto_map": kept} if kept else others

@@ -20,9 +20,10 @@ def find_tokenizer(name: str, where: str = "tokenizer") -> Path:
     from pathlib import Path
 
     path = Path(name).expanduser()
-    if path.is_dir() and any((path / file).is_file() for file in FILES):
-        return path
-    folder = find_folder(name, where)
+    for candidate in (path, path / "latest"):
+        if any((candidate / file).is_file() for file in FILES):
+            return candidate
+    folder = find_folder(name, where, weights=False)
     if not any((folder / file).is_file() for file in FILES):
         raise ModelError(f"{where}: {folder} has no tokenizer ({' or '.join(FILES[:2])}); name one that has")
     return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,19 @@ def _fitting_tensors(model: nn.Module, folder: Path) -> Iterator[tuple[str, Tens
                 f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
             )
         if tensor.shape != wanted[key]:
-            raise ModelError(
-                f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json says {tuple(wanted[key])}"
-            )
+            raise ModelError(f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json says {tuple(wanted[key])}")
         del missing[key]
         yield key, tensor
     if missing:
         raise ModelError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, readable by whom the user's other files are; its own library makes it private."""
+    path.touch()
+    mode = path.stat().st_mode  # what the umask, or the folder's default permissions, give a new file
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -95,7 +101,7 @@ def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
 
     def flush() -> None:
         path = folder / f"shard-{len(shards)}.part"
-        save_file(pending, path, metadata={"format": "pt"})
+        write_tensors(pending, path)
         shards.append((path, list(pending)))
         pending.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ class Estimate:
 
     Attributes:
         parameters, trainable: how many, and how many of them are trained.
-        weights: the master weights.
+        weights: the master weights, adapters among them.
         gradients: one a trained parameter.
         optimizer: AdamW's two moments.
         activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
@@ -44,14 +45,14 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     Args:
         config: the run.
         plan: the model's plan.
-        model: its network, on the meta device, adapters attached.
+        model: its network, on the meta device, in its dtypes, adapters attached.
     """
     from unmask.objectives.token_loss import CHUNK_LOGITS
 
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     width = 4 if config.model.torch_dtype == "float32" else 2
-    trained_bytes = sum(p.numel() for p in trainable) * width
+    trained_bytes = _bytes(trainable)
     tokens = config.step_scheduler.local_batch_size * config.dataset.seq_length
     compute = 2 if config.distributed.autocast_dtype == "bfloat16" else width
     activations = plan.family.activation_bytes(
@@ -60,8 +61,12 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     return Estimate(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in trainable),
-        weights=sum(p.numel() for p in parameters) * width,
+        weights=_bytes(parameters),
         gradients=trained_bytes,
         optimizer=2 * trained_bytes,
         activations=activations + 4 * min(CHUNK_LOGITS, tokens * plan.config.rows),
     )
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -14,6 +14,8 @@ from unmask.models.registry import ModelPlan
 from unmask.models.weights import copy_weights, save_weights
 from unmask.training.lora import PeftConfig
 
+GENERATION = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -50,8 +52,7 @@ def model_files(
         from unmask.models.adapter import read_adapter, write_adapter
         from unmask.training.lora import attach
 
-        base = str(plan.folder) if plan.folder is not None else ""
-        config = attach(model, peft, base)
+        config = attach(model, peft, plan.source)
 
         def write_lora(folder: Path) -> None:
             write_adapter(model, config, folder)
@@ -67,11 +68,13 @@ def model_files(
 
 
 def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
-    """Write the weights, and config.json as it was read with the dtype of the weights in it."""
+    """Write the weights, config.json as it was read with the dtype of the weights in it, and generation_config.json."""
     save_weights(model.state_dict().items(), folder)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     kept = {key: value for key, value in plan.config_json.items() if key != "dtype"}
     (folder / "config.json").write_text(json.dumps({**kept, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    if plan.folder is not None and (plan.folder / GENERATION).is_file():
+        (folder / GENERATION).write_bytes((plan.folder / GENERATION).read_bytes())
 
 
 def write_tokenizer(tokenizer: Any, template: str, folder: Path) -> None:

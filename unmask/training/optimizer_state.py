@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmask.errors import CheckpointError
+from unmask.models.weights import write_tensors
 
 FILE = "optimizer.safetensors"
 
@@ -19,7 +20,7 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     for name, parameter in model.named_parameters():
         for kind, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{kind}"] = tensor.detach().cpu().contiguous()
-    save_file(tensors, folder / FILE)
+    write_tensors(tensors, folder / FILE)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:

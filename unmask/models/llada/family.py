@@ -48,5 +48,4 @@ FAMILY = Family(
     build=_build,
     initialise=_initialise,
     activation_bytes=activation_bytes,
-    stop_tokens=("<|eot_id|>",),
 )

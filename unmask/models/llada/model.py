@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
+from unmask.models.attention import attend
 from unmask.models.llada.config import LLaDAConfig
 
 
@@ -81,13 +82,11 @@ class Block(nn.Module):
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
     def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """Bidirectional attention; SDPA picks the device's flash or memory-efficient kernel."""
+        """Bidirectional attention with rotary positions."""
         q_BHLE = rotate(self._heads(self.q_proj(normed_BLD)), cos, sin)
         k_BGLE = rotate(self._heads(self.k_proj(normed_BLD)), cos, sin)
         v_BGLE = self._heads(self.v_proj(normed_BLD))
-        grouped = q_BHLE.shape[1] != k_BGLE.shape[1]
-        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask, enable_gqa=grouped)
-        return self.attn_out(mixed_BHLE.transpose(1, 2).flatten(2))
+        return self.attn_out(attend(q_BHLE, k_BGLE, v_BGLE, mask).transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BLD: Tensor) -> Tensor:
         return projected_BLD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,35 @@
+"""`python -m benchmarks [NAME ...]`: run benchmarks, print their tables, write JSON into benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+from benchmarks import start_up, training_step
+
+BENCHMARKS = {"training_step": training_step, "start_up": start_up}
+
+
+def main() -> None:
+    """Run the named benchmarks, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=list(BENCHMARKS), help="default: all")
+    names = parser.parse_args().names or list(BENCHMARKS)
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        results = {"python": platform.python_version(), "cpu": _cpu(), **BENCHMARKS[name].run()}
+        print(f"\n{name}: {results['cpu']}\n{BENCHMARKS[name].table(results)}", flush=True)
+        (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    import torch
+
+    return str(torch.cpu.get_capabilities().get("cpu_name", platform.processor())).strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""How long a person waits: `unmask --help`, and from `unmask train` to the first step of a small model."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Bounds that the project promises, in seconds.
+HELP_AT_MOST, FIRST_STEP_AT_MOST = 0.5, 8.0
+
+
+def run(repeats: int = 5) -> dict[str, Any]:
+    """Measure both as whole processes; return medians."""
+    help_seconds = [_seconds([sys.executable, "-m", "unmask", "--help"]) for _ in range(repeats)]
+    with tempfile.TemporaryDirectory() as folder:
+        first_step = [_first_step(Path(folder), number) for number in range(3)]
+    return {
+        "help_seconds": statistics.median(help_seconds),
+        "first_step_seconds": statistics.median(first_step),
+        "bounds": {"help_at_most": HELP_AT_MOST, "first_step_at_most": FIRST_STEP_AT_MOST},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as lines for people."""
+    return (
+        f"unmask --help          {results['help_seconds']:.2f} s (bound < {HELP_AT_MOST})\n"
+        f"command to first step  {results['first_step_seconds']:.2f} s (bound < {FIRST_STEP_AT_MOST})"
+    )
+
+
+def _seconds(words: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(words, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def _first_step(folder: Path, number: int) -> float:
+    """Return the seconds from starting the command to the time that the log gives for step 1."""
+    from unmask.data.arithmetic import make_problems
+    from unmask.quickstart import write_folder
+    from unmask.report.metrics import read_metrics
+
+    root = folder / str(number)
+    train, held_out = make_problems(2000, 20, seed=0)
+    write_folder(root, train, held_out, seed=0)
+    words = [sys.executable, "-m", "unmask", "train", "-c", str(root / "quickstart.yaml")]
+    words += ["--step_scheduler.max_steps", "1", "--step_scheduler.val_at_start", "false"]
+    start = time.time()
+    subprocess.run(words, check=True, capture_output=True)
+    first = next(e for e in read_metrics(root / "run" / "metrics.jsonl") if e["event"] == "train")
+    return first["time"] - start
