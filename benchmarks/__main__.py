@@ -15,8 +15,11 @@ BENCHMARKS = {"training_step": training_step, "start_up": start_up}
 def main() -> None:
     """Run the named benchmarks, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=list(BENCHMARKS), help="default: all")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
     names = parser.parse_args().names or list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(BENCHMARKS)}")
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     for name in names:

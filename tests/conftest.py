@@ -159,6 +159,12 @@ class TinyRun:
 
 
 @pytest.fixture(scope="session")
+def tiny_base(tiny: TinyFiles, train_tiny: Callable[..., TinyRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint of the tiny model, for adapters to be trained on."""
+    return train_tiny(tiny.config(tmp_path_factory.mktemp("base"), step_scheduler__max_steps=1)).root / "step_1"
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
     return TinyFiles(tmp_path_factory.mktemp("tiny"))
 

@@ -216,3 +216,11 @@ def test_our_own_keys_pass_untouched() -> None:
     ours = {"model": {"config": "c.json"}, "optimizer": {"lr": 1e-4}, "lr_scheduler": {"lr_decay_style": "cosine"}}
     translated = translate(ours)
     assert translated.values == ours and translated.not_needed == ()
+
+
+def test_the_shuffle_seed_of_validation_rows_is_not_needed() -> None:
+    loaded = config_from_mapping(theirs(validation_dataset={"path_or_dataset_id": "v.jsonl", "shuffle_seed": 42}))
+    assert "validation_dataset.shuffle_seed" in loaded.not_needed
+    assert loaded.config.validation_dataset is not None and loaded.config.validation_dataset.shuffle_seed is None
+    with pytest.raises(ConfigError, match=r"^validation_dataset\.chat_template: 'own' "):
+        config_from_mapping(theirs(validation_dataset={"path_or_dataset_id": "v.jsonl", "chat_template": "own"}))

@@ -119,6 +119,7 @@ TRAIN_CASES: list[tuple[list[str], list[str]]] = [
     ),
     (["--checkpoint.checkpoint_dir", "train.jsonl"], ["checkpoint.checkpoint_dir", "train.jsonl"]),
     (["--wandb.tracker", "trackio"], ["wandb.tracker", "pip install 'unmask[trackio]'"]),
+    (["--peft.r", "2"], ["peft", "an adapter needs a base checkpoint", "model.pretrained_model_name_or_path"]),
     (["--nproc-per-node", "2"], ["2 processes", "one device"]),
     (["--nproc_per_node", "two"], ["nproc", "two"]),
 ]

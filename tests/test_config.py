@@ -115,6 +115,18 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"dataloader__num_workers": -1}, ["dataloader.num_workers"]),
         ({"seed": "lucky"}, ["seed", "an integer"]),
         ({"dataset": "rows.jsonl"}, ["dataset", "section"]),
+        (
+            {"validation_dataset": {"path_or_dataset_id": "v.jsonl", "tokenizer": "other"}},
+            ["validation_dataset.tokenizer", "'other'", "'somewhere'", "remove it or set it equal"],
+        ),
+        (
+            {"validation_dataset": {"path_or_dataset_id": "v.jsonl", "chat_template": "llada"}},
+            ["validation_dataset.chat_template", "'llada'", "remove it or set it equal"],
+        ),
+        (
+            {"validation_dataset": {"path_or_dataset_id": "v.jsonl", "shuffle_seed": 1}},
+            ["validation_dataset.shuffle_seed", "not shuffled", "remove it"],
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(changes: dict, words: list[str]) -> None:
@@ -210,3 +222,12 @@ def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
     )
     section = load_config(path).config.validation_dataset
     assert section is not None and (section.path_or_dataset_id, section.seq_length) == ("b.jsonl", 64)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "tok"])
+def test_validation_may_name_the_tokenizer_and_template_of_training(tokenizer: str | None) -> None:
+    same = {"tokenizer": tokenizer or "somewhere", "chat_template": "llada"}
+    values = minimal(validation_dataset={"path_or_dataset_id": "v.jsonl", **same}, dataset__chat_template="llada")
+    values["dataset"]["tokenizer"] = tokenizer  # null takes the model's own
+    section = config_from_mapping(values).config.validation_dataset
+    assert section is not None and (section.tokenizer, section.chat_template) == tuple(same.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,12 +71,37 @@ def test_the_corruption_shown_is_that_of_the_first_step(tiny, train_tiny, tmp_pa
     assert sum(supervised) <= next(e["supervised_tokens"] for e in run.events if e["event"] == "train")
 
 
-def test_an_adapter_is_counted_as_what_is_trained(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tiny.write(
-        tmp_path / "run.yaml", tiny.config(tmp_path / "run", peft={"r": 2, "target_modules": ["*.q_proj"]})
-    )
-    assert main(["train", "-c", str(path), "--dry-run"]) == 0
-    assert f"({2 * 2 * (32 + 32):,} trained)" in capsys.readouterr().out
+def test_an_adapter_is_counted_as_what_is_trained(tiny, tiny_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from unmask import preview
+
+    estimates = []
+    count = preview.estimate_memory
+    monkeypatch.setattr(preview, "estimate_memory", lambda *given: estimates.append(count(*given)) or estimates[-1])
+    values = tiny.config(tmp_path / "run", peft={"r": 2, "target_modules": ["*.q_proj"]})
+    values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
+    path = tiny.write(tmp_path / "run.yaml", values)
+    trained = 2 * 2 * (32 + 32)
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        assert main(["train", "-c", str(path), "--dry-run", "--model.torch_dtype", dtype]) == 0
+        assert f"({trained:,} trained)" in capsys.readouterr().out
+        estimate = estimates.pop()
+        assert estimate.weights == (estimate.parameters - trained) * width + trained * 4  # adapters stay fp32
+        assert (estimate.gradients, estimate.optimizer) == (trained * 4, 2 * trained * 4)
+
+
+def test_a_hub_model_is_shown_without_its_weights(tiny, tiny_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    import huggingface_hub
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "owner/model" and not [pattern for pattern in allow_patterns if "safetensors" in pattern]
+        return str(tmp_path / "snapshot")
+
+    shutil.copytree(tiny_base, tmp_path / "snapshot", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    values = tiny.config(tmp_path / "run", model={"pretrained_model_name_or_path": "owner/model"})
+    del values["dataset"]["tokenizer"]  # the model's own
+    assert main(["train", "-c", str(tiny.write(tmp_path / "run.yaml", values)), "--dry-run"]) == 0
+    assert "estimated memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.errors import ConfigError, FieldError
-from unmask.sections import choice_problem, nearest, read_section, to_mapping
+from unmask.sections import choice_problem, differences, nearest, read_section, to_mapping
 
 
 @dataclass(frozen=True)
@@ -191,3 +191,16 @@ def test_nearest_and_choices() -> None:
     assert nearest("zzz", ["mdlm"]) == "" == nearest("x", [])
     assert choice_problem("a", ["b", "ab"]) == "'a' is not one of b, ab (did you mean 'ab'?)"
     assert choice_problem(None, [1]) == "None is not one of 1"
+
+
+def test_differences_are_named_by_path() -> None:
+    before = {"a": {"eps": 0.001, "on": True, "same": [1]}, "seed": 1, "v": None, "gone": "x"}
+    now = {"a": {"eps": 0.1, "on": False, "same": [1], "new": "y" * 90}, "seed": 1, "v": {"k": 1}}
+    assert differences(before, now) == [
+        "a.eps 0.001 → 0.1",
+        "a.on true → false",
+        f"a.new null → {'y' * 57}...",
+        'v null → {"k": 1}',
+        "gone x → null",
+    ]
+    assert differences(before, before) == []

@@ -120,6 +120,44 @@ def test_an_adapter_checkpoint_holds_the_adapter_alone(adapter: Path) -> None:
     assert "model.safetensors" not in names and "config.json" not in names
 
 
+def test_an_adapter_given_as_a_checkpoint_is_told_its_base(
+    full: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["export", "--output", str(tmp_path / "out")], ["generate", "--prompt", "hi"]):
+        assert main([*words, "--checkpoint", str(adapter)]) == 2
+        said = capsys.readouterr().err
+        assert f"{adapter} is an adapter" in said
+        assert f"--checkpoint {full / 'latest'} --adapter {adapter}" in said
+
+
+def test_an_adapter_records_the_hub_id_of_its_base(full: Path, tiny, train_tiny, tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(full / "latest"))
+    values = tiny.config(tmp_path / "run", peft={"r": 2}, step_scheduler__max_steps=1)
+    values["model"] = {"pretrained_model_name_or_path": "owner/base"}
+    recorded = json.loads((train_tiny(values).root / "latest" / "adapter_config.json").read_text())
+    assert recorded["base_model_name_or_path"] == "owner/base"
+
+
+def test_files_of_a_checkpoint_are_as_readable_as_others(full: Path, adapter: Path) -> None:
+    for folder in (full / "latest", adapter / "latest"):
+        ordinary = (folder / "state.json").stat().st_mode
+        assert {path.stat().st_mode for path in folder.iterdir()} == {ordinary}
+
+
+def test_generation_settings_come_along(full: Path, tiny, train_tiny, tmp_path: Path) -> None:
+    source, settings = tmp_path / "source", '{"mask_token_id": 261}'
+    shutil.copytree(full / "latest", source)
+    (source / "generation_config.json").write_text(settings)
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1)
+    values["model"] = {"pretrained_model_name_or_path": str(source)}
+    run = train_tiny(values)
+    assert main(["export", "--checkpoint", str(run.root), "--output", str(tmp_path / "plain")]) == 0
+    for folder in (run.root / "latest", tmp_path / "plain"):
+        assert (folder / "generation_config.json").read_text() == settings
+
+
 def test_an_adapter_is_applied_and_merged_alike(full: Path, adapter: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     words = ["export", "--checkpoint", str(full), "--adapter", str(adapter), "--output", str(merged)]

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unmask.announce import announce, left_out, name_rows
 from unmask.config import LoadedConfig, RunConfig, dump_config
 from unmask.data.sources import Rows, open_rows
 from unmask.distributed.runtime import refuse_many_processes, world_size
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from unmask.batch import Batch
     from unmask.data.chat import ChatTemplate
     from unmask.data.encode import RowEncoder
-    from unmask.data.loader import TrainLoader
+    from unmask.data.loader import TrainLoader, ValidationSet
     from unmask.distributed.runtime import Runtime
     from unmask.objectives.registry import Objective
     from unmask.training.loop import TrainingOutcome, TrainingRun
@@ -58,12 +58,22 @@ class Prepared:
     validation_rows: Rows | None
 
 
-def prepare(loaded: LoadedConfig) -> Prepared:
-    """Check everything that can be checked without torch. Raises an UnmaskError that names the field or file."""
+def prepare(loaded: LoadedConfig, weights: bool = True) -> Prepared:
+    """Check everything that can be checked without torch. Raises an UnmaskError that names the field or file.
+
+    Args:
+        loaded: the configuration.
+        weights: False leaves the weights of a hub id where they are; enough for a dry run.
+    """
     config = loaded.config
     refuse_many_processes(world_size())
     check_tracker(config.wandb)
-    plan = plan_model(config.model)
+    plan = plan_model(config.model, weights)
+    if config.peft is not None and plan.folder is None:
+        raise ConfigError(
+            "peft: an adapter needs a base checkpoint, and model.config makes a fresh network; set "
+            "model.pretrained_model_name_or_path, or remove peft"
+        )
     check_against_model(config.dllm, plan.family.provides, plan.family.model_type, plan.config)
     tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
     for name, section in (("dataset", config.dataset), ("validation_dataset", config.validation_dataset)):
@@ -172,7 +182,8 @@ def assemble(
     prepare_run_dir(root)
     parts = build_parts(prepared)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
-    validators = _validators(prepared, parts, runtime)
+    validation = _validation_set(prepared, parts)
+    validators = [] if validation is None else [_validator(prepared, validation, runtime)]
     model = build_model(prepared.plan, config.model.torch_dtype, seed=config.seed)
     with torch.random.fork_rng(devices=[]):  # PEFT draws fresh adapters from the global generator
         torch.manual_seed(rng.key(config.seed, "adapter/init") % 2**32)
@@ -209,10 +220,10 @@ def assemble(
         validators=[*validators, *extra_validators(parts)],
         metrics=metrics,
         progress=progress,
-        name_rows=partial(_name_rows, prepared.rows),
+        name_rows=partial(name_rows, prepared.rows),
         is_good_enough=is_good_enough,
     )
-    _announce(run, prepared, parts, start)
+    announce(run, prepared, validation, start)
     return run, start
 
 
@@ -230,14 +241,13 @@ def run_training(
     run, start = assemble(prepared, console, extra_validators, is_good_enough)
     try:
         outcome = train(run, start)
-        if outcome.reason != "already finished":
-            run.metrics.write("data", dropped_rows=dict(run.loader.dropped), skipped_rows=len(prepared.rows.skipped))
-            if any(event["event"] == "train" for event in read_metrics(run.root / FILE)):
-                plot_runs([run.root], run.root / "loss.png")
+        made_steps = any(event["event"] == "train" for event in read_metrics(run.root / FILE))
+        if outcome.reason != "already finished" and made_steps:
+            plot_runs([run.root], run.root / "loss.png")
     finally:
         run.metrics.close()
-    for reason, count in run.loader.dropped.items():
-        console.print(f"left out {count} rows: {reason} (first: {run.loader.examples[reason]})", markup=False)
+    for line in left_out(run.loader.dropped, run.loader.examples):
+        console.print(line, markup=False)
     return outcome
 
 
@@ -249,27 +259,31 @@ def _tokenizer_name(config: RunConfig, plan: ModelPlan) -> str:
     return str(plan.folder)
 
 
-def _validators(prepared: Prepared, parts: Parts, runtime: Runtime) -> list[Validator]:
+def _validation_set(prepared: Prepared, parts: Parts) -> ValidationSet | None:
     if prepared.validation_rows is None:
-        return []
+        return None
     from unmask.data.encode import RowEncoder
-    from unmask.data.loader import validation_batches
-    from unmask.evaluation.validation import fixed_noise, validation_losses
-    from unmask.objectives.registry import build_objective
+    from unmask.data.loader import validation_set
 
     config = prepared.config
     assert config.validation_dataset is not None
-    batches = validation_batches(
+    return validation_set(
         prepared.validation_rows,
         RowEncoder(prepared.validation_rows, parts.template, config.validation_dataset, "validation_dataset"),
         local_batch_size=config.step_scheduler.local_batch_size,
         pad_token_id=parts.pad_token_id,
         supervise_padding=config.dllm.supervise_padding,
     )
-    section = dataclasses.replace(config.dllm, time_sampling="stratified")
+
+
+def _validator(prepared: Prepared, validation: ValidationSet, runtime: Runtime) -> Validator:
+    from unmask.evaluation.validation import fixed_noise, validation_losses
+    from unmask.objectives.registry import build_objective
+
+    section = dataclasses.replace(prepared.config.dllm, time_sampling="stratified")
     objective = build_objective(section, prepared.plan.config)
-    noisy = fixed_noise(objective, batches, config.seed)
-    return [lambda model: validation_losses(model, objective, noisy, runtime)]
+    noisy = fixed_noise(objective, validation.batches, prepared.config.seed)
+    return lambda model: validation_losses(model, objective, noisy, runtime)
 
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
@@ -284,50 +298,3 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
         "seed": [config.seed, config.dataset.shuffle_seed],
         "order": [config.dataloader.shuffle, config.dataloader.group_by_length],
     }
-
-
-def _name_rows(rows: Rows, batches: Sequence[Batch]) -> str:
-    ids = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
-    shown = ", ".join(rows.describe(sample) for sample in ids[:16])
-    return shown + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
-
-
-def _announce(run: TrainingRun, prepared: Prepared, parts: Parts, start: ResumePoint) -> None:
-    """Say and record what this run is about to do."""
-    import torch
-    import transformers
-
-    import unmask
-
-    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in run.model.parameters())
-    say = run.progress.say
-    for key in prepared.not_needed:
-        say(f"not needed here: {key}")
-    for line in start.refused:
-        say(f"refused: {line}")
-    for line in prepared.rows.skipped[:10]:
-        say(f"skipped row: {line}")
-    if prepared.rows.skipped:
-        say(f"skipped {len(prepared.rows.skipped)} malformed rows")
-    if start.step >= run.total_steps:
-        say(f"{start.folder}: this run of {run.total_steps} steps is already finished; raise max_steps to go on")
-        return
-    if start.folder is not None:
-        say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
-    say(
-        f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
-        f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {run.runtime.device}"
-    )
-    run.metrics.write(
-        "run",
-        step=start.step,
-        resumed_from=None if start.folder is None else start.folder.name,
-        refused=list(start.refused),
-        total_steps=run.total_steps,
-        rows=len(prepared.rows),
-        skipped_rows=len(prepared.rows.skipped),
-        parameters=total,
-        trainable_parameters=trainable,
-        versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    )

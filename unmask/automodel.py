@@ -188,6 +188,8 @@ def _only_automodel(values: dict[str, Any], dropped: list[str]) -> None:
     if isinstance(steps, dict) and steps.get("val_every_steps") and values.get("validation_dataset") is None:
         del steps["val_every_steps"]
         dropped.append("step_scheduler.val_every_steps")
+    if _pop(values, "validation_dataset.shuffle_seed", _MISSING) is not _MISSING:
+        dropped.append("validation_dataset.shuffle_seed")
     if isinstance(optimizer, dict):
         for name, value in (("lr", 1e-3), ("weight_decay", 0.01)):
             optimizer.setdefault(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ number a step.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, or 2 after one line that says what is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Read by OpenMP when torch loads: threads that spin while they wait make two-thread matmuls up to ten times slower
+    # as soon as another process wants a core; sleeping ones lose a few per cent on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     parser = build_parser()
     try:
         arguments, rest = parser.parse_known_args(words)
@@ -164,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
     loaded = load_config(arguments.config, arguments.overrides)
     from unmask.assemble import prepare, run_training
 
-    prepared = prepare(loaded)
+    prepared = prepare(loaded, weights=not arguments.dry_run)
     from rich.console import Console
 
     if arguments.dry_run:

@@ -88,7 +88,25 @@ def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
             f"step_scheduler.val_every_steps: {steps.val_every_steps} needs a validation_dataset section; add one, or "
             "set val_every_steps: null"
         )
+    _check_validation(config)
     return LoadedConfig(config, translated.not_needed)
+
+
+def _check_validation(config: RunConfig) -> None:
+    """Refuse what validation cannot have of its own: it reads its rows in order, encoded as the training data's are."""
+    training, validation = config.dataset, config.validation_dataset
+    if validation is None:
+        return
+    if validation.shuffle_seed is not None:
+        raise ConfigError("validation_dataset.shuffle_seed: validation rows are not shuffled; remove it")
+    tokenizer = training.tokenizer or config.model.pretrained_model_name_or_path
+    for name, used in (("tokenizer", tokenizer), ("chat_template", training.chat_template)):
+        value = getattr(validation, name)
+        if value is not None and value != used:
+            raise ConfigError(
+                f"validation_dataset.{name}: {value!r} is not dataset's {used!r}, and validation uses the training "
+                "data's tokenizer and template; remove it or set it equal"
+            )
 
 
 def dump_config(config: RunConfig) -> str:

@@ -116,7 +116,7 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
             }
         },
         # Answers are short and half of each is copied: a high least level spends the minutes on what is hard.
-        "dllm": {"mode": "mdlm", "eps": 0.3, "supervise_padding": True, "time_sampling": "stratified"},
+        "dllm": {"mode": "mdlm", "eps": 0.5, "supervise_padding": True, "time_sampling": "stratified"},
         "dataset": {"path_or_dataset_id": str(root / "train.jsonl"), **data},
         "validation_dataset": {"path_or_dataset_id": str(root / "validation.jsonl"), **data},
         "step_scheduler": {

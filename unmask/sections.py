@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -81,6 +82,23 @@ def to_mapping(section: Any) -> dict[str, Any]:
         return value
 
     return plain(section)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """Return a line `path before → now` for each field in which two nested mappings (of `to_mapping`) differ."""
+    lines = []
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, _path(where, key))
+        elif old != new:
+            lines.append(f"{_path(where, key)} {_shown(old)} → {_shown(new)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _path(where: str, key: object) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unmask.data.chat import load_template
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.loader import DataloaderConfig, TrainLoader, validation_batches
+from unmask.data.loader import DataloaderConfig, TrainLoader, validation_set
 from unmask.data.order import epoch_order
 from unmask.data.sources import DatasetConfig, open_rows
 from unmask.errors import ConfigError, DataError
@@ -246,22 +246,28 @@ def test_workers_change_nothing_and_do_not_advance_the_position(encoder):
         for a, b in zip(expected, got, strict=True):
             assert torch.equal(a.input_ids_BL, b.input_ids_BL) and torch.equal(a.slots_B, b.slots_B)
         assert helped.state_dict() == alone.state_dict()
-    steps.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert helped.dropped == {"no supervised token within seq_length": 1}
+    steps.close()
+    (reason,) = helped.dropped
+    assert helped.dropped == {reason: 1} and reason == "no supervised token within seq_length"
+    place = helped.examples[reason]  # the encoder has no more to say, so the row is named
+    assert place.startswith(encoder.rows.describe(0).rpartition(":")[0] + ":")
 
 
 def test_validation_batches_are_fixed_and_their_content_is_independent_of_their_size():
     rows = Numbered(30, hole=4)
 
-    def batches(size: int, supervise_padding: bool = True, max_rows: int | None = None):
-        sizes = {"local_batch_size": size, "pad_token_id": PAD, "max_rows": max_rows}
-        return validation_batches(rows, rows.encode, supervise_padding=supervise_padding, **sizes)
+    def encoded(size: int, supervise_padding: bool = True):
+        sizes = {"local_batch_size": size, "pad_token_id": PAD}
+        return validation_set(rows, rows.encode, supervise_padding=supervise_padding, **sizes)
+
+    def batches(size: int, supervise_padding: bool = True):
+        return encoded(size, supervise_padding).batches
 
     assert content(batches(4)) == content(batches(7)) == content(batches(30))
     assert {batch.input_ids_BL.shape[1] for batch in batches(4)} == {max(map(rows.text_length, set(ids(batches(4)))))}
     assert content(batches(4, False)) == content(batches(30, False))
     assert {batch.global_rows for batch in batches(4)} == {22}
-    assert sorted(ids(batches(4, max_rows=5))) == [1, 2, 3, 5, 6]
+    assert encoded(4).dropped == {"a hole": 8} and encoded(4).examples == {"a hole": "row 0"}
     with pytest.raises(DataError, match="none of its 3 rows has a supervised token"):
         empty = Numbered(3, hole=1)
-        validation_batches(empty, empty.encode, local_batch_size=1, pad_token_id=PAD, supervise_padding=False)
+        validation_set(empty, empty.encode, local_batch_size=1, pad_token_id=PAD, supervise_padding=False)

@@ -201,10 +201,13 @@ def test_a_file_changed_under_way_is_noticed(tmp_path):
         rows[1]
 
 
-@pytest.mark.parametrize("path", ["trian.jsonl", "./train.txt", "a/b/train", "~/no/such.json", "data/train.parquet"])
+@pytest.mark.parametrize(
+    "path", ["trian.jsonl", "./train.txt", "a/b/train", "~/no/such.json", "data/train.parquet", "here/train"]
+)
 def test_a_missing_path_is_never_sent_to_the_hub(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "train.jsonl", GOOD)
+    (tmp_path / "here").mkdir()
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would fail
     with pytest.raises(DataError, match="dataset.path_or_dataset_id: no such file") as error:
         open_rows(DatasetConfig(path))

@@ -12,7 +12,7 @@ import torch
 from unmask.assemble import build_parts, prepare
 from unmask.config import config_from_mapping
 from unmask.data.encode import RowEncoder
-from unmask.data.loader import validation_batches
+from unmask.data.loader import validation_set
 from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import fixed_noise, validation_losses
 from unmask.models.registry import build_model
@@ -33,14 +33,14 @@ def model(prepared):
 
 def noise(prepared, local_batch_size: int = 2, seed: int = 42, supervise_padding: bool = False) -> list:
     template = build_parts(prepared).template
-    batches = validation_batches(
+    rows = validation_set(
         prepared.validation_rows,
         RowEncoder(prepared.validation_rows, template, prepared.config.validation_dataset),
         local_batch_size=local_batch_size,
         pad_token_id=257,
         supervise_padding=supervise_padding,
     )
-    return fixed_noise(MDLM(261, time_sampling="stratified"), batches, seed)
+    return fixed_noise(MDLM(261, time_sampling="stratified"), rows.batches, seed)
 
 
 OBJECTIVE = MDLM(261, time_sampling="stratified")

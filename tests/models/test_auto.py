@@ -111,6 +111,19 @@ def test_the_tokenizer_comes_without_remote_code(fixtures: Path) -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 0)
 
 
+def test_an_export_names_no_code_that_is_not_there(fixtures: Path, tmp_path: Path) -> None:
+    """Without unmask, transformers must say what it lacks, not ask to run a file that nobody wrote."""
+    from unmask.training.export import export
+
+    export(str(fixtures / "mdlm_step"), tmp_path / "plain")
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    script = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    words = [sys.executable, "-c", script, str(tmp_path / "plain")]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 1 and "does not recognize this architecture" in done.stderr
+    assert "trust_remote_code" not in done.stderr + done.stdout
+
+
 def test_nothing_asks_on_standard_input(fixtures: Path) -> None:
     """The released config.json names remote code; unregistered, transformers would stop and ask."""
     assert "auto_map" in json.loads((fixtures / "mdlm_step" / "config.json").read_text())

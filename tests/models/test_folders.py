@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,13 @@ from unmask.errors import ConfigError, ModelError
 from unmask.models import folders
 from unmask.models.folders import find_folder
 from unmask.models.registry import FAMILIES, ModelConfig, load_model, plan_folder, plan_model
-from unmask.models.tokenizer import load_tokenizer
+from unmask.models.tokenizer import find_tokenizer, load_tokenizer
 from unmask.sections import read_section
 
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, where: str) -> Path:
+    def refuse(name: str, where: str, patterns: list[str]) -> Path:
         raise AssertionError(f"{name} was sent to the hub")
 
     monkeypatch.setattr(folders, "_download", refuse)
@@ -109,3 +111,70 @@ def test_every_family_of_the_table_says_its_own_name() -> None:
 
     for model_type, module in FAMILIES.items():
         assert importlib.import_module(module).FAMILY.model_type == model_type
+
+
+REPOSITORY = [
+    ".gitattributes", "README.md", "config.json", "configuration_llada.py", "generation_config.json", "merges.txt",
+    "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+    "modeling_llada.py", "pytorch_model.bin", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+]  # fmt: skip
+LIGHT = {
+    "config.json", "generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path: Path, reference_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """A hub whose one model has a tokenizer; what each download asks of REPOSITORY is appended to the list."""
+    import huggingface_hub
+
+    asked: list[set[str]] = []
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(reference_folder, snapshot)
+    (snapshot / "tokenizer.json").write_text("{}")
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append({file for file in REPOSITORY if any(fnmatch(file, pattern) for pattern in allow_patterns)})
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_a_tokenizer_is_fetched_without_the_model(hub: list[set[str]], tmp_path: Path) -> None:
+    assert find_tokenizer("owner/model") == tmp_path / "snapshot"
+    assert hub == [LIGHT]
+
+
+def test_a_plan_to_look_at_fetches_no_weights(hub: list[set[str]], tmp_path: Path) -> None:
+    section = ModelConfig(pretrained_model_name_or_path="owner/model")
+    whole = plan_model(section)
+    for path in (tmp_path / "snapshot").glob("model*"):
+        path.unlink()
+    light = plan_model(section, weights=False)
+    weights = {file for file in REPOSITORY if file.startswith("model") and not file.endswith(".py")}
+    assert hub == [LIGHT | weights, LIGHT]
+    assert light == whole and light.source == "owner/model"
+    with pytest.raises(ModelError, match="not a checkpoint: neither model.safetensors"):
+        plan_model(section)
+
+
+def test_local_weights_are_checked_even_where_they_are_not_needed(tmp_path: Path, reference_folder: Path) -> None:
+    shutil.copytree(reference_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        plan_folder(str(tmp_path / "model"), "x", weights=False)
+
+
+@pytest.mark.parametrize(("base", "named"), [("owner/base", "owner/base"), ("", "BASE"), (None, "BASE")])
+def test_an_adapter_is_no_checkpoint(tmp_path: Path, base: str | None, named: str) -> None:
+    folder = tmp_path / "run" / "step_3"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "latest").symlink_to("step_3")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / "tokenizer.json").touch()
+    for place in (folder, tmp_path / "run"):
+        said = refused(place, "--checkpoint")
+        assert "is an adapter" in said and f"`--checkpoint {named} --adapter {place}`" in said
+        assert find_tokenizer(str(place)).samefile(folder)

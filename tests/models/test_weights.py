@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -232,3 +233,40 @@ def test_load_weights_gives_trainable_parameters(state: dict[str, Tensor], folde
         model = plan.family.build(plan.config)
     load_weights(model, folder, torch.float32, "cpu")
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
+
+
+def test_files_have_the_permissions_that_other_files_get(state: dict[str, Tensor], folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(state.items(), folder, 200_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.glob("model*")} == {0o640}
+
+
+@pytest.mark.parametrize("hub_id", [None, "owner/model"])
+def test_an_auto_map_names_code_that_can_be_found(
+    state: dict[str, Tensor], folder: Path, monkeypatch: pytest.MonkeyPatch, hub_id: str | None
+) -> None:
+    """Remote code is never written, so an entry without a repository would name a file that is not there."""
+    from unmask.models import folders
+
+    save_weights(state.items(), folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["auto_map"] = {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModel": "other/place--modeling.Model",
+        "AutoTokenizer": ["slow.Tokenizer", None],
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(folders, "_download", lambda name, where, patterns: folder)
+    written = plan_folder(hub_id or str(folder), "x", weights=False).config_json
+    ours = {
+        "AutoConfig": "owner/model--configuration_llada.LLaDAConfig",
+        "AutoTokenizer": ["owner/model--slow.Tokenizer", None],
+    }
+    assert written["auto_map"] == {"AutoModel": "other/place--modeling.Model", **(ours if hub_id else {})}
+    assert {**written, "auto_map": None} == {**values, "auto_map": None}
+    values["auto_map"].pop("AutoModel")
+    fresh = plan_model(ModelConfig(config=values))
+    assert "auto_map" not in fresh.config_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -148,3 +149,27 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     log._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         log.write("train", step=1)
+
+
+def test_rows_left_out_of_training_and_validation_are_named_and_recorded(tiny, train_tiny: Train, tmp_path: Path):
+    def chat(answer: str) -> str:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": turns}) + "\n"
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(chat("a") * 2 + chat("b" * 200) + '{"broken\n' + chat("c") * 3)
+    rows = {"path_or_dataset_id": str(path), "truncation": False, "on_malformed": "skip", "seq_length": 96}
+    values = tiny.config(tmp_path / "run", validation_dataset=rows, step_scheduler__max_steps=2)
+    values["dataset"].update(rows)
+    run = train_tiny(values)
+    event = next(event for event in run.events if event["event"] == "run")
+    reason = "longer than seq_length, and truncation is off"
+    assert (event["rows"], event["skipped_rows"]) == (6, 1)
+    assert (event["validation_rows"], event["validation_skipped_rows"]) == (6, 1)
+    assert event["validation_dropped_rows"] == {reason: 1}
+    assert f"validation: skipped row: {path}:4" in run.output
+    assert "validation: skipped 1 malformed rows" in run.output
+    assert f"validation: left out 1 rows: {reason} (first: {path}:3)" in run.output
+    assert f"\nleft out 1 rows: {reason} (first: {path}:3)" in run.output
+    data = next(event for event in run.events if event["event"] == "data")
+    assert (data["step"], data["dropped_rows"]) == (2, {reason: 1})

@@ -158,7 +158,9 @@ def test_a_signal_saves_and_ends_cleanly(tiny, train_tiny: Train, tmp_path: Path
     ],
     ids=["plain", "workers and grouping", "supervised padding", "adapter"],
 )
-def test_stopped_twice_and_resumed_twice(tiny, train_tiny: Train, tmp_path: Path, changes: dict) -> None:
+def test_stopped_twice_and_resumed_twice(tiny, tiny_base, train_tiny: Train, tmp_path: Path, changes: dict) -> None:
+    if "peft" in changes:
+        changes = {**changes, "model": {"pretrained_model_name_or_path": str(tiny_base)}}
     whole = config(tiny, tmp_path / "whole", step_scheduler__max_steps=20, **{**changes, "dataloader__num_workers": 0})
     parts = config(tiny, tmp_path / "parts", step_scheduler__max_steps=20, **changes)
     train_tiny(whole)
@@ -215,7 +217,6 @@ def test_a_torn_checkpoint_is_named_and_the_previous_one_used(tiny, train_tiny: 
         ({"seed": 1}, "its seed is"),
         ({"dataset__path_or_dataset_id": "valid.jsonl"}, "its data is"),
         ({"step_scheduler__global_batch_size": 2}, "its global_batch_size is"),
-        ({"peft__r": 2}, "its peft is"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tiny, train_tiny: Train, tmp_path: Path, changes: dict, named: str):
@@ -240,3 +241,40 @@ def test_a_torn_last_line_of_the_log_is_cut(tiny, train_tiny: Train, tmp_path: P
     again = train_tiny(values)
     assert list(again.losses) == [1, 2, 3, 4, 5, 6] and again.losses[5] != 99.0
     assert {step: again.losses[step] for step in whole.losses} == whole.losses
+
+
+def test_a_checkpoint_of_the_whole_model_is_refused_by_a_run_of_an_adapter(tiny, tiny_base, train_tiny, tmp_path):
+    from unmask.errors import CheckpointError
+
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1)
+    values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
+    train_tiny(values)
+    with pytest.raises(CheckpointError, match="step_1 is foreign: its peft is null"):
+        train_tiny({**values, "peft": {"r": 2}})
+
+
+def test_what_changed_since_the_checkpoint_is_said_and_recorded(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    train_tiny(tiny.config(tmp_path, step_scheduler__max_steps=2))
+    changes = {"dllm__eps": 0.1, "dataset__seq_length": 64, "optimizer__lr": 1e-4}
+    again = train_tiny(tiny.config(tmp_path, step_scheduler__max_steps=4, **changes))
+    first, second = [event["changed"] for event in again.events if event["event"] == "run"]
+    assert first == []
+    assert second == [
+        "dataset.seq_length 96 → 64",
+        "step_scheduler.max_steps 2 → 4",
+        "dllm.eps 0.001 → 0.1",
+        "optimizer.lr 0.003 → 0.0001",
+    ]
+    assert [line for line in again.output.splitlines() if "changed since" in line] == [
+        f"changed since step 2: {line}" for line in second
+    ]
+
+
+def test_a_resume_cuts_what_later_steps_left_out(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2, dataset__truncation=False)
+    whole = train_tiny(values)
+    assert [event["event"] for event in whole.events][-2:] == ["data", "end"]
+    path = tmp_path / "step_6" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    again = train_tiny(values)
+    assert [event["step"] for event in again.events if event["event"] == "data"] == [6]

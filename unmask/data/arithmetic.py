@@ -27,7 +27,7 @@ _STORIES: dict[str, tuple[str, ...]] = {
     ),
 }
 # First and second operands: every result has two digits, with and without a carry.
-FIRST, SECOND = range(20, 91), range(2, 10)
+FIRST, SECOND = range(20, 91), range(2, 7)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ and the next one of the order takes its place. Rows at the end of an epoch that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +51,15 @@ class _GlobalBatch:
         epoch: pass over the data.
         start: place in the epoch's order at which the search for its rows began.
         end: place after its last row.
-        passed_over: reasons of the rows passed over since the batch before it, an ended epoch's included.
+        passed_over: (epoch, sample id, reason) of the rows passed over since the batch before it, an ended epoch's
+            included.
     """
 
     rows: list[tuple[int, EncodedRow]]
     epoch: int
     start: int
     end: int
-    passed_over: list[tuple[int, Dropped]]
+    passed_over: list[tuple[int, int, Dropped]]
 
 
 class TrainLoader:
@@ -79,7 +80,7 @@ class TrainLoader:
 
     Attributes:
         dropped: rows passed over, by reason, each row once (a later epoch passes over the same ones).
-        examples: for each reason, what was wrong with the first such row.
+        examples: for each reason, the first such row: its place, or what was wrong with it where that differs.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -130,7 +131,7 @@ class TrainLoader:
         """Global batches in an epoch in which no row is passed over."""
         return len(self.rows) // self.global_batch_size
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch]]:
         """Yield steps from the current position on, without end.
 
         Raises:
@@ -138,10 +139,10 @@ class TrainLoader:
         """
         for batch in self._global_batches():
             self.epoch, self.cursor = batch.epoch, batch.end
-            for epoch, row in batch.passed_over:
+            for epoch, index, row in batch.passed_over:
                 if epoch == 0:
                     self.dropped[row.reason] += 1
-                    self.examples.setdefault(row.reason, row.detail)
+                    self.examples.setdefault(row.reason, row.detail or self.rows.describe(index))
             yield self._micro_batches(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,7 +202,7 @@ class TrainLoader:
     def _global_batches(self) -> Iterator[_GlobalBatch]:
         epoch, start = self.epoch, self.cursor
         found: list[tuple[int, EncodedRow]] = []
-        passed_over: list[tuple[int, Dropped]] = []
+        passed_over: list[tuple[int, int, Dropped]] = []
         any_in_epoch = start > 0
         stream = encoded_ahead(
             self.encode, self._candidates(epoch, start), self.config.num_workers, 2 * self.global_batch_size
@@ -212,7 +213,7 @@ class TrainLoader:
                     raise DataError(self._no_batch(found, passed_over))
                 epoch, start, found, any_in_epoch = row_epoch, 0, [], False
             if isinstance(row, Dropped):
-                passed_over.append((epoch, row))
+                passed_over.append((epoch, index, row))
                 continue
             found.append((index, row))
             if len(found) == self.global_batch_size:
@@ -222,8 +223,8 @@ class TrainLoader:
                 yield _GlobalBatch(found, epoch, start, place + 1, passed_over)
                 start, found, passed_over, any_in_epoch = place + 1, [], [], True
 
-    def _no_batch(self, found: Sequence[object], passed_over: Sequence[tuple[int, Dropped]]) -> str:
-        reasons = Counter(row.reason for _, row in passed_over)
+    def _no_batch(self, found: Sequence[object], passed_over: Sequence[tuple[int, int, Dropped]]) -> str:
+        reasons = Counter(row.reason for _, _, row in passed_over)
         counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         return (
             f"dataset: a whole pass over {len(self.rows)} rows gives {len(found)} to train on, fewer than one "
@@ -255,15 +256,29 @@ class TrainLoader:
         return micro_batches
 
 
-def validation_batches(
+@dataclass(frozen=True)
+class ValidationSet:
+    """A validation set, encoded once.
+
+    Attributes:
+        batches: its rows.
+        dropped: rows left out, by reason.
+        examples: for each reason, the first such row, as in `TrainLoader`.
+    """
+
+    batches: Sequence[Batch]
+    dropped: Mapping[str, int]
+    examples: Mapping[str, str]
+
+
+def validation_set(
     rows: Rows,
     encode: Encode,
     *,
     local_batch_size: int,
     pad_token_id: int,
     supervise_padding: bool,
-    max_rows: int | None = None,
-) -> list[Batch]:
+) -> ValidationSet:
     """Return a whole validation set as batches, always the same ones.
 
     Rows are sorted by length for little padding. With `supervise_padding` all are padded to the longest row of the set,
@@ -275,7 +290,6 @@ def validation_batches(
         local_batch_size: rows a batch.
         pad_token_id: padding.
         supervise_padding: padding is attended and supervised.
-        max_rows: use the first `max_rows` rows that can be scored.
 
     Raises:
         DataError: a malformed row, or no row that can be scored.
@@ -283,19 +297,22 @@ def validation_batches(
     from unmask.data.collate import collate
 
     found: list[tuple[int, EncodedRow]] = []
+    dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     for index in range(len(rows)):
-        if max_rows is not None and len(found) == max_rows:
-            break
         row = encode(index)
         if isinstance(row, EncodedRow):
             found.append((index, row))
+        else:
+            dropped[row.reason] += 1
+            examples.setdefault(row.reason, row.detail or rows.describe(index))
     if not found:
         raise DataError(
             f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"
         )
     found.sort(key=lambda item: (len(item[1]), item[0]))
     slots = generator(0, "data/slots/validation").permutation(len(found)).tolist()
-    return [
+    batches = [
         collate(
             [row for _, row in some],
             [sample_id for sample_id, _ in some],
@@ -309,3 +326,4 @@ def validation_batches(
         for first in range(0, len(found), local_batch_size)
         for some in [found[first : first + local_batch_size]]
     ]
+    return ValidationSet(batches, dropped, examples)

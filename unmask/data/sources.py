@@ -30,7 +30,7 @@ class DatasetConfig:
 
     Attributes:
         path_or_dataset_id: a .jsonl, .json, .parquet or .arrow file, a folder of them, a folder that `datasets` saved,
-            or a hub id `owner/name`. What looks like a path, or lies in a folder that is here, is never sent to the hub.
+            or a hub id `owner/name`. A path, or a name in a folder that is here, is never sent to the hub.
         name: the hub dataset's configuration.
         split: which split of a hub dataset, a saved folder, or a folder of files named after their splits.
         shuffle_seed: seed of the row order; null takes the run's seed.

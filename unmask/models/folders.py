@@ -53,8 +53,8 @@ def _refuse_adapter(path: Path, name: str, where: str) -> None:
         if (candidate / ADAPTER_CONFIG).is_file():
             base = read_json(candidate / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
             raise ModelError(
-                f"{where}: {name} is an adapter, not a whole model; give `--checkpoint {base} --adapter {name}`, to "
-                "`unmask export` first where a whole model is needed"
+                f"{where}: {name} is an adapter, not a whole model; give `--checkpoint {base} --adapter {name}` "
+                "(`unmask export` merges the two into one)"
             )
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -48,8 +48,8 @@ class Loader(Protocol):
         """For each reason, the first such row."""
         ...
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        """Yield each step's micro-batches from the current position on, without end; a generator."""
+    def __iter__(self) -> Generator[list[Batch]]:
+        """Yield each step's micro-batches from the current position on, without end."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     if step >= run.total_steps:
         return TrainingOutcome(step, "already finished", saved)
     reason = "finished"
-    stream = cast(Generator[list[Batch]], iter(run.loader))
+    stream = iter(run.loader)
     with StopRequest() as stop, run.progress, contextlib.closing(stream):
         if run.steps.val_at_start and step == 0:
             _validate(run, step)
@@ -153,6 +153,7 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
         if reason == "finished" and not due(step, run.steps.val_every_steps):
             _validate(run, step)
         saved = _save(run, step)
+        run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
     return TrainingOutcome(step, reason, saved)
 

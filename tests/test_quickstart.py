@@ -1,0 +1,64 @@
+"""The quickstart: its folder is its own, and (slowly) it learns what it promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unmask.cli import main
+from unmask.config import load_config
+from unmask.data.arithmetic import make_problems
+from unmask.quickstart import CONFIG, RUN, clear, write_folder
+
+
+def test_its_configuration_is_one_that_train_takes(tmp_path: Path) -> None:
+    train, held_out = make_problems(100, 10, seed=0)
+    root = tmp_path / "quickstart"
+    write_folder(root, train, held_out, seed=7)
+    config = load_config(root / CONFIG).config
+    assert config.seed == 7
+    assert config.checkpoint.checkpoint_dir == str(root / RUN)
+    assert len((root / "train.jsonl").read_text().splitlines()) == 100
+
+
+def test_a_folder_with_something_else_is_refused_untouched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert "is no earlier quickstart" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_quickstart_is_replaced(tmp_path: Path) -> None:
+    root = tmp_path / "quickstart"
+    root.mkdir()
+    (root / CONFIG).write_text("model: {}")
+    clear(root)
+    assert not root.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_it_learns_held_out_problems_within_four_minutes(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "unmask", "quickstart", "--output", "qs"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=590,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"([\d.]+)% (?:before training|after)", done.stdout)
+    assert float(before) <= 5 and float(after) >= 90, done.stdout
+    assert time.monotonic() - began < 480  # four minutes alone on two cores; tests share them
+    assert (tmp_path / "qs" / "run" / "loss.png").stat().st_size > 10_000
+    shown = subprocess.run(
+        [sys.executable, "-m", "unmask", "generate", "--checkpoint", "qs/run", "--max_new_tokens", "24",
+         "--prompt", "Ada has 30 pens and buys 4. How many now?"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert shown.returncode == 0 and "####" in shown.stdout

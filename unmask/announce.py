@@ -1,0 +1,114 @@
+"""What a run says and records before its first step: sizes, rows left out, what changed since its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from unmask.config import RunConfig, dump_config
+from unmask.sections import differences
+
+if TYPE_CHECKING:
+    from unmask.assemble import Prepared
+    from unmask.batch import Batch
+    from unmask.data.loader import ValidationSet
+    from unmask.data.sources import Rows
+    from unmask.training.loop import TrainingRun
+    from unmask.training.resume import ResumePoint
+
+
+def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint) -> None:
+    """Say and record what this run is about to do.
+
+    Args:
+        run: the assembled run.
+        prepared: what it was made from.
+        validation: its encoded validation rows.
+        start: where it begins.
+    """
+    import torch
+    import transformers
+
+    import unmask
+
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in run.model.parameters())
+    say = run.progress.say
+    for key in prepared.not_needed:
+        say(f"not needed here: {key}")
+    for line in start.refused:
+        say(f"refused: {line}")
+    for line in skipped(prepared.rows):
+        say(line)
+    if start.step >= run.total_steps:
+        say(f"{start.folder}: this run of {run.total_steps} steps is already finished; raise max_steps to go on")
+        return
+    changed = changes(prepared.config, start)
+    if start.folder is not None:
+        say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
+    for line in changed:
+        say(f"changed since step {start.step}: {line}")
+    for line in _validation_lines(prepared.validation_rows, validation):
+        say(f"validation: {line}")
+    say(
+        f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
+        f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {run.runtime.device}"
+    )
+    run.metrics.write(
+        "run",
+        step=start.step,
+        resumed_from=None if start.folder is None else start.folder.name,
+        refused=list(start.refused),
+        changed=changed,
+        total_steps=run.total_steps,
+        rows=len(prepared.rows),
+        skipped_rows=len(prepared.rows.skipped),
+        **_validation_counts(prepared.validation_rows, validation),
+        parameters=total,
+        trainable_parameters=trainable,
+        versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def changes(config: RunConfig, start: ResumePoint) -> list[str]:
+    """Return a line for each field in which a configuration differs from that of the checkpoint it goes on from."""
+    if start.folder is None:
+        return []
+    stored = yaml.safe_load((start.folder / "config.yaml").read_text(encoding="utf-8"))
+    return differences(stored, yaml.safe_load(dump_config(config)))
+
+
+def skipped(rows: Rows) -> list[str]:
+    """Return a line for each of the first ten malformed rows that were skipped, and one with their number."""
+    lines = [f"skipped row: {line}" for line in rows.skipped[:10]]
+    return [*lines, f"skipped {len(rows.skipped)} malformed rows"] if lines else []
+
+
+def left_out(dropped: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason to leave rows out: how many, why, and the first one."""
+    return [f"left out {count} rows: {reason} (first: {examples[reason]})" for reason, count in dropped.items()]
+
+
+def name_rows(rows: Rows, batches: Sequence[Batch]) -> str:
+    """Return the places of the first 16 rows of a step, and how many more there are."""
+    ids = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
+    shown = ", ".join(rows.describe(sample) for sample in ids[:16])
+    return shown + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+
+
+def _validation_lines(rows: Rows | None, validation: ValidationSet | None) -> list[str]:
+    if rows is None or validation is None:
+        return []
+    return [*skipped(rows), *left_out(validation.dropped, validation.examples)]
+
+
+def _validation_counts(rows: Rows | None, validation: ValidationSet | None) -> dict[str, Any]:
+    if rows is None or validation is None:
+        return {}
+    return {
+        "validation_rows": len(rows),
+        "validation_skipped_rows": len(rows.skipped),
+        "validation_dropped_rows": dict(validation.dropped),
+    }
