@@ -122,6 +122,7 @@ def test_the_memory_estimate_is_near_what_is_measured(tiny, tmp_path: Path, chec
         distributed__activation_checkpointing=checkpointing,
         checkpoint__enabled=False,
     )
+    (tmp_path / "run").mkdir()
     words = [sys.executable, "-c", MEASURE, str(tiny.write(tmp_path / "run.yaml", values))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)

@@ -26,9 +26,7 @@ def test_its_configuration_is_one_that_train_takes(tmp_path: Path) -> None:
     assert len((root / "train.jsonl").read_text().splitlines()) == 100
 
 
-def test_a_folder_with_something_else_is_refused_untouched(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_with_something_else_is_refused_untouched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("ten years of work")
     assert main(["quickstart", "--output", str(tmp_path)]) == 2
     assert "is no earlier quickstart" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import unmask
 from unmask.cli import main
@@ -168,6 +168,18 @@ def test_an_adapter_is_applied_and_merged_alike(full: Path, adapter: Path, tmp_p
     assert (merged / "chat_template.jinja").is_file()
     on_top = answer(tmp_path, "--checkpoint", str(full), "--adapter", str(adapter))
     assert answer(tmp_path, "--checkpoint", str(merged))["token_ids"] == on_top["token_ids"]
+
+
+def test_a_merged_model_keeps_the_dtype_of_each_tensor(full: Path, adapter: Path, tmp_path: Path) -> None:
+    mixed, merged = shutil.copytree(full / "latest", tmp_path / "mixed"), tmp_path / "merged"
+    tensors = load_file(mixed / "model.safetensors")
+    kinds = {key: torch.float32 if tensor.dim() == 1 else torch.bfloat16 for key, tensor in tensors.items()}
+    save_file({key: tensor.to(kinds[key]) for key, tensor in tensors.items()}, mixed / "model.safetensors")
+    words = ["export", "--checkpoint", str(mixed), "--adapter", str(adapter), "--output", str(merged)]
+    assert main(words) == 0
+    written = load_file(merged / "model.safetensors")
+    assert {key: tensor.dtype for key, tensor in written.items()} == kinds
+    assert len(set(kinds.values())) == 2
 
 
 def test_an_adapter_brings_the_chat_template_it_was_trained_with(full: Path, adapter: Path, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from unmask.config import LoadedConfig, RunConfig, dump_config
 from unmask.data.sources import Rows, open_rows
 from unmask.distributed.runtime import refuse_many_processes, world_size
 from unmask.errors import ConfigError
+from unmask.models.folders import weights_fingerprint
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model
 from unmask.report.trackers import check_tracker
 from unmask.sections import to_mapping
-from unmask.training.checkpoint import prepare_run_dir
+from unmask.training.run_directory import hold_run_dir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,6 +130,7 @@ def build_parts(prepared: Prepared) -> Parts:
             f"dataset.tokenizer: {prepared.tokenizer_folder} has {len(tokenizer)} ids, the model's embedding only "
             f"{plan.config.rows}; use the model's own tokenizer"
         )
+    _check_mask(tokenizer, plan.config.mask_token_id, prepared.tokenizer_folder)
     template = load_template(tokenizer, config.dataset.chat_template, [plan.config.mask_token_id])
     tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
     encode = RowEncoder(prepared.rows, template, config.dataset)
@@ -146,6 +148,17 @@ def build_parts(prepared: Prepared) -> Parts:
     return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
 
 
+def _check_mask(tokenizer: Any, mask_token_id: int, folder: Path) -> None:
+    """Refuse a mask that text can contain: the network could not tell it from what is hidden."""
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    if mask_token_id < len(tokenizer) and mask_token_id not in special:
+        raise ConfigError(
+            f"dataset.tokenizer: {folder} uses the model's mask_token_id {mask_token_id} for ordinary text "
+            f"({tokenizer.convert_ids_to_tokens(mask_token_id)!r}); use the model's own tokenizer, or add a mask token "
+            "to this one and set the model's mask_token_id to its id"
+        )
+
+
 Validator = Callable[["nn.Module"], Mapping[str, float]]
 
 
@@ -156,6 +169,8 @@ def assemble(
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> tuple[TrainingRun, ResumePoint]:
     """Load or draw the model, build all parts of the run and put it back to its newest checkpoint.
+
+    The run directory exists and is held by the caller (`run_directory.hold_run_dir`).
 
     Args:
         prepared: from `prepare`.
@@ -179,7 +194,6 @@ def assemble(
 
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     runtime = build_runtime(config.distributed)
-    prepare_run_dir(root)
     parts = build_parts(prepared)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
     validation = _validation_set(prepared, parts)
@@ -234,18 +248,20 @@ def run_training(
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> TrainingOutcome:
     """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here."""
-    from unmask.report.metrics import FILE, read_metrics
-    from unmask.report.plots import plot_runs
-    from unmask.training.loop import train
+    section = prepared.config.checkpoint
+    with hold_run_dir(Path(section.checkpoint_dir).expanduser(), section):
+        from unmask.report.metrics import FILE, read_metrics
+        from unmask.report.plots import plot_runs
+        from unmask.training.loop import train
 
-    run, start = assemble(prepared, console, extra_validators, is_good_enough)
-    try:
-        outcome = train(run, start)
-        made_steps = any(event["event"] == "train" for event in read_metrics(run.root / FILE))
-        if outcome.reason != "already finished" and made_steps:
-            plot_runs([run.root], run.root / "loss.png")
-    finally:
-        run.metrics.close()
+        run, start = assemble(prepared, console, extra_validators, is_good_enough)
+        try:
+            outcome = train(run, start)
+            made_steps = any(event["event"] == "train" for event in read_metrics(run.root / FILE))
+            if outcome.reason != "already finished" and made_steps:
+                plot_runs([run.root], run.root / "loss.png")
+        finally:
+            run.metrics.close()
     for line in left_out(run.loader.dropped, run.loader.examples):
         console.print(line, markup=False)
     return outcome
@@ -288,11 +304,12 @@ def _validator(prepared: Prepared, validation: ValidationSet, runtime: Runtime) 
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint must share with a run to be resumed by it."""
-    config = prepared.config
+    config, folder = prepared.config, prepared.plan.folder
     return {
         "model": json.loads(json.dumps(dataclasses.asdict(prepared.plan.config))),
         "torch_dtype": config.model.torch_dtype,
         "peft": None if config.peft is None else to_mapping(config.peft),
+        "base": None if config.peft is None or folder is None else weights_fingerprint(folder),
         "data": prepared.rows.fingerprint,
         "global_batch_size": config.step_scheduler.global_batch_size,
         "seed": [config.seed, config.dataset.shuffle_seed],

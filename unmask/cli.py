@@ -177,11 +177,8 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
         show_plan(prepared, Console())
         return 0
-    from unmask.training.checkpoint import prepare_run_dir
-
-    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
-    prepare_run_dir(root)
     outcome = run_training(prepared, Console())
+    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")
     if outcome.reason.startswith("SIG"):
         print("the same command resumes this run where it stopped")

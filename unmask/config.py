@@ -89,6 +89,7 @@ def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
             "set val_every_steps: null"
         )
     _check_validation(config)
+    _check_rates(config)
     return LoadedConfig(config, translated.not_needed)
 
 
@@ -106,6 +107,27 @@ def _check_validation(config: RunConfig) -> None:
             raise ConfigError(
                 f"validation_dataset.{name}: {value!r} is not dataset's {used!r}, and validation uses the training "
                 "data's tokenizer and template; remove it or set it equal"
+            )
+
+
+def _check_rates(config: RunConfig) -> None:
+    """Refuse learning rates that the run could never reach, or would reach in the wrong order."""
+    rates, peak, max_steps = config.lr_scheduler, config.optimizer.lr, config.step_scheduler.max_steps
+    warmup = rates.lr_warmup_steps
+    if warmup and max_steps is not None and warmup >= max_steps:
+        raise ConfigError(
+            f"lr_scheduler.lr_warmup_steps: {warmup} does not end before step_scheduler.max_steps {max_steps}; lower it, "
+            "or set null for a tenth of the run"
+        )
+    if warmup is not None and rates.lr_decay_steps is not None and rates.lr_decay_steps <= warmup:
+        raise ConfigError(
+            f"lr_scheduler.lr_decay_steps: {rates.lr_decay_steps} is not after lr_warmup_steps {warmup}; it counts from "
+            "the run's start, so raise it, or set null for the end of the run"
+        )
+    for name in ("init_lr", "min_lr"):
+        if getattr(rates, name) > peak:
+            raise ConfigError(
+                f"lr_scheduler.{name}: {getattr(rates, name)} is above optimizer.lr {peak}, the peak; lower it or raise lr"
             )
 
 

@@ -65,3 +65,19 @@ def test_the_peak_is_this_processs_own() -> None:
     code = "from unmask.distributed.runtime import _peak_resident_gib; print(_peak_resident_gib())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ballast.numel() and float(done.stdout) < 0.125
+
+
+def test_the_attention_kernel_is_set_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layer(nn.Module):
+        attention_kernel = "sdpa"
+
+    model, section = nn.Sequential(Layer()), DistributedConfig(attention="flex", device="cpu")
+    with pytest.raises(
+        ConfigError, match=r"distributed\.attention: flex needs a CUDA device.* on cpu; set attention: sdpa"
+    ):
+        prepare_model(model, section, build_runtime(section))
+    monkeypatch.setattr("unmask.models.attention.flex_available", lambda device: True)
+    prepare_model(model, section, build_runtime(section))
+    assert model[0].attention_kernel == "flex"
+    prepare_model(model, DistributedConfig(device="cpu"), build_runtime(section))
+    assert model[0].attention_kernel == "sdpa"

@@ -133,6 +133,7 @@ def test_nothing_asks_on_standard_input(fixtures: Path) -> None:
         "print(type(model).__name__, len(tokenizer))\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "unmask.register()\n"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)\n"
     )
     read, write = os.pipe()  # nobody ever writes: a prompt would wait until the timeout
@@ -150,3 +151,16 @@ def test_nothing_asks_on_standard_input(fixtures: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["LLaDA", "4096", "LLaDAModelLM"]
     assert "trust_remote_code" not in done.stderr + done.stdout
+
+
+def test_a_tokenizer_loads_without_the_model_classes(fixtures: Path, reference_folder: Path, tmp_path: Path) -> None:
+    values = json.loads((reference_folder / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "configuration_llada.LLaDAConfig"}  # the remote code of a released folder
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shutil.copy(fixtures / "mdlm_step" / "tokenizer.json", tmp_path)
+    code = (
+        "import sys, unmask; tokenizer = unmask.load_tokenizer(sys.argv[1]); "
+        "print(len(tokenizer('a b').input_ids) > 0, 'transformers.modeling_utils' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -39,6 +39,8 @@ def test_a_folder_and_a_run_directory(tmp_path: Path, reference_folder: Path) ->
     shutil.copytree(reference_folder, run / "step_10")
     (run / "latest").symlink_to("step_10")
     assert find_folder(str(run)) == run / "latest"
+    message = refused(tmp_path, "--checkpoint")
+    assert message == f"--checkpoint: {tmp_path} is not a checkpoint: it has no config.json; did you mean {run}?"
     assert plan_folder(str(run), "x").config == plan_folder(str(reference_folder), "x").config
 
 

@@ -115,6 +115,8 @@ def test_values_of_another_type_are_refused(field: str, value: object) -> None:
         ({"mask_token_id": -1}, "mask_token_id=-1 is outside"),
         ({"eos_token_id": 512}, "eos_token_id=512 is outside"),
         ({"pad_token_id": 9999}, "pad_token_id=9999 is outside"),
+        ({"mask_token_id": 510, "pad_token_id": 509}, "mask_token_id=510 is also the eos_token_id"),
+        ({"mask_token_id": 509, "pad_token_id": 509}, "mask_token_id=509 is also the pad_token_id"),
         ({"rope_theta": 0}, "rope_theta must be a positive number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a positive number"),
         ({"init_std": float("nan")}, "init_std must be a positive number"),

@@ -44,6 +44,8 @@ def test_a_run_without_anything_to_draw_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no metrics\.jsonl"):
         find_log(tmp_path / "nowhere")
     empty = write_run(tmp_path / "empty", steps=0)
+    with pytest.raises(DataError, match=r"no metrics\.jsonl here; did you mean .*/empty\?$"):
+        find_log(tmp_path)
     with pytest.raises(DataError, match="no finished step"):
         plot_runs([empty], empty / "loss.png")
     assert not (empty / "loss.png").exists()

@@ -37,6 +37,14 @@ def test_a_bad_setting_is_refused_by_name(field, value, says):
         SamplerConfig(**{field: value})
 
 
+def test_a_threshold_needs_a_confidence():
+    with pytest.raises(
+        SamplingError, match="^remasking: random scores cannot be compared with threshold 0.9; use low_conf"
+    ):
+        SamplerConfig(remasking="random", threshold=0.9)
+    assert SamplerConfig(remasking="random").rule == "quota"
+
+
 def test_steps_are_shared_over_blocks_with_the_remainder_first():
     sampler = SamplerConfig(steps=7, max_new_tokens=20, block_size=8)
     assert block_sizes(20, 8) == (8, 8, 4)

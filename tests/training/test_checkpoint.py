@@ -106,6 +106,45 @@ def test_a_full_disk_as_safetensors_reports_it(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_a_full_disk_as_safetensors_meets_it(tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    import torch
+
+    from unmask.models.weights import save_weights
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be saved .*File too large"):
+            save(tmp_path, 1, writer=lambda folder: save_weights([("w", torch.zeros(100_000))], folder) and None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert names(tmp_path) == set()
+
+
+def test_a_mistake_in_the_program_is_not_reported_as_trouble_with_the_disk(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        save(tmp_path, 1, writer=fail)
+
+
+def test_the_new_names_are_on_disk_before_a_save_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, original = [], checkpoint._to_disk
+
+    def to_disk(path: Path) -> None:
+        synced.append((path, os.path.islink(tmp_path / "latest")))
+        original(path)
+
+    monkeypatch.setattr(checkpoint, "_to_disk", to_disk)
+    save(tmp_path, 1)
+    assert synced[-1] == (tmp_path, True)
+
+
 def test_a_failed_rename_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 2)
 
@@ -122,7 +161,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program runs after it but this test."""
 
 
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("moment", range(9))
 def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:

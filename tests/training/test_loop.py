@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.errors import CheckpointError, DataError, TrainingError
+from unmask.errors import CheckpointError, ConfigError, DataError, TrainingError
 from unmask.training import checkpoint as checkpoint_module
 
 Train = Callable[..., Any]
@@ -49,7 +49,6 @@ def test_without_checkpoints_there_are_none(tiny, train_tiny: Train, tmp_path: P
     values = tiny.config(tmp_path, checkpoint__enabled=False, step_scheduler__ckpt_every_steps=1)
     run = train_tiny(values)
     assert run.outcome.checkpoint is None and not list(tmp_path.glob("step_*"))
-    assert list(train_tiny(values).losses) == [1, 2, 3, 4, 5, 6]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -149,6 +148,108 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     log._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         log.write("train", step=1)
+
+
+def test_a_full_disk_is_reported_once_and_closes_everything() -> None:
+    from unmask.report.metrics import MetricsLog
+
+    closed = []
+    log = MetricsLog(Path("/dev/full"), closers=[lambda: closed.append(True)])
+    with pytest.raises(DataError, match="cannot be written .*No space left"):
+        log.write("train", step=1)
+    log.close()
+    assert closed == [True]
+
+
+CPU_OUT_OF_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "900000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(CPU_OUT_OF_MEMORY)]
+)
+def test_memory_that_runs_out_names_the_step_and_what_to_lower(
+    tiny, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    fail_at_third_step(monkeypatch, error)
+    with pytest.raises(TrainingError) as caught:
+        train_tiny(tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2))
+    said = str(caught.value)
+    assert said.startswith("step 3: memory ran out on cpu") and "\n" not in said
+    for named in ("local_batch_size", "distributed.activation_checkpointing", "dataset.seq_length", "step_2"):
+        assert named in said
+    assert caught.value.exit_status == 1 and caught.value.__cause__ is error
+
+
+def test_what_the_cpu_says_when_memory_runs_out_is_recognised() -> None:
+    from unmask.training.loop import _is_out_of_memory
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert _is_out_of_memory(caught.value)
+
+
+def test_another_error_of_a_step_is_not_taken_for_memory(
+    tiny, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_third_step(monkeypatch, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train_tiny(tiny.config(tmp_path))
+
+
+def fail_at_third_step(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    import unmask.training.loop as loop
+
+    original, calls = loop.train_step, 0
+
+    def step(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_workers_that_a_signal_ended_too_do_not_lose_the_run(
+    tiny, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    import signal
+
+    from unmask.data.loader import TrainLoader
+
+    original = TrainLoader.__iter__
+
+    def steps(self: TrainLoader, stopped: bool = True) -> Any:
+        stream = original(self)
+        for _ in range(after):
+            yield next(stream)
+        if stopped:
+            signal.raise_signal(signal.SIGTERM)
+        raise DataError("a worker process died")
+
+    values = tiny.config(tmp_path)
+    monkeypatch.setattr(TrainLoader, "__iter__", steps)
+    run = train_tiny(values)
+    assert (run.outcome.reason, run.outcome.step) == ("SIGTERM", after)
+    assert [path.name for path in tmp_path.glob("step_*")] == ([f"step_{after}"] if after else [])
+    monkeypatch.setattr(TrainLoader, "__iter__", lambda self: steps(self, stopped=False))
+    with pytest.raises(DataError, match="worker process died"):
+        train_tiny(values)
+    monkeypatch.undo()
+    assert list(train_tiny(values).losses) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mask_that_text_can_contain_is_refused(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mask_token_id 65 for ordinary text .*add a mask token"):
+        train_tiny(tiny.config(tmp_path, model__config={**tiny.model, "mask_token_id": 65}))
+    train_tiny(  # an id that the tokenizer does not have
+        tiny.config(tmp_path, model__config={**tiny.model, "mask_token_id": 263}, step_scheduler__max_steps=1)
+    )
 
 
 def test_rows_left_out_of_training_and_validation_are_named_and_recorded(tiny, train_tiny: Train, tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unmask.training.optim import OptimizerConfig, build_optimizer, clip_gradients, set_learning_rate
+from unmask.training.optim import OptimizerConfig, build_optimizer, clip_gradients, scale_gradients, set_learning_rate
 
 
 def network() -> nn.Module:
@@ -71,6 +71,16 @@ def test_a_gradient_that_is_not_finite_is_not_spread() -> None:
     before = model[0].weight.grad.clone()
     assert not torch.isfinite(clip_gradients(build_optimizer(OptimizerConfig(), model), 1.0))
     assert torch.equal(model[0].weight.grad, before)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0, float("inf"), float("nan")])
+def test_clipping_without_a_branch_is_clipping_with_one(scale: float) -> None:
+    # `clip_gradients` compares on the host here; on an accelerator it always calls `scale_gradients`.
+    branching, straight = with_gradients(network(), scale), with_gradients(network(), scale)
+    norm = clip_gradients(build_optimizer(OptimizerConfig(), branching), 2.0)
+    scale_gradients([p.grad for p in straight.parameters()], norm, 2.0)
+    for one, other in zip(branching.parameters(), straight.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_rate_reaches_every_group() -> None:

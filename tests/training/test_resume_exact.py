@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,19 @@ def test_a_signal_saves_and_ends_cleanly(tiny, train_tiny: Train, tmp_path: Path
     assert_same_as(reference, tmp_path / "run")
 
 
+def test_a_signal_to_the_process_group_saves_and_ends_cleanly(tiny, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "run.yaml", config(tiny, tmp_path / "run", dataloader__num_workers=1))
+    words = [sys.executable, "-m", "unmask", "train", "-c", str(path), "--step_scheduler.max_steps", "100000"]
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_step(process, tmp_path / "run", 10)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and "SIGTERM after step" in out
+    verify(tmp_path / "run" / "latest")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -251,6 +265,23 @@ def test_a_checkpoint_of_the_whole_model_is_refused_by_a_run_of_an_adapter(tiny,
     train_tiny(values)
     with pytest.raises(CheckpointError, match="step_1 is foreign: its peft is null"):
         train_tiny({**values, "peft": {"r": 2}})
+
+
+def test_an_adapter_is_not_resumed_on_another_base(tiny, tiny_base: Path, train_tiny: Train, tmp_path: Path) -> None:
+    from unmask.errors import CheckpointError
+
+    moved, other = shutil.copytree(tiny_base, tmp_path / "moved"), shutil.copytree(tiny_base, tmp_path / "other")
+    file = other / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1, peft={"r": 2})
+    values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
+    train_tiny(values)
+    with pytest.raises(CheckpointError, match="step_1 is foreign: its base is"):
+        train_tiny({**values, "model": {"pretrained_model_name_or_path": str(other)}})
+    again = train_tiny({**values, "model": {"pretrained_model_name_or_path": str(moved)}})
+    assert again.outcome.reason == "already finished"
 
 
 def test_what_changed_since_the_checkpoint_is_said_and_recorded(tiny, train_tiny: Train, tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ _worker_encode: Any = None  # set once in each worker, so that the encoder is se
 def _start_worker(encode: Encode) -> None:
     global _worker_encode
     _worker_encode = encode
-    # Ctrl-C reaches the whole process group; the main process alone answers it, by saving and stopping.
+    # A signal to the process group (Ctrl-C, a cluster's SIGTERM) is for the main process alone, which saves and stops.
+    # SIGTERM itself must keep its effect here: with it the pool ends the workers that are left when one has died.
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

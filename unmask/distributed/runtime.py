@@ -22,11 +22,14 @@ class DistributedConfig:
         autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
             on GPUs and on CPUs with AMX.
         activation_checkpointing: keep only each block's input for backward and recompute the rest.
+        attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and packed
+            batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.
         device: `auto` takes a CUDA device when there is one.
     """
 
     autocast_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
+    attention: Literal["sdpa", "flex"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -111,8 +114,21 @@ def build_runtime(section: DistributedConfig) -> Runtime:
 
 
 def prepare_model(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> nn.Module:
-    """Place a network for training and switch activation checkpointing."""
+    """Place a network for training, switch activation checkpointing and choose its attention kernel.
+
+    Raises:
+        ConfigError: `attention: flex` on a device that cannot train with it.
+    """
+    from unmask.models.attention import flex_available
+
+    if section.attention == "flex" and not flex_available(runtime.device):
+        raise ConfigError(
+            f"distributed.attention: flex needs a CUDA device of compute capability 8.0 or later with Triton, and this "
+            f"run is on {runtime.device}; set attention: sdpa"
+        )
     for module in model.modules():
+        if hasattr(module, "attention_kernel"):
+            module.attention_kernel = section.attention  # pyright: ignore[reportArgumentType]
         if hasattr(module, "activation_checkpointing"):
             module.activation_checkpointing = section.activation_checkpointing  # pyright: ignore[reportArgumentType]
     return model.to(runtime.device).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from unmask.models.adapter_folder import CONFIG as ADAPTER_CONFIG
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SAMPLE = 2**16  # bytes read at each end of a shard
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
 _LIGHT = ("config.json", "generation_config.json", "*.jinja", "tokenizer*", "vocab.*", "merges.txt",
@@ -36,16 +38,27 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
             if (candidate / "config.json").is_file():
                 return candidate
         _refuse_adapter(path, name, where)
-        raise ModelError(
-            f"{where}: {name} is not a checkpoint: it has no config.json; give a folder with config.json and "
-            f"{WEIGHTS}, or a run directory with a checkpoint"
+        inside = _run_inside(path)
+        remedy = (
+            f"did you mean {Path(name) / inside.name}?"
+            if inside
+            else (f"give a folder with config.json and {WEIGHTS}, or a run directory with a checkpoint")
         )
+        raise ModelError(f"{where}: {name} is not a checkpoint: it has no config.json; {remedy}")
     if path.exists():
         raise ModelError(f"{where}: {name} is a file; give the folder that holds config.json and {WEIGHTS}")
     looks_local = name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or path.parent.is_dir()
     if looks_local:
         raise ModelError(f"{where}: no such folder: {path.absolute()} (a hub id has the form owner/name)")
     return _download(name, where, [*_LIGHT, *(_WEIGHTS if weights else ())])
+
+
+def _run_inside(path: Path) -> Path | None:
+    """Return the first child that is a run directory with a checkpoint, whole model or adapter."""
+    for child in sorted(path.iterdir()):
+        if any((child / "latest" / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            return child
+    return None
 
 
 def _refuse_adapter(path: Path, name: str, where: str) -> None:
@@ -103,6 +116,22 @@ def weight_files(folder: Path) -> dict[str, Path]:
         odd = min(promised ^ stored)[0]
         raise ModelError(f"{folder / INDEX}: disagrees with its shards about {odd!r}; copy the checkpoint again")
     return {key: folder / name for key, name in sorted(stored, key=lambda entry: entry[::-1])}
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return a hash that tells one model's weights from another's in milliseconds, wherever the folder lies.
+
+    It covers the size and the first and last 64 KiB of each shard, which training or another model changes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for shard in sorted(set(weight_files(folder).values())):
+        size = shard.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with shard.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _keys(shard: Path) -> list[str]:

@@ -38,9 +38,9 @@ def load_tokenizer(name: str, where: str = "tokenizer") -> PreTrainedTokenizerBa
     folder = find_tokenizer(name, where)
     from transformers import AutoTokenizer
 
-    from unmask.models.llada.auto import register
+    from unmask.models.llada.auto_config import register_config
 
-    register()  # released config.json files name remote code, and AutoTokenizer would stop to ask about it
+    register_config()  # released config.json files name remote code, and AutoTokenizer would stop to ask about it
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for unreadable files

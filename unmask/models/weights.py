@@ -29,11 +29,6 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, opened.get_tensor(key)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the first stored tensor."""
-    return next(read_tensors(folder))[1].dtype
-
-
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any) -> None:
     """Fill a network built on the meta device from a folder, without ever holding two copies of it.
 

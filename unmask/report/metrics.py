@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -52,8 +53,9 @@ class MetricsLog:
             listener(record)
 
     def close(self) -> None:
-        """Flush and close the file and end the listeners' runs."""
-        self._file.close()
+        """Close the file and end the listeners' runs. A full disk is not reported again: `write` has done so."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         for close in self._closers:
             close()
 

@@ -17,6 +17,9 @@ def find_log(run: Path) -> Path:
     for folder in (run, run.parent):
         if (folder / FILE).is_file():
             return folder / FILE
+    inside = sorted(child.name for child in run.iterdir() if (child / FILE).is_file()) if run.is_dir() else []
+    if inside:
+        raise DataError(f"{run}: no {FILE} here; did you mean {run / inside[0]}?")
     raise DataError(f"{run}: no {FILE} here; give the run directory that `unmask train` wrote (checkpoint_dir)")
 
 

@@ -27,14 +27,15 @@ class SamplerConfig:
         block_size: the answer is denoised in blocks of this length from left to right; the last may be shorter.
         temperature: 0 takes the most likely token; T > 0 samples from softmax(logits / T).
         remasking: which open positions are settled first: `low_confidence` those with the most probable token (the
-            others stay masked), `random` any.
+            others stay masked), `random` any. With `threshold` it must be `low_confidence`: random scores are no
+            confidence to compare.
         threshold: settle every open position of the block whose score is at least this, and always one; None settles a
             fixed number a step. Above 1 it is one token a step, 0 one step a block.
         cfg_scale: s of classifier-free guidance, u + (s + 1)(c - u), where u has the prompt masked; 0 is off.
         eos: `allow`; `suppress` never writes the model's end-of-text token; `defer` settles stop tokens last.
 
     Raises:
-        SamplingError: a value outside its range; the message names it.
+        SamplingError: a value outside its range, or two that exclude each other; the message names it.
     """
 
     steps: int = 128
@@ -62,6 +63,11 @@ class SamplerConfig:
         for name, choices in (("remasking", get_args(Remasking)), ("eos", get_args(Eos))):
             if getattr(self, name) not in choices:
                 raise SamplingError(f"{name}: {choice_problem(getattr(self, name), choices)}")
+        if self.remasking == "random" and self.threshold is not None:
+            raise SamplingError(
+                f"remasking: random scores cannot be compared with threshold {self.threshold}; use low_confidence, or "
+                "leave threshold out"
+            )
 
     @property
     def rule(self) -> str:

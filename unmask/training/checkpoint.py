@@ -105,7 +105,8 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Call
             final.rename(root / f".step_{step}.{os.getpid()}.old.part")
         temporary.rename(final)
         _point_latest(root, final.name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # safetensors hides OSErrors
+        _to_disk(root)  # the names too, before `prune` may remove older checkpoints
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise CheckpointError(

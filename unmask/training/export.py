@@ -49,18 +49,18 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             f"--output: {output} cannot be written ({error.strerror}); choose another place"
         ) from None
     try:
-        # The adapter's delta is added in fp32 and the sum rounded once to the stored dtype.
-        model = build_model(plan, dtype if adapter is None else "float32")
+        model = build_model(plan, None if adapter else dtype)
         if adapter is not None:
             import torch
 
             from unmask.models.adapter import load_adapter, merge_adapter
-            from unmask.models.weights import stored_dtype
 
-            assert plan.folder is not None
-            load_adapter(model, adapter)
+            # The adapter's delta is added in fp32 and the sum rounded once, to the dtype that each tensor is stored in.
+            stored = {name: tensor.dtype for name, tensor in model.named_parameters()}
+            load_adapter(model.float(), adapter)
             merge_adapter(model)
-            model.to(getattr(torch, dtype) if dtype else stored_dtype(plan.folder))
+            for name, tensor in model.named_parameters():
+                tensor.data = tensor.data.to(getattr(torch, dtype) if dtype else stored[name])
         save_model(model, plan, temporary)
         warnings = _copy_tokenizer(checkpoint, adapter, temporary)
         if output.exists():

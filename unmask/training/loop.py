@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from unmask.batch import Batch
 from unmask.distributed.runtime import Runtime
-from unmask.errors import TrainingError
+from unmask.errors import DataError, TrainingError
 from unmask.objectives.registry import Objective
 from unmask.report.metrics import MetricsLog
 from unmask.report.progress import TrainingProgress
@@ -121,7 +121,8 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     """Train from `start` to the end, to a good-enough validation, or to a signal.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite; the step, its rows and the last good checkpoint are named.
+        TrainingError: a loss or gradient that is not finite (the step, its rows and the last good checkpoint are
+            named), or memory ran out in a step.
         CheckpointError: a checkpoint could not be saved.
     """
     step, saved = start.step, start.folder
@@ -134,13 +135,26 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             _validate(run, step)
         while step < run.total_steps:
             began = time.perf_counter()
-            batches = next(stream)
+            try:
+                batches = next(stream)
+            except DataError:
+                if stop.name is None:
+                    raise
+                reason = stop.name  # the signal reached the data workers too
+                break
             step += 1
             rate = learning_rate(step, run.schedule, run.peak_lr, run.total_steps)
             set_learning_rate(run.optimizer, rate)
             # Dropout, the one user of the global generator, draws the same after a resume as without one.
             torch.manual_seed(key(run.noise.seed, "dropout", sample=step) % 2**32)
-            result = train_step(run.model, run.objective, batches, run.noise, run.optimizer, run.runtime, run.max_norm)
+            try:
+                result = train_step(
+                    run.model, run.objective, batches, run.noise, run.optimizer, run.runtime, run.max_norm
+                )
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise _out_of_memory(run, step, saved) from error
             if not result.finite:
                 raise _not_finite(run, step, result, batches, saved)
             _record(run, step, rate, result, time.perf_counter() - began)
@@ -152,7 +166,8 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
                 saved = _save(run, step)
         if reason == "finished" and not due(step, run.steps.val_every_steps):
             _validate(run, step)
-        saved = _save(run, step)
+        if step > start.step:
+            saved = _save(run, step)
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
     return TrainingOutcome(step, reason, saved)
@@ -211,4 +226,21 @@ def _not_finite(
         f"step {step}: the loss ({result.loss}) or the gradient norm ({result.grad_norm}) is not finite, and training "
         f"stopped before the update. Rows of this step: {run.name_rows(batches)}. Last good checkpoint: "
         f"{saved or 'none yet'}. Lower optimizer.lr, add lr_scheduler.lr_warmup_steps or look at these rows"
+    )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether a device or the CPU allocator, which has no exception of its own, refused memory."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in said and ("can't allocate memory" in said or "not enough memory" in said)
+    )
+
+
+def _out_of_memory(run: TrainingRun, step: int, saved: Path | None) -> TrainingError:
+    run.metrics.write("stopped", step=step, reason="out of memory")
+    return TrainingError(
+        f"step {step}: memory ran out on {run.runtime.device}. Lower step_scheduler.local_batch_size (the result stays "
+        "the same), set distributed.activation_checkpointing: true, or lower dataset.seq_length, then run again. Last "
+        f"checkpoint: {saved or 'none yet'}"
     )

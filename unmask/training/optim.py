@@ -81,10 +81,25 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
 
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).float()
-    # One comparison on the host saves a pass over all gradients in most steps; the norm is logged anyway.
-    if max_norm is not None and torch.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(gradients, float(max_norm / (norm + 1e-6)))
+    # Where the norm is on the host, a comparison is free and saves a pass over all gradients in most steps; on an
+    # accelerator it would wait for the whole backward pass, which costs more than the multiplication.
+    if max_norm is not None and (norm.device.type != "cpu" or norm > max_norm):
+        scale_gradients(gradients, norm, max_norm)
     return norm
+
+
+def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Multiply gradients in place by min(1, max_norm / norm), by 1 when the norm is not finite; never waits for a device.
+
+    Args:
+        gradients: tensors on the norm's device.
+        norm: their global 2-norm, float32 scalar.
+        max_norm: the largest norm to leave.
+    """
+    import torch
+
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), coefficient, 1.0))
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

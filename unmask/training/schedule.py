@@ -17,7 +17,9 @@ class StepSchedulerConfig:
         global_batch_size: rows of one optimizer step, over all micro-batches.
         local_batch_size: rows of one forward pass.
         max_steps: stop after this many steps; None = by epochs alone.
-        num_epochs: stop after this many passes over the data; None = by steps alone.
+        num_epochs: stop after this many epochs; None = by steps alone. An epoch is counted in the rows that the source
+            offers. Rows that turn out unusable are left out, which makes a pass shorter, so that a run may look at the
+            rest more often than this; `max_steps` is exact.
         ckpt_every_steps: save a checkpoint every so many steps (and at the end); None = at the end only.
         val_every_steps: run validation every so many steps (and at the end); None = at the end only.
         val_at_start: run validation before the first step too, as step 0.

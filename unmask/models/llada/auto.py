@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from unmask.errors import ModelError
+from unmask.models.llada.auto_config import LLaDAHFConfig, register_config
 from unmask.models.llada.config import parse_config
 from unmask.models.llada.model import RMSNorm, Transformer
 
@@ -24,22 +18,6 @@ _REMEDIES = {
     "inputs_embeds": "; give input_ids",
     "past_key_values": ": attention is bidirectional and keeps no cache; sample with `unmask generate`",
 }
-
-
-class LLaDAHFConfig(PreTrainedConfig):
-    """config.json as transformers wants it: the released fields kept as they are."""
-
-    model_type = "llada"
-    attribute_map = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "n_heads",
-        "num_hidden_layers": "n_layers",
-        "max_position_embeddings": "max_sequence_length",
-    }
-
-    def __init__(self, **values: Any) -> None:
-        values.setdefault("tie_word_embeddings", values.get("weight_tying", False))
-        super().__init__(**values)
 
 
 class LLaDAModelLM(PreTrainedModel):
@@ -100,6 +78,6 @@ class LLaDAModelLM(PreTrainedModel):
 
 def register() -> None:
     """Register LLaDA with AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM; repeatable."""
-    AutoConfig.register("llada", LLaDAHFConfig, exist_ok=True)
+    register_config()
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         auto.register(LLaDAHFConfig, LLaDAModelLM, exist_ok=True)

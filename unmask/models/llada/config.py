@@ -203,3 +203,9 @@ def _check_ids(config: LLaDAConfig, where: str) -> None:
                 f"{where}: {name}={value} is outside the vocabulary of {config.rows}; "
                 "set it to an id between 0 and embedding_size - 1"
             )
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(config, name) == config.mask_token_id:
+            raise ModelError(
+                f"{where}: mask_token_id={config.mask_token_id} is also the {name}; corruption could not be told from "
+                "text, so set mask_token_id to an id of its own"
+            )

@@ -9,6 +9,7 @@ Shapes: B rows, L positions, D d_model, H query heads, G key/value heads, E head
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
-from unmask.models.attention import attend
+from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.llada.config import LLaDAConfig
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class RMSNorm(nn.Module):
@@ -75,13 +79,13 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.ff_out = nn.Linear(config.hidden_size, width, bias=bias)
 
-    def forward(self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the block's output, (B, L, D). `mask`: None or bool, broadcastable to (B, H, L, L), True = attend."""
+    def forward(self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        """Return the block's output, (B, L, D). `mask`: from `prepare_mask`."""
         hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask)
         normed_BLD = self.ff_norm(hidden_BLD)
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
-    def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
         """Bidirectional attention with rotary positions."""
         q_BHLE = rotate(self._heads(self.q_proj(normed_BLD)), cos, sin)
         k_BGLE = rotate(self._heads(self.k_proj(normed_BLD)), cos, sin)
@@ -99,6 +103,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.attention_kernel: Kernel = "sdpa"
         self.wte = nn.Embedding(config.rows, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -123,7 +128,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)[None]
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = attention_mask_4d(attention_mask)
+        mask = prepare_mask(attention_mask_4d(attention_mask), self.attention_kernel, *input_ids.shape)
         hidden_BLD = self.wte(input_ids)
         if self.config.input_emb_norm:
             hidden_BLD = hidden_BLD * math.sqrt(self.config.d_model)
