@@ -20,7 +20,7 @@ WIDTH, LAYERS, HEADS, MLP, VOCABULARY, ROWS, LENGTH = 256, 4, 4, 768, 126_464, 4
 CASES = {"11 % masked": 0.11, "46 % masked": 0.46}
 # Bounds that the project promises: (speed-up at least, memory ratio at most).
 BOUNDS = {"11 % masked": (4.0, 0.40), "46 % masked": (2.0, 0.45)}
-PHASES = ("forward", "head", "backward", "optimizer")
+PHASES: tuple[str, ...] = ("forward", "head", "backward", "optimizer")
 
 
 def run(pairs: int = 3, steps: int = 4) -> dict[str, Any]:

@@ -116,18 +116,18 @@ def _check_rates(config: RunConfig) -> None:
     warmup = rates.lr_warmup_steps
     if warmup and max_steps is not None and warmup >= max_steps:
         raise ConfigError(
-            f"lr_scheduler.lr_warmup_steps: {warmup} does not end before step_scheduler.max_steps {max_steps}; lower it, "
-            "or set null for a tenth of the run"
+            f"lr_scheduler.lr_warmup_steps: {warmup} does not end before step_scheduler.max_steps {max_steps}; lower "
+            "it, or set null for a tenth of the run"
         )
     if warmup is not None and rates.lr_decay_steps is not None and rates.lr_decay_steps <= warmup:
         raise ConfigError(
-            f"lr_scheduler.lr_decay_steps: {rates.lr_decay_steps} is not after lr_warmup_steps {warmup}; it counts from "
-            "the run's start, so raise it, or set null for the end of the run"
+            f"lr_scheduler.lr_decay_steps: {rates.lr_decay_steps} is not after lr_warmup_steps {warmup}; it counts "
+            "from the run's start, so raise it, or set null for the end of the run"
         )
     for name in ("init_lr", "min_lr"):
         if getattr(rates, name) > peak:
             raise ConfigError(
-                f"lr_scheduler.{name}: {getattr(rates, name)} is above optimizer.lr {peak}, the peak; lower it or raise lr"
+                f"lr_scheduler.{name}: {getattr(rates, name)} is above optimizer.lr {peak}, the peak; lower it"
             )
 
 

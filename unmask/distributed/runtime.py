@@ -22,8 +22,8 @@ class DistributedConfig:
         autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
             on GPUs and on CPUs with AMX.
         activation_checkpointing: keep only each block's input for backward and recompute the rest.
-        attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and packed
-            batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.
+        attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and
+            packed batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.
         device: `auto` takes a CUDA device when there is one.
     """
 

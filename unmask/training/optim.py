@@ -89,7 +89,7 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
 
 
 def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Multiply gradients in place by min(1, max_norm / norm), by 1 when the norm is not finite; never waits for a device.
+    """Multiply gradients in place by min(1, max_norm / norm), by 1 when the norm is not finite, without a branch.
 
     Args:
         gradients: tensors on the norm's device.
