@@ -50,7 +50,14 @@ def _first_step(folder: Path, number: int) -> float:
     train, held_out = make_problems(2000, 20, seed=0)
     write_folder(root, train, held_out, seed=0)
     words = [sys.executable, "-m", "unmask", "train", "-c", str(root / "quickstart.yaml")]
-    words += ["--step_scheduler.max_steps", "1", "--step_scheduler.val_at_start", "false", "--lr_scheduler.lr_warmup_steps", "0"]
+    words += [
+        "--step_scheduler.max_steps",
+        "1",
+        "--step_scheduler.val_at_start",
+        "false",
+        "--lr_scheduler.lr_warmup_steps",
+        "0",
+    ]
     start = time.time()
     subprocess.run(words, check=True, capture_output=True)
     first = next(e for e in read_metrics(root / "run" / "metrics.jsonl") if e["event"] == "train")
