@@ -125,7 +125,7 @@ def test_equals_the_formulas_in_values_and_gradients(fields: dict, network: Make
             {"q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "blocks.ff_out", "transformer.ff_out"},
         ),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_which_layers_have_biases(fields: dict, biased: set[str], network: Make) -> None:
     found = set()
