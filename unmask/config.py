@@ -111,14 +111,9 @@ def _check_validation(config: RunConfig) -> None:
 
 
 def _check_rates(config: RunConfig) -> None:
-    """Refuse learning rates that the run could never reach, or would reach in the wrong order."""
-    rates, peak, max_steps = config.lr_scheduler, config.optimizer.lr, config.step_scheduler.max_steps
+    """Refuse learning rates in the wrong order. A warm-up longer than the run is allowed: a recipe's first steps alone."""
+    rates, peak = config.lr_scheduler, config.optimizer.lr
     warmup = rates.lr_warmup_steps
-    if warmup and max_steps is not None and warmup >= max_steps:
-        raise ConfigError(
-            f"lr_scheduler.lr_warmup_steps: {warmup} does not end before step_scheduler.max_steps {max_steps}; lower "
-            "it, or set null for a tenth of the run"
-        )
     if warmup is not None and rates.lr_decay_steps is not None and rates.lr_decay_steps <= warmup:
         raise ConfigError(
             f"lr_scheduler.lr_decay_steps: {rates.lr_decay_steps} is not after lr_warmup_steps {warmup}; it counts "
