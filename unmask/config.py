@@ -111,7 +111,7 @@ def _check_validation(config: RunConfig) -> None:
 
 
 def _check_rates(config: RunConfig) -> None:
-    """Refuse learning rates in the wrong order. A warm-up longer than the run is allowed: a recipe's first steps alone."""
+    """Refuse rates in the wrong order. A warm-up longer than the run is allowed: it tries a recipe's first steps."""
     rates, peak = config.lr_scheduler, config.optimizer.lr
     warmup = rates.lr_warmup_steps
     if warmup is not None and rates.lr_decay_steps is not None and rates.lr_decay_steps <= warmup:
