@@ -65,6 +65,7 @@ def _wide(compute: torch.dtype) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits):  # noqa: ANN001
+        """Return the summed loss and save the finished gradients; arguments as in `linear_cross_entropy`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         wide = {"dtype": _wide(compute), "device": hidden_ND.device}
