@@ -35,24 +35,28 @@ def flex_available(device: torch.device) -> bool:
     )
 
 
-def prepare_mask(mask: Tensor | None, kernel: Kernel, rows: int, length: int) -> Tensor | BlockMask | None:
+def prepare_mask(
+    mask: Tensor | None, kernel: Kernel, rows: int, length: int, keys: int | None = None
+) -> Tensor | BlockMask | None:
     """Return what `attend` wants as mask, once for all layers of a forward pass.
 
     Args:
-        mask: None or bool, broadcastable to (B, H, L, L), True = attend.
-        kernel: `flex` turns a padding mask (B, 1, 1, L) or packing mask (B, 1, L, L) into a BlockMask, which lets the
+        mask: None or bool, broadcastable to (B, H, Q, K), True = attend.
+        kernel: `flex` turns a mask (B, 1, 1, K) of keys or (B, 1, Q, K) of pairs into a BlockMask, which lets the
             kernel skip blocks without an allowed pair; any other mask stays as it is, for SDPA.
-        rows, length: B and L.
+        rows, length: B and Q.
+        keys: K; None = Q.
     """
+    keys = length if keys is None else keys
     if kernel == "sdpa" or mask is None or mask.shape[1] != 1:
         return mask
     from torch.nn.attention.flex_attention import create_block_mask
 
     if mask.shape[2] == 1:
-        keep_BK = mask[:, 0, 0].expand(rows, length).contiguous()
-        return create_block_mask(lambda b, h, q, k: keep_BK[b, k], rows, None, length, length, device=mask.device)
-    keep_BQK = mask[:, 0].expand(rows, length, length).contiguous()
-    return create_block_mask(lambda b, h, q, k: keep_BQK[b, q, k], rows, None, length, length, device=mask.device)
+        keep_BK = mask[:, 0, 0].expand(rows, keys).contiguous()
+        return create_block_mask(lambda b, h, q, k: keep_BK[b, k], rows, None, length, keys, device=mask.device)
+    keep_BQK = mask[:, 0].expand(rows, length, keys).contiguous()
+    return create_block_mask(lambda b, h, q, k: keep_BQK[b, q, k], rows, None, length, keys, device=mask.device)
 
 
 @functools.cache
@@ -63,26 +67,36 @@ def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def attend(q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Return softmax(q kᵀ / √E) v, every position seeing all that the mask allows.
+def attend(
+    q_BHLE: Tensor,
+    k_BGLE: Tensor,
+    v_BGLE: Tensor,
+    mask: Tensor | BlockMask | None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax(scale · q kᵀ) v, every position seeing all that the mask allows.
 
     SDPA picks the kernel: flash or memory-efficient on GPUs, flash on CPUs. The CPU's flash backward is some ten times
     slower in bf16 than in fp32 (torch 2.13, measured with AMX), so while gradients are wanted there it runs in fp32.
 
     Args:
         q_BHLE: queries.
-        k_BGLE, v_BGLE: keys and values; each serves H / G query heads.
+        k_BGLE, v_BGLE: keys and values; each serves H / G query heads; there may be more of them than queries.
         mask: from `prepare_mask`; a BlockMask goes through FlexAttention.
+        causal: position i sees positions 0..i; only without a mask, which must say so itself.
+        scale: factor of the scores; None = 1/√E.
 
     Returns:
         (B, H, L, E) in the queries' dtype.
     """
     grouped = q_BHLE.shape[1] != k_BGLE.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
-        return compiled_flex()(q_BHLE, k_BGLE, v_BGLE, block_mask=mask, enable_gqa=grouped)
+        return compiled_flex()(q_BHLE, k_BGLE, v_BGLE, block_mask=mask, scale=scale, enable_gqa=grouped)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
     if q_BHLE.device.type == "cpu" and q_BHLE.dtype == torch.bfloat16 and q_BHLE.requires_grad:
         with torch.autocast("cpu", enabled=False):
             wide = (heads.float() for heads in (q_BHLE, k_BGLE, v_BGLE))
-            mixed_BHLE = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=grouped)
-        return mixed_BHLE.to(q_BHLE.dtype)
-    return F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(*wide, **options).to(q_BHLE.dtype)
+    return F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, **options)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # model_type of a config.json → the module whose FAMILY describes it. A new family is a folder and a line here.
 FAMILIES: dict[str, str] = {
     "llada": "unmask.models.llada.family",
+    "diffusion_gemma": "unmask.models.diffusion_gemma.family",
 }
 
 
@@ -135,7 +136,7 @@ def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: i
     with torch.device("meta"):
         model = plan.family.build(plan.config)
     if plan.folder is not None:
-        load_weights(model, plan.folder, kind, device)
+        load_weights(model, plan.folder, kind, device, plan.family.layout)
         return model
     model.to_empty(device="cpu")
     plan.family.initialise(model, torch.Generator().manual_seed(rng.key(seed, "model/init") % 2**32))

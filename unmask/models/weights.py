@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
+from unmask.models.family import PLAIN, FileLayout
 from unmask.models.folders import INDEX, WEIGHTS, weight_files
 
 SHARD_BYTES = 5 * 10**9
@@ -29,7 +30,9 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, opened.get_tensor(key)
 
 
-def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any) -> None:
+def load_weights(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any, layout: FileLayout = PLAIN
+) -> None:
     """Fill a network built on the meta device from a folder, without ever holding two copies of it.
 
     Args:
@@ -37,28 +40,58 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
         folder: a folder with safetensors.
         dtype: dtype of floating parameters; None = as stored.
         device: where the parameters go.
+        layout: what the folder may hold beside the network.
 
     Raises:
         ModelError: a key too many or too few, or a shape that does not fit; the first one is named.
     """
-    for key, tensor in _fitting_tensors(model, folder):
+    for key, tensor in _fitting_tensors(model, folder, layout):
         moved = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         model.load_state_dict({key: moved}, strict=False, assign=True)
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, folder: Path) -> None:
+def copy_weights(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> None:
     """Copy a folder's values into a network's existing parameters, which an optimizer may hold; raises ModelError."""
     places = model.state_dict()
-    for key, tensor in _fitting_tensors(model, folder):
+    for key, tensor in _fitting_tensors(model, folder, layout):
         places[key].copy_(tensor)
 
 
-def _fitting_tensors(model: nn.Module, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a folder, checked to be exactly the network's."""
+def carried_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder that are not the network's and belong into every copy of it, as stored."""
+    if folder is None:
+        return
+    for key, file in weight_files(folder).items():
+        if layout.carried(key):
+            with safe_open(file, framework="pt") as opened:
+                yield key, opened.get_tensor(key)
+
+
+def _check_twin(folder: Path, key: str, twin: str, tensor: Tensor) -> None:
+    """Raise ModelError unless a tensor that repeats another is equal to it."""
+    file = weight_files(folder).get(twin)
+    if file is not None:
+        with safe_open(file, framework="pt") as opened:
+            if torch.equal(opened.get_tensor(twin), tensor):
+                return
+    raise ModelError(
+        f"{folder}: {key} is not equal to {twin}, which it is tied to; this network holds one tensor for both, so tie "
+        "them (transformers: tie_weights) before saving"
+    )
+
+
+def _fitting_tensors(model: nn.Module, folder: Path, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a folder that the network has, checked to be exactly its set."""
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     missing = dict.fromkeys(wanted)
     for key, tensor in read_tensors(folder):
+        if layout.carried(key):
+            continue
+        twin = layout.twin(key)
+        if twin in wanted:
+            _check_twin(folder, key, twin, tensor)
+            continue
         if key not in wanted:
             raise ModelError(
                 f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"

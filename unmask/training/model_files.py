@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from unmask.models.registry import ModelPlan
-from unmask.models.weights import copy_weights, save_weights
+from unmask.models.weights import carried_tensors, copy_weights, save_weights
 from unmask.training.lora import PeftConfig
 
 GENERATION = "generation_config.json"
@@ -64,12 +65,13 @@ def model_files(
         save_model(model, plan, folder)
         write_common(folder)
 
-    return ModelFiles(write_full, lambda folder: copy_weights(model, folder))
+    return ModelFiles(write_full, lambda folder: copy_weights(model, folder, plan.family.layout))
 
 
 def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
     """Write the weights, config.json as it was read with the dtype of the weights in it, and generation_config.json."""
-    save_weights(model.state_dict().items(), folder)
+    carried = carried_tensors(plan.folder, plan.family.layout)
+    save_weights(chain(model.state_dict().items(), carried), folder)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     kept = {key: value for key, value in plan.config_json.items() if key != "dtype"}
     (folder / "config.json").write_text(json.dumps({**kept, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")

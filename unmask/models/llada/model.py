@@ -18,47 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
 from unmask.models.attention import Kernel, attend, prepare_mask
+from unmask.models.layers import RMSNorm, rotary_tables, rotate
 from unmask.models.llada.config import LLaDAConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, the mean square taken in fp32 (Zhang & Sennrich 2019, eq. 4)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        """Return the normalised hidden states in the input's dtype."""
-        return F.rms_norm(hidden_BLD.float(), self.weight.shape, self.weight.float(), self.eps).to(hidden_BLD.dtype)
-
-
-def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles in fp32 (Su et al. 2021, eq. 34; half-split as in GPT-NeoX).
-
-    Args:
-        position_ids: (B, L) or (1, L), integers.
-        head_dim: E, even.
-        theta: base of the frequencies.
-
-    Returns:
-        two float32 tensors (B or 1, 1, L, E), broadcastable over heads.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids.float()[..., None] * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) by its position's angle; computed in fp32, returned in the input's dtype."""
-    x = heads_BHLE.float()
-    low, high = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(heads_BHLE.dtype)
 
 
 class Block(nn.Module):

@@ -1,0 +1,89 @@
+"""What the encoder leaves for the decoder: keys and values of clean tokens, layer by layer.
+
+Shapes: B rows, S columns, G key/value heads, E head size (both differ between kinds of layers), D width, K canvases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Position of a padding column: after everything, so that neither causal attention nor a canvas ever sees it.
+HIDDEN = 2**40
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Clean tokens as the decoder sees them.
+
+    Attributes:
+        keys, values: one (B, G, S, E) a layer.
+        hidden_BLD: final hidden states, normed, of the tokens encoded last.
+        positions_BS: int64, position of each column; `HIDDEN` at padding.
+        lengths_B: int64, tokens of each row, which is where its next canvas starts.
+        aligned: whether column s holds position s in every row, so that columns can be cut by position.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    hidden_BLD: Tensor
+    positions_BS: Tensor
+    lengths_B: Tensor
+    aligned: bool
+
+    def take(self, rows_K: Tensor) -> Encoded:
+        """Return the rows `rows_K` (int64 indices or a bool mask), in that order."""
+        return Encoded(
+            tuple(keys[rows_K] for keys in self.keys),
+            tuple(values[rows_K] for values in self.values),
+            self.hidden_BLD[rows_K],
+            self.positions_BS[rows_K],
+            self.lengths_B[rows_K],
+            self.aligned,
+        )
+
+    def detach(self) -> Encoded:
+        """Return the same keys and values without their history; hidden states keep theirs."""
+        return Encoded(
+            tuple(keys.detach() for keys in self.keys),
+            tuple(values.detach() for values in self.values),
+            self.hidden_BLD,
+            self.positions_BS,
+            self.lengths_B,
+            self.aligned,
+        )
+
+
+def causal_mask(past_BS: Tensor | None, positions_BL: Tensor, columns_BL: Tensor, window: int | None) -> Tensor:
+    """Return which keys each encoder query sees, bool (B, 1, L, S + L).
+
+    Args:
+        past_BS: positions of the columns encoded before, or None.
+        positions_BL: position of each new token, at padding any.
+        columns_BL: the same with `HIDDEN` at padding.
+        window: W, a query sees keys with q − k < W; None = all before it.
+    """
+    keys_BS = columns_BL if past_BS is None else torch.cat((past_BS, columns_BL), dim=1)
+    distance_BLS = positions_BL[:, :, None] - keys_BS[:, None, :]
+    seen_BLS = distance_BLS >= 0
+    if window is not None:
+        seen_BLS &= distance_BLS < window
+    # A padding query sees itself, so that its softmax is not empty; nothing looks at what comes of it.
+    length = positions_BL.shape[1]
+    seen_BLS[:, :, keys_BS.shape[1] - length :] |= torch.eye(length, dtype=torch.bool, device=keys_BS.device)
+    return seen_BLS[:, None]
+
+
+def canvas_sight(positions_KS: Tensor, starts_K: Tensor, window: int | None) -> Tensor:
+    """Return which clean columns the canvas that starts at `starts_K` sees, bool (K, S): those before it.
+
+    Args:
+        positions_KS: positions of the columns.
+        starts_K: position of each canvas's first token.
+        window: W of a sliding layer: the last W − 1 tokens before the canvas, the same for all of its queries.
+    """
+    distance_KS = starts_K[:, None] - positions_KS
+    seen_KS = distance_KS > 0
+    return seen_KS if window is None else seen_KS & (distance_KS < window)

@@ -1,0 +1,265 @@
+"""DiffusionGemma's config.json as a frozen dataclass: each field is honoured, known to be harmless, or refused.
+
+Names and defaults follow transformers `models/diffusion_gemma/configuration_diffusion_gemma.py`. Only the text part is
+read; the vision part's values stay in the file as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.errors import ModelError
+from unmask.sections import nearest
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+_PATTERN = 6  # without layer_types every sixth layer is a full one
+_ROPE = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+
+# Values of text_config that this network implements; anything else would need other code.
+_ONLY = {
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": ("vision", None),
+    "is_encoder_decoder": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "return_dict": (True,),
+    "chunk_size_feed_forward": (0,),
+}
+_HARMLESS = frozenset(
+    "_name_or_path architectures dtype torch_dtype model_type transformers_version use_cache id2label label2id "
+    "problem_type bos_token_id initializer_range".split()
+)
+_NUMBERS = {  # text_config's sizes, with transformers' defaults; None = must be given
+    "vocab_size": 262_144, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
+    "sliding_window": 512, "num_experts": None, "top_k_experts": None, "moe_intermediate_size": None,
+}  # fmt: skip
+_OTHER = (
+    "layer_types rope_parameters rms_norm_eps final_logit_softcapping pad_token_id eos_token_id global_head_dim "
+    "num_global_key_value_heads per_layer_config"
+).split()
+_TOP = frozenset(
+    "text_config vision_config canvas_length eos_token_id boi_token_id eoi_token_id image_token_id "
+    "tie_word_embeddings initializer_range vision_soft_tokens_per_image".split()
+)
+
+
+@dataclass(frozen=True)
+class DiffusionGemmaConfig:
+    """What defines the text part of a DiffusionGemma network.
+
+    Attributes:
+        vocab_size: rows of the embedding, which is also the head.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the dense MLP and of the self-conditioning MLP.
+        layer_types: `sliding_attention` or `full_attention`, one a layer; the last is a full one.
+        num_attention_heads: query heads of every layer.
+        num_key_value_heads, head_dim: of sliding layers.
+        full_num_key_value_heads, full_head_dim: of full layers.
+        sliding_window: W; a query of a sliding layer sees keys with q − k < W.
+        sliding_rope_theta, full_rope_theta: bases of the rotary frequencies.
+        full_rotary_factor: share of a full layer's rotary pairs that turn.
+        max_position_embeddings: positions the model was made for; longer inputs are refused.
+        rms_norm_eps: of every norm.
+        final_logit_softcapping: c; logits are c · tanh(z / c).
+        num_experts, top_k_experts, moe_intermediate_size: of every layer's mixture.
+        canvas_length: tokens of a canvas.
+        eos_token_id: fills the rest of an answer's last canvas.
+        eos_token_ids: all ids that end an answer.
+        pad_token_id: its embedding is never trained by lookups.
+        image_token_ids: ids that stand for or surround an image; this package is about text.
+        initializer_range: standard deviation of a fresh model's weights.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    full_num_key_value_heads: int
+    full_head_dim: int
+    sliding_window: int
+    sliding_rope_theta: float
+    full_rope_theta: float
+    full_rotary_factor: float
+    max_position_embeddings: int
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    num_experts: int
+    top_k_experts: int
+    moe_intermediate_size: int
+    canvas_length: int
+    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    image_token_ids: tuple[int, ...]
+    initializer_range: float
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding and of the head."""
+        return self.vocab_size
+
+    @property
+    def max_sequence_length(self) -> int:
+        """The longest input, prompt and answer together."""
+        return self.max_position_embeddings
+
+    def heads(self, layer_type: str) -> tuple[int, int]:
+        """Return (key and value heads, head size) of a kind of layer."""
+        if layer_type == FULL:
+            return self.full_num_key_value_heads, self.full_head_dim
+        return self.num_key_value_heads, self.head_dim
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
+    """Read the keys of a config.json.
+
+    Args:
+        values: the parsed JSON object (or the inline `model.config` of a run).
+        where: the file or section, for messages.
+
+    Raises:
+        ModelError: a key that is not known, a value that this network does not implement, or sizes that do not fit.
+    """
+    text = values.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ModelError(f"{where}: text_config is missing; a DiffusionGemma config.json has its sizes there")
+    _check_names(values, [*_TOP, *_ONLY, *_HARMLESS], where)
+    _check_names(text, [*_NUMBERS, *_OTHER, *_ONLY, *_HARMLESS], f"{where}: text_config")
+    for source in (values, text):
+        for name, allowed in _ONLY.items():
+            if name in source and source[name] not in allowed:
+                raise ModelError(
+                    f"{where}: {name}={source[name]!r} is not supported; this network implements "
+                    f"{name}={allowed[0]!r} only"
+                )
+    numbers = {name: _positive(text.get(name, default), name, where) for name, default in _NUMBERS.items()}
+    layer_types = _layer_types(text.get("layer_types"), numbers.pop("num_hidden_layers"), where)
+    full_heads, full_dim = _full_heads(text, layer_types, numbers, where)
+    rope = {kind: _rope(text.get("rope_parameters"), kind, where) for kind in _ROPE}
+    canvas = values.get("canvas_length")
+    eos = text.get("eos_token_id", 1)
+    ends = values.get("eos_token_id", eos)
+    pad = text.get("pad_token_id", 0)
+    images = (values.get("boi_token_id", 255_999), values.get("eoi_token_id", 258_882))
+    config = DiffusionGemmaConfig(
+        **numbers,
+        layer_types=layer_types,
+        full_num_key_value_heads=full_heads,
+        full_head_dim=full_dim,
+        sliding_rope_theta=rope[SLIDING][0],
+        full_rope_theta=rope[FULL][0],
+        full_rotary_factor=rope[FULL][1],
+        rms_norm_eps=_number(text.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        final_logit_softcapping=_number(text.get("final_logit_softcapping", 30.0), "final_logit_softcapping", where),
+        canvas_length=_positive(256 if canvas is None else canvas, "canvas_length", where),
+        eos_token_id=eos[0] if isinstance(eos, (list, tuple)) and eos else eos,
+        eos_token_ids=tuple(ends) if isinstance(ends, (list, tuple)) else (ends,),
+        pad_token_id=0 if pad is None else pad,
+        image_token_ids=tuple(i for i in (*images, values.get("image_token_id", 258_880)) if isinstance(i, int)),
+        initializer_range=_number(text.get("initializer_range", 0.02), "initializer_range", where),
+    )
+    _check_fit(config, where)
+    return config
+
+
+def _check_names(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for name in values:
+        if name not in known:
+            raise ModelError(f"{where}: unknown DiffusionGemma field {name!r}{nearest(name, known)}")
+
+
+def _positive(value: Any, name: str, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ModelError(f"{where}: {name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _layer_types(given: Any, layers: int, where: str) -> tuple[str, ...]:
+    if given is None:
+        given = [SLIDING if (number + 1) % _PATTERN else FULL for number in range(layers - 1)] + [FULL]
+    if not isinstance(given, (list, tuple)) or len(given) != layers or set(given) - {SLIDING, FULL}:
+        raise ModelError(f"{where}: layer_types must name {layers} layers, each {SLIDING} or {FULL}, got {given!r}")
+    if given[-1] != FULL:
+        raise ModelError(f"{where}: layer_types: the last layer must be {FULL}, got {given[-1]}")
+    return tuple(given)
+
+
+def _full_heads(
+    text: Mapping[str, Any], layer_types: tuple[str, ...], numbers: Mapping[str, int], where: str
+) -> tuple[int, int]:
+    """Return key/value heads and head size of full layers, from either spelling that transformers writes."""
+    per_layer = text.get("per_layer_config")
+    if per_layer is None:
+        heads = text.get("num_global_key_value_heads")
+        heads = numbers["num_key_value_heads"] if heads is None else heads
+        dim = text.get("global_head_dim", 512)
+    else:
+        found = {int(key): dict(value) for key, value in dict(per_layer).items()}
+        full = [number for number, kind in enumerate(layer_types) if kind == FULL]
+        values = [found.get(number, {}) for number in full]
+        if set(found) - set(full) or any(value != values[0] for value in values):
+            raise ModelError(
+                f"{where}: per_layer_config is not supported unless all full layers, and no others, share it"
+            )
+        odd = set(values[0]) - {"head_dim", "num_key_value_heads"}
+        if odd:
+            raise ModelError(f"{where}: per_layer_config: {min(odd)!r} is not supported; head sizes only")
+        heads = values[0].get("num_key_value_heads", numbers["num_key_value_heads"])
+        dim = values[0].get("head_dim", numbers["head_dim"])
+    return _positive(heads, "num_global_key_value_heads", where), _positive(dim, "global_head_dim", where)
+
+
+def _rope(given: Any, kind: str, where: str) -> tuple[float, float]:
+    """Return (theta, share of pairs that turn) of a kind of layer."""
+    values = dict(_ROPE[kind] if given is None else given.get(kind, _ROPE[kind]))
+    odd = set(values) - {"rope_type", "rope_theta", "partial_rotary_factor"}
+    if odd or values.get("rope_type", "default") != _ROPE[kind]["rope_type"]:
+        raise ModelError(
+            f"{where}: rope_parameters of {kind}: {min(odd) if odd else values.get('rope_type')!r} is not supported; "
+            f"this network implements rope_type {_ROPE[kind]['rope_type']!r} with rope_theta"
+        )
+    factor = _number(values.get("partial_rotary_factor", 1.0), "partial_rotary_factor", where)
+    if kind == SLIDING and factor != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor={factor} of {kind} is not supported; leave it out")
+    return _number(values.get("rope_theta"), "rope_theta", where), factor
+
+
+def _check_fit(config: DiffusionGemmaConfig, where: str) -> None:
+    for kind in (SLIDING, FULL):
+        heads, dim = config.heads(kind)
+        if config.num_attention_heads % heads or dim % 2:
+            raise ModelError(
+                f"{where}: {kind}: num_attention_heads={config.num_attention_heads} must be a multiple of the "
+                f"{heads} key/value heads, and the head size {dim} even"
+            )
+    if config.top_k_experts > config.num_experts:
+        raise ModelError(f"{where}: top_k_experts={config.top_k_experts} is more than num_experts={config.num_experts}")
+    for name, ids in (
+        ("eos_token_id", (config.eos_token_id, *config.eos_token_ids)),
+        ("pad_token_id", (config.pad_token_id,)),
+    ):
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                raise ModelError(
+                    f"{where}: {name}={token!r} is outside the vocabulary of {config.vocab_size}; set it to an id "
+                    "between 0 and vocab_size - 1"
+                )

@@ -1,0 +1,422 @@
+"""DiffusionGemma's text network: one stack of layers that encodes clean tokens causally and denoises a canvas.
+
+As encoder the stack reads clean tokens from left to right and leaves its keys and values; as decoder it sees a canvas
+in both directions, and the clean tokens before it through those. Both roles share every weight but the layer scalars;
+the decoder alone has the self-conditioning MLP. Architecture: transformers `models/diffusion_gemma` and google-deepmind
+`gemma` (`Gemma4_26B_A4B`).
+
+Module names follow the released checkpoints, so a state dict has their keys as it stands: the stack is `model.decoder`,
+and `model.encoder.language_model` holds the encoder's layer scalars alone.
+
+Shapes: B rows, L positions, K canvases, C canvas positions, S encoded columns, D width, H query heads, G key/value
+heads, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unmask.errors import ModelError
+from unmask.models.attention import Kernel, attend, prepare_mask
+from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
+from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
+from unmask.models.layers import RMSNorm, rotary_tables, rotate
+from unmask.models.moe import Dispatch, Experts, Router, local_dispatch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+# Softmax over the vocabulary is built for at most this many logits at a time (64 MiB in fp32).
+CHUNK_LOGITS = 2**24
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the queries of one pass see in one kind of layer.
+
+    Attributes:
+        cos, sin: rotary tables at the queries' positions.
+        mask: from `prepare_mask`; None = everything, or everything before when `causal`.
+        causal: query i sees keys 0..i.
+        columns: encoded columns that the keys begin with; None = there are none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | BlockMask | None
+    causal: bool
+    columns: slice | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries, keys and values; full layers use the key projection as values."""
+
+    def __init__(self, config: DiffusionGemmaConfig, kind: str) -> None:
+        super().__init__()
+        kv_heads, self.head_dim = config.heads(kind)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False) if kind == SLIDING else None
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps)
+        self.k_norm = RMSNorm(self.head_dim, eps)
+        self.v_norm = RMSNorm(self.head_dim, eps, scale=False)
+
+    def forward(
+        self, normed_BLD: Tensor, sight: Sight, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (output (B, L, D), own keys (B, G, L, E), own values); `past` keys and values come before them."""
+        raw_BLGE = self._heads(self.k_proj(normed_BLD))
+        values_BLGE = raw_BLGE if self.v_proj is None else self._heads(self.v_proj(normed_BLD))
+        q_BHLE = rotate(self.q_norm(self._heads(self.q_proj(normed_BLD))).transpose(1, 2), sight.cos, sight.sin)
+        k_BGLE = rotate(self.k_norm(raw_BLGE).transpose(1, 2), sight.cos, sight.sin)
+        v_BGLE = self.v_norm(values_BLGE).transpose(1, 2)
+        keys, values = k_BGLE, v_BGLE
+        if past is not None:
+            keys = torch.cat((past[0].to(k_BGLE.dtype), k_BGLE), dim=2)
+            values = torch.cat((past[1].to(v_BGLE.dtype), v_BGLE), dim=2)
+        mixed_BHLE = attend(q_BHLE, keys, values, sight.mask, causal=sight.causal, scale=1.0)
+        return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2)), k_BGLE, v_BGLE
+
+    def _heads(self, projected_BLD: Tensor) -> Tensor:
+        return projected_BLD.unflatten(-1, (-1, self.head_dim))
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) · up(x)), gelu in its tanh approximation."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, normed_BLD: Tensor) -> Tensor:
+        """Return (B, L, D)."""
+        return self.down_proj(F.gelu(self.gate_proj(normed_BLD), approximate="tanh") * self.up_proj(normed_BLD))
+
+
+class SelfConditioning(nn.Module):
+    """Adds what the previous pass predicted to a canvas's embeddings, through a gated MLP between two norms."""
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.pre_norm = RMSNorm(width, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.post_norm = RMSNorm(width, config.rms_norm_eps, scale=False)
+
+    def forward(self, embedded_KCD: Tensor, signal_KCD: Tensor | None) -> Tensor:
+        """Return post_norm(x + mlp(pre_norm(signal))), (K, C, D); None stands for a signal of zeros."""
+        if signal_KCD is None:  # zeros stay zeros through the norm and an MLP without biases
+            return self.post_norm(embedded_KCD)
+        normed_KCD = self.pre_norm(signal_KCD)
+        gated_KCI = F.gelu(self.gate_proj(normed_KCD), approximate="tanh") * self.up_proj(normed_KCD)
+        return self.post_norm(embedded_KCD + self.down_proj(gated_KCI))
+
+
+class Layer(nn.Module):
+    """Attention, then a dense MLP and a mixture of experts side by side, each between two norms."""
+
+    def __init__(self, config: DiffusionGemmaConfig, kind: str) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.kind = kind
+        self.dispatch: Dispatch = local_dispatch
+        self.self_attn = Attention(config, kind)
+        self.mlp = GatedMLP(width, config.intermediate_size)
+        self.router = Router(width, config.num_experts, config.top_k_experts, eps)
+        self.experts = Experts(config.num_experts, width, config.moe_intermediate_size)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.pre_feedforward_layernorm = RMSNorm(width, eps)
+        self.post_feedforward_layernorm = RMSNorm(width, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(width, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(width, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(width, eps)
+        self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(
+        self, hidden_BLD: Tensor, sight: Sight, past: tuple[Tensor, Tensor] | None, scalar: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (hidden states (B, L, D), own keys, own values); `scalar` is the layer scalar of the role."""
+        mixed_BLD, keys, values = self.self_attn(self.input_layernorm(hidden_BLD), sight, past)
+        hidden_BLD = hidden_BLD + self.post_attention_layernorm(mixed_BLD)
+        dense_BLD = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_BLD)))
+        flat_ND = hidden_BLD.flatten(0, 1)
+        experts_NT, weights_NT = self.router(flat_ND)
+        sparse_ND = self.dispatch(self.pre_feedforward_layernorm_2(flat_ND), experts_NT, weights_NT, self.experts)
+        sparse_BLD = self.post_feedforward_layernorm_2(sparse_ND.view_as(hidden_BLD))
+        hidden_BLD = hidden_BLD + self.post_feedforward_layernorm(dense_BLD + sparse_BLD)
+        return hidden_BLD * scalar, keys, values
+
+
+class EncoderScalar(nn.Module):
+    """The scalar of a layer in the encoder's role, where the released file keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("layer_scalar", torch.ones(1))
+
+
+class Stack(nn.Module):
+    """Embedding, layers, final norm and self-conditioning: the module `model.decoder` of the released layout."""
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.attention_kernel: Kernel = "sdpa"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return embeddings times √D, the factor rounded to the weights' dtype as in the released model."""
+        return self.embed_tokens(input_ids) * self.embedding_scale
+
+    @property
+    def embedding_scale(self) -> Tensor:
+        """√D in the embedding's dtype."""
+        weight = self.embed_tokens.weight
+        return torch.tensor(self.config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
+
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        sights: dict[str, Sight],
+        past: Encoded | None,
+        rows: Tensor | None,
+        scalars: Sequence[Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Run all layers; return (final hidden states, normed, own keys and own values of each layer).
+
+        Args:
+            hidden_BLD: embeddings.
+            sights: what each kind of layer sees.
+            past: keys and values that come before the own ones.
+            rows: int64 (B,), row of `past` that each row continues; None = its own.
+            scalars: each layer's scalar in this role.
+        """
+        keys, values = [], []
+        for number, (layer, scalar) in enumerate(zip(self.layers, scalars, strict=True)):
+            sight = sights[self.config.layer_types[number]]
+            before = None if past is None else _columns(past, number, sight.columns, rows)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                out = checkpoint(layer, hidden_BLD, sight, before, scalar, use_reentrant=False)
+            else:
+                out = layer(hidden_BLD, sight, before, scalar)
+            hidden_BLD, own_keys, own_values = out  # pyright: ignore[reportGeneralTypeIssues]
+            keys.append(own_keys)
+            values.append(own_values)
+        return self.norm(hidden_BLD), tuple(keys), tuple(values)
+
+
+def _columns(past: Encoded, layer: int, columns: slice | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return one layer's keys and values, only the columns that are seen, of the wanted rows."""
+    cut = slice(None) if columns is None else columns
+    keys, values = past.keys[layer][:, :, cut], past.values[layer][:, :, cut]
+    return (keys, values) if rows is None else (keys[rows], values[rows])
+
+
+class DiffusionGemma(nn.Module):
+    """The network as this package uses it: `encode` clean tokens, `decode` a canvas, logits only where asked for."""
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        scalars = nn.ModuleList(EncoderScalar() for _ in config.layer_types)
+        encoder = nn.ModuleDict({"language_model": nn.ModuleDict({"layers": scalars})})
+        self.model = nn.ModuleDict({"decoder": Stack(config), "encoder": encoder})
+
+    @property
+    def stack(self) -> Stack:
+        """The layers; reached through a ModuleDict so that state-dict keys equal the released ones."""
+        return self.model["decoder"]  # pyright: ignore[reportReturnType]
+
+    @property
+    def softcap(self) -> float:
+        """c of the final c · tanh(z / c)."""
+        return self.config.final_logit_softcapping
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Refuse: the network has two roles, each with a method of its own."""
+        raise ModelError("DiffusionGemma has no single forward pass; call encode(tokens), then decode(canvas, encoded)")
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, past: Encoded | None = None) -> Encoded:
+        """Read clean tokens causally and return what a canvas sees of them.
+
+        Args:
+            input_ids: int64 (B, L).
+            attention_mask: None or (B, L), bool or 0/1, 1 = a token; positions count tokens, so padding may stand on
+                either side. Padding on the right alone needs no mask where nobody looks at it.
+            past: tokens encoded before these, which are then seen and kept.
+
+        Raises:
+            ModelError: more positions than the model was made for.
+        """
+        stack, (_, length) = self.stack, input_ids.shape
+        mask = None if attention_mask is None else attention_mask.bool()
+        offset = 0 if past is None else past.lengths_B[:, None]
+        if mask is None:
+            positions_BL = (torch.arange(length, device=input_ids.device)[None] + offset).expand(len(input_ids), -1)
+            columns_BL = positions_BL
+        else:
+            positions_BL = (mask.cumsum(dim=1) - 1).clamp(min=0) + offset
+            columns_BL = positions_BL.masked_fill(~mask, HIDDEN)
+        self._check_length(length + (0 if past is None else past.positions_BS.shape[1]))
+        sights = {}
+        for kind in sorted(set(self.config.layer_types)):
+            window = self.config.sliding_window if kind == SLIDING else None
+            plain = mask is None and past is None and (window is None or length <= window)
+            seen = None
+            if not plain:
+                seen = causal_mask(None if past is None else past.positions_BS, positions_BL, columns_BL, window)
+                seen = prepare_mask(seen, stack.attention_kernel, *input_ids.shape, seen.shape[3])
+            sights[kind] = Sight(*self._rotary(positions_BL, kind), seen, plain, None)
+        scalars = [module.layer_scalar for module in self.model["encoder"]["language_model"]["layers"]]  # pyright: ignore
+        hidden_BLD, keys, values = stack(stack.embed(input_ids), sights, past, None, scalars)
+        lengths_B = torch.full((len(input_ids),), length, device=input_ids.device) if mask is None else mask.sum(dim=1)
+        if past is None:
+            return Encoded(keys, values, hidden_BLD, columns_BL, lengths_B, mask is None)
+        joined = [
+            tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+            for old, new in ((past.keys, keys), (past.values, values))
+        ]
+        return Encoded(
+            joined[0],
+            joined[1],
+            hidden_BLD,
+            torch.cat((past.positions_BS, columns_BL), dim=1),
+            past.lengths_B + lengths_B,
+            past.aligned and mask is None,
+        )
+
+    def decode(
+        self,
+        canvas_ids: Tensor,
+        encoded: Encoded,
+        self_conditioning: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        starts: Sequence[int] | None = None,
+        canvas_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Denoise canvases in both directions, each seeing the clean tokens before it.
+
+        Args:
+            canvas_ids: int64 (K, C).
+            encoded: the clean tokens.
+            self_conditioning: signal (K, C, D) from `soft_embedding`, zeros where a canvas has none; None = all zeros.
+            rows: int64 (K,), row of `encoded` that each canvas belongs to; None = canvas k to row k.
+            starts: position of each canvas's first token, on the host, so that columns that nobody sees are cut off
+                without waiting for a device. None = right after all encoded tokens of its row.
+            canvas_mask: bool (K, C), False at canvas positions that are not there; None = all are.
+
+        Returns:
+            final hidden states (K, C, D), normed.
+        """
+        stack, (canvases, length) = self.stack, canvas_ids.shape
+        if starts is None and encoded.aligned:
+            starts = [encoded.positions_BS.shape[1]] * canvases
+        if starts is None:
+            starts_K = encoded.lengths_B if rows is None else encoded.lengths_B[rows]
+        else:
+            starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
+        positions_KC = starts_K[:, None] + torch.arange(length, device=canvas_ids.device)
+        sights = {}
+        for kind in sorted(set(self.config.layer_types)):
+            window = self.config.sliding_window if kind == SLIDING else None
+            columns, all_seen = _seen_columns(encoded, starts, window)
+            seen = None
+            if canvas_mask is not None or not all_seen:
+                before_KS = encoded.positions_BS[:, columns]
+                before_KS = before_KS if rows is None else before_KS[rows]
+                own_KC = torch.ones_like(canvas_ids, dtype=torch.bool) if canvas_mask is None else canvas_mask
+                seen = torch.cat((canvas_sight(before_KS, starts_K, window), own_KC), dim=1)[:, None, None]
+                seen = prepare_mask(seen, stack.attention_kernel, canvases, length, seen.shape[3])
+            sights[kind] = Sight(*self._rotary(positions_KC, kind), seen, False, columns)
+        scalars = [layer.layer_scalar for layer in stack.layers]
+        embedded_KCD = stack.self_conditioning(stack.embed(canvas_ids), self_conditioning)
+        return stack(embedded_KCD, sights, encoded, rows, scalars)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned."""
+        weight_VD = self.stack.embed_tokens.weight
+        scores = F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
+        return self.softcap * torch.tanh(scores / self.softcap)
+
+    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (hidden, matrix, bias) whose linear map, softcapped, is `logits`, for losses that never build them."""
+        return hidden, self.stack.embed_tokens.weight, None
+
+    def soft_embedding(self, logits: Tensor) -> Tensor:
+        """Return softmax(logits) @ embedding · √D, the self-conditioning signal of those logits.
+
+        Args:
+            logits: (..., V), softcapped; at inference divided by the temperature.
+
+        Returns:
+            (..., D) in the embedding's dtype.
+        """
+        weight_VD = self.stack.embed_tokens.weight
+        return (
+            logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD
+        ) * self.stack.embedding_scale
+
+    @torch.no_grad()
+    def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
+        """Return the `soft_embedding` of the logits of hidden states (K, C, D), a chunk of positions at a time."""
+        rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
+        flat_ND = hidden_KCD.flatten(0, 1)
+        return torch.cat([self.soft_embedding(self.logits(part)) for part in flat_ND.split(rows)]).view_as(hidden_KCD)
+
+    def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if kind == FULL:
+            pairs = int(config.full_rotary_factor * config.full_head_dim // 2)
+            return rotary_tables(positions_BL, config.full_head_dim, config.full_rope_theta, pairs)
+        return rotary_tables(positions_BL, config.head_dim, config.sliding_rope_theta)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_position_embeddings:
+            raise ModelError(
+                f"input of {length} tokens is longer than the model's max_position_embeddings "
+                f"{self.config.max_position_embeddings}; shorten the prompt, seq_length or max_new_tokens"
+            )
+
+
+def _seen_columns(encoded: Encoded, starts: Sequence[int] | None, window: int | None) -> tuple[slice, bool]:
+    """Return the columns that at least one canvas sees, and whether every canvas sees all of them, as far as known.
+
+    Only what the host knows is used: where columns do not stand for positions, or the canvases start at different
+    places, a mask decides.
+    """
+    if starts is None or not encoded.aligned:
+        return slice(None), False
+    first = 0 if window is None else max(0, min(starts) - (window - 1))
+    return slice(first, max(starts)), min(starts) == max(starts) <= encoded.positions_BS.shape[1]
+
+
+@torch.no_grad()
+def initialise(model: DiffusionGemma, generator: torch.Generator) -> None:
+    """Draw fresh weights as transformers does: matrices normal of `initializer_range`, norms and scales one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "scale")) or "layernorm" in name:
+            parameter.fill_(1.0)
+        else:
+            nn.init.normal_(parameter, std=model.config.initializer_range, generator=generator)
+    model.stack.embed_tokens.weight[model.config.pad_token_id].zero_()
+    for buffer in model.buffers():
+        buffer.fill_(1.0)
