@@ -130,8 +130,16 @@ def build_parts(prepared: Prepared) -> Parts:
             f"dataset.tokenizer: {prepared.tokenizer_folder} has {len(tokenizer)} ids, the model's embedding only "
             f"{plan.config.rows}; use the model's own tokenizer"
         )
-    _check_mask(tokenizer, plan.config.mask_token_id, prepared.tokenizer_folder)
-    template = load_template(tokenizer, config.dataset.chat_template, [plan.config.mask_token_id])
+    mask = getattr(plan.config, "mask_token_id", None)  # families without masked noise have none
+    if mask is not None:
+        _check_mask(tokenizer, mask, prepared.tokenizer_folder)
+    template = load_template(
+        tokenizer,
+        config.dataset.chat_template,
+        [] if mask is None else [mask],
+        variables=config.dataset.chat_template_kwargs,
+        supervise_reasoning=config.dataset.supervise_reasoning,
+    )
     tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
     encode = RowEncoder(prepared.rows, template, config.dataset)
     pad = plan.config.eos_token_id
@@ -143,7 +151,7 @@ def build_parts(prepared: Prepared) -> Parts:
         local_batch_size=config.step_scheduler.local_batch_size,
         seed=config.seed if config.dataset.shuffle_seed is None else config.dataset.shuffle_seed,
         pad_token_id=pad,
-        supervise_padding=config.dllm.supervise_padding,
+        supervise_padding=bool(config.dllm.supervise_padding),
     )
     return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
 
@@ -288,7 +296,7 @@ def _validation_set(prepared: Prepared, parts: Parts) -> ValidationSet | None:
         RowEncoder(prepared.validation_rows, parts.template, config.validation_dataset, "validation_dataset"),
         local_batch_size=config.step_scheduler.local_batch_size,
         pad_token_id=parts.pad_token_id,
-        supervise_padding=config.dllm.supervise_padding,
+        supervise_padding=bool(config.dllm.supervise_padding),
     )
 
 

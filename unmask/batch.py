@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,9 @@ class Batch:
         slots_B: int64, a random place of each row in its global batch, 0..global_rows-1, no two rows the same;
             stratified draws over the global batch use it.
         global_rows: rows in the global batch that this micro-batch is part of.
+        cut_B: bool, rows that lost their end to truncation, so that what follows their last token is unknown.
+        peers_P: int64, sample ids of the rows that all ranks hold in this micro-batch, these ones among them; what
+            every rank must decide alike (whether an optional pass runs) is a function of them.
     """
 
     input_ids_BL: Tensor
@@ -37,11 +40,13 @@ class Batch:
     epoch: int
     slots_B: Tensor
     global_rows: int
+    cut_B: Tensor
+    peers_P: Tensor
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A corrupted micro-batch, ready for the network.
+    """A micro-batch with tokens hidden in place, ready for the network.
 
     Attributes:
         clean: the batch it was made from.
@@ -66,6 +71,63 @@ class NoisyBatch:
     def to(self, device: object) -> NoisyBatch:
         """Return the same batch with every tensor on `device`; the copies do not block."""
         return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class CanvasBatch:
+    """Clean rows for an encoder and one noisy canvas of each answer for a decoder.
+
+    Shape suffixes: K canvases, C positions of a canvas, N next-token pairs, S canvases with self-conditioning.
+
+    Attributes:
+        clean: the batch it was made from.
+        encoder_ids_BL: int64, clean rows, an answer at the end of its row filled up to whole canvases.
+        encoder_positions_N: int64, positions of the flattened (B·L) whose next token is predicted.
+        encoder_targets_N: int64, those next tokens.
+        rows_K: int64, the row that each canvas belongs to; None when canvas k belongs to row k.
+        starts: position of each canvas's first token, on the host.
+        canvas_ids_KC: int64, what the decoder sees.
+        targets_KC: int64, what it should find.
+        scored_KC: bool, positions whose prediction enters the loss.
+        canvas_mask_KC: bool, positions that are there at all; None when all are.
+        conditioned_S: int64, canvases of the first pass, whose prediction the second one sees; None when no rank has
+            any. A rank without one runs its first canvas and drops the result, so that all ranks do the same passes.
+        conditioned_starts: where those begin, on the host.
+        conditioned_weight_S: float32, 1 where the prediction is used, 0 where it is dropped.
+        counts: as in `NoisyBatch`.
+    """
+
+    clean: Batch
+    encoder_ids_BL: Tensor
+    encoder_positions_N: Tensor
+    encoder_targets_N: Tensor
+    rows_K: Tensor | None
+    starts: tuple[int, ...]
+    canvas_ids_KC: Tensor
+    targets_KC: Tensor
+    scored_KC: Tensor
+    canvas_mask_KC: Tensor | None
+    conditioned_S: Tensor | None
+    conditioned_starts: tuple[int, ...]
+    conditioned_weight_S: Tensor | None
+    counts: Mapping[str, float]
+
+    def to(self, device: object) -> CanvasBatch:
+        """Return the same batch with every tensor on `device`; the copies do not block."""
+        return _moved(self, device)
+
+
+class Corrupted(Protocol):
+    """What the engine needs of a corrupted micro-batch of any kind."""
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        """For each loss term, its local count."""
+        ...
+
+    def to(self, device: object) -> Any:
+        """Return the same batch with every tensor on `device`."""
+        ...
 
 
 @dataclass(frozen=True)

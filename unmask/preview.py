@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from unmask.batch import Batch, NoisyBatch
+    from unmask.batch import Batch
 
 ROWS = 3
 HIDDEN = "dim"  # style of a masked position, drawn as one block of shade
+CHANGED = "red"  # style of a token that noise replaced
 
 
 def show_plan(prepared: Prepared, console: Console) -> None:
@@ -55,10 +56,10 @@ def show_plan(prepared: Prepared, console: Console) -> None:
             where = prepared.rows.describe(int(batch.sample_ids_B[row]))
             console.print(f"\n[{shown}] {where}, {int(batch.attention_mask_BL[row].sum())} tokens", markup=False)
             console.print(_clean(batch, row, parts.tokenizer))
-            masked = int(corrupted.scored_BL[row].sum())
-            supervised = int(batch.supervised_BL[row].sum())
-            console.print(f"    corrupted: {masked} of {supervised} supervised tokens masked", style="dim")
-            console.print(_corrupted(corrupted, row, parts.tokenizer))
+            seen = parts.objective.shown(corrupted, row)
+            console.print(f"    corrupted: {seen.what}", style="dim", highlight=False)
+            marks = [HIDDEN if h else CHANGED if c else "" for h, c in zip(seen.hidden, seen.changed, strict=True)]
+            console.print(_pieces(seen.ids, marks, [True] * len(marks), parts.tokenizer))
 
 
 def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> list[str]:
@@ -83,12 +84,6 @@ def _clean(batch: Batch, row: int, tokenizer: Any) -> Text:
     attended = batch.attention_mask_BL[row].tolist()
     marks = ["green" if s else "" for s in batch.supervised_BL[row].tolist()]
     return _pieces(batch.input_ids_BL[row].tolist(), marks, attended, tokenizer)
-
-
-def _corrupted(noisy: NoisyBatch, row: int, tokenizer: Any) -> Text:
-    attended = noisy.clean.attention_mask_BL[row].tolist()
-    marks = [HIDDEN if m else "" for m in noisy.scored_BL[row].tolist()]
-    return _pieces(noisy.noisy_ids_BL[row].tolist(), marks, attended, tokenizer)
 
 
 def _pieces(ids: list[int], styles: list[str], attended: list[bool], tokenizer: Any) -> Text:

@@ -26,6 +26,7 @@ def collate(
     length: int,
     pad_token_id: int,
     supervise_padding: bool,
+    peers: Sequence[int],
 ) -> Batch:
     """Return the rows as one micro-batch, padded on the right.
 
@@ -38,6 +39,7 @@ def collate(
         length: L.
         pad_token_id: what fills the rows up; EOS where padding is supervised.
         supervise_padding: padding is attended and supervised.
+        peers: sample ids of the rows that all ranks hold in this micro-batch.
     """
     shape = len(rows), length
     input_ids_BL = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -56,4 +58,6 @@ def collate(
         epoch=epoch,
         slots_B=torch.tensor(slots, dtype=torch.int64),
         global_rows=global_rows,
+        cut_B=torch.tensor([row.cut for row in rows], dtype=torch.bool),
+        peers_P=torch.tensor(peers, dtype=torch.int64),
     )

@@ -26,10 +26,12 @@ class EncodedRow:
     Attributes:
         input_ids: int64 (n,).
         supervised: bool (n,), True where the loss may look.
+        cut: whether it lost its end to `seq_length`.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
+    cut: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -58,13 +60,14 @@ def encode_row(
     Raises:
         DataError: the template refuses the conversation.
     """
-    encoded = template.encode(conversation.messages, mask_history=config.mask_history)
-    if len(encoded.ids) > seq_length and not config.truncation:
+    encoded = template.encode(conversation.messages, config.mask_history, config.supervise_reasoning)
+    too_long = len(encoded.ids) > seq_length
+    if too_long and not config.truncation:
         return Dropped(TOO_LONG)
     supervised = np.array(encoded.supervised[:seq_length], dtype=bool)
     if not supervised.any():
         return Dropped(NOTHING_LEFT)
-    return EncodedRow(np.array(encoded.ids[:seq_length], dtype=np.int64), supervised)
+    return EncodedRow(np.array(encoded.ids[:seq_length], dtype=np.int64), supervised, cut=too_long)
 
 
 @dataclass(frozen=True)

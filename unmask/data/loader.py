@@ -241,6 +241,7 @@ class TrainLoader:
         # Ranks take turns within each micro-batch, so that all of them pad to about the same length.
         for first in range(self.rank * local, len(batch.rows), self.world_size * local):
             mine = batch.rows[first : first + local]
+            beside = batch.rows[first - self.rank * local :][: self.world_size * local]
             micro_batches.append(
                 collate(
                     [row for _, row in mine],
@@ -251,6 +252,7 @@ class TrainLoader:
                     length=longest if self.supervise_padding else len(mine[0][1]),
                     pad_token_id=self.pad_token_id,
                     supervise_padding=self.supervise_padding,
+                    peers=[sample_id for sample_id, _ in beside],
                 )
             )
         return micro_batches
@@ -322,6 +324,7 @@ def validation_set(
             length=len(found[-1][1]) if supervise_padding else len(some[-1][1]),
             pad_token_id=pad_token_id,
             supervise_padding=supervise_padding,
+            peers=[sample_id for sample_id, _ in some],
         )
         for first in range(0, len(found), local_batch_size)
         for some in [found[first : first + local_batch_size]]

@@ -1,7 +1,13 @@
-"""LoRA adapters in PEFT's file format (adapter_config.json, adapter_model.safetensors): attach, read, write, merge."""
+"""LoRA adapters (PEFT's modules, and ours on stacked experts): attach to a network, load, merge into its weights."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,99 +15,219 @@ import torch
 from torch import nn
 
 from unmask.errors import ModelError
-from unmask.models.adapter_folder import CONFIG, WEIGHTS, find_adapter
+from unmask.models.adapter_files import PREFIX, is_trained, read_adapter, read_file, write_adapter
+from unmask.models.adapter_folder import CONFIG, find_adapter
+from unmask.models.adapter_layout import AdapterLayout, layout_of
+from unmask.models.expert_adapter import AdaptedExperts
 from unmask.models.folders import read_json
-from unmask.models.weights import write_tensors
+from unmask.models.moe import Experts
 
-_PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
+__all__ = ["attach_adapter", "load_adapter", "merge_adapter", "read_adapter", "write_adapter"]
+
+# What a peft.LoraConfig may ask for beyond what this package writes: the value that means "no".
+_PLAIN = {
+    "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "layers_to_transform": None, "layer_replication": None,
+    "trainable_token_indices": None, "alora_invocation_tokens": None, "megatron_config": None,
+}  # fmt: skip
+_STACKED_PLAIN = {"use_dora": False, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def attach_adapter(model: nn.Module, config: Any) -> None:
-    """Put fresh adapters of a peft.LoraConfig into a network in place and freeze everything else; adapters are fp32."""
-    from peft import inject_adapter_in_model
+    """Put fresh adapters of a peft.LoraConfig into a network in place and freeze everything else.
 
-    inject_adapter_in_model(config, model)
+    Adapters and norms that are trained whole are fp32 whatever the base is in; other modules that are trained whole
+    keep its dtype. `target_parameters` are full names of stacked experts.
+    """
+    _attach_experts(model, config)
+    if config.target_modules or config.modules_to_save:
+        from peft import inject_adapter_in_model
+
+        # PEFT shortens long lists in place, to suffixes that are unambiguous in this network only.
+        own = copy.deepcopy(config)
+        own.target_parameters = None
+        inject_adapter_in_model(own, model)
     for name, parameter in model.named_parameters():
-        trained = "lora_" in name
+        trained = is_trained(name)
         parameter.requires_grad_(trained)
-        if trained:
+        if trained and (".lora_" in name or parameter.dim() == 1):
             parameter.data = parameter.data.float()
+    if config.use_dora:
+        _restart_magnitudes(model)
+
+
+def _attach_experts(model: nn.Module, config: Any) -> None:
+    by_owner: dict[str, list[str]] = {}
+    for name in config.target_parameters or []:
+        owner, _, weight = name.rpartition(".")
+        by_owner.setdefault(owner, []).append(weight)
+    for owner, weights in by_owner.items():
+        experts = model.get_submodule(owner)
+        assert isinstance(experts, Experts)
+        scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        ordered = [name for name, _ in experts.named_parameters() if name in weights]
+        _replace(model, owner, AdaptedExperts(experts, ordered, config.r, scaling))
+
+
+def _restart_magnitudes(model: nn.Module) -> None:
+    """Take DoRA's magnitudes anew, in fp32: PEFT took them in the base's dtype, where a fresh adapter is not neutral."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_magnitude_vector["default"].update_layer(  # pyright: ignore[reportCallIssue]
+                base_layer=module.get_base_layer(),
+                lora_A=module.lora_A["default"].weight.data,
+                lora_B=module.lora_B["default"].weight.data,
+                scaling=module.scaling["default"],
+            )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Attach a saved adapter to a network.
 
+    What it adapts is read from its tensors' names, so that suffixes and patterns of other tools' configurations cannot
+    hit more here than they did there.
+
     Raises:
-        ModelError: no adapter in the folder, or one made for another network.
+        ModelError: no adapter in the folder, one made for another network, or one that asks for what is not supported.
     """
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
     folder = find_adapter(folder)
     kind = read_json(folder / CONFIG).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"adapter: {folder} is of peft_type {kind!r}; only LORA adapters can be applied")
-    outside = [key for key in _read(folder) if ".blocks." not in key]
-    if outside:
-        # The head is read as a matrix and shares its name with each block's down projection; PEFT's suffixes hit both.
-        raise ModelError(
-            f"adapter: {folder} adapts {outside[0]!r}; only linear layers of blocks can be adapted, train it without"
-        )
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    layout = layout_of(model)
+    _refuse_unsupported(folder, config)
+    modules, parameters, whole = _adapted(model, layout, folder, config)
+    own = dataclasses.replace(
+        config, target_modules=modules, target_parameters=parameters, modules_to_save=whole, exclude_modules=None
+    )
     try:
-        attach_adapter(model, config)
+        attach_adapter(model, own)
     except ValueError as error:
         reason = str(error).split("\n")[0]
         raise ModelError(f"adapter: {folder} was made for another network ({reason[:200]})") from None
     read_adapter(model, folder)
 
 
-@torch.no_grad()
-def read_adapter(model: nn.Module, folder: Path) -> None:
-    """Copy a folder's adapter weights into adapters already attached; ModelError when they are not the same set."""
-    stored = _read(folder)
-    places = _adapter_tensors(model)
-    if set(stored) != set(places):
-        odd = sorted(set(stored) ^ set(places))[0]
-        raise ModelError(f"adapter: {folder} was made for another network or other layers (first: {odd})")
-    for key, place in places.items():
-        if stored[key].shape != place.shape:
-            raise ModelError(f"adapter: {folder}: {key} has shape {tuple(stored[key].shape)}, not {tuple(place.shape)}")
-        place.copy_(stored[key])
+def _refuse_unsupported(folder: Path, config: Any) -> None:
+    plain = _PLAIN | (_STACKED_PLAIN if config.target_parameters else {})
+    for name, value in plain.items():
+        if getattr(config, name, value) not in (value, None):
+            where = " on stacked experts" if name in _STACKED_PLAIN else ""
+            raise ModelError(f"adapter: {folder}: {name}={getattr(config, name)!r} is not supported{where}")
 
 
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _adapted(
+    model: nn.Module, layout: AdapterLayout, folder: Path, config: Any
+) -> tuple[list[str], list[str], list[str] | None]:
+    """Return our names of the linear layers, stacked matrices and whole modules that an adapter's tensors belong to."""
+    modules: dict[str, None] = {}
+    stacks: dict[str, int] = {}
+    whole: dict[str, None] = {}
+    for key in read_file(folder):
+        name, lora, _ = layout.own_name(key).rpartition(".lora_")
+        if not lora:
+            name = layout.own_name(key).rpartition(".")[0]
+        owner = re.sub(r"(\.base_layer)+$", "", name)
+        _check_place(model, layout, folder, key, owner, bool(lora))
+        if not lora:
+            whole[name] = None
+        elif isinstance(_find(model, owner), Experts):
+            stacks[owner] = max(stacks.get(owner, 0), name.count(".base_layer") + 1)
+        else:
+            modules[name] = None
+    _check_listed(folder, config, layout, list(modules))
+    return list(modules), _stacked_names(model, layout, folder, config, stacks), list(whole) or None
 
+
+def _check_place(model: nn.Module, layout: AdapterLayout, folder: Path, key: str, owner: str, lora: bool) -> None:
+    module = _find(model, owner)
+    if module is None:
+        raise ModelError(f"adapter: {folder} was made for another network (it adapts {PREFIX + key!r}, not in this one)")
+    allowed = layout.linears if lora else layout.whole
+    if isinstance(module, Experts) or any(fnmatchcase(owner, pattern) for pattern in allowed):
+        return
+    reason = layout.why_frozen(owner) or "only linear layers of the network's layers can be adapted"
+    raise ModelError(f"adapter: {folder} adapts {PREFIX + key!r}, but {reason}; train it without")
+
+
+def _stacked_names(
+    model: nn.Module, layout: AdapterLayout, folder: Path, config: Any, stacks: dict[str, int]
+) -> list[str]:
+    """Return the full names of the adapted stacked matrices, which the tensors' names alone do not tell."""
+    listed = [layout.own_name(name) for name in config.target_parameters or []]
+    names = []
+    for owner, depth in stacks.items():
+        every = [f"{owner}.{weight}" for weight, _ in model.get_submodule(owner).named_parameters()]
+        found = [name for name in every if _is_listed(name, listed)]
+        if len(found) != depth:
+            raise ModelError(
+                f"adapter: {folder}: its tensors adapt {depth} matrices of {owner}, its target_parameters name {len(found)}"
+            )
+        names += found
+    return names
+
+
+def _check_listed(folder: Path, config: Any, layout: AdapterLayout, modules: list[str]) -> None:
+    """Refuse a configuration that lists other modules than there are tensors of: one of the two files is foreign."""
+    if not isinstance(config.target_modules, (list, set)):
+        return  # a regular expression, which PEFT applies to names of a whole model
+    listed = {layout.own_name(name) for name in config.target_modules}
+    odd = [name for name in modules if not _is_listed(name, listed)]
+    odd += sorted(name for name in listed if not any(_is_listed(module, [name]) for module in modules))
+    if odd:
+        raise ModelError(
+            f"adapter: {folder} was made for another network or other layers: its tensors and its target_modules disagree "
+            f"(first: {PREFIX + odd[0]})"
+        )
+
+
+def _is_listed(name: str, listed: Collection[str]) -> bool:
+    return any(name == entry or name.endswith(f".{entry}") for entry in listed)
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        return load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
-def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
-    """Write the attached adapter as PEFT does."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in _adapter_tensors(model).items()}
-    write_tensors(tensors, folder / WEIGHTS)
-    config.save_pretrained(str(folder))
+@torch.no_grad()
+def merge_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Add every update to its weight and take the adapters out again, in place.
 
+    Linear layers become W + s · B A (with DoRA scaled to its magnitudes), experts likewise, and modules that were
+    trained whole replace the frozen ones. Sums are taken in fp32, a layer at a time, and rounded once.
 
-def merge_adapter(model: nn.Module) -> None:
-    """Add W ← W + (alpha/r)·B·A for every adapted layer and take the adapters out again, in place."""
+    Args:
+        model: the adapted network, its base not quantized.
+        dtype: dtype of the merged weights; None = the base's own.
+    """
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, AdaptedExperts):
+            _replace(model, name, module.merged(dtype))
+        elif isinstance(module, ModulesToSaveWrapper):
+            kept = next(module.original_module.parameters()).dtype
+            _replace(model, name, module.modules_to_save["default"].to(dtype or kept))
+        elif isinstance(module, LoraLayer):
+            base: Any = module.get_base_layer()
+            kept = base.weight.dtype
+            base.weight.data = base.weight.data.float()
             module.merge()  # pyright: ignore[reportCallIssue]
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+            base.weight.data = base.weight.data.to(dtype or kept)
+            _replace(model, name, base)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        _PREFIX + name.replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if "lora_" in name
-    }
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -92,14 +92,56 @@ def _fitting_tensors(model: nn.Module, folder: Path, layout: FileLayout) -> Iter
         if twin in wanted:
             _check_twin(folder, key, twin, tensor)
             continue
-        if key not in wanted:
-            raise ModelError(
-                f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
-            )
-        if tensor.shape != wanted[key]:
-            raise ModelError(f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json says {tuple(wanted[key])}")
+        _check_fit(key, tuple(tensor.shape), wanted, folder)
         del missing[key]
         yield key, tensor
+    _check_none_missing(missing, folder)
+
+
+def read_slices(
+    shapes: Mapping[str, torch.Size],
+    places: Mapping[str, tuple[slice, ...]],
+    folder: Path,
+    layout: FileLayout = PLAIN,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, slice of the stored tensor) for every key, reading no more than the slices from the disk.
+
+    Args:
+        shapes: of each tensor of the network, whole.
+        places: the wanted slice of each; an empty one is not read and not yielded.
+        folder: a folder with safetensors.
+        layout: what the folder may hold beside the network.
+
+    Raises:
+        ModelError: a key too many or too few, or a shape that does not fit; the first one is named.
+    """
+    missing = dict.fromkeys(shapes)
+    by_file: dict[Path, list[str]] = {}
+    for key, file in weight_files(folder).items():
+        by_file.setdefault(file, []).append(key)
+    for file, keys in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for key in keys:
+                if layout.carried(key) or layout.twin(key) in shapes:
+                    continue
+                stored = opened.get_slice(key)
+                _check_fit(key, tuple(stored.get_shape()), shapes, folder)
+                del missing[key]
+                if all(part.stop > part.start for part in places[key]):
+                    yield key, stored[places[key] or ...]
+    _check_none_missing(missing, folder)
+
+
+def _check_fit(key: str, shape: tuple[int, ...], wanted: Mapping[str, torch.Size], folder: Path) -> None:
+    if key not in wanted:
+        raise ModelError(
+            f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
+        )
+    if shape != tuple(wanted[key]):
+        raise ModelError(f"{folder}: {key} has shape {shape}, config.json says {tuple(wanted[key])}")
+
+
+def _check_none_missing(missing: Mapping[str, None], folder: Path) -> None:
     if missing:
         raise ModelError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
 

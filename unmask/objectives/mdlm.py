@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unmask.batch import Batch, LossTerm, LossTerms, NoisyBatch
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
+from unmask.objectives.registry import Shown
 from unmask.objectives.token_loss import linear_cross_entropy
 from unmask.rng import NoiseStream
 
@@ -73,3 +74,10 @@ class MDLM:
         hidden_ND, weight_VD, bias_V = model.head_inputs(scored_ND)
         total = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, weights_N)
         return LossTerms({"mdlm": LossTerm(total, noisy.counts["mdlm"])})
+
+    def shown(self, noisy: NoisyBatch, row: int) -> Shown:
+        """Return a row with its masks."""
+        there_L = noisy.clean.attention_mask_BL[row]
+        hidden = noisy.scored_BL[row][there_L].tolist()
+        what = f"{sum(hidden)} of {int(noisy.clean.supervised_BL[row].sum())} supervised tokens masked"
+        return Shown(what, noisy.noisy_ids_BL[row][there_L].tolist(), hidden, [False] * len(hidden))

@@ -29,6 +29,7 @@ def linear_cross_entropy(
     targets_N: Tensor,
     weights_N: Tensor,
     chunk_logits: int = CHUNK_LOGITS,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return Σ_n w_n · CE(softmax(h_n Wᵀ + b), y_n), differentiable in hidden, weight and bias.
 
@@ -40,6 +41,7 @@ def linear_cross_entropy(
         weights_N: float weight of each position's cross-entropy; a position of weight 0 is ignored: it contributes
             neither loss nor gradient, whatever its target and hidden state.
         chunk_logits: most logits alive at once; at least one row is always computed.
+        softcap: c; logits are c · tanh(z / c) of the linear z (Gemma 2, arXiv 2408.00118, section 2). None = z itself.
 
     Returns:
         scalar, nats; float32 (float64 for fp64 hidden states). Its gradient can be taken once, and not differentiated.
@@ -54,7 +56,7 @@ def linear_cross_entropy(
     targets_N = torch.where(kept_N, targets_N, 0)
     kind = hidden_ND.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap)
 
 
 def _wide(compute: torch.dtype) -> torch.dtype:
@@ -64,7 +66,7 @@ def _wide(compute: torch.dtype) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits):  # noqa: ANN001
+    def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap):  # noqa: ANN001
         """Return the summed loss and save the finished gradients; arguments as in `linear_cross_entropy`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
@@ -73,12 +75,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias_V = torch.zeros(len(weight_VD), **wide) if needs_bias else None
         loss = torch.zeros((), **wide)
         weights_N = weights_N.to(loss.dtype)
-        rows = max(1, chunk_logits // len(weight_VD))
+        # Capped logits need their slope beside them, a second tensor of their size.
+        rows = max(1, chunk_logits // (len(weight_VD) * (1 if softcap is None else 2)))
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), rows):
                 part = slice(start, start + rows)
                 hidden_RD = hidden_ND[part].to(compute)
                 logits_RV = _logits(hidden_RD, weight_VD, bias_V)
+                slope_RV = None
+                if softcap is not None:
+                    logits_RV.div_(softcap).tanh_()
+                    if needs_hidden or needs_weight or needs_bias:
+                        slope_RV = torch.square(logits_RV).neg_().add_(1.0)
+                    logits_RV.mul_(softcap)
                 targets_R, weights_R = targets_N[part, None], weights_N[part, None]
                 picked_R = logits_RV.gather(1, targets_R)
                 top_R = logits_RV.amax(dim=1, keepdim=True)
@@ -90,6 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 grad_RV.mul_(weights_R / total_R)
                 grad_RV.scatter_add_(1, targets_R, -weights_R)
+                if slope_RV is not None:
+                    grad_RV.mul_(slope_RV)
                 if grad_bias_V is not None:
                     grad_bias_V += grad_RV.sum(dim=0)
                 _accumulate(grad_RV, hidden_RD, weight_VD, grad_hidden_ND, grad_weight_VD, part)
@@ -106,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place: the buffers are ours alone, and the head's is as large as the head. A second backward is refused by
         # autograd, which sees that saved tensors changed.
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _slices(weight_VD: Tensor, compute: torch.dtype) -> list[slice]:

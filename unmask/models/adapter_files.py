@@ -1,0 +1,176 @@
+"""An adapter's folder in PEFT's format: which tensor of the file is which parameter, reading, writing, the card.
+
+Keys are those of PEFT's `save_pretrained`. A weight that the reference class has under several names (the two roles of
+DiffusionGemma) is written under each of them, and the copies must agree when they are read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import ModelError
+from unmask.models.adapter_folder import WEIGHTS
+from unmask.models.adapter_layout import layout_of
+from unmask.models.expert_adapter import AdaptedExperts, from_file, to_file
+from unmask.models.weights import write_tensors
+
+PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
+_MAGNITUDE = ".lora_magnitude_vector.default.weight"
+_WHOLE = ".modules_to_save.default."
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One trained tensor and its place in the file.
+
+    Attributes:
+        key: PEFT's key under our own module names, without `PREFIX`.
+        parameter: the tensor in the network.
+        pack: parameter → matrix of the file.
+        unpack: matrix of the file → parameter.
+    """
+
+    key: str
+    parameter: nn.Parameter
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor], Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def is_trained(name: str) -> bool:
+    """Say whether a parameter of an adapted network belongs to the adapter."""
+    return ".lora_" in name or _WHOLE in name
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """Yield every trained tensor of an adapted network."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedExperts)}
+    for name, parameter in model.named_parameters():
+        if not is_trained(name):
+            continue
+        owner = name.rpartition(".lora_")[0]
+        if owner in stacks:
+            yield _expert_slot(owner, name, parameter, stacks[owner])
+        elif _WHOLE in name:
+            yield Slot(name.replace(_WHOLE, "."), parameter, _same, _same)
+        elif name.endswith(_MAGNITUDE):
+            yield Slot(name.replace(_MAGNITUDE, ".lora_magnitude_vector"), parameter, _same, _same)
+        else:
+            yield Slot(name.replace(".default.", "."), parameter, _same, _same)
+
+
+def _expert_slot(owner: str, name: str, parameter: nn.Parameter, experts: AdaptedExperts) -> Slot:
+    """PEFT nests a wrapper a matrix: the last target is the outermost, each earlier one a `base_layer` deeper."""
+    side, target = name.removeprefix(owner + ".").split(".")
+    targets = list(experts.lora_A)
+    depth = len(targets) - 1 - targets.index(target)
+    key = f"{owner}{'.base_layer' * depth}.{side}.weight"
+    number = len(parameter)
+    return Slot(key, parameter, lambda t: to_file(side, t), lambda t: from_file(side, t, number))
+
+
+def read_file(folder: Path) -> dict[str, Tensor]:
+    """Return the stored tensors without `PREFIX`; ModelError when the file is not whole or not an adapter's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
+    for key in stored:
+        if not key.startswith(PREFIX):
+            raise ModelError(f"adapter: {folder / WEIGHTS} holds {key!r}, which is no tensor of PEFT's LoRA format")
+    return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
+
+
+@torch.no_grad()
+def read_adapter(model: nn.Module, folder: Path) -> None:
+    """Copy a folder's adapter into the adapters already attached.
+
+    Raises:
+        ModelError: tensors missing or too many, of other shapes, or copies of one weight that differ.
+    """
+    stored, layout = read_file(folder), layout_of(model)
+    for slot in slots(model):
+        names = layout.reference_names(slot.key)
+        copies = {name: stored.pop(name) for name in names if name in stored}
+        if not copies:
+            raise ModelError(
+                f"adapter: {folder} was made for another network or other layers (first: {PREFIX + slot.key} is missing)"
+            )
+        first, tensor = next(iter(copies.items()))
+        wanted = slot.pack(slot.parameter).shape
+        for name, other in copies.items():
+            if other.shape != wanted:
+                raise ModelError(
+                    f"adapter: {folder} was made for another network: {PREFIX + name} has shape {tuple(other.shape)}, "
+                    f"not {tuple(wanted)}"
+                )
+            if not torch.equal(other, tensor):
+                raise ModelError(
+                    f"adapter: {folder}: {PREFIX + name} differs from {PREFIX + first}, and both are of one weight here; "
+                    "it was trained with the two apart and cannot be applied to the shared weight"
+                )
+        slot.parameter.copy_(slot.unpack(tensor))
+    if stored:
+        raise ModelError(
+            f"adapter: {folder} was made for another network or other layers (first: {PREFIX + min(stored)} has no place)"
+        )
+
+
+def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
+    """Write the attached adapter as PEFT does, under every name of the reference class, with a card.
+
+    Args:
+        model: the adapted network.
+        config: peft.LoraConfig with our names.
+        folder: an existing folder.
+    """
+    layout = layout_of(model)
+    tensors: dict[str, Tensor] = {}
+    for slot in slots(model):
+        for name in layout.reference_names(slot.key):
+            tensors[PREFIX + name] = slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
+    write_tensors(tensors, folder / WEIGHTS)
+    written = copy.deepcopy(config)
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        names = getattr(config, field)
+        if names is not None:
+            setattr(written, field, sorted({twin for name in names for twin in layout.reference_names(name)}))
+    written.inference_mode = True
+    written.save_pretrained(str(folder))
+    (folder / "README.md").write_text(_card(config, several=bool(layout.roles)), encoding="utf-8")
+
+
+def _card(config: Any, several: bool) -> str:
+    base = config.base_model_name_or_path or "BASE"
+    named = [f"base_model: {base}"] if config.base_model_name_or_path else []
+    header = "".join(f"{line}\n" for line in ("---", *named, "library_name: peft", "---"))
+    text = f"""{header}
+# LoRA adapter
+
+An adapter for `{base}`, in PEFT's format, trained with `unmask`. Answer with it, or merge it into the base:
+
+```
+unmask generate --checkpoint {base} --adapter FOLDER --prompt TEXT
+unmask export --checkpoint {base} --adapter FOLDER --output MERGED
+```
+"""
+    if several:
+        text += """
+**Merge with `unmask export`, not with PEFT's `merge_and_unload`.** The transformers class of this model has an encoder
+and a decoder whose weights are tied, so this file holds each update twice, once for either. Unmerged, PEFT applies each
+where it belongs; its merge adds both to the one weight, which doubles the update.
+"""
+    return text
