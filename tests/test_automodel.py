@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from unmask.automodel import translate
 from unmask.config import RunConfig, config_from_mapping, load_config
+from unmask.distributed.runtime import DistributedConfig, MixedPrecisionConfig
 from unmask.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "dllm_sft"
@@ -91,8 +93,8 @@ PEFT = {
 }
 
 
-def theirs(**changes: object) -> dict:
-    values = copy.deepcopy(THEIRS)
+def theirs(values: dict = THEIRS, /, **changes: object) -> dict:
+    values = copy.deepcopy(values)
     for key, value in changes.items():
         *sections, name = key.split("__")
         place = values
@@ -103,9 +105,11 @@ def theirs(**changes: object) -> dict:
 
 
 def assert_same_training(config: RunConfig, ours: RunConfig) -> None:
+    """Assert equal sections; a run's place and tracker, and dtypes that several processes alone have, may differ."""
     for section in RunConfig.__dataclass_fields__:
-        if section not in ("wandb", "checkpoint"):
+        if section not in ("wandb", "checkpoint", "distributed"):
             assert getattr(config, section) == getattr(ours, section), section
+    assert dataclasses.replace(config.distributed, mp_policy=None) == ours.distributed
 
 
 def test_their_full_recipe_is_our_example() -> None:
@@ -125,11 +129,8 @@ def test_each_key_without_influence_is_listed_once() -> None:
     assert len(set(listed)) == len(listed)
     assert set(listed) == {
         "recipe", "ci", "dist_env", "loss_fn", "model.trust_remote_code", "model.backend",
-        "dataset.tokenizer.trust_remote_code", "dataloader.collate_fn", "distributed.dp_size",
-        "distributed.mp_policy.output_dtype", "checkpoint.model_save_format", "checkpoint.save_consolidated",
-        "distributed.strategy", "distributed.tp_size", "distributed.cp_size", "distributed.pp_size",
-        "distributed.sequence_parallel", "distributed.offload_policy", "distributed.mp_policy.reduce_dtype",
-        "step_scheduler.val_every_steps",
+        "dataset.tokenizer.trust_remote_code", "dataloader.collate_fn", "checkpoint.model_save_format",
+        "checkpoint.save_consolidated", "distributed.sequence_parallel", "step_scheduler.val_every_steps",
     }  # fmt: skip
 
 
@@ -145,18 +146,22 @@ def test_each_key_without_influence_is_listed_once() -> None:
         ({"dataset__tokenizer__padding_side": "left"}, "dataset.tokenizer.padding_side"),
         ({"dataset__unshifted": False}, "dataset.unshifted"),
         ({"distributed__tp_size": 2}, "distributed.tp_size"),
-        ({"distributed__ep_size": 8}, "distributed.ep_size"),
+        ({"distributed__cp_size": 2}, "distributed.cp_size"),
+        ({"distributed__pp_size": 2}, "distributed.pp_size"),
         ({"distributed__strategy": "megatron_fsdp"}, "distributed.strategy"),
         ({"distributed__sequence_parallel": True}, "distributed.sequence_parallel"),
         ({"distributed__offload_policy": {"_target_": "x"}}, "distributed.offload_policy"),
-        ({"distributed__mp_policy__reduce_dtype": "bfloat16"}, "distributed.mp_policy.reduce_dtype"),
+        ({"distributed__mp_policy__reduce_dtype": "float16"}, "distributed.mp_policy.reduce_dtype"),
         ({"distributed__mp_policy__cast_forward_inputs": False}, "distributed.mp_policy.cast_forward_inputs"),
         ({"distributed__autocast_dtype": "float16"}, "distributed.autocast_dtype"),
         ({"peft": {**PEFT, "match_all_linear": True}}, "peft.match_all_linear"),
-        ({"peft": {**PEFT, "use_dora": True}}, "peft.use_dora"),
+        ({"peft": {**PEFT, "lora_A_init": "xavier"}}, "peft.lora_A_init"),
         ({"peft": {**PEFT, "r": 4}}, "peft.dim"),
         ({"dllm__mode": "hybrid"}, "dllm.mode"),
         ({"dllm__block_size": 32}, "dllm.block_size"),
+        ({"dllm__pad_block_size": 32}, "dllm.pad_block_size"),
+        ({"dllm__pad_seq_len_divisible": 64}, "dllm.pad_seq_len_divisible"),
+        ({"model__canvas_length": 256}, "dllm.block_size"),
         ({"dllm__half_life_ratio": 0.25}, "dllm.half_life_ratio"),
         ({"lr_scheduler__wd_incr_style": "linear"}, "lr_scheduler.wd_incr_style"),
         ({"packed_sequence": {"packed_sequence_size": 1024}}, "packed_sequence"),
@@ -186,12 +191,23 @@ def test_tracking_without_enable_is_on_as_it_is_there() -> None:
     assert config.wandb is not None and config.wandb.enable and config.wandb.tracker == "wandb"
 
 
-def test_a_parameter_dtype_alone_chooses_the_compute_dtype() -> None:
-    values = theirs()
-    del values["distributed"]["autocast_dtype"]
-    assert config_from_mapping(values).config.distributed.autocast_dtype == "bfloat16"
-    values["distributed"]["mp_policy"]["param_dtype"] = "none"
-    assert config_from_mapping(values).config.distributed.autocast_dtype == "float32"
+def test_dtypes_and_words_for_nothing_are_read_as_they_are_meant() -> None:
+    values = theirs(distributed__mp_policy__param_dtype="torch.bfloat16", distributed__autocast_dtype="torch.bfloat16")
+    section = config_from_mapping(values).config.distributed
+    assert section.mp_policy == MixedPrecisionConfig("bfloat16", "float32", "float32")
+    assert section.autocast_dtype == "bfloat16" and section.dp_size is None and section.offload_policy is None
+    for name in ("tp_size", "strategy", "mp_policy", "autocast_dtype"):
+        values["distributed"][name] = "none"
+    section = config_from_mapping(values).config.distributed
+    assert section == DistributedConfig()
+    values["distributed"] = {"strategy": "ddp", "mp_policy": {"param_dtype": None}, "dp_size": 2, "tp_size": 1}
+    loaded = config_from_mapping(values)
+    assert loaded.config.distributed == DistributedConfig(dp_size=2) and "distributed.strategy" in loaded.not_needed
+
+
+def test_their_offloading_is_ours() -> None:
+    policy = {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy", "pin_memory": True}
+    assert config_from_mapping(theirs(distributed__offload_policy=policy)).config.distributed.offload_policy == "cpu"
 
 
 def test_an_adapter_section_that_loses_all_its_keys_still_trains_an_adapter() -> None:
@@ -224,3 +240,154 @@ def test_the_shuffle_seed_of_validation_rows_is_not_needed() -> None:
     assert loaded.config.validation_dataset is not None and loaded.config.validation_dataset.shuffle_seed is None
     with pytest.raises(ConfigError, match=r"^validation_dataset\.chat_template: 'own' "):
         config_from_mapping(theirs(validation_dataset={"path_or_dataset_id": "v.jsonl", "chat_template": "own"}))
+
+
+# What AutoModel's DiffusionGemma recipes carry.
+GEMMA: dict = {
+    "recipe": "DiffusionGemmaSFTRecipe",
+    "seed": 42,
+    "dist_env": {"backend": "nccl", "timeout_minutes": 5},
+    "model": {
+        "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": "google/diffusiongemma-26B-A4B-it",
+        "torch_dtype": "float32",
+        "canvas_length": 256,
+        "self_conditioning": True,
+        "freeze_router": True,
+        "backend": {"_target_": "somewhere.BackendConfig", "attn": "sdpa", "experts": "torch_mm"},
+    },
+    "dllm": {
+        "mode": "block_diffusion",
+        "block_size": 256,
+        "vocab_size": 262144,
+        "eps": 0.001,
+        "pad_block_size": 256,
+        "pad_seq_len_divisible": 256,
+    },
+    "loss_fn": {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"},
+    "distributed": {
+        "strategy": "fsdp2",
+        "dp_size": "none",
+        **dict.fromkeys(("tp_size", "cp_size", "pp_size"), 1),
+        "ep_size": 8,
+        "sequence_parallel": False,
+        "activation_checkpointing": True,
+        "mp_policy": dict.fromkeys(("param_dtype", "reduce_dtype", "output_dtype"), "float32"),
+        "autocast_dtype": "bfloat16",
+        "offload_policy": None,
+        "moe": {"reshard_after_forward": False},
+    },
+    "optimizer": {
+        "_target_": "torch.optim.AdamW",
+        "lr": 1.5e-4,
+        "betas": [0.95, 0.99],
+        "eps": 1e-8,
+        "weight_decay": 1e-4,
+    },
+    "lr_scheduler": {"lr_decay_style": "cosine", "lr_warmup_steps": 25, "init_lr": 0.0, "min_lr": 1.5e-5},
+    "clip_grad_norm": {"max_norm": 1.0},
+    "step_scheduler": {
+        "global_batch_size": 8,
+        "local_batch_size": 1,
+        "max_steps": 800,
+        "num_epochs": 1,
+        "ckpt_every_steps": 400,
+        "val_every_steps": 100000,
+        "log_remote_every_steps": 5,
+    },
+    "dataset": {
+        "_target_": CHAT,
+        "path_or_dataset_id": "gsm8k_chat_train.jsonl",
+        "split": "train",
+        "shuffle_seed": 42,
+        "seq_length": 1024,
+        "truncation": True,
+        "unshifted": True,
+        "mask_history": True,
+        "chat_template": "examples/dllm_sft/diffusion_gemma_chat_template.jinja",
+        "tokenizer": {"pretrained_model_name_or_path": "google/diffusiongemma-26B-A4B-it"},
+    },
+    "dataloader": {"_target_": "torchdata.stateful_dataloader.StatefulDataLoader", "collate_fn": "x", "shuffle": True},
+    "checkpoint": {
+        "enabled": True,
+        "checkpoint_dir": "dllm_checkpoints/diffusion_gemma",
+        "model_save_format": "safetensors",
+        "save_consolidated": "final",
+    },
+    "wandb": {"enable": False, "project": "some-project"},
+}
+GEMMA_PEFT = {
+    "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+    "match_all_linear": False,
+    "target_modules": [
+        *(f"*self_attn.{name}_proj" for name in "qkvo"),
+        *(f"*.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    ],
+    "dim": 16,
+    "alpha": 32,
+}
+
+
+def gemma(**changes: object) -> dict:
+    return theirs(GEMMA, **changes)
+
+
+def test_their_diffusion_gemma_recipe_is_our_example() -> None:
+    loaded = config_from_mapping(gemma())
+    assert_same_training(loaded.config, load_config(EXAMPLES / "diffusion_gemma_sft.yaml").config)
+    assert loaded.config.distributed.mp_policy == MixedPrecisionConfig("float32", "float32", "float32")
+    assert set(loaded.not_needed) == {
+        "recipe", "dist_env", "loss_fn", "model.backend", "model.self_conditioning", "distributed.moe",
+        "distributed.sequence_parallel", "dllm.pad_block_size", "dllm.pad_seq_len_divisible", "dataset.split",
+        "dataloader.collate_fn", "checkpoint.model_save_format", "checkpoint.save_consolidated",
+        "step_scheduler.log_remote_every_steps", "step_scheduler.val_every_steps",
+    }  # fmt: skip
+
+
+def test_their_diffusion_gemma_lora_recipe_is_our_example() -> None:
+    loaded = config_from_mapping(gemma(peft=copy.deepcopy(GEMMA_PEFT)))
+    assert_same_training(loaded.config, load_config(EXAMPLES / "diffusion_gemma_lora.yaml").config)
+
+
+def test_what_their_model_section_says_of_the_objective_is_the_objectives() -> None:
+    values = gemma(model__self_conditioning=False, model__freeze_router=False)
+    del values["dllm"]["block_size"]
+    section = config_from_mapping(values).config.dllm
+    assert (section.block_size, section.self_conditioning_p, section.freeze_router) == (256, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model__canvas_length": 128}, "model.canvas_length: 128 contradicts dllm.block_size, which is 256"),
+        ({"dllm__pad_block_size": 64}, "dllm.pad_block_size: 64 contradicts dllm.block_size"),
+        ({"model__self_conditioning": "yes"}, "model.self_conditioning: expected true or false, got 'yes'"),
+        (
+            {"model__self_conditioning": False, "dllm__self_conditioning_p": 0.5},
+            "model.self_conditioning: 0.0 contradicts dllm.self_conditioning_p, which is 0.5",
+        ),
+        ({"model__freeze_router": False, "dllm__freeze_router": True}, "model.freeze_router: False contradicts"),
+        ({"dllm__mask_token_id": 4}, "dllm.mask_token_id: 4 has no meaning for mode block_diffusion"),
+        ({"distributed__cp_size": 16}, "distributed.cp_size: 16 is not available"),
+    ],
+)
+def test_contradictions_in_a_diffusion_gemma_file_are_named(changes: dict, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_mapping(gemma(**changes))
+    assert str(caught.value).startswith(named) and "\n" not in str(caught.value)
+
+
+def test_a_template_of_theirs_that_is_here_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "diffusion_gemma_chat_template.jinja"
+    assert config_from_mapping(gemma(dataset__chat_template=str(path))).config.dataset.chat_template == (
+        "diffusion_gemma"
+    )
+    path.write_text("x")
+    assert config_from_mapping(gemma(dataset__chat_template=str(path))).config.dataset.chat_template == str(path)
+    llada = theirs(dataset__chat_template="examples/dllm_sft/llada_chat_template.jinja")
+    assert config_from_mapping(llada).config.dataset.chat_template == "llada"
+
+
+def test_a_template_that_is_missing_stays_missing_in_a_file_of_ours() -> None:
+    path = "examples/dllm_sft/diffusion_gemma_chat_template.jinja"
+    assert translate({"dataset": {"chat_template": path}}).values == {"dataset": {"chat_template": path}}

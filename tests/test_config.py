@@ -124,6 +124,10 @@ def test_defaults_are_the_documented_ones() -> None:
             ["validation_dataset.chat_template", "'llada'", "remove it or set it equal"],
         ),
         (
+            {"validation_dataset": {"path_or_dataset_id": "v.jsonl", "chat_template_kwargs": {"x": 1}}},
+            ["validation_dataset.chat_template_kwargs", "{'x': 1}", "remove it or set it equal"],
+        ),
+        (
             {"validation_dataset": {"path_or_dataset_id": "v.jsonl", "shuffle_seed": 1}},
             ["validation_dataset.shuffle_seed", "not shuffled", "remove it"],
         ),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
@@ -43,10 +44,8 @@ _DROPPED = (
     "dataloader.collate_fn",
     "dataloader.pin_memory",
     "dataloader.persistent_workers",
-    "distributed.dp_size",
     "distributed.moe",
     "distributed.mp_policy._target_",
-    "distributed.mp_policy.output_dtype",
     "checkpoint.model_save_format",
     "checkpoint.save_consolidated",
     "step_scheduler.log_remote_every_steps",
@@ -55,22 +54,20 @@ _DROPPED = (
 
 # Keys without influence as long as they have one of these values; any other is refused with the reason.
 _DROPPED_IF: dict[str, tuple[tuple[Any, ...], str]] = {
-    "distributed.strategy": (("fsdp2", "ddp", None), "training runs on one device"),
-    "distributed.tp_size": ((1, None), "there is no tensor parallelism"),
-    "distributed.cp_size": ((1, None), "there is no context parallelism"),
-    "distributed.pp_size": ((1, None), "there is no pipeline parallelism"),
-    "distributed.ep_size": ((1, None), "there is no expert parallelism"),
-    "distributed.dp_replicate_size": ((1, None), "training runs on one device"),
     "distributed.sequence_parallel": ((False, None), "there is no tensor parallelism to add it to"),
-    "distributed.offload_policy": ((None,), "there is no offloading"),
-    "distributed.mp_policy.reduce_dtype": (("float32", None), "gradients are summed in fp32"),
     "peft.match_all_linear": ((False, None), "name the layers in peft.target_modules"),
-    "dllm.block_size": ((None,), "mode mdlm has no blocks"),
     "dllm.half_life_ratio": ((None,), "it belongs to another objective"),
     "dllm.ar_loss_alpha": ((None,), "it belongs to another objective"),
-    "dllm.pad_block_size": ((None,), "rows are padded to the longest of the batch"),
-    "dllm.pad_seq_len_divisible": ((None,), "rows are padded to the longest of the batch"),
 }
+
+# A null here says what leaving the key out says.
+_NULLABLE = (
+    *("strategy", "dp_size", "dp_replicate_size", "tp_size", "cp_size", "pp_size", "ep_size"),
+    *("mp_policy", "offload_policy", "autocast_dtype"),
+)
+
+# Templates of their repository, by file name, and ours of the same form.
+_TEMPLATES = {"diffusion_gemma_chat_template.jinja": "diffusion_gemma", "llada_chat_template.jinja": "llada"}
 
 # Patterns for the fused projections of LLaDA's remote code; the released weights and our network have split ones.
 _FUSED = ("*.att_proj",)
@@ -119,7 +116,8 @@ def translate(given: Mapping[str, Any]) -> Translated:
             if name in values[section]:
                 raise ConfigError(f"{old}: {new} is set too and means the same; remove one of them")
             values[section][name] = value
-    _compute_dtype(values)
+    _distributed(values, dropped)
+    _canvas(values, dropped)
     for section in ("dataset", "validation_dataset"):
         _dataset(values.get(section), section, from_automodel, dropped)
     if from_automodel:
@@ -166,20 +164,69 @@ def _check_target(values: dict[str, Any], section: str) -> None:
         raise ConfigError(f"{section}._target_: {target} has no equivalent here; {section} stands for {known[0]}")
 
 
-def _compute_dtype(values: dict[str, Any]) -> None:
-    """Map mp_policy.param_dtype and autocast_dtype, which both choose the dtype of matmuls, to autocast_dtype."""
-    param = _nothing(_pop(values, "distributed.mp_policy.param_dtype", None))
+def _distributed(values: dict[str, Any], dropped: list[str]) -> None:
+    """Take words for what is not there, dtypes and policies as AutoModel writes them."""
     section = values.get("distributed")
-    autocast = _nothing(section.get("autocast_dtype")) if isinstance(section, dict) else None
-    chosen = autocast or param
     if not isinstance(section, dict):
         return
-    for key in section.get("mp_policy") or ():
-        raise ConfigError(f"distributed.mp_policy.{key}: not available here; remove it")
-    section.pop("mp_policy", None)
-    section.pop("autocast_dtype", None)
-    if chosen is not None:
-        section["autocast_dtype"] = str(chosen).removeprefix("torch.")
+    for name in _NULLABLE:
+        if name in section and _nothing(section[name]) is None:
+            del section[name]
+    if section.get("strategy") == "ddp":  # the same numbers, in more memory
+        del section["strategy"]
+        dropped.append("distributed.strategy")
+    offload = section.get("offload_policy")
+    if isinstance(offload, dict):
+        target = str(offload.get("_target_"))
+        if not target.endswith("CPUOffloadPolicy"):
+            raise ConfigError(f"distributed.offload_policy: {target} has no equivalent here; set cpu or null")
+        section["offload_policy"] = "cpu"
+    policy = section.get("mp_policy")
+    for holder in (section, policy):
+        for name in ("autocast_dtype", "param_dtype", "reduce_dtype", "output_dtype"):
+            if isinstance(holder, dict) and isinstance(holder.get(name), str):
+                holder[name] = _nothing(holder[name].removeprefix("torch."))
+    if isinstance(policy, dict):
+        for name in [name for name, value in policy.items() if value is None]:
+            del policy[name]
+        if not policy:
+            del section["mp_policy"]
+
+
+def _canvas(values: dict[str, Any], dropped: list[str]) -> None:
+    """Map what AutoModel's DiffusionGemma files say of the model, and of padding, to the objective."""
+    for old, new in (("model.canvas_length", "block_size"), ("model.freeze_router", "freeze_router")):
+        value = _pop(values, old, _MISSING)
+        if value is not _MISSING:
+            _set_objective(values, old, new, value)
+    conditioned = _pop(values, "model.self_conditioning", _MISSING)
+    if conditioned is False:
+        _set_objective(values, "model.self_conditioning", "self_conditioning_p", 0.0)
+    elif conditioned is True:
+        dropped.append("model.self_conditioning")  # it is on unless dllm.self_conditioning_p is 0
+    elif conditioned is not _MISSING:
+        raise ConfigError(f"model.self_conditioning: expected true or false, got {conditioned!r}")
+    section = values.get("dllm")
+    blocks = isinstance(section, dict) and section.get("mode") == "block_diffusion"
+    for key in ("dllm.pad_block_size", "dllm.pad_seq_len_divisible"):
+        value = _nothing(_pop(values, key, _MISSING))
+        if value is _MISSING:
+            continue
+        if value is not None and not blocks:
+            raise ConfigError(f"{key}: {value!r} is not available here (rows are padded to the longest of the batch)")
+        if value is not None and key == "dllm.pad_block_size":  # an answer is filled up to a whole canvas
+            _set_objective(values, key, "block_size", value)
+        dropped.append(key)
+
+
+def _set_objective(values: dict[str, Any], key: str, name: str, value: Any) -> None:
+    """Set dllm.<name>, unless it says something else already."""
+    section = values.setdefault("dllm", {})
+    if not isinstance(section, dict):
+        return
+    if section.get(name, value) not in (value, None):
+        raise ConfigError(f"{key}: {value!r} contradicts dllm.{name}, which is {section[name]!r}; remove one of them")
+    section[name] = value
 
 
 def _only_automodel(values: dict[str, Any], dropped: list[str]) -> None:
@@ -217,6 +264,9 @@ def _dataset(section: Any, where: str, from_automodel: bool, dropped: list[str])
         if tokenizer:
             raise ConfigError(f"{where}.tokenizer.{next(iter(tokenizer))}: not available here; remove it")
         section["tokenizer"] = name
+    template = Path(str(section.get("chat_template")))
+    if from_automodel and template.name in _TEMPLATES and not template.expanduser().exists():
+        section["chat_template"] = _TEMPLATES[template.name]
     path = str(section.get("path_or_dataset_id", ""))
     if from_automodel and "split" in section and path.endswith((".jsonl", ".json", ".parquet", ".arrow")):
         if section["split"] in ("train", "validation", "test", None):  # names the only split that one file has

@@ -1,4 +1,4 @@
-"""A small real tokenizer in the released checkpoints' style: byte-level, with LLaDA's control tokens."""
+"""Small real tokenizers in the released checkpoints' style: byte-level, with the control tokens of each family."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     merges = [("Ċ", "Ċ"), ("l", "l"), ("Ġ", "4")]
     controls = [*CONTROLS, "<|mdm_mask|>"]
     return byte_level(merges, controls, bos_token="<|startoftext|>", eos_token="<|endoftext|>")
+
+
+@pytest.fixture
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    controls = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|image|>"]
+    merges = [("Ċ", "Ċ"), ("t", "h"), ("Ġ", "4")]
+    return byte_level(merges, controls, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")

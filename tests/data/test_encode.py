@@ -24,7 +24,9 @@ def test_a_row_that_fits_is_whole(template):
     row = encode_row(ROW, template, CONFIG, 1024)
     encoded = template.encode(ROW.messages)
     assert isinstance(row, EncodedRow)
-    assert row.input_ids.tolist() == encoded.ids and row.supervised.tolist() == encoded.supervised
+    assert row.input_ids.tolist() == encoded.ids and row.supervised.tolist() == encoded.supervised and not row.cut
+    exact = encode_row(ROW, template, CONFIG, len(row))
+    assert isinstance(exact, EncodedRow) and not exact.cut
     assert encode_row(ROW, template, dataclasses.replace(CONFIG, truncation=False), len(row)) is not None
 
 
@@ -34,7 +36,7 @@ def test_a_long_row_is_cut_as_long_as_something_supervised_remains(template):
     row = encode_row(ROW, template, CONFIG, prompt + 1)
     assert isinstance(row, EncodedRow)
     assert row.input_ids.tolist() == encoded.ids[: prompt + 1]
-    assert row.supervised.tolist() == [False] * prompt + [True]
+    assert row.supervised.tolist() == [False] * prompt + [True] and row.cut
     assert encode_row(ROW, template, CONFIG, prompt) == Dropped("no supervised token within seq_length")
 
 

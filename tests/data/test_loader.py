@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -88,6 +88,33 @@ def test_a_global_batch_does_not_depend_on_its_division(group_by_length, supervi
             assert sorted(batch.slots_B[i].item() for batch in joined for i in range(local)) == list(range(8))
             if supervise_padding:
                 assert len({batch.input_ids_BL.shape[1] for batch in joined}) == 1
+
+
+@pytest.mark.parametrize(("local", "world"), [(2, 1), (1, 4), (2, 2), (4, 2)])
+def test_every_rank_knows_the_rows_that_all_hold_at_once(local, world):
+    ranks = [loader(Numbered(40), local_batch_size=local, rank=r, world_size=world) for r in range(world)]
+    for steps in islice(zip(*ranks, strict=True), 6):
+        for together in zip(*steps, strict=True):
+            held = sorted(ids(together))
+            assert len(held) == local * world
+            assert [sorted(batch.peers_P.tolist()) for batch in together] == [held] * world
+
+
+def test_rows_that_lost_their_end_are_marked():
+    @dataclass
+    class Cut(Numbered):
+        def encode(self, index: int) -> EncodedRow | Dropped:
+            return replace(super().encode(index), cut=index % 3 == 0)
+
+    rows = Cut(16)
+    held = validation_set(rows, rows.encode, local_batch_size=3, pad_token_id=PAD, supervise_padding=False)
+    seen = 0
+    for batch in [*next(iter(loader(rows))), *held.batches]:
+        assert batch.cut_B.tolist() == [sample % 3 == 0 for sample in batch.sample_ids_B.tolist()]
+        seen += len(batch.cut_B)
+    assert seen == 8 + 16
+    # A validation set is scored by one process: nobody else holds rows beside a batch's own.
+    assert all(torch.equal(batch.peers_P, batch.sample_ids_B) for batch in held.batches)
 
 
 @settings(deadline=None, max_examples=25)

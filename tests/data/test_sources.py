@@ -28,6 +28,10 @@ def answers(rows) -> list[str]:
     return [rows[i].messages[-1].content for i in range(len(rows))]
 
 
+def said(content: object, **extra: object) -> dict:
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": content, **extra}]}
+
+
 GOOD = chat("fine")
 MALFORMED = {
     "not_json": (b'{"messages": [', "not JSON"),
@@ -45,9 +49,31 @@ MALFORMED = {
     "no_role": ({"messages": [{"content": "x"}]}, "messages[0].role is missing"),
     "role_no_text": ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role is [], known are"),
     "content_missing": ({"messages": [{"role": "user"}]}, "messages[0].content must be text, got null"),
-    "content_parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-        "messages[0].content must be text, got a list",
+    "an_image": (
+        said([{"type": "text", "text": "x"}, {"type": "image", "url": "x.png"}]),
+        "messages[1].content[1] is of type 'image', and training takes text alone",
+    ),
+    "an_image_beside_text": (
+        said([{"type": "text", "text": "x", "image": "x.png"}]),
+        "messages[1].content[0] has 'image' beside its text, and training takes text alone",
+    ),
+    "a_part_without_type": (said([{"text": "x"}]), "messages[1].content[0] is of type missing"),
+    "a_part_no_object": (said(["x"]), "messages[1].content[0] must be an object with a type, got text"),
+    "a_part_without_text": (said([{"type": "text"}]), "messages[1].content[0].text must be text, got null"),
+    "images_of_the_row": ({**GOOD, "images": ["x.png"]}, "the row has 'images', and training takes text alone"),
+    "an_image_of_a_speaker": (
+        {"image": "x.png", "conversations": [{"from": "gpt", "value": "x"}]},
+        "the row has 'image', and training takes text alone",
+    ),
+    "images_of_a_turn": (said("x", images=["x"]), "messages[1] has 'images', and training takes text alone"),
+    "reasoning_no_text": (said("x", reasoning_content=["r"]), "messages[1].reasoning_content must be text, got a list"),
+    "reasoning_of_the_user": (
+        {"messages": [{"role": "user", "content": "x", "reasoning": "r"}, *GOOD["messages"]]},
+        "messages[0].reasoning is given, and only the assistant's turns have reasoning",
+    ),
+    "two_reasonings": (
+        said("x", reasoning_content="r", reasoning="s"),
+        "messages[1].reasoning differs from its reasoning_content, and both mean the same",
     ),
     "half_a_surrogate": (
         b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
@@ -120,9 +146,30 @@ def test_each_form_of_row_gives_the_same_conversation(tmp_path):
 
 
 def test_further_keys_of_a_turn_are_kept_for_the_template(tmp_path):
-    turns = [{"role": "assistant", "content": "a", "reasoning": "r", "tool_calls": None}]
-    rows = open_rows(DatasetConfig(write(tmp_path / "a.jsonl", {"messages": turns})))
-    assert rows[0].messages[0].as_dict() == {"role": "assistant", "content": "a", "reasoning": "r"}
+    turns = [{"role": "assistant", "content": "a", "name": "r", "tool_calls": None, "images": []}]
+    rows = open_rows(DatasetConfig(write(tmp_path / "a.jsonl", {"messages": turns, "image": None})))
+    assert rows[0].messages[0].as_dict() == {"role": "assistant", "content": "a", "name": "r"}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_is_kept_under_every_name_that_a_template_may_look_for(tmp_path, name):
+    rows = open_rows(DatasetConfig(write(tmp_path / "a.jsonl", said("a", **{name: "r"}))))
+    kept = {"reasoning": "r", "reasoning_content": "r", "thinking": "r"}
+    assert rows[0].messages[1].as_dict() == {"role": "assistant", "content": "a", **kept}
+
+
+def test_an_image_in_a_table_is_refused_by_row(monkeypatch):
+    import datasets
+
+    parts = [[{"type": "text", "text": "a", "url": None}], [{"type": "image", "text": None, "url": "x.png"}]]
+    table = datasets.Dataset.from_list([{"messages": [{"role": "assistant", "content": content}]} for content in parts])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: table)
+    rows = open_rows(DatasetConfig("someone/rows", split="train"))
+    assert rows[0].messages == (Message("assistant", "a"),)
+    with pytest.raises(
+        DataError, match=r"someone/rows row 1: messages\[0\].content\[0\] is of type 'image'.*fix the row"
+    ):
+        rows[1]
 
 
 def test_a_json_lines_file_is_read_by_offsets(tmp_path):
@@ -320,6 +367,11 @@ def test_fields_that_would_be_ignored_are_refused(tmp_path):
         ({"prompt_column": "a", "completion_column": "a"}, "dataset.completion_column: is the prompt column"),
         ({"on_malformed": "skp"}, "dataset.on_malformed: 'skp' is not one of error, skip .did you mean 'skip'"),
         ({"chat_template": " "}, "dataset.chat_template: is empty"),
+        ({"chat_template_kwargs": {"a b": 1}}, "dataset.chat_template_kwargs: 'a b' is no name of a template's variab"),
+        ({"chat_template_kwargs": {"x": [1]}}, "dataset.chat_template_kwargs.x: must be true or false, a number, text"),
+        ({"chat_template_kwargs": {"tools": 1}}, "dataset.chat_template_kwargs.tools: is set by what renders"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, "dataset.chat_template_kwargs.bos_token: is set by what rend"),
+        ({"chat_template_kwargs": {"supervise_reasoning": True}}, "supervise_reasoning: has a field of its own"),
     ],
 )
 def test_bad_values_are_refused_by_the_section(values, problem):

@@ -1,37 +1,36 @@
 """The chat template: how a conversation becomes tokens, and which of them training supervises.
 
 Supervision belongs to the template. Where it has `{% generation %}` tags, the tagged text is supervised. Where it has
-none, each assistant turn is found by rendering: what precedes the turn, with the generation prompt, must be the start
-of what includes it; the rest of the turn, its closing token included, is supervised, its header never.
+none, each assistant turn is found by comparing renderings (`unmask/data/answers.py`): its closing token is supervised,
+its header never, its reasoning if asked for.
 
 An answer is tokenised apart from the text before it, as at inference, where the prompt is tokens before the answer is
 text. So no token straddles the two, and a header has the same tokens in training and in use also where a tokenizer
 looks ahead (many make other tokens of "\\n\\n" before a letter than at the end of the text).
 
 Control tokens come from the template alone. Where the text of a turn spells one (`<|eot_id|>`, the mask token, …), it
-is encoded as ordinary characters, in training and in prompts alike, so no row can forge a turn or inject a mask.
+is encoded as ordinary characters, in training and in prompts alike, so no row can forge a turn or inject a mask. A
+template that itself removes such text from a turn (reasoning spelt within an answer, say) has its way.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from unmask.data.answers import Span, Turn, assistant_runs, find_answers, reasoning_of, with_reasoning
+from unmask.data.controls import PROBE, Marked, control_pattern, mark_controls
 from unmask.data.conversation import Message
+from unmask.data.template_source import read_template, template_names, with_variables
 from unmask.errors import DataError
-from unmask.sections import nearest
 
-# Private-use characters, which no tokenizer gives a meaning: they stand for a spelt-out control token while rendering.
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
-_MARKER = f"{_OPEN}[0-9]+{_CLOSE}"
+__all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "template_names"]
+
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_REMEDY = "set dataset.chat_template: llada, or the path of a template with {% generation %} tags"
-Span = tuple[int, int]  # characters [start, end) of a rendered text
+_REMEDY = "set dataset.chat_template: llada or diffusion_gemma, or the path of a template with {% generation %} tags"
 Rendered = tuple[str, list[Span | None]]  # the text, and its stretches
 _PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
 
@@ -49,32 +48,14 @@ class Encoded:
     supervised: list[bool]
 
 
-def template_names() -> list[str]:
-    """Return the names of the templates that come with the package."""
-    folder = resources.files("unmask.data") / "templates"
-    return sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja"))
-
-
-def read_template(chat_template: str) -> str:
-    """Return the source of a template: one of ours by name, or a file by path.
-
-    Raises:
-        DataError: neither a name of ours nor a readable file.
-    """
-    if chat_template in template_names():
-        return (resources.files("unmask.data") / "templates" / f"{chat_template}.jinja").read_text("utf-8")
-    try:
-        return Path(chat_template).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        names = template_names()
-        raise DataError(
-            f"dataset.chat_template: {chat_template!r} is neither a readable file ({_reason(error)}) nor one of "
-            f"our own: {', '.join(names)}{nearest(chat_template, names)}"
-        ) from None
-
-
 def load_template(
-    tokenizer: Any, chat_template: str | None = None, control_ids: Sequence[int] = (), *, for_training: bool = True
+    tokenizer: Any,
+    chat_template: str | None = None,
+    control_ids: Sequence[int] = (),
+    *,
+    variables: Mapping[str, Any] | None = None,
+    supervise_reasoning: bool = False,
+    for_training: bool = True,
 ) -> ChatTemplate:
     """Return the template that renders and supervises conversations for `tokenizer`.
 
@@ -82,10 +63,13 @@ def load_template(
         tokenizer: a transformers tokenizer.
         chat_template: name of one of ours, or path of a .jinja file; None takes the tokenizer's own.
         control_ids: further ids that text must never spell, beside the tokenizer's special tokens (the model's mask).
+        variables: what the template's own variables are, such as enable_thinking.
+        supervise_reasoning: refuse a template that renders no reasoning, or does not show where it is.
         for_training: refuse a template that does not show where answers start; prompts do not need to know.
 
     Raises:
-        DataError: no template, one that cannot be read, or (for training) one that does not show where answers start.
+        DataError: no template, one that cannot be read or does not know a variable, or (for training) one that does
+            not show where answers start.
     """
     if chat_template is not None:
         source, name = read_template(chat_template), chat_template
@@ -96,12 +80,13 @@ def load_template(
             source, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
         except ValueError as error:
             raise DataError(f"dataset.chat_template: {_reason(error)}; {_REMEDY}") from None
+    source = with_variables(source, variables or {}, name)
     controls = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     controls.update(tokenizer.all_special_tokens)
     controls.update(token for token in tokenizer.convert_ids_to_tokens(list(control_ids)) if token)
-    template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), _pattern(controls))
+    template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(controls))
     if for_training:
-        template.check()
+        template.check(supervise_reasoning)
     return template
 
 
@@ -131,33 +116,35 @@ class ChatTemplate:
         """
         return self._render([_as_dict(message) for message in messages], add_generation_prompt)[0]
 
-    def encode(self, messages: Sequence[Message | Mapping[str, Any]], mask_history: bool = False) -> Encoded:
+    def encode(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        mask_history: bool = False,
+        supervise_reasoning: bool = False,
+    ) -> Encoded:
         """Return the tokens of a conversation and which of them are supervised.
 
         Args:
             messages: the turns.
             mask_history: supervise the last assistant turn only.
+            supervise_reasoning: supervise the reasoning that is rendered, too.
 
         Raises:
-            DataError: the template refuses the conversation, or does not show where its answers start.
+            DataError: the template refuses the conversation, or does not show where its answers or reasoning are.
         """
-        turns, spelt = self._marked(messages)
-        text, spans = self._answers(turns)
+        marked = self._marked(messages, supervise_reasoning)
+        turns = marked.turns
+        text, spans = self._answers(turns, supervise_reasoning=supervise_reasoning)
         supervised = spans[-1:] if mask_history else spans
-        answers = sum(turn["role"] == "assistant" for turn in turns)
-        if mask_history and len(spans) != answers:
-            raise DataError(
-                f"dataset.mask_history: {self.name} tags {len(spans)} stretches in {answers} assistant turns, so "
-                "which belong to the last turn is unknown; set dataset.mask_history: false or tag each turn once"
-            )
+        if mask_history and self.tagged:
+            self._check_one_span_each(turns, len(spans))
         if None in supervised:
-            raise DataError(
-                f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the turns before an "
-                f"answer differently once the answer follows, so where an answer starts is unknown; {_REMEDY}"
-            )
+            raise DataError(self._unknown_answers(turns, supervise_reasoning))
+        if self.tagged and any(map(reasoning_of, turns)):
+            self._check_tagged_reasoning(turns, supervise_reasoning)
         ids, flags = [], []
         for start, end in _pieces(len(text), spans):
-            piece_ids = self._tokenize(text[start:end], spelt)
+            piece_ids = self._tokenize(text[start:end], marked)
             ids += piece_ids
             flags += [any(span and span[0] <= start and end <= span[1] for span in supervised)] * len(piece_ids)
         return Encoded(ids, flags)
@@ -168,13 +155,16 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation.
         """
-        turns, spelt = self._marked(messages)
-        text, spans = self._answers(turns, add_generation_prompt=True)
+        marked = self._marked(messages)
+        text, spans = self._answers(marked.turns, add_generation_prompt=True)
         pieces = _pieces(len(text), spans)
-        return [token for start, end in pieces for token in self._tokenize(text[start:end], spelt)]
+        return [token for start, end in pieces for token in self._tokenize(text[start:end], marked)]
 
-    def check(self) -> None:
-        """Raise DataError if a plain conversation of two exchanges does not show which tokens are answers."""
+    def check(self, supervise_reasoning: bool = False) -> None:
+        """Raise DataError if a plain conversation of two exchanges does not show which tokens are answers.
+
+        With `supervise_reasoning`, so it must of a conversation whose last answer has reasoning.
+        """
         probe = [message.as_dict() for message in _PROBE]
         if not self.tagged and self._render(probe)[0] == self._render(probe, True)[0]:
             raise DataError(
@@ -183,69 +173,96 @@ class ChatTemplate:
             )
         if not any(self.encode(_PROBE).supervised):
             raise DataError(f"dataset.chat_template: {self.name} supervises nothing; {_REMEDY}")
+        if not supervise_reasoning:
+            return
+        thoughtful = (*_PROBE[:-1], replace(_PROBE[-1], reasoning="r"))
+        if self.render(thoughtful) == self.render(_PROBE):
+            raise DataError(
+                f"dataset.supervise_reasoning: {self.name} leaves reasoning out of the text; name a template that "
+                "renders reasoning_content in dataset.chat_template, or set dataset.supervise_reasoning: false"
+            )
+        self.encode(thoughtful, supervise_reasoning=True)
 
-    def _answers(self, turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> Rendered:
+    def _check_one_span_each(self, turns: list[Turn], spans: int) -> None:
+        """Refuse tags of which it cannot be told which belong to the last assistant turn."""
+        runs = assistant_runs(turns)
+        answers = sum(map(len, runs))
+        if spans not in (answers, len(runs)):
+            raise DataError(
+                f"dataset.mask_history: {self.name} tags {spans} stretches in {answers} assistant turns, so "
+                "which belong to the last turn is unknown; set dataset.mask_history: false or tag each turn once"
+            )
+
+    def _check_tagged_reasoning(self, turns: list[Turn], supervise_reasoning: bool) -> None:
+        """Refuse tags that take reasoning in or leave it out against what is asked for."""
+        probed = [with_reasoning(turn, PROBE) if reasoning_of(turn) else turn for turn in turns]
+        text, spans = self._render(probed, supervise_reasoning=supervise_reasoning)
+        for found in re.finditer(PROBE, text):
+            inside = any(start <= found.start() < end for start, end in filter(None, spans))
+            if inside and not supervise_reasoning:
+                raise DataError(
+                    f"dataset.supervise_reasoning: {self.name} has reasoning inside its {{% generation %}} tags; set "
+                    "dataset.supervise_reasoning: true, or name a template in dataset.chat_template that tags it not"
+                )
+            if supervise_reasoning and not inside:
+                raise DataError(
+                    f"dataset.supervise_reasoning: {self.name} has reasoning outside its {{% generation %}} tags and "
+                    "knows no variable supervise_reasoning; set dataset.supervise_reasoning: false, or name another "
+                    "template in dataset.chat_template"
+                )
+
+    def _unknown_answers(self, turns: list[Turn], supervise_reasoning: bool) -> str:
+        if not supervise_reasoning and any(map(reasoning_of, turns)):
+            return (
+                f"dataset.chat_template: {self.name} has no {{% generation %}} tags, and its renderings with and "
+                "without reasoning do not show where the answer after it starts; set dataset.supervise_reasoning: "
+                "true, or name a template with tags in dataset.chat_template"
+            )
+        return (
+            f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the turns before an "
+            f"answer differently once the answer follows, so where an answer starts is unknown; {_REMEDY}"
+        )
+
+    def _answers(
+        self, turns: list[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False
+    ) -> Rendered:
         """Return the rendered text and where the answers lie in it, None for one that cannot be told."""
-        text, spans = self._render(turns, add_generation_prompt)
+        text, spans = self._render(turns, add_generation_prompt, supervise_reasoning)
         if self.tagged:
             return text, spans
-        numbers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-        return text, [self._turn_span(text, turns, number) for number in numbers]
+        return text, find_answers(self._text, text, turns, supervise_reasoning)
 
-    def _turn_span(self, text: str, turns: list[dict[str, Any]], number: int) -> Span | None:
-        """Return where the answer of turn `number` lies in `text`, found by comparing renderings."""
-        before = self._render(turns[:number], True)[0]
-        through = self._render(turns[: number + 1])[0]
-        if text.startswith(through) and through.startswith(before):
-            return len(before), len(through)
-        return None
-
-    def _render(self, turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> Rendered:
-        """Return the text and, for a tagged template, the tagged stretches."""
+    def _render(
+        self, turns: Sequence[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False
+    ) -> Rendered:
+        """Return the text and, for a tagged template, the tagged stretches; those that touch are one."""
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             rendered: Any = render_jinja_template(
-                [turns],
+                [list(turns)],
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.tagged,
                 add_generation_prompt=add_generation_prompt,
+                supervise_reasoning=supervise_reasoning,
                 **self.tokenizer.special_tokens_map,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise DataError(f"dataset.chat_template: {self.name} refuses the conversation: {_reason(error)}") from None
         texts, spans = rendered
-        return texts[0], [(start, end) for start, end in spans[0]] if self.tagged else []
+        return texts[0], _joined(spans[0]) if self.tagged else []
 
-    def _marked(self, messages: Sequence[Message | Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the turns with each spelt-out control token replaced by a marker, and the texts so replaced."""
-        spelt: list[str] = []
+    def _marked(self, messages: Sequence[Message | Mapping[str, Any]], supervise_reasoning: bool = False) -> Marked:
+        turns = [_as_dict(message) for message in messages]
+        return mark_controls(turns, self.controls, self._text, self.name, supervise_reasoning)
 
-        def mark(found: re.Match[str]) -> str:
-            spelt.append(found.group())
-            return f"{_OPEN}{len(spelt) - 1}{_CLOSE}"
+    def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+        return self._render(turns, add_generation_prompt)[0]
 
-        def marked(value: Any) -> Any:
-            if isinstance(value, str):
-                return self.controls.sub(mark, value)
-            if isinstance(value, Mapping):
-                return {key: marked(item) for key, item in value.items()}
-            return [marked(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-        return [marked(_as_dict(message)) for message in messages], spelt
-
-    def _tokenize(self, text: str, spelt: list[str]) -> list[int]:
+    def _tokenize(self, text: str, marked: Marked) -> list[int]:
         """Return the ids of a piece of text; markers become the text that they stand for, as plain characters."""
-        ids = []
-        for part in re.split(f"({_MARKER})", text) if spelt else [text]:
-            if spelt and re.fullmatch(_MARKER, part):
-                control = spelt[int(part[1:-1])]
-                # Split after its first character, it is no longer the token that it spells.
-                ids += self._ids(control[:1]) + self._ids(control[1:])
-            elif part:
-                ids += self._ids(part)
-        return ids
+        return [token for piece in marked.pieces(text) for token in self._ids(piece)]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -257,10 +274,16 @@ def _pieces(length: int, spans: Sequence[Span | None]) -> list[Span]:
     return list(pairwise(cuts))
 
 
-def _pattern(controls: set[str]) -> re.Pattern[str]:
-    """Match any control token, the longest first, and our own markers, which text must not forge either."""
-    words = sorted((word for word in controls if len(word) > 1), key=lambda word: (-len(word), word))
-    return re.compile("|".join([_MARKER, *map(re.escape, words)]))
+def _joined(spans: Sequence[Sequence[int]]) -> list[Span | None]:
+    """Return stretches in order, those that touch as one: assistant turns in a row that the template joins."""
+    joined: list[Span | None] = []
+    for start, end in spans:
+        last = joined[-1] if joined else None
+        if last and last[1] == start:
+            joined[-1] = (last[0], end)
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _as_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:

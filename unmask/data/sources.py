@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from unmask.data.conversation import Columns, Conversation, Message
 from unmask.data.files import FileRows
@@ -21,6 +21,7 @@ __all__ = ["Conversation", "DatasetConfig", "Message", "Rows", "open_rows"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 OnMalformed = Literal["error", "skip"]
 
 
@@ -39,7 +40,10 @@ class DatasetConfig:
         unshifted: must be true: a diffusion model predicts the token at its own position.
         mask_history: supervise the last assistant turn only.
         tokenizer: folder or hub id of the tokenizer; null takes the model's.
-        chat_template: name of one of ours ("llada") or path of a .jinja file; null takes the tokenizer's.
+        chat_template: name of one of ours ("llada", "diffusion_gemma") or path of a .jinja file; null takes the
+            tokenizer's.
+        chat_template_kwargs: values for the template's own variables, such as enable_thinking; null for none.
+        supervise_reasoning: supervise the reasoning of the assistant's turns that is rendered, too.
         prompt_column: with `completion_column`, the columns of one-turn rows; null for chat rows.
         completion_column: see `prompt_column`.
         max_samples: use the first rows only; null for all.
@@ -56,6 +60,8 @@ class DatasetConfig:
     mask_history: bool = False
     tokenizer: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    supervise_reasoning: bool = False
     prompt_column: str | None = None
     completion_column: str | None = None
     max_samples: int | None = None
@@ -65,6 +71,8 @@ class DatasetConfig:
         for field in ("path_or_dataset_id", "name", "split", "tokenizer", "chat_template"):
             if getattr(self, field) is not None and not getattr(self, field).strip():
                 raise FieldError(field, "is empty")
+        for name, value in (self.chat_template_kwargs or {}).items():
+            _check_variable(name, value)
         if not self.unshifted:
             raise FieldError("unshifted", "a diffusion model predicts the token at its own position; set it to true")
         if self.seq_length < 2:
@@ -83,6 +91,18 @@ class DatasetConfig:
     def columns(self) -> Columns:
         """The prompt and completion columns."""
         return Columns(self.prompt_column, self.completion_column)
+
+
+def _check_variable(name: object, value: object) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise FieldError("chat_template_kwargs", f"{name!r} is no name of a template's variable")
+    field = f"chat_template_kwargs.{name}"
+    if name == "supervise_reasoning":
+        raise FieldError(field, "has a field of its own; set dataset.supervise_reasoning")
+    if name in _RENDERING or name.endswith("_token"):
+        raise FieldError(field, "is set by what renders a conversation; remove it")
+    if not (value is None or isinstance(value, (bool, int, float, str))):
+        raise FieldError(field, f"must be true or false, a number, text or null, got {value!r}")
 
 
 class Rows(Protocol):

@@ -61,7 +61,8 @@ class TableRows:
     def text_length(self, index: int) -> int:
         """Return the characters of the row's turns; 0 for a malformed row."""
         try:
-            return sum(len(message.content) for message in read_conversation(self.table[index], self.columns).messages)
+            turns = read_conversation(self.table[index], self.columns).messages
+            return sum(len(turn.content) + len(turn.reasoning) for turn in turns)
         except RowProblem:
             return 0
 
