@@ -7,9 +7,9 @@ import json
 import platform
 from pathlib import Path
 
-from benchmarks import start_up, training_step
+from benchmarks import lora_experts, start_up, training_step
 
-BENCHMARKS = {"training_step": training_step, "start_up": start_up}
+BENCHMARKS = {"training_step": training_step, "start_up": start_up, "lora_experts": lora_experts}
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def _child(variant: str, masked: float, steps: int) -> dict[str, float]:
     return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
-def _peak() -> float:
+def peak_resident_gib() -> float:
     """Return the peak resident set in GiB; VmHWM, since a child's ru_maxrss starts at its parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -129,7 +129,7 @@ def _measure(variant: str, masked: float, steps: int) -> dict[str, float]:
     from unmask.training.optim import OptimizerConfig, build_optimizer
     from unmask.training.step import train_step
 
-    after_imports = _peak()
+    after_imports = peak_resident_gib()
     config = LLaDAConfig(
         d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, mlp_hidden_size=MLP, vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
@@ -157,7 +157,7 @@ def _measure(variant: str, masked: float, steps: int) -> dict[str, float]:
             times.append({"step": time.perf_counter() - start})
     counted = times[1:]  # the first step allocates
     medians = {name: statistics.median(one[name] for one in counted) for name in counted[0]}
-    return {**medians, "peak_gib": _peak() - after_imports}
+    return {**medians, "peak_gib": peak_resident_gib() - after_imports}
 
 
 def _batch(masked: float) -> Any:
@@ -177,6 +177,8 @@ def _batch(masked: float) -> Any:
         epoch=0,
         slots_B=torch.arange(ROWS),
         global_rows=ROWS,
+        cut_B=torch.zeros(ROWS, dtype=torch.bool),
+        peers_P=torch.arange(ROWS),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,20 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        if parameter.requires_grad:
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            # magnitudes, norms and embeddings stay near what they are
+            parameter.data = noise if "lora_A" in name or "lora_B" in name else parameter.data * (1 + noise)
+
+
+WHOLE = ["model.transformer.ln_f", "model.transformer.blocks.1.attn_norm"]
+KINDS = {
+    "rank-stabilised": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "norms": {"modules_to_save": WHOLE},
+    "all": {"use_dora": True, "use_rslora": True, "modules_to_save": WHOLE},
+    "head and embedding": {"modules_to_save": ["model.transformer.ff_out", "model.transformer.wte"]},
+}
 
 
 @pytest.fixture
@@ -78,7 +91,8 @@ def test_adapters_of_a_bf16_network_are_fp32(reference_folder: Path) -> None:
 
 
 def test_round_trip(adapted, folder: Path, reference_folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     again = load_model(str(reference_folder), adapter=str(folder))
     assert torch.equal(logits(again), logits(adapted))
     assert not torch.allclose(logits(again), logits(load_model(str(reference_folder))), atol=1e-2)
@@ -102,6 +116,66 @@ def test_what_peft_writes_is_read(reference_folder: Path, tmp_path: Path) -> Non
     with torch.no_grad():
         expected = theirs.eval()(input_ids=TOKENS).logits
     torch.testing.assert_close(logits(load_model(str(reference_folder), adapter=str(tmp_path))), expected)
+
+
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
+def test_every_kind_is_the_same_trained_read_by_peft_and_merged(
+    fields: dict, reference_model, reference_folder: Path, tmp_path: Path
+) -> None:
+    before = logits(reference_model)
+    config = lora(base_model_name_or_path=str(reference_folder), **fields)
+    attach_adapter(reference_model, config)
+    torch.testing.assert_close(logits(reference_model), before, atol=1e-5, rtol=1e-5)  # a fresh one is neutral
+    randomise(reference_model)
+    expected = logits(reference_model)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    write_adapter(reference_model, config, tmp_path)
+    assert torch.equal(logits(load_model(str(reference_folder), adapter=str(tmp_path))), expected)
+    register()
+    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(reference_folder), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    merge_adapter(reference_model)
+    assert list(reference_model.state_dict()) == list(load_model(str(reference_folder)).state_dict())
+    torch.testing.assert_close(logits(reference_model), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
+def test_a_frozen_bf16_base_trains_fp32_adapters(fields: dict, autocast: bool, reference_folder: Path) -> None:
+    model: Any = load_model(str(reference_folder), "bfloat16").train()
+    before = model(TOKENS)
+    attach_adapter(model, lora(**fields))
+    # A fresh adapter is neutral in bf16 too; DoRA's scale m / |W| is one to fp32's rounding, not to bf16's.
+    torch.testing.assert_close(model(TOKENS), before, atol=0.02, rtol=0.02)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = model(TOKENS)
+        (hidden.float().sin().sum() + model.logits(hidden).float().sin().sum()).backward()
+    for name, parameter in model.named_parameters():
+        whole_matrix = "modules_to_save" in name and parameter.dim() == 2
+        fp32 = parameter.requires_grad and not whole_matrix
+        assert parameter.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == parameter.dtype and torch.isfinite(parameter.grad).all()
+
+
+def test_a_fresh_dora_on_a_bf16_base_takes_its_magnitudes_in_fp32(reference_folder: Path) -> None:
+    model: Any = load_model(str(reference_folder), "bfloat16")
+    norms = {name: model.get_submodule(name).weight.float().norm(dim=1) for name in TARGETS}
+    attach_adapter(model, lora(use_dora=True))
+    for name, norm in norms.items():
+        magnitude = model.get_submodule(name).lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitude.data, norm, atol=1e-6, rtol=1e-6)
+
+
+def test_what_a_configuration_of_another_tool_asks_beyond_is_refused(folder: Path, reference_folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    for field, value in (("bias", "all"), ("lora_bias", True), ("layer_replication", [[0, 2]])):
+        path.write_text(json.dumps(values | {field: value}))
+        with pytest.raises(ModelError, match=f"{field}=.* is not supported"):
+            load_model(str(reference_folder), adapter=str(folder))
 
 
 def test_merging_changes_nothing_but_rounding(adapted, reference_model, reference_folder: Path) -> None:

@@ -55,7 +55,8 @@ def golden_step(fixtures: Path, attend_padding: bool) -> list[NoisyBatch]:
         values = {key.split(".")[1]: value for key, value in step.items() if key.startswith(f"batch{n}.")}
         ids, supervised = values["input_ids"], values["loss_mask"].bool()
         attends = torch.ones_like(supervised) if attend_padding else values["attention_mask"].bool()
-        clean = Batch(ids, supervised, attends, supervised.sum(1), torch.arange(4), 0, torch.arange(4), 8)
+        numbers, cut = torch.arange(4), torch.zeros(4, dtype=torch.bool)
+        clean = Batch(ids, supervised, attends, supervised.sum(1), numbers, 0, numbers, 8, cut, numbers)
         noise = values["noise_mask"]
         assert torch.equal(values["noisy_input_ids"], ids.masked_fill(noise, mask_id))
         assert not (noise & ~supervised).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Collection
@@ -22,7 +23,10 @@ from unmask.models.expert_adapter import AdaptedExperts
 from unmask.models.folders import read_json
 from unmask.models.moe import Experts
 
-__all__ = ["attach_adapter", "load_adapter", "merge_adapter", "read_adapter", "write_adapter"]
+__all__ = ["attach_adapter", "load_adapter", "merge_adapter", "read_adapter", "restart_magnitudes", "write_adapter"]
+
+# bitsandbytes, which PEFT loads where it is installed, warns on some CPUs about an optional package of kernels.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # What a peft.LoraConfig may ask for beyond what this package writes: the value that means "no".
 _PLAIN = {
@@ -52,7 +56,7 @@ def attach_adapter(model: nn.Module, config: Any) -> None:
         if trained and (".lora_" in name or parameter.dim() == 1):
             parameter.data = parameter.data.float()
     if config.use_dora:
-        _restart_magnitudes(model)
+        restart_magnitudes(model)
 
 
 def _attach_experts(model: nn.Module, config: Any) -> None:
@@ -68,8 +72,11 @@ def _attach_experts(model: nn.Module, config: Any) -> None:
         _replace(model, owner, AdaptedExperts(experts, ordered, config.r, scaling))
 
 
-def _restart_magnitudes(model: nn.Module) -> None:
-    """Take DoRA's magnitudes anew, in fp32: PEFT took them in the base's dtype, where a fresh adapter is not neutral."""
+def restart_magnitudes(model: nn.Module) -> None:
+    """Take the magnitudes of fresh DoRA adapters from the base as it is now, in fp32.
+
+    PEFT took them in the base's dtype, and before a base is quantized; either would not be neutral.
+    """
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
@@ -147,7 +154,9 @@ def _adapted(
 def _check_place(model: nn.Module, layout: AdapterLayout, folder: Path, key: str, owner: str, lora: bool) -> None:
     module = _find(model, owner)
     if module is None:
-        raise ModelError(f"adapter: {folder} was made for another network (it adapts {PREFIX + key!r}, not in this one)")
+        raise ModelError(
+            f"adapter: {folder} was made for another network (it adapts {PREFIX + key!r}, not in this one)"
+        )
     allowed = layout.linears if lora else layout.whole
     if isinstance(module, Experts) or any(fnmatchcase(owner, pattern) for pattern in allowed):
         return
@@ -166,7 +175,8 @@ def _stacked_names(
         found = [name for name in every if _is_listed(name, listed)]
         if len(found) != depth:
             raise ModelError(
-                f"adapter: {folder}: its tensors adapt {depth} matrices of {owner}, its target_parameters name {len(found)}"
+                f"adapter: {folder}: its tensors adapt {depth} matrices of {owner}, its target_parameters name "
+                f"{len(found)}"
             )
         names += found
     return names
@@ -181,8 +191,8 @@ def _check_listed(folder: Path, config: Any, layout: AdapterLayout, modules: lis
     odd += sorted(name for name in listed if not any(_is_listed(module, [name]) for module in modules))
     if odd:
         raise ModelError(
-            f"adapter: {folder} was made for another network or other layers: its tensors and its target_modules disagree "
-            f"(first: {PREFIX + odd[0]})"
+            f"adapter: {folder} was made for another network or other layers: its tensors and its target_modules "
+            f"disagree (first: {PREFIX + odd[0]})"
         )
 
 

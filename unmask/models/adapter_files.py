@@ -107,7 +107,8 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
         copies = {name: stored.pop(name) for name in names if name in stored}
         if not copies:
             raise ModelError(
-                f"adapter: {folder} was made for another network or other layers (first: {PREFIX + slot.key} is missing)"
+                f"adapter: {folder} was made for another network or other layers (first: {PREFIX + slot.key} is "
+                "missing)"
             )
         first, tensor = next(iter(copies.items()))
         wanted = slot.pack(slot.parameter).shape
@@ -119,13 +120,14 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
                 )
             if not torch.equal(other, tensor):
                 raise ModelError(
-                    f"adapter: {folder}: {PREFIX + name} differs from {PREFIX + first}, and both are of one weight here; "
-                    "it was trained with the two apart and cannot be applied to the shared weight"
+                    f"adapter: {folder}: {PREFIX + name} differs from {PREFIX + first}, and both are of one weight "
+                    "here; it was trained with the two apart and cannot be applied to the shared weight"
                 )
         slot.parameter.copy_(slot.unpack(tensor))
     if stored:
         raise ModelError(
-            f"adapter: {folder} was made for another network or other layers (first: {PREFIX + min(stored)} has no place)"
+            f"adapter: {folder} was made for another network or other layers (first: {PREFIX + min(stored)} has no "
+            "place)"
         )
 
 
@@ -141,7 +143,9 @@ def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for slot in slots(model):
         for name in layout.reference_names(slot.key):
-            tensors[PREFIX + name] = slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
+            tensors[PREFIX + name] = (
+                slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
+            )
     write_tensors(tensors, folder / WEIGHTS)
     written = copy.deepcopy(config)
     for field in ("target_modules", "target_parameters", "modules_to_save"):

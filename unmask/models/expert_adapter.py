@@ -16,10 +16,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.models.moe import Experts, grouped_linear
+from unmask.models.moe import Experts, gated_mlps, grouped_linear
 
 
 class AdaptedExperts(nn.Module):
@@ -48,26 +47,21 @@ class AdaptedExperts(nn.Module):
             self.lora_B[name] = nn.Parameter(torch.zeros(experts, outputs, rank, **fresh))
 
     @property
-    def gate_up_proj(self) -> Tensor:
-        """The base's stacked matrix; a dispatch asks it how many experts are here."""
-        return self.base_layer.gate_up_proj
+    def num_experts(self) -> int:
+        """How many experts are held here."""
+        return self.base_layer.num_experts
 
-    @property
-    def down_proj(self) -> Tensor:
-        """The base's stacked matrix."""
-        return self.base_layer.down_proj
-
-    def forward(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
-        """Return each row's output of its adapted expert, (M, D); arguments as in `Experts.forward`."""
-        gate_MI, up_MI = self._linear("gate_up_proj", sorted_MD, counts_E).chunk(2, dim=-1)
-        return self._linear("down_proj", F.gelu(gate_MI, approximate="tanh") * up_MI, counts_E)
-
-    def _linear(self, name: str, rows_MI: Tensor, counts_E: Tensor) -> Tensor:
-        out_MO = grouped_linear(rows_MI, getattr(self.base_layer, name), counts_E)
+    def linear(self, name: str, rows_MI: Tensor, counts_E: Tensor) -> Tensor:
+        """Multiply rows by the adapted matrices called `name`, each run of rows by its expert's."""
+        out_MO = self.base_layer.linear(name, rows_MI, counts_E)
         if name not in self.lora_A:
             return out_MO
         low_MR = grouped_linear(rows_MI, self.lora_A[name], counts_E) * self.scaling
         return out_MO + grouped_linear(low_MR, self.lora_B[name], counts_E)
+
+    def forward(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
+        """Return each row's output of its adapted expert, (M, D); arguments as in `Experts.forward`."""
+        return gated_mlps(self.linear, sorted_MD, counts_E)
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> Experts:
@@ -78,7 +72,9 @@ class AdaptedExperts(nn.Module):
         """
         for name in self.lora_A:
             weight_EOI: nn.Parameter = getattr(self.base_layer, name)
-            summed_EOI = weight_EOI.data if dtype in (None, weight_EOI.dtype) else torch.empty_like(weight_EOI, dtype=dtype)
+            summed_EOI = (
+                weight_EOI.data if dtype in (None, weight_EOI.dtype) else torch.empty_like(weight_EOI, dtype=dtype)
+            )
             for expert, base_OI in enumerate(weight_EOI):
                 update_OI = self.lora_B[name][expert].float() @ self.lora_A[name][expert].float()
                 summed_EOI[expert] = base_OI.float() + self.scaling * update_OI

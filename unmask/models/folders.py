@@ -13,6 +13,7 @@ from unmask.models.adapter_folder import CONFIG as ADAPTER_CONFIG
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARDED = "sharded"  # folder of a checkpoint that several ranks have written, each its shards
 _SAMPLE = 2**16  # bytes read at each end of a shard
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
@@ -97,6 +98,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """Return the values of a checkpoint's generation_config.json; {} where there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def is_plain(folder: Path) -> bool:
+    """Say whether a folder's weights are to be read as safetensors; else several ranks have written their shards."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() or not (folder / SHARDED).is_dir()
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Return the file of each stored tensor by key, after checking that every file is whole.
 
@@ -124,7 +136,8 @@ def weights_fingerprint(folder: Path) -> str:
     It covers the size and the first and last 64 KiB of each shard, which training or another model changes.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for shard in sorted(set(weight_files(folder).values())):
+    shards = weight_files(folder).values() if is_plain(folder) else (folder / SHARDED).iterdir()
+    for shard in sorted(set(shards)):
         size = shard.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with shard.open("rb") as file:

@@ -50,6 +50,15 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 
+    @property
+    def num_experts(self) -> int:
+        """How many experts are held here."""
+        return len(self.gate_up_proj)
+
+    def linear(self, name: str, rows_MI: Tensor, counts_E: Tensor) -> Tensor:
+        """Multiply rows by the matrices called `name`, each run of rows by its expert's."""
+        return grouped_linear(rows_MI, getattr(self, name), counts_E)
+
     def forward(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Return each row's output of its expert, (M, D).
 
@@ -57,8 +66,13 @@ class Experts(nn.Module):
             sorted_MD: tokens in the order of their experts.
             counts_E: int64, rows of each expert held here, adding up to M.
         """
-        gate_MI, up_MI = grouped_linear(sorted_MD, self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        return grouped_linear(F.gelu(gate_MI, approximate="tanh") * up_MI, self.down_proj, counts_E)
+        return gated_mlps(self.linear, sorted_MD, counts_E)
+
+
+def gated_mlps(linear: Callable[[str, Tensor, Tensor], Tensor], sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
+    """Return down(gelu(gate(x)) · up(x)) for every row; `linear`: `Experts.linear`, or one that does more."""
+    gate_MI, up_MI = linear("gate_up_proj", sorted_MD, counts_E).chunk(2, dim=-1)
+    return linear("down_proj", F.gelu(gate_MI, approximate="tanh") * up_MI, counts_E)
 
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
@@ -70,14 +84,14 @@ def local_dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, ex
     Args:
         hidden_ND: tokens.
         experts_NT, weights_NT: from `Router`.
-        experts: called with (sorted_MD, counts_E).
+        experts: called with (sorted_MD, counts_E); has `num_experts`.
     """
     tokens, choices = experts_NT.shape
-    order_M, counts_E = sort_by_expert(experts_NT, experts.gate_up_proj.shape[0])  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    order_M, counts_E = sort_by_expert(experts_NT, experts.num_experts)  # pyright: ignore[reportArgumentType]
     mixed_MD = experts(hidden_ND[order_M // choices], counts_E)
     # Brought back by a permutation and summed over T, which adds in the same order on every device and in every run.
     back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-    mixed_NTD = mixed_MD[back_M].view(tokens, choices, -1)
+    mixed_NTD = mixed_MD[back_M].view(tokens, choices, hidden_ND.shape[1])
     return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.errors import FieldError, ModelError
 from unmask.models.family import Family
-from unmask.models.folders import find_folder, read_json, weight_files
+from unmask.models.folders import find_folder, is_plain, read_generation, read_json, weight_files
 from unmask.sections import choice_problem
 
 if TYPE_CHECKING:
@@ -113,13 +113,15 @@ def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     values = read_json(path)
     family = family_of(values, str(path))
     config = family.parse_config(values, str(path))
-    if weights or hub_id is None:
+    if (weights or hub_id is None) and is_plain(folder):
         weight_files(folder)
     return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id)
 
 
 def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: int = 42) -> nn.Module:
     """Load a planned model's weights, or draw them for a fresh one from `seed`.
+
+    A loaded network has the values of its generation_config.json as `model.generation`, which sampling starts from.
 
     Args:
         plan: from `plan_model` or `plan_folder`.
@@ -137,6 +139,7 @@ def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: i
         model = plan.family.build(plan.config)
     if plan.folder is not None:
         load_weights(model, plan.folder, kind, device, plan.family.layout)
+        model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
         return model
     model.to_empty(device="cpu")
     plan.family.initialise(model, torch.Generator().manual_seed(rng.key(seed, "model/init") % 2**32))

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from unmask.errors import ModelError
 from unmask.models.family import PLAIN, FileLayout
-from unmask.models.folders import INDEX, WEIGHTS, weight_files
+from unmask.models.folders import INDEX, WEIGHTS, is_plain, weight_files
+from unmask.models.sharded_folder import read_sharded
 
 SHARD_BYTES = 5 * 10**9
+CARRIED = "carried.safetensors"  # beside the shards of several ranks: what is none of the network's
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every stored (key, tensor) of a folder, shard by shard; at most one tensor is held at a time."""
+    """Yield every stored (key, tensor) of a folder, shard by shard; of safetensors at most one is held at a time."""
+    if not is_plain(folder):
+        yield from read_sharded(folder).items()
+        return
     by_file: dict[Path, list[str]] = {}
     for key, file in weight_files(folder).items():
         by_file.setdefault(file, []).append(key)
@@ -62,18 +67,24 @@ def carried_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[s
     """Yield the tensors of a folder that are not the network's and belong into every copy of it, as stored."""
     if folder is None:
         return
+    if not is_plain(folder):
+        if (folder / CARRIED).is_file():
+            with safe_open(folder / CARRIED, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - no mapping
+                    yield key, opened.get_tensor(key)
+        return
     for key, file in weight_files(folder).items():
         if layout.carried(key):
             with safe_open(file, framework="pt") as opened:
                 yield key, opened.get_tensor(key)
 
 
-def _check_twin(folder: Path, key: str, twin: str, tensor: Tensor) -> None:
-    """Raise ModelError unless a tensor that repeats another is equal to it."""
-    file = weight_files(folder).get(twin)
+def _check_twin(folder: Path, key: str, twin: str, tensor: Tensor, part: tuple[slice, ...] = ()) -> None:
+    """Raise ModelError unless a tensor that repeats another, or a slice of it, is equal to that of the other."""
+    file = weight_files(folder).get(twin) if is_plain(folder) else None
     if file is not None:
         with safe_open(file, framework="pt") as opened:
-            if torch.equal(opened.get_tensor(twin), tensor):
+            if torch.equal(opened.get_slice(twin)[part or ...], tensor):
                 return
     raise ModelError(
         f"{folder}: {key} is not equal to {twin}, which it is tied to; this network holds one tensor for both, so tie "
@@ -122,9 +133,15 @@ def read_slices(
     for file, keys in by_file.items():
         with safe_open(file, framework="pt") as opened:
             for key in keys:
-                if layout.carried(key) or layout.twin(key) in shapes:
+                if layout.carried(key):
                     continue
                 stored = opened.get_slice(key)
+                twin = layout.twin(key)
+                if twin in shapes:
+                    part = places[twin]
+                    if all(side.stop > side.start for side in part):
+                        _check_twin(folder, key, twin, stored[part or ...], part)
+                    continue
                 _check_fit(key, tuple(stored.get_shape()), shapes, folder)
                 del missing[key]
                 if all(part.stop > part.start for part in places[key]):

@@ -10,16 +10,19 @@ Shapes: N scored positions, D width, V vocabulary rows, R rows of a chunk.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^24 fp32 logits are 64 MiB.
-CHUNK_LOGITS = 2**24
-# With a compute dtype below the master weights', the head is cast a slice at a time, so no copy of it ever exists.
-CAST_ROWS = 2**14
+# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^25 fp32 logits are 128 MiB.
+CHUNK_LOGITS = 2**25
+# Vocabulary rows worked on at a time. On a CPU a tile of logits stays in the cache through all that is done to it;
+# elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
+TILE_ROWS = 2**12
+DEVICE_TILE_ROWS = 2**16
 
 
 def linear_cross_entropy(
@@ -59,56 +62,36 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap)
 
 
-def _wide(compute: torch.dtype) -> torch.dtype:
-    """Return the dtype of what is summed: fp32, or fp64 where the inputs are."""
-    return torch.promote_types(compute, torch.float32)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap):  # noqa: ANN001
         """Return the summed loss and save the finished gradients; arguments as in `linear_cross_entropy`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         wide = {"dtype": _wide(compute), "device": hidden_ND.device}
-        grad_weight_VD = torch.zeros(weight_VD.shape, **wide) if needs_weight else None
-        grad_bias_V = torch.zeros(len(weight_VD), **wide) if needs_bias else None
+        sums = _Gradients(
+            torch.empty_like(hidden_ND) if needs_hidden else None,
+            torch.zeros(weight_VD.shape, **wide) if needs_weight else None,
+            torch.zeros(len(weight_VD), **wide) if needs_bias else None,
+        )
         loss = torch.zeros((), **wide)
-        weights_N = weights_N.to(loss.dtype)
-        # Capped logits need their slope beside them, a second tensor of their size.
-        rows = max(1, chunk_logits // (len(weight_VD) * (1 if softcap is None else 2)))
+        head = _Head(weight_VD, bias_V, compute, softcap)
+        rows = max(1, chunk_logits // len(weight_VD))
+        scores_RV = torch.empty(min(rows, len(hidden_ND)), len(weight_VD), **wide)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), rows):
                 part = slice(start, start + rows)
-                hidden_RD = hidden_ND[part].to(compute)
-                logits_RV = _logits(hidden_RD, weight_VD, bias_V)
-                slope_RV = None
-                if softcap is not None:
-                    logits_RV.div_(softcap).tanh_()
-                    if needs_hidden or needs_weight or needs_bias:
-                        slope_RV = torch.square(logits_RV).neg_().add_(1.0)
-                    logits_RV.mul_(softcap)
-                targets_R, weights_R = targets_N[part, None], weights_N[part, None]
-                picked_R = logits_RV.gather(1, targets_R)
-                top_R = logits_RV.amax(dim=1, keepdim=True)
-                # exp in place: the logits become unnormalised probabilities, then the gradient of the logits.
-                grad_RV = logits_RV.sub_(top_R).exp_()
-                total_R = grad_RV.sum(dim=1, keepdim=True)
-                loss += ((total_R.log() + top_R - picked_R) * weights_R).sum()
-                if not (needs_hidden or needs_weight or needs_bias):
-                    continue
-                grad_RV.mul_(weights_R / total_R)
-                grad_RV.scatter_add_(1, targets_R, -weights_R)
-                if slope_RV is not None:
-                    grad_RV.mul_(slope_RV)
-                if grad_bias_V is not None:
-                    grad_bias_V += grad_RV.sum(dim=0)
-                _accumulate(grad_RV, hidden_RD, weight_VD, grad_hidden_ND, grad_weight_VD, part)
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        if grad_bias_V is not None:
-            grad_bias_V = grad_bias_V.to(bias_V.dtype)
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+                hidden_RD, targets_R = hidden_ND[part].to(compute), targets_N[part, None]
+                weights_R = weights_N[part, None].to(loss.dtype)
+                scores = scores_RV[: len(hidden_RD)]
+                total_R = head.score(hidden_RD, scores)
+                loss += ((total_R - head.logits(scores.gather(1, targets_R))) * weights_R).sum()
+                if needs_hidden or needs_weight or needs_bias:
+                    head.accumulate(sums, part, hidden_RD, scores, total_R, targets_R, weights_R)
+        ctx.save_for_backward(
+            sums.hidden_ND,
+            None if sums.weight_VD is None else sums.weight_VD.to(weight_VD.dtype),
+            None if sums.bias_V is None else sums.bias_V.to(bias_V.dtype),
+        )
         return loss
 
     @staticmethod
@@ -120,47 +103,108 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
-def _slices(weight_VD: Tensor, compute: torch.dtype) -> list[slice]:
-    """One slice when nothing is to be cast, else pieces small enough to cast one after another."""
-    step = len(weight_VD) if weight_VD.dtype == compute == _wide(compute) else CAST_ROWS
-    return [slice(start, start + step) for start in range(0, len(weight_VD), step)]
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradients under construction, None for what needs none."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
 
 
-def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Return wide logits (R, V), multiplied in the dtype of `hidden_RD`."""
-    logits_RV = torch.empty(len(hidden_RD), len(weight_VD), dtype=_wide(hidden_RD.dtype), device=hidden_RD.device)
-    for piece in _slices(weight_VD, hidden_RD.dtype):
-        product = logits_RV[:, piece]
-        matrix = weight_VD[piece].to(hidden_RD.dtype).t()
-        if hidden_RD.dtype == logits_RV.dtype:
-            torch.mm(hidden_RD, matrix, out=product) if product.is_contiguous() else product.copy_(hidden_RD @ matrix)
-        else:
-            product.copy_(hidden_RD @ matrix)
-    return logits_RV if bias_V is None else logits_RV.add_(bias_V)
+@dataclass(frozen=True)
+class _Head:
+    """One head: the linear map and what follows it, worked on in tiles of the vocabulary that stay in the cache.
 
+    `scores` are z, or tanh(z / c) where there is a cap: from either, logits and their slope follow without another
+    matmul.
+    """
 
-def _accumulate(
-    grad_RV: Tensor,
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    grad_hidden_ND: Tensor | None,
-    grad_weight_VD: Tensor | None,
-    part: slice,
-) -> None:
-    """Add one chunk's gradients into the buffers of hidden states and head."""
-    compute = hidden_RD.dtype
-    grad_hidden_RD = torch.zeros(hidden_RD.shape, dtype=grad_RV.dtype, device=hidden_RD.device)
-    for piece in _slices(weight_VD, compute):
-        grad_RW = grad_RV[:, piece].to(compute)
-        if grad_hidden_ND is not None:
-            if compute == grad_hidden_RD.dtype:
-                grad_hidden_RD.addmm_(grad_RW, weight_VD[piece].to(compute))
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    compute: torch.dtype
+    softcap: float | None
+
+    def tiles(self) -> list[slice]:
+        """Return the tiles of the vocabulary."""
+        size = TILE_ROWS if self.weight_VD.device.type == "cpu" else DEVICE_TILE_ROWS
+        return [slice(start, start + size) for start in range(0, len(self.weight_VD), size)]
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Return the logits that scores stand for."""
+        return scores if self.softcap is None else scores * self.softcap
+
+    def score(self, hidden_RD: Tensor, scores_RV: Tensor) -> Tensor:
+        """Write the scores of R rows; return log Σ exp(logits), (R, 1)."""
+        if self.softcap is not None:
+            hidden_RD = hidden_RD / self.softcap
+        top_R = total_R = None
+        for tile in self.tiles():
+            product_RW = torch.mm(hidden_RD, self.weight_VD[tile].to(self.compute).t()).to(scores_RV.dtype)
+            if self.bias_V is not None:
+                product_RW += self.bias_V[tile] / (self.softcap or 1.0)
+            if self.softcap is None:
+                scores_RV[:, tile] = product_RW
             else:
-                grad_hidden_RD += grad_RW @ weight_VD[piece].to(compute)
-        if grad_weight_VD is not None:
-            if compute == grad_weight_VD.dtype:
-                grad_weight_VD[piece].addmm_(grad_RW.t(), hidden_RD)
+                product_RW.tanh_()
+                scores_RV[:, tile] = product_RW
+                product_RW.mul_(self.softcap)
+            # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum so far follows the maximum.
+            largest_R = product_RW.amax(dim=1, keepdim=True)
+            if top_R is None or total_R is None:
+                top_R, total_R = largest_R, product_RW.sub_(largest_R).exp_().sum(dim=1, keepdim=True)
+                continue
+            largest_R = torch.maximum(top_R, largest_R)
+            total_R = total_R * (top_R - largest_R).exp_() + product_RW.sub_(largest_R).exp_().sum(dim=1, keepdim=True)
+            top_R = largest_R
+        assert top_R is not None and total_R is not None
+        return total_R.log_().add_(top_R)
+
+    def accumulate(
+        self,
+        sums: _Gradients,
+        part: slice,
+        hidden_RD: Tensor,
+        scores_RV: Tensor,
+        total_R: Tensor,
+        targets_R: Tensor,
+        weights_R: Tensor,
+    ) -> None:
+        """Add R rows' gradients: w · (softmax − onehot) · slope, then through the linear map."""
+        wide = scores_RV.dtype
+        # Weights go where they cost least: into the few numbers a row, not into its V logits.
+        weighted_RD = (hidden_RD.to(wide) * weights_R).to(self.compute)
+        grad_hidden_RD = torch.zeros(hidden_RD.shape, dtype=wide, device=hidden_RD.device)
+        for tile in self.tiles():
+            scores_RW = scores_RV[:, tile]
+            if self.softcap is None:
+                grad_RW = torch.sub(scores_RW, total_R).exp_()
             else:
-                grad_weight_VD[piece] += grad_RW.t() @ hidden_RD
-    if grad_hidden_ND is not None:
-        grad_hidden_ND[part] = grad_hidden_RD.to(grad_hidden_ND.dtype)
+                grad_RW = torch.add(-total_R, scores_RW, alpha=self.softcap).exp_()
+            inside_R = (targets_R >= tile.start) & (targets_R < tile.stop)
+            columns_R = (targets_R - tile.start).clamp_(0, grad_RW.shape[1] - 1)
+            grad_RW.scatter_add_(1, columns_R, -inside_R.to(wide))
+            if self.softcap is not None:
+                grad_RW.addcmul_(torch.square(scores_RW), grad_RW, value=-1)
+            if sums.bias_V is not None:
+                sums.bias_V[tile] += (grad_RW * weights_R).sum(dim=0)
+            grad_RW = grad_RW.to(self.compute)
+            if sums.hidden_ND is not None:
+                _add_product(grad_hidden_RD, grad_RW, self.weight_VD[tile].to(self.compute))
+            if sums.weight_VD is not None:
+                _add_product(sums.weight_VD[tile], grad_RW.t(), weighted_RD)
+        if sums.hidden_ND is not None:
+            sums.hidden_ND[part] = grad_hidden_RD.mul_(weights_R).to(sums.hidden_ND.dtype)
+
+
+def _wide(compute: torch.dtype) -> torch.dtype:
+    """Return the dtype of what is summed: fp32, or fp64 where the inputs are."""
+    return torch.promote_types(compute, torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right in place; the product is made in its own dtype, the sum kept in the total's."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)

@@ -5,6 +5,7 @@ Shapes: B rows, S columns, G key/value heads, E head size (both differ between k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Encoded:
         hidden_BLD: final hidden states, normed, of the tokens encoded last.
         positions_BS: int64, position of each column; `HIDDEN` at padding.
         lengths_B: int64, tokens of each row, which is where its next canvas starts.
-        aligned: whether column s holds position s in every row, so that columns can be cut by position.
+        aligned: whether column s holds position s or padding in every row, so that columns can be cut by position.
     """
 
     keys: tuple[Tensor, ...]
@@ -43,6 +44,51 @@ class Encoded:
             self.lengths_B[rows_K],
             self.aligned,
         )
+
+    def first(self, lengths: Sequence[int]) -> Encoded:
+        """Return the first `lengths[b]` tokens of each row b, what follows them as padding; columns that none has go.
+
+        Args:
+            lengths: one a row, on the host; column s must hold position s up to there.
+        """
+        columns = max(lengths)
+        lengths_B = torch.tensor(lengths, device=self.lengths_B.device)
+        positions_S = torch.arange(columns, device=lengths_B.device)
+        return Encoded(
+            tuple(keys[:, :, :columns] for keys in self.keys),
+            tuple(values[:, :, :columns] for values in self.values),
+            self.hidden_BLD[:, :0],
+            torch.where(positions_S < lengths_B[:, None], positions_S, HIDDEN),
+            lengths_B,
+            True,
+        )
+
+    def grown(self, rows: Sequence[int], more: Encoded, tokens: int, lengths: Sequence[int]) -> Encoded:
+        """Return this with further tokens of some rows, each row's right behind those that it has.
+
+        Args:
+            rows: the rows that grow.
+            more: their encoding, row k of it for `rows[k]`; its last `tokens` columns are the further tokens.
+            tokens: how many further tokens each of them has.
+            lengths: tokens of every row of this before, on the host; column s must hold position s up to there.
+        """
+        device = self.lengths_B.device
+        after = [length + (tokens if row in rows else 0) for row, length in enumerate(lengths)]
+        rows_K1 = torch.tensor(rows, device=device)[:, None]
+        starts_K1 = torch.tensor([lengths[row] for row in rows], device=device)[:, None]
+        at = (rows_K1, starts_K1 + torch.arange(tokens, device=device))
+
+        def joined(old_BGSE: Tensor, new_KGSE: Tensor) -> Tensor:
+            rows, heads, columns, size = old_BGSE.shape
+            whole = old_BGSE.new_zeros(rows, heads, max(after), size)
+            whole[:, :, :columns] = old_BGSE[:, :, : max(after)]
+            whole.transpose(1, 2)[at] = new_KGSE[:, :, -tokens:].transpose(1, 2)
+            return whole
+
+        keys = tuple(joined(old, new) for old, new in zip(self.keys, more.keys, strict=True))
+        values = tuple(joined(old, new) for old, new in zip(self.values, more.values, strict=True))
+        hidden_BLD = self.hidden_BLD[:, :0]
+        return Encoded(keys, values, hidden_BLD, self.positions_BS, self.lengths_B, True).first(after)
 
     def detach(self) -> Encoded:
         """Return the same keys and values without their history; hidden states keep theirs."""

@@ -196,7 +196,8 @@ def _number(value: Any, name: str, where: str) -> float:
 def _layer_types(given: Any, layers: int, where: str) -> tuple[str, ...]:
     if given is None:
         given = [SLIDING if (number + 1) % _PATTERN else FULL for number in range(layers - 1)] + [FULL]
-    if not isinstance(given, (list, tuple)) or len(given) != layers or set(given) - {SLIDING, FULL}:
+    known = isinstance(given, (list, tuple)) and all(kind in (SLIDING, FULL) for kind in given)
+    if not known or len(given) != layers:
         raise ModelError(f"{where}: layer_types must name {layers} layers, each {SLIDING} or {FULL}, got {given!r}")
     if given[-1] != FULL:
         raise ModelError(f"{where}: layer_types: the last layer must be {FULL}, got {given[-1]}")
@@ -213,7 +214,7 @@ def _full_heads(
         heads = numbers["num_key_value_heads"] if heads is None else heads
         dim = text.get("global_head_dim", 512)
     else:
-        found = {int(key): dict(value) for key, value in dict(per_layer).items()}
+        found = _by_layer(per_layer, where)
         full = [number for number, kind in enumerate(layer_types) if kind == FULL]
         values = [found.get(number, {}) for number in full]
         if set(found) - set(full) or any(value != values[0] for value in values):
@@ -228,9 +229,19 @@ def _full_heads(
     return _positive(heads, "num_global_key_value_heads", where), _positive(dim, "global_head_dim", where)
 
 
+def _by_layer(given: Any, where: str) -> dict[int, dict[str, Any]]:
+    try:
+        return {int(key): dict(value) for key, value in dict(given).items()}
+    except (TypeError, ValueError):
+        raise ModelError(f"{where}: per_layer_config must map layer numbers to fields, got {given!r}") from None
+
+
 def _rope(given: Any, kind: str, where: str) -> tuple[float, float]:
     """Return (theta, share of pairs that turn) of a kind of layer."""
-    values = dict(_ROPE[kind] if given is None else given.get(kind, _ROPE[kind]))
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not isinstance(given.get(kind, {}), Mapping):
+        raise ModelError(f"{where}: rope_parameters must map {SLIDING} and {FULL} to their fields, got {given!r}")
+    values = dict(given.get(kind, _ROPE[kind]))
     odd = set(values) - {"rope_type", "rope_theta", "partial_rotary_factor"}
     if odd or values.get("rope_type", "default") != _ROPE[kind]["rope_type"]:
         raise ModelError(
@@ -238,6 +249,8 @@ def _rope(given: Any, kind: str, where: str) -> tuple[float, float]:
             f"this network implements rope_type {_ROPE[kind]['rope_type']!r} with rope_theta"
         )
     factor = _number(values.get("partial_rotary_factor", 1.0), "partial_rotary_factor", where)
+    if factor > 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor must be at most 1, got {factor}")
     if kind == SLIDING and factor != 1.0:
         raise ModelError(f"{where}: partial_rotary_factor={factor} of {kind} is not supported; leave it out")
     return _number(values.get("rope_theta"), "rope_theta", where), factor

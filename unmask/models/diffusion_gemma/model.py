@@ -33,8 +33,8 @@ from unmask.models.moe import Dispatch, Experts, Router, local_dispatch
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# Softmax over the vocabulary is built for at most this many logits at a time (64 MiB in fp32).
-CHUNK_LOGITS = 2**24
+# Vocabulary rows that the self-conditioning signal is made from at a time; neither logits nor softmax exist whole.
+SIGNAL_ROWS = 2**12
 
 
 @dataclass(frozen=True)
@@ -377,10 +377,20 @@ class DiffusionGemma(nn.Module):
 
     @torch.no_grad()
     def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
-        """Return the `soft_embedding` of the logits of hidden states (K, C, D), a chunk of positions at a time."""
-        rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
-        flat_ND = hidden_KCD.flatten(0, 1)
-        return torch.cat([self.soft_embedding(self.logits(part)) for part in flat_ND.split(rows)]).view_as(hidden_KCD)
+        """Return the `soft_embedding` of the logits of hidden states (K, C, D), made a slice of the vocabulary at a time.
+
+        The cap bounds the logits, so exp(logits − c) neither overflows nor vanishes and no maximum is needed.
+        """
+        weight_VD, cap = self.stack.embed_tokens.weight, self.softcap
+        hidden_ND = hidden_KCD.flatten(0, 1).to(weight_VD.dtype)
+        total_N = torch.zeros(len(hidden_ND), 1, device=hidden_ND.device)
+        mixed_ND = torch.zeros(hidden_ND.shape, device=hidden_ND.device)
+        for part_RD in weight_VD.split(SIGNAL_ROWS):
+            shares_NR = F.linear(hidden_ND, part_RD).float().div_(cap).tanh_().sub_(1.0).mul_(cap).exp_()
+            total_N += shares_NR.sum(dim=1, keepdim=True)
+            mixed_ND += shares_NR.to(weight_VD.dtype) @ part_RD
+        signal_ND = (mixed_ND / total_N).to(weight_VD.dtype) * self.stack.embedding_scale
+        return signal_ND.view_as(hidden_KCD)
 
     def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -1,0 +1,129 @@
+"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): NF4 codes with quantized block scales.
+
+bitsandbytes packs and unpacks. A matrix is brought back when it is multiplied by, in the forward and again in the
+backward pass, so that one whole matrix exists at a time, and none waits for the backward pass.
+
+Shapes: M rows, sorted by expert where there are experts, E experts, I inputs, O outputs, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.models.adapter_layout import layout_of
+from unmask.models.moe import Experts, gated_mlps, grouped_linear
+
+
+class Packed(nn.Module):
+    """A tensor as NF4 codes, two a byte, in blocks of 64 whose scales are quantized as well."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        from bitsandbytes.functional import quantize_4bit
+
+        self.shape = tensor.shape
+        # Flat, because on the CPU blocks must not end inside a row.
+        codes, self.state = quantize_4bit(tensor.detach().flatten(), compress_statistics=True, quant_type="nf4")
+        self.register_buffer("codes", codes)
+
+    def dense(self) -> Tensor:
+        """Return the tensor that the codes stand for, in the dtype that it came in."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.codes, self.state).view(self.shape)  # pyright: ignore[reportArgumentType]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        super()._apply(fn, recurse)
+        self.state.to(self.codes.device)  # pyright: ignore[reportArgumentType]
+        return self
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """rows · Wᵀ, or `grouped_linear` where counts are given; gradients reach the rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts_E: Tensor | None, packed: Packed) -> Tensor:
+        ctx.counts_E, ctx.packed, ctx.dtype = counts_E, packed, rows.dtype
+        weight = packed.dense()
+        return F.linear(rows, weight.to(rows.dtype)) if counts_E is None else grouped_linear(rows, weight, counts_E)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weight = ctx.packed.dense().to(gradients[0].dtype)
+        if ctx.counts_E is None:
+            return (gradients[0] @ weight).to(ctx.dtype), None, None
+        return grouped_linear(gradients[0], weight.transpose(1, 2), ctx.counts_E).to(ctx.dtype), None, None
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen `nn.Linear` whose matrix is packed."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = Packed(linear.weight)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (O, I) unpacked; DoRA takes its norms."""
+        return self.packed.dense()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the linear map of (..., I), (..., O)."""
+        out: Tensor = _FrozenProduct.apply(rows, None, self.packed)  # pyright: ignore[reportAssignmentType]
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class QuantizedExperts(nn.Module):
+    """Frozen `Experts` whose stacked matrices are packed."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.packed = nn.ModuleDict({name: Packed(weight_EOI) for name, weight_EOI in experts.named_parameters()})
+
+    def linear(self, name: str, rows_MI: Tensor, counts_E: Tensor) -> Tensor:
+        """Multiply rows by the matrices called `name`, each run of rows by its expert's."""
+        return _FrozenProduct.apply(rows_MI, counts_E, self.packed[name])  # pyright: ignore[reportReturnType]
+
+    def forward(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
+        """Return each row's output of its expert, (M, D); arguments as in `Experts.forward`."""
+        return gated_mlps(self.linear, sorted_MD, counts_E)
+
+
+@torch.no_grad()
+def quantize_base(model: nn.Module) -> None:
+    """Put the adaptable linear layers and the experts of a network, adapters attached, into 4 bits, in place.
+
+    Embedding, head, router and norms stay as they are. On the meta device a tensor of the codes' size stands in.
+    """
+    patterns = layout_of(model).linears
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            new: nn.Module = _stand_in(module) if module.gate_up_proj.is_meta else QuantizedExperts(module)
+        elif type(module) is nn.Linear and _is_base(name, patterns):
+            new = _stand_in(module) if module.weight.is_meta else QuantizedLinear(module)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
+def _is_base(name: str, patterns: tuple[str, ...]) -> bool:
+    owner = name.removesuffix(".base_layer")
+    return ".lora_" not in name and any(fnmatchcase(owner, pattern) for pattern in patterns)
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.dim() >= 2:
+            codes = torch.empty(parameter.numel() // 2, 1, dtype=torch.uint8, device="meta")
+            setattr(module, name, nn.Parameter(codes, requires_grad=False))
+    return module
