@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.data.chat import load_template
+from unmask.data.collate import rounded
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
 from unmask.data.loader import DataloaderConfig, TrainLoader, validation_set
 from unmask.data.order import epoch_order
@@ -188,7 +189,8 @@ def test_too_few_rows_are_refused():
         read_section(DataloaderConfig, {"num_workers": -1}, "dataloader")
 
 
-def test_grouping_by_length_saves_padding_and_visits_each_row_once():
+def test_grouping_by_length_saves_padding_and_visits_each_row_once(monkeypatch):
+    monkeypatch.setattr("unmask.data.collate.LENGTH_MULTIPLE", 1)
     rows = Numbered(1000)
 
     def padding(group_by_length: bool) -> float:
@@ -223,7 +225,8 @@ def test_padding_is_lean_unless_it_is_supervised():
     rows = Numbered(40)
     for batch in next(iter(loader(rows))):
         lengths = [rows.text_length(i) for i in batch.sample_ids_B.tolist()]
-        assert batch.input_ids_BL.shape[1] == max(lengths)
+        width = batch.input_ids_BL.shape[1]
+        assert width % 16 == 0 and max(lengths) <= width < max(lengths) + 16
         assert batch.attention_mask_BL.sum(dim=1).tolist() == lengths
         assert batch.answer_lengths_B.tolist() == [n - n // 2 for n in lengths]
         assert (batch.input_ids_BL[~batch.attention_mask_BL] == PAD).all()
@@ -233,6 +236,11 @@ def test_padding_is_lean_unless_it_is_supervised():
         lengths = [rows.text_length(i) for i in batch.sample_ids_B.tolist()]
         assert batch.attention_mask_BL.all()
         assert batch.answer_lengths_B.tolist() == [width - n // 2 for n in lengths]
+
+
+@pytest.mark.parametrize(("length", "most", "width"), [(1, None, 16), (16, None, 16), (17, 20, 20), (17, 40, 32)])
+def test_padding_is_rounded_up_but_not_beyond_the_longest_row_allowed(length, most, width):
+    assert rounded(length, most) == width
 
 
 def test_the_global_generator_is_left_alone():

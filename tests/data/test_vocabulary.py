@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.data.vocabulary import CONTROL_TOKENS, train_tokenizer
+from unmask.data.vocabulary import DIFFUSION_GEMMA, LLADA, train_tokenizer
 from unmask.errors import DataError
 
 TEXTS = ["Ada has 23 apples and buys 4.", "user\n\nHow many now?", "23+4 = <<23+4=27>>27 apples"] * 20
@@ -14,7 +14,7 @@ TOKENIZER = train_tokenizer(TEXTS, 300)
 
 
 def test_control_tokens_have_the_first_ids_and_their_roles() -> None:
-    assert TOKENIZER.convert_tokens_to_ids(list(CONTROL_TOKENS)) == list(range(6))
+    assert TOKENIZER.convert_tokens_to_ids(list(LLADA.tokens)) == list(range(6))
     assert (TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, TOKENIZER.pad_token_id, TOKENIZER.mask_token_id) == (
         0,
         1,
@@ -31,10 +31,17 @@ def test_digits_stay_single_tokens() -> None:
 @given(st.text(max_size=40))
 def test_any_text_survives_the_round_trip(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False)
-    if not any(token in text for token in CONTROL_TOKENS):
+    if not any(token in text for token in LLADA.tokens):
         assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
     with pytest.raises(DataError, match="vocab_size: 100"):
         train_tokenizer(TEXTS, 100)
+
+
+def test_another_family_has_its_own_control_tokens() -> None:
+    tokenizer = train_tokenizer(TEXTS, 300, DIFFUSION_GEMMA)
+    assert tokenizer.convert_tokens_to_ids(list(DIFFUSION_GEMMA.tokens)) == list(range(8))
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer.mask_token_id is None

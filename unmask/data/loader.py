@@ -100,6 +100,7 @@ class TrainLoader:
         seed: int,
         pad_token_id: int,
         supervise_padding: bool,
+        seq_length: int | None = None,
     ) -> None:
         if global_batch_size % (local_batch_size * world_size):
             raise ConfigError(
@@ -121,6 +122,7 @@ class TrainLoader:
         self.seed = seed
         self.pad_token_id = pad_token_id
         self.supervise_padding = supervise_padding
+        self.seq_length = seq_length
         self.epoch = 0
         self.cursor = 0
         self.dropped: Counter[str] = Counter()
@@ -233,7 +235,7 @@ class TrainLoader:
         )
 
     def _micro_batches(self, batch: _GlobalBatch) -> list[Batch]:
-        from unmask.data.collate import collate
+        from unmask.data.collate import collate, rounded
 
         slots = generator(self.seed, "data/slots", batch.epoch, batch.start).permutation(len(batch.rows)).tolist()
         local, longest = self.local_batch_size, len(batch.rows[0][1])
@@ -249,7 +251,7 @@ class TrainLoader:
                     slots[first : first + local],
                     epoch=batch.epoch,
                     global_rows=self.global_batch_size,
-                    length=longest if self.supervise_padding else len(mine[0][1]),
+                    length=longest if self.supervise_padding else rounded(len(mine[0][1]), self.seq_length),
                     pad_token_id=self.pad_token_id,
                     supervise_padding=self.supervise_padding,
                     peers=[sample_id for sample_id, _ in beside],
@@ -280,6 +282,7 @@ def validation_set(
     local_batch_size: int,
     pad_token_id: int,
     supervise_padding: bool,
+    seq_length: int | None = None,
 ) -> ValidationSet:
     """Return a whole validation set as batches, always the same ones.
 
@@ -292,11 +295,12 @@ def validation_set(
         local_batch_size: rows a batch.
         pad_token_id: padding.
         supervise_padding: padding is attended and supervised.
+        seq_length: as in `TrainLoader`.
 
     Raises:
         DataError: a malformed row, or no row that can be scored.
     """
-    from unmask.data.collate import collate
+    from unmask.data.collate import collate, rounded
 
     found: list[tuple[int, EncodedRow]] = []
     dropped: Counter[str] = Counter()
@@ -321,7 +325,7 @@ def validation_set(
             slots[first : first + local_batch_size],
             epoch=0,
             global_rows=len(found),
-            length=len(found[-1][1]) if supervise_padding else len(some[-1][1]),
+            length=len(found[-1][1]) if supervise_padding else rounded(len(some[-1][1]), seq_length),
             pad_token_id=pad_token_id,
             supervise_padding=supervise_padding,
             peers=[sample_id for sample_id, _ in some],

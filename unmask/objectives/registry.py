@@ -61,6 +61,7 @@ class ObjectiveEntry:
             refused.
         options: those of them that the class takes.
         from_model: argument of the class → attribute of the model's configuration that it is read from.
+        fills: attribute of the model's configuration: rows may grow to a multiple of it; None = they stay as they are.
     """
 
     module: str
@@ -69,6 +70,7 @@ class ObjectiveEntry:
     defaults: Mapping[str, Any]
     options: tuple[str, ...]
     from_model: Mapping[str, str]
+    fills: str | None = None
 
 
 # dllm.mode → its objective. A new objective is a file and an entry here.
@@ -103,6 +105,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         },
         options=("eps", "encoder_loss_weight", "self_conditioning_p", "stop_gradient_to_encoder", "time_sampling"),
         from_model={"block_size": "canvas_length", "vocab_size": "vocab_size", "eos_token_id": "eos_token_id"},
+        fills="canvas_length",
     ),
 }
 
@@ -198,6 +201,12 @@ def check_against_model(section: DllmConfig, provides: frozenset[str], model_typ
                 f"dllm.{name}: {value} contradicts the model's config.json, which says {known_as} {known}; "
                 "leave the field out to use the model's"
             )
+
+
+def most_padding(section: DllmConfig, model_config: Any) -> int:
+    """Return how many positions the objective may add to a row, which the model must have beyond `seq_length`."""
+    fills = OBJECTIVES[section.mode].fills
+    return 0 if fills is None else getattr(model_config, fills) - 1
 
 
 def build_objective(section: DllmConfig, model_config: Any) -> Objective:
