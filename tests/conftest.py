@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -51,6 +52,63 @@ def pytest_unconfigure() -> None:
 def fixtures() -> Path:
     """Folder of the golden data that lies beside the tests."""
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def gemma_values() -> Callable[..., dict]:
+    """Return a function that makes a tiny DiffusionGemma's config.json.
+
+    `canvas_length` goes to the top, other keywords into text_config. Full layers have heads of their own size and
+    number, the window is shorter than most inputs.
+    """
+
+    def make(canvas_length: int = 8, **text: object) -> dict:
+        sizes = {
+            "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+            "sliding_window": 5, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8,
+            "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1,
+            "use_bidirectional_attention": "vision",
+        }  # fmt: skip
+        vision = {
+            "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16,
+        }  # fmt: skip
+        ids = {"boi_token_id": 36, "eoi_token_id": 37, "image_token_id": 38}
+        top = {"model_type": "diffusion_gemma", "canvas_length": canvas_length, **ids}
+        return {**top, "text_config": {**sizes, **text}, "vision_config": vision}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gemma_reference(gemma_values: Callable[..., dict]) -> Callable[..., Any]:
+    """Return a function that makes transformers' own DiffusionGemma, small, with every tensor random.
+
+    Keywords as for `gemma_values`. Norms, scales and the layer scalars of both roles are random too: none can hide.
+    """
+
+    def make(seed: int = 0, **fields: object) -> Any:
+        import torch
+        from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+        values = gemma_values(**fields)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig(**values))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                noise = torch.randn(tensor.shape, generator=generator)
+                if tensor.dim() >= 2:
+                    tensor.copy_(noise * tensor.shape[-1] ** -0.5)
+                elif "norm" in name or name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+                    tensor.copy_(1 + 0.3 * noise)
+        model.set_experts_implementation("eager")  # its grouped kernel does not take every size
+        return model.eval()
+
+    return make
 
 
 class TinyFiles:

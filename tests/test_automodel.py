@@ -130,7 +130,7 @@ def test_each_key_without_influence_is_listed_once() -> None:
     assert set(listed) == {
         "recipe", "ci", "dist_env", "loss_fn", "model.trust_remote_code", "model.backend",
         "dataset.tokenizer.trust_remote_code", "dataloader.collate_fn", "checkpoint.model_save_format",
-        "checkpoint.save_consolidated", "distributed.sequence_parallel", "step_scheduler.val_every_steps",
+        "distributed.sequence_parallel", "step_scheduler.val_every_steps",
     }  # fmt: skip
 
 
@@ -339,7 +339,7 @@ def test_their_diffusion_gemma_recipe_is_our_example() -> None:
     assert set(loaded.not_needed) == {
         "recipe", "dist_env", "loss_fn", "model.backend", "model.self_conditioning", "distributed.moe",
         "distributed.sequence_parallel", "dllm.pad_block_size", "dllm.pad_seq_len_divisible", "dataset.split",
-        "dataloader.collate_fn", "checkpoint.model_save_format", "checkpoint.save_consolidated",
+        "dataloader.collate_fn", "checkpoint.model_save_format",
         "step_scheduler.log_remote_every_steps", "step_scheduler.val_every_steps",
     }  # fmt: skip
 

@@ -120,8 +120,21 @@ TRAIN_CASES: list[tuple[list[str], list[str]]] = [
     (["--checkpoint.checkpoint_dir", "train.jsonl"], ["checkpoint.checkpoint_dir", "train.jsonl"]),
     (["--wandb.tracker", "trackio"], ["wandb.tracker", "pip install 'unmask[trackio]'"]),
     (["--peft.r", "2"], ["peft", "an adapter needs a base checkpoint", "model.pretrained_model_name_or_path"]),
-    (["--nproc-per-node", "2"], ["2 processes", "one device"]),
+    (["--nproc-per-node", "0"], ["--nproc-per-node", "at least 1", "0"]),
     (["--nproc_per_node", "two"], ["nproc", "two"]),
+    (["--nproc-per-node", "3"], ["step_scheduler.global_batch_size", "3 processes"]),
+    (["--nproc-per-node", "2", "--distributed.dp_size", "4"], ["distributed.dp_size: 4", "2 processes"]),
+    (["--nproc-per-node", "2", "--distributed.dp_replicate_size", "3"], ["dp_replicate_size: 3", "does not divide"]),
+    (["--distributed.dp_replicate_size", "2"], ["distributed.dp_replicate_size: 2", "1 process"]),
+    (["--distributed.ep_size", "2"], ["distributed.ep_size: 2", "no experts"]),
+    (["--distributed.tp_size", "2"], ["distributed.tp_size: 2 is not available", "tensor", "set it to 1"]),
+    (["--distributed.cp_size", "2"], ["distributed.cp_size: 2 is not available", "context"]),
+    (["--distributed.pp_size", "2"], ["distributed.pp_size: 2 is not available", "pipeline"]),
+    (["--distributed.strategy", "ddp2"], ["distributed.strategy", "fsdp2"]),
+    (["--distributed.offload_policy", "cpu"], ["distributed.offload_policy", "more than one process"]),
+    (["--distributed.timeout_minutes", "0"], ["distributed.timeout_minutes", "positive"]),
+    (["--distributed.mp_policy", "{reduce_dtype: float16}"], ["distributed.mp_policy.reduce_dtype", "bfloat16"]),
+    (["--checkpoint.save_consolidated", "always"], ["checkpoint.save_consolidated", "final"]),
 ]
 
 
@@ -170,9 +183,9 @@ def test_a_configuration_file(place: Path, text: str | None, named: str) -> None
     assert "bad.yaml" in said and named in said
 
 
-def test_many_processes_of_a_launcher(place: Path) -> None:
-    assert "2 processes" in refused(place, TRAIN, WORLD_SIZE="2")
-    assert "WORLD_SIZE" in refused(place, TRAIN, WORLD_SIZE="many")
+def test_variables_of_a_launcher_that_are_wrong(place: Path) -> None:
+    for value in ("many", "0", "-1"):
+        assert "WORLD_SIZE" in refused(place, TRAIN, WORLD_SIZE=value)
 
 
 def test_a_tracker_that_is_only_a_folder_of_its_own_logs(place: Path) -> None:

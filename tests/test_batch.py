@@ -8,20 +8,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, LossTerms, NoisyBatch
+from unmask.batch import Batch, CanvasBatch, LossTerms, NoisyBatch
+
+IDS = torch.arange(6).view(2, 3)
+FLAGS = IDS > 2
+
+
+def clean() -> Batch:
+    samples, cut = torch.tensor([4, 9]), torch.tensor([False, True])
+    return Batch(IDS, FLAGS, ~FLAGS, FLAGS.sum(1), samples, 1, torch.tensor([1, 0]), 2, cut, torch.tensor([4, 9, 3]))
 
 
 def noisy(mask: Tensor | None) -> NoisyBatch:
-    ids = torch.arange(6).view(2, 3)
-    flags = ids > 2
-    clean = Batch(ids, flags, ~flags, flags.sum(1), torch.tensor([4, 9]), 1, torch.tensor([1, 0]), 2)
-    positions = flags.flatten().nonzero()[:, 0]
-    return NoisyBatch(clean, ids + 1, mask, flags, positions, flags.float(), {"mdlm": 3.0})
+    positions = FLAGS.flatten().nonzero()[:, 0]
+    return NoisyBatch(clean(), IDS + 1, mask, FLAGS, positions, FLAGS.float(), {"mdlm": 3.0})
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(2, 3, dtype=torch.bool)])
-def test_to_moves_every_tensor_and_keeps_the_rest(mask: Tensor | None) -> None:
-    batch = noisy(mask)
+def canvases(rows: Tensor | None, conditioned: Tensor | None) -> CanvasBatch:
+    """Two canvases of three positions."""
+    weight, starts = (None, ()) if conditioned is None else (conditioned.float(), (1,))
+    positions = torch.tensor([0, 1, 3])
+    return CanvasBatch(
+        clean(), IDS, positions, IDS.flatten()[positions], rows, (1, 2), IDS + 1, IDS, FLAGS, None,
+        conditioned, starts, weight, {"diffusion": 3.0, "encoder": 3.0},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        noisy(None),
+        noisy(torch.ones(2, 3, dtype=torch.bool)),
+        canvases(None, None),
+        canvases(torch.tensor([0, 0]), torch.tensor([1])),
+    ],
+    ids=["masked", "masked and padded", "canvases", "canvases of one row"],
+)
+def test_to_moves_every_tensor_and_keeps_the_rest(batch: NoisyBatch | CanvasBatch) -> None:
     moved = batch.to("meta")
 
     def check(before: object, after: object) -> None:
@@ -41,6 +64,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest(mask: Tensor | None) -> None:
 
 
 def test_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        noisy(None).counts = {}  # type: ignore[misc]
+    for batch in (noisy(None), canvases(None, None)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            batch.counts = {}  # type: ignore[misc]
     assert LossTerms().terms == {}

@@ -36,7 +36,7 @@ torch.optim.AdamW([a], fused=True)
 (a @ a).sum().backward()
 runtime = Runtime(torch.device("cpu"), None)
 before = runtime.memory_gib()
-run, start = assemble(prepared, Console(file=open("/dev/null", "w")))
+run, start = assemble(prepared, build_runtime(prepared.config.distributed), Console(file=open("/dev/null", "w")))
 train(run, start)
 print(json.dumps([(runtime.memory_gib() - before) * 2**30, estimate.total]))
 """
@@ -87,6 +87,23 @@ def test_an_adapter_is_counted_as_what_is_trained(tiny, tiny_base: Path, tmp_pat
         estimate = estimates.pop()
         assert estimate.weights == (estimate.parameters - trained) * width + trained * 4  # adapters stay fp32
         assert (estimate.gradients, estimate.optimizer) == (trained * 4, 2 * trained * 4)
+
+
+def test_a_base_in_four_bits_is_counted_as_half_a_byte(tiny, tiny_base: Path, tmp_path: Path, monkeypatch) -> None:
+    from unmask import preview
+
+    estimates = []
+    count = preview.estimate_memory
+    monkeypatch.setattr(preview, "estimate_memory", lambda *given: estimates.append(count(*given)) or estimates[-1])
+    values = tiny.config(tmp_path / "run", model={"pretrained_model_name_or_path": str(tiny_base)}, peft={"r": 2})
+    path = tiny.write(tmp_path / "run.yaml", values)
+    for four in ("false", "true"):
+        assert main(["train", "-c", str(path), "--dry-run", "--peft.load_in_4bit", four]) == 0
+    whole, packed = estimates
+    assert (packed.parameters, packed.trainable) == (whole.parameters, whole.trainable)
+    config = json.loads((tiny_base / "config.json").read_text())
+    width, hidden = config["d_model"], config["mlp_hidden_size"]
+    assert whole.weights - packed.weights == config["n_layers"] * (4 * width**2 + 3 * width * hidden) * 7 // 2
 
 
 def test_a_hub_model_is_shown_without_its_weights(tiny, tiny_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:

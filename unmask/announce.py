@@ -12,7 +12,6 @@ from unmask.sections import differences
 
 if TYPE_CHECKING:
     from unmask.assemble import Prepared
-    from unmask.batch import Batch
     from unmask.data.loader import ValidationSet
     from unmask.data.sources import Rows
     from unmask.training.loop import TrainingRun
@@ -91,9 +90,8 @@ def left_out(dropped: Mapping[str, int], examples: Mapping[str, str]) -> list[st
     return [f"left out {count} rows: {reason} (first: {examples[reason]})" for reason, count in dropped.items()]
 
 
-def name_rows(rows: Rows, batches: Sequence[Batch]) -> str:
+def name_rows(rows: Rows, ids: Sequence[int]) -> str:
     """Return the places of the first 16 rows of a step, and how many more there are."""
-    ids = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
     shown = ", ".join(rows.describe(sample) for sample in ids[:16])
     return shown + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
 

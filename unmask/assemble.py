@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 from unmask.announce import announce, left_out, name_rows
 from unmask.config import LoadedConfig, RunConfig, dump_config
 from unmask.data.sources import Rows, open_rows
-from unmask.distributed.runtime import refuse_many_processes, world_size
+from unmask.distributed.mesh import Degrees, resolve_degrees
+from unmask.distributed.ranks import ALONE, Ranks, world_size
 from unmask.errors import ConfigError
 from unmask.models.folders import weights_fingerprint
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
-from unmask.objectives.registry import check_against_model
+from unmask.objectives.registry import check_against_model, most_padding
+from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.trackers import check_tracker
 from unmask.sections import to_mapping
+from unmask.training.lora import check_quantization
 from unmask.training.run_directory import hold_run_dir
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from unmask.distributed.runtime import Runtime
     from unmask.objectives.registry import Objective
     from unmask.training.loop import TrainingOutcome, TrainingRun
+    from unmask.training.network import NetworkSettings
     from unmask.training.resume import ResumePoint
 
 
@@ -49,6 +55,7 @@ class Prepared:
         plan: the model, weights not loaded.
         tokenizer_folder: where the tokenizer is.
         rows, validation_rows: the opened data.
+        degrees: how the processes of the run are arranged.
     """
 
     config: RunConfig
@@ -57,17 +64,19 @@ class Prepared:
     tokenizer_folder: Path
     rows: Rows
     validation_rows: Rows | None
+    degrees: Degrees = Degrees()
 
 
-def prepare(loaded: LoadedConfig, weights: bool = True) -> Prepared:
+def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = None) -> Prepared:
     """Check everything that can be checked without torch. Raises an UnmaskError that names the field or file.
 
     Args:
         loaded: the configuration.
         weights: False leaves the weights of a hub id where they are; enough for a dry run.
+        processes: how many the run is for; None = as many as the launcher started.
     """
     config = loaded.config
-    refuse_many_processes(world_size())
+    processes = processes or world_size()
     check_tracker(config.wandb)
     plan = plan_model(config.model, weights)
     if config.peft is not None and plan.folder is None:
@@ -75,13 +84,17 @@ def prepare(loaded: LoadedConfig, weights: bool = True) -> Prepared:
             "peft: an adapter needs a base checkpoint, and model.config makes a fresh network; set "
             "model.pretrained_model_name_or_path, or remove peft"
         )
+    check_quantization(config.peft, processes)
+    degrees = resolve_degrees(config.distributed, processes, getattr(plan.config, "num_experts", None))
+    _check_batch(config, processes)
     check_against_model(config.dllm, plan.family.provides, plan.family.model_type, plan.config)
     tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
+    room = plan.config.max_sequence_length - most_padding(config.dllm, plan.config)
     for name, section in (("dataset", config.dataset), ("validation_dataset", config.validation_dataset)):
-        if section is not None and section.seq_length > plan.config.max_sequence_length:
+        if section is not None and section.seq_length > room:
             raise ConfigError(
                 f"{name}.seq_length: {section.seq_length} is longer than the model's max_sequence_length "
-                f"{plan.config.max_sequence_length}; set it to that or less"
+                f"{plan.config.max_sequence_length} allows; set it to {room} or less"
             )
     rows = open_rows(config.dataset, "dataset")
     if len(rows) < config.step_scheduler.global_batch_size:
@@ -92,7 +105,16 @@ def prepare(loaded: LoadedConfig, weights: bool = True) -> Prepared:
     validation_rows = None
     if config.validation_dataset is not None:
         validation_rows = open_rows(config.validation_dataset, "validation_dataset")
-    return Prepared(config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows)
+    return Prepared(config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows, degrees)
+
+
+def _check_batch(config: RunConfig, processes: int) -> None:
+    steps = config.step_scheduler
+    if steps.global_batch_size % (steps.local_batch_size * processes):
+        raise ConfigError(
+            f"step_scheduler.global_batch_size: {steps.global_batch_size} is no multiple of local_batch_size "
+            f"{steps.local_batch_size} × {processes} processes; every process needs as many whole micro-batches"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +137,8 @@ class Parts:
     pad_token_id: int
 
 
-def build_parts(prepared: Prepared) -> Parts:
-    """Build tokenizer, template, loader and objective; the network is not touched."""
+def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
+    """Build tokenizer, template, this rank's loader and objective; the network is not touched."""
     from unmask.data.chat import load_template
     from unmask.data.encode import RowEncoder
     from unmask.data.loader import TrainLoader
@@ -149,9 +171,12 @@ def build_parts(prepared: Prepared) -> Parts:
         config=config.dataloader,
         global_batch_size=config.step_scheduler.global_batch_size,
         local_batch_size=config.step_scheduler.local_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.size,
         seed=config.seed if config.dataset.shuffle_seed is None else config.dataset.shuffle_seed,
         pad_token_id=pad,
         supervise_padding=bool(config.dllm.supervise_padding),
+        seq_length=config.dataset.seq_length,
     )
     return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
 
@@ -172,6 +197,7 @@ Validator = Callable[["nn.Module"], Mapping[str, float]]
 
 def assemble(
     prepared: Prepared,
+    runtime: Runtime,
     console: Console,
     extra_validators: Callable[[Parts], Sequence[Validator]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
@@ -182,52 +208,33 @@ def assemble(
 
     Args:
         prepared: from `prepare`.
+        runtime: device and ranks; all ranks assemble together, and rank 0 alone writes and talks.
         console: where progress goes.
         extra_validators: further measurements at each validation, for example exact match.
         is_good_enough: may end the run, told each validation event.
     """
-    import torch
-
-    from unmask import rng
-    from unmask.distributed.runtime import build_runtime, prepare_model
-    from unmask.models.registry import build_model
-    from unmask.report.metrics import FILE, MetricsLog
     from unmask.report.progress import TrainingProgress
-    from unmask.report.trackers import open_tracker
     from unmask.rng import NoiseStream
     from unmask.training.loop import TrainingRun
-    from unmask.training.model_files import model_files
-    from unmask.training.optim import build_optimizer
+    from unmask.training.network import build_network
     from unmask.training.resume import ResumeParts, resume
 
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
-    runtime = build_runtime(config.distributed)
-    parts = build_parts(prepared)
+    parts = build_parts(prepared, runtime.ranks)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
     validation = _validation_set(prepared, parts)
     validators = [] if validation is None else [_validator(prepared, validation, runtime)]
-    model = build_model(prepared.plan, config.model.torch_dtype, seed=config.seed)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws fresh adapters from the global generator
-        torch.manual_seed(rng.key(config.seed, "adapter/init") % 2**32)
-        files = model_files(
-            model, prepared.plan, config.peft, parts.tokenizer, parts.template.source, dump_config(config)
-        )
-    model = prepare_model(model, config.distributed, runtime)
-    optimizer = build_optimizer(config.optimizer, model)
+    network = build_network(_network_settings(prepared, parts, root), runtime)
     identity = _identity(prepared)
     start = resume(
-        root, config.checkpoint, identity, ResumeParts(model, optimizer, parts.loader, files.read, root / FILE)
+        root, config.checkpoint, identity, ResumeParts(parts.loader, network.restore, root / FILE, runtime.ranks)
     )
-    (root / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    tracker = open_tracker(config.wandb, root, to_mapping(config))
-    metrics = MetricsLog(root / FILE, [tracker.log] if tracker else [], [tracker.close] if tracker else [])
-    progress = TrainingProgress(total_steps, start.step, console)
     run = TrainingRun(
         root=root,
-        model=model,
+        model=network.model,
         objective=parts.objective,
         loader=parts.loader,
-        optimizer=optimizer,
+        optimizer=network.optimizer,
         noise=NoiseStream(config.seed),
         runtime=runtime,
         steps=config.step_scheduler,
@@ -237,16 +244,45 @@ def assemble(
         max_norm=config.clip_grad_norm.max_norm,
         checkpoint=config.checkpoint,
         identity=identity,
-        write_model=files.write,
-        read_model=files.read,
+        saver=network.saver(start.folder),
         validators=[*validators, *extra_validators(parts)],
-        metrics=metrics,
-        progress=progress,
+        metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
+        progress=TrainingProgress(total_steps, start.step, console),
         name_rows=partial(name_rows, prepared.rows),
         is_good_enough=is_good_enough,
+        defer_grad_sync=config.distributed.defer_grad_sync,
     )
     announce(run, prepared, validation, start)
     return run, start
+
+
+def _network_settings(prepared: Prepared, parts: Parts, root: Path) -> NetworkSettings:
+    from unmask.training.network import NetworkSettings
+
+    config = prepared.config
+    return NetworkSettings(
+        plan=prepared.plan,
+        dtype=config.model.torch_dtype,
+        peft=config.peft,
+        freeze_router=bool(config.dllm.freeze_router),
+        distributed=config.distributed,
+        optimizer=config.optimizer,
+        checkpoint=config.checkpoint,
+        seed=config.seed,
+        root=root,
+        tokenizer=parts.tokenizer,
+        template=parts.template.source,
+        run_config=dump_config(config),
+    )
+
+
+def _open_log(config: RunConfig, root: Path) -> MetricsLog:
+    """Write config.yaml and open metrics.jsonl and the tracker."""
+    from unmask.report.trackers import open_tracker
+
+    (root / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    tracker = open_tracker(config.wandb, root, to_mapping(config))
+    return MetricsLog(root / FILE, [tracker.log] if tracker else [], [tracker.close] if tracker else [])
 
 
 def run_training(
@@ -255,24 +291,72 @@ def run_training(
     extra_validators: Callable[[Parts], Sequence[Validator]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> TrainingOutcome:
-    """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here."""
+    """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here.
+
+    With several processes each of them calls this; rank 0 alone talks and writes logs.
+    """
     section = prepared.config.checkpoint
-    with hold_run_dir(Path(section.checkpoint_dir).expanduser(), section):
-        from unmask.report.metrics import FILE, read_metrics
-        from unmask.report.plots import plot_runs
+    root = Path(section.checkpoint_dir).expanduser()
+    with contextlib.ExitStack() as stack:
+        if prepared.degrees.world == 1:
+            stack.enter_context(hold_run_dir(root, section))
+        from unmask.distributed.runtime import build_runtime
         from unmask.training.loop import train
 
-        run, start = assemble(prepared, console, extra_validators, is_good_enough)
+        runtime = build_runtime(prepared.config.distributed, prepared.degrees)
+        if prepared.degrees.world > 1:
+            runtime.ranks.agree(_agreement(prepared))
+            if runtime.ranks.first:
+                stack.enter_context(hold_run_dir(root, section))
+            else:
+                console = _silent_console()
+            runtime.ranks.barrier()  # nobody looks into the run directory before rank 0 holds it
+        run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough)
         try:
             outcome = train(run, start)
-            made_steps = any(event["event"] == "train" for event in read_metrics(run.root / FILE))
-            if outcome.reason != "already finished" and made_steps:
-                plot_runs([run.root], run.root / "loss.png")
+            if runtime.ranks.first and outcome.reason != "already finished":
+                _draw_curve(root)
         finally:
             run.metrics.close()
     for line in left_out(run.loader.dropped, run.loader.examples):
         console.print(line, markup=False)
     return outcome
+
+
+def _silent_console() -> Console:
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def _draw_curve(root: Path) -> None:
+    from unmask.report.plots import plot_runs
+
+    if any(event["event"] == "train" for event in read_metrics(root / FILE)):
+        plot_runs([root], root / "loss.png")
+
+
+def _agreement(prepared: Prepared) -> dict[str, str]:
+    """Return what all ranks must have alike, by the name that a message shows."""
+    import platform
+
+    import torch
+    import transformers
+
+    config, plan = prepared.config, prepared.plan
+    validation = prepared.validation_rows
+    hashed = {
+        "configuration": dump_config(config),
+        "model": json.dumps([plan.config_json, None if plan.folder is None else weights_fingerprint(plan.folder)]),
+        "training data": prepared.rows.fingerprint,
+        "validation data": "" if validation is None else validation.fingerprint,
+    }
+    return {
+        **{name: hashlib.blake2b(str(text).encode(), digest_size=6).hexdigest() for name, text in hashed.items()},
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+        "version of Python": ".".join(platform.python_version_tuple()[:2]),
+    }
 
 
 def _tokenizer_name(config: RunConfig, plan: ModelPlan) -> str:
@@ -297,6 +381,7 @@ def _validation_set(prepared: Prepared, parts: Parts) -> ValidationSet | None:
         local_batch_size=config.step_scheduler.local_batch_size,
         pad_token_id=parts.pad_token_id,
         supervise_padding=bool(config.dllm.supervise_padding),
+        seq_length=config.validation_dataset.seq_length,
     )
 
 
@@ -306,7 +391,7 @@ def _validator(prepared: Prepared, validation: ValidationSet, runtime: Runtime) 
 
     section = dataclasses.replace(prepared.config.dllm, time_sampling="stratified")
     objective = build_objective(section, prepared.plan.config)
-    noisy = fixed_noise(objective, validation.batches, prepared.config.seed)
+    noisy = fixed_noise(objective, validation.batches, prepared.config.seed, runtime.ranks)
     return lambda model: validation_losses(model, objective, noisy, runtime)
 
 

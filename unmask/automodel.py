@@ -47,7 +47,6 @@ _DROPPED = (
     "distributed.moe",
     "distributed.mp_policy._target_",
     "checkpoint.model_save_format",
-    "checkpoint.save_consolidated",
     "step_scheduler.log_remote_every_steps",
     "wandb.save_dir",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -19,8 +20,8 @@ A run directory with checkpoints is resumed, exactly. Ctrl-C and SIGTERM save a 
 
 _GENERATE_HELP = """\
 A prompt is one user turn through the checkpoint's chat template; --raw takes it literally.
-Sampling follows LLaDA's published algorithm; --threshold settles every token that is sure enough instead of a fixed
-number a step.
+Sampling follows the published algorithm of the checkpoint's family. What no flag sets is the checkpoint's own
+(generation_config.json), or its family's; a flag of another family is refused.
 """
 
 
@@ -31,7 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # as soon as another process wants a core; sleeping ones lose a few per cent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    parser = build_parser()
+    status = _run(build_parser(), words)
+    if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended
+        from unmask.distributed.launch import leave_status
+
+        leave_status(status)
+    return status
+
+
+def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
     try:
         arguments, rest = parser.parse_known_args(words)
         if rest and not getattr(arguments, "takes_overrides", False):
@@ -39,18 +48,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = rest
         return arguments.run(arguments) or 0
     except UnmaskError as error:
-        print(f"unmask: error: {error}", file=sys.stderr)
-        return error.exit_status
+        return _fail(str(error), error.exit_status)
     except BrokenPipeError:  # `unmask … | head`
         sys.stderr.close()
         return 0
     except OSError as error:  # a place of the user's that no part of the program expected to fail
         place = "" if error.filename is None else f"{error.filename}: "
-        print(f"unmask: error: {place}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return _fail(f"{place}{error.strerror or error}", 2)
+    except RuntimeError as error:
+        if "WORLD_SIZE" in os.environ:
+            from unmask.distributed.failures import lost_contact, report_lost
+
+            if lost_contact(error):
+                return report_lost(error)
+        raise
     except KeyboardInterrupt:
         print("unmask: interrupted", file=sys.stderr)
         return 130
+
+
+def _fail(message: str, status: int) -> int:
+    """Print an error in one line; of several processes that have the same one, one does."""
+    if "WORLD_SIZE" not in os.environ:
+        print(f"unmask: error: {message}", file=sys.stderr)
+        return status
+    from unmask.distributed.failures import report
+
+    return report(message, status)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,7 +132,7 @@ def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, "fine-tune a model as a YAML file says", _TRAIN_HELP)
     parser.add_argument("-c", "--config", required=True, metavar="CONFIG.yaml", help="configuration of the run")
     _flag(parser, "dry_run", action="store_true", help="show what would be trained, then stop")
-    _flag(parser, "nproc_per_node", type=int, default=1, metavar="N", help="processes to start (1: this one)")
+    _flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -117,14 +141,21 @@ def _add_generate(commands: Any) -> None:
     _flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
     _flag(parser, "prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     _flag(parser, "adapter", metavar="DIR", help="LoRA adapter to apply")
-    _flag(parser, "steps", type=int, default=128, help="denoising steps (default: %(default)s)")
-    _flag(parser, "max_new_tokens", type=int, default=128, help="longest answer, in tokens (default: %(default)s)")
-    _flag(parser, "block_size", type=int, default=32, help="tokens of a denoising block (default: %(default)s)")
-    _flag(parser, "temperature", type=float, default=0.0, help="Gumbel noise; 0 is greedy (default: %(default)s)")
-    _flag(parser, "remasking", default="low_confidence", help="low_confidence (default) or random")
-    _flag(parser, "threshold", type=float, help="settle all tokens with at least this confidence; steps is then unused")
-    _flag(parser, "cfg_scale", type=float, default=0.0, help="classifier-free guidance (default: %(default)s, off)")
-    _flag(parser, "eos", default="allow", help="end-of-text token: allow (default), suppress or defer")
+    _flag(parser, "steps", type=int, help="denoising steps (LLaDA 128 an answer, DiffusionGemma 48 a canvas)")
+    _flag(parser, "max_new_tokens", type=int, help="longest answer, in tokens (LLaDA 128, DiffusionGemma 256)")
+    _flag(parser, "eos", help="end-of-text token: allow (default), suppress or (LLaDA) defer")
+    llada = parser.add_argument_group("LLaDA")
+    _flag(llada, "block_size", type=int, help="tokens of a denoising block (32)")
+    _flag(llada, "temperature", type=float, help="Gumbel noise; 0 is greedy (0)")
+    _flag(llada, "remasking", help="low_confidence (default) or random")
+    _flag(llada, "threshold", type=float, help="settle all tokens with at least this confidence; steps is then unused")
+    _flag(llada, "cfg_scale", type=float, help="classifier-free guidance (0, off)")
+    gemma = parser.add_argument_group("DiffusionGemma (in brackets: where generation_config.json has nothing)")
+    _flag(gemma, "entropy_bound", type=float, help="accept tokens whose summed entropy is within this, in nats (0.1)")
+    _flag(gemma, "t_min", type=float, help="temperature towards a canvas's last step (0.4)")
+    _flag(gemma, "t_max", type=float, help="temperature of a canvas's first step (0.8)")
+    _flag(gemma, "stability_threshold", type=int, help="steps without change before a canvas may stop early (1)")
+    _flag(gemma, "confidence_threshold", type=float, help="mean entropy below which it then stops, in nats (0.005)")
     _flag(parser, "raw", action="store_true", help="take prompts literally, without a chat template")
     _flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
     _flag(parser, "batch_size", type=int, help="prompts denoised together")
@@ -163,13 +194,23 @@ def _quickstart(arguments: argparse.Namespace) -> int | None:
 
 def _train(arguments: argparse.Namespace) -> int | None:
     from unmask.config import load_config
-    from unmask.distributed.runtime import refuse_many_processes
+    from unmask.distributed.ranks import process_rank, world_size
 
-    refuse_many_processes(arguments.nproc_per_node)
+    processes = arguments.nproc_per_node
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--nproc-per-node: must be at least 1, got {processes}")
+    if (processes or 1) > 1 and world_size() > 1:
+        raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
     from unmask.assemble import prepare, run_training
 
-    prepared = prepare(loaded, weights=not arguments.dry_run)
+    prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if (processes or 1) > 1 else None)
+    if (processes or 1) > 1 and not arguments.dry_run:
+        from unmask.distributed.launch import launch
+
+        return launch("unmask.train", ["-c", arguments.config, *arguments.overrides], processes)
+    if arguments.dry_run and process_rank() > 0:
+        return 0
     from rich.console import Console
 
     if arguments.dry_run:
@@ -178,6 +219,8 @@ def _train(arguments: argparse.Namespace) -> int | None:
         show_plan(prepared, Console())
         return 0
     outcome = run_training(prepared, Console())
+    if process_rank() > 0:
+        return 0
     root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")
     if outcome.reason.startswith("SIG"):
@@ -186,9 +229,9 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
 
 def _generate(arguments: argparse.Namespace) -> int | None:
-    from unmask.sampling.settings import SamplerConfig
+    from unmask.sampling.settings import SamplerConfig, default_settings, resolve
 
-    names = ("steps", "max_new_tokens", "block_size", "temperature", "remasking", "threshold", "cfg_scale", "eos")
+    names = [field.name for field in dataclasses.fields(SamplerConfig)]
     sampler = SamplerConfig(**{name: getattr(arguments, name) for name in names})
     for prompt in arguments.prompt:
         if not prompt.strip():
@@ -204,30 +247,40 @@ def _generate(arguments: argparse.Namespace) -> int | None:
         from unmask.models.adapter_folder import find_adapter
 
         find_adapter(arguments.adapter)
-    from unmask.models.folders import find_folder
+    from unmask.models.folders import find_folder, read_generation
 
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
-    from unmask.distributed.runtime import pick_device
+    from unmask.distributed.ranks import join
+    from unmask.distributed.rows import divide_rows
+    from unmask.distributed.runtime import own_device, pick_device
     from unmask.models.registry import load_model, plan_folder
     from unmask.models.tokenizer import load_tokenizer
     from unmask.training.export import tokenizer_folder
 
-    plan_folder(folder, "--checkpoint")
+    plan = plan_folder(folder, "--checkpoint")
+    settings = resolve(sampler, default_settings(plan.config, read_generation(Path(folder))))
     source = tokenizer_folder(folder, arguments.adapter)
-    device = pick_device(arguments.device)
+    device = own_device(pick_device(arguments.device))
+    ranks = join(device)
     tokenizer = load_tokenizer(str(source), "--checkpoint")
     model = load_model(folder, arguments.dtype, device, arguments.adapter)
     from unmask.sampling.generate import generate
 
-    answers = generate(
-        model,
+    answers = divide_rows(
         list(arguments.prompt),
-        tokenizer=tokenizer,
-        sampler=sampler,
-        seed=arguments.seed,
-        raw=arguments.raw,
-        batch_size=arguments.batch_size,
+        ranks,
+        lambda prompts: generate(
+            model,
+            prompts,
+            tokenizer=tokenizer,
+            sampler=sampler,
+            seed=arguments.seed,
+            raw=arguments.raw,
+            batch_size=arguments.batch_size,
+        ),
     )
+    if not ranks.first:
+        return 0
     if output is None:
         for prompt, answer in zip(arguments.prompt, answers, strict=True):
             print(f"> {prompt}\n{answer.text}\n" if len(answers) > 1 else answer.text)
@@ -239,7 +292,7 @@ def _generate(arguments: argparse.Namespace) -> int | None:
             "token_ids": answer.token_ids,
             "finish_reason": answer.finish_reason,
             "seed": arguments.seed,
-            "sampler": {name: getattr(sampler, name) for name in names},
+            "sampler": dataclasses.asdict(settings),
             "nfe": answer.stats.nfe,
             "tokens_per_forward": round(answer.stats.tokens_per_forward, 3),
             "tokens_per_second": round(answer.stats.tokens_per_second, 3),

@@ -101,7 +101,12 @@ def _check_validation(config: RunConfig) -> None:
     if validation.shuffle_seed is not None:
         raise ConfigError("validation_dataset.shuffle_seed: validation rows are not shuffled; remove it")
     tokenizer = training.tokenizer or config.model.pretrained_model_name_or_path
-    for name, used in (("tokenizer", tokenizer), ("chat_template", training.chat_template)):
+    rendering = (
+        ("tokenizer", tokenizer),
+        ("chat_template", training.chat_template),
+        ("chat_template_kwargs", training.chat_template_kwargs),
+    )
+    for name, used in rendering:
         value = getattr(validation, name)
         if value is not None and value != used:
             raise ConfigError(

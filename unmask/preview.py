@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.assemble import Parts, Prepared, build_parts
 from unmask.config import dump_config
+from unmask.distributed.ranks import Ranks
 from unmask.training.estimate import Estimate, estimate_memory
+from unmask.training.estimate_shared import SharedEstimate, estimate_shared
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,15 +27,18 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     from rich.rule import Rule
     from rich.syntax import Syntax
 
+    from unmask.models.moe import freeze_routers
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach
 
     config = prepared.config
-    parts = build_parts(prepared)
+    parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
     with torch.device("meta"):
         model = prepared.plan.family.build(prepared.plan.config).to(getattr(torch, config.model.torch_dtype))
         if config.peft is not None:
             attach(model, config.peft, "")
+        if config.dllm.freeze_router:
+            freeze_routers(model)
     console.print(Rule("configuration"))
     console.print(Syntax(dump_config(config), "yaml", background_color="default"))
     for key in prepared.not_needed:
@@ -42,7 +47,10 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     estimate = estimate_memory(config, prepared.plan, model)
     steps = config.step_scheduler
     total = steps.total_steps(parts.loader.steps_per_epoch)
-    for line in _sizes(prepared, parts, estimate, total):
+    lines = _sizes(prepared, parts, estimate, total)
+    if prepared.degrees.world > 1:
+        lines += _shared(prepared, estimate_shared(config, prepared.plan, model, estimate, prepared.degrees))
+    for line in lines:
         console.print(line, markup=False, highlight=False)
     first = next(iter(parts.loader))
     noisy = [parts.objective.corrupt(batch, NoiseStream(config.seed)) for batch in first]
@@ -72,11 +80,28 @@ def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> 
         f"rows              {len(prepared.rows):,}" + (f" ({skipped} malformed skipped)" if skipped else ""),
         f"steps             {total:,} ({parts.loader.steps_per_epoch:,} an epoch)",
         f"a step            {steps.global_batch_size} rows = {steps.local_batch_size} rows × "
-        f"{steps.global_batch_size // steps.local_batch_size} micro-batches, at most "
+        f"{steps.global_batch_size // steps.local_batch_size} micro-batches{_on(prepared.degrees.world)}, at most "
         f"{steps.global_batch_size * length:,} tokens",
         f"estimated memory  {estimate.total / gib:.2f} GiB = weights {estimate.weights / gib:.2f} + gradients "
         f"{estimate.gradients / gib:.2f} + AdamW {estimate.optimizer / gib:.2f} + activations at {length} tokens "
         f"{estimate.activations / gib:.2f}",
+    ]
+
+
+def _on(processes: int) -> str:
+    return "" if processes == 1 else f" on {processes} processes"
+
+
+def _shared(prepared: Prepared, one: SharedEstimate) -> list[str]:
+    gib, degrees = 2**30, prepared.degrees
+    return [
+        f"processes         {degrees.world} = {degrees.replicate} copies × {degrees.shard} that share one"
+        + (f", experts over {degrees.experts} of them" if degrees.experts > 1 else ""),
+        f"a process holds   {one.total / gib:.2f} GiB = weights {one.weights / gib:.2f} + gradients "
+        f"{one.gradients / gib:.2f} + AdamW {one.optimizer / gib:.2f} + gathered {one.gathered / gib:.2f} + activations "
+        f"{one.activations / gib:.2f}",
+        f"and receives      {one.received / gib:.2f} GiB a step = weights {one.weights_received / gib:.2f} + gradients "
+        f"{one.gradients_received / gib:.2f} + tokens {one.tokens_received / gib:.2f}",
     ]
 
 

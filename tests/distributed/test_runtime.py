@@ -1,4 +1,4 @@
-"""The device of a run, and the refusal of more than one process."""
+"""The device of a run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,8 @@ from unmask.distributed.runtime import (
     build_runtime,
     pick_device,
     prepare_model,
-    refuse_many_processes,
-    world_size,
 )
 from unmask.errors import ConfigError
-
-
-def test_one_process_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert world_size() == 1
-    refuse_many_processes(1)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="4 processes .*one device"):
-        refuse_many_processes(world_size())
-    monkeypatch.setenv("WORLD_SIZE", "-1")
-    with pytest.raises(ConfigError, match="WORLD_SIZE"):
-        world_size()
 
 
 def test_a_missing_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

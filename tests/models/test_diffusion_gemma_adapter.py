@@ -32,6 +32,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "linears": {},
     "experts": {"target_parameters": list(EXPERTS)},
     "experts alone": {"target_modules": [], "target_parameters": ["*.experts.down_proj"], "use_rslora": True},
+    "experts and norms": {"target_modules": [], "target_parameters": list(EXPERTS), "modules_to_save": ["*.norm"]},
     "dora and norms": {"use_dora": True, "modules_to_save": ["*norm", "*layernorm*"], "target_modules": ["*.q_proj"]},
     "self-conditioning": {"target_modules": ["*self_conditioning.*", "*.o_proj"]},
 }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
+from unmask.models.diffusion_gemma import model as module
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
@@ -133,8 +134,9 @@ def test_rows_without_padding_need_no_mask(gemma_reference: Reference) -> None:
 def test_the_roles_keep_their_own_layer_scalars(gemma_reference: Reference) -> None:
     theirs = gemma_reference()
     ours, tokens, canvas = same(theirs), ids(1, 9), ids(1, CANVAS, seed=1)
-    encoder, decoder = ([v for k, v in ours.state_dict().items() if k.startswith(f"model.{role}") and "layer_scalar" in k]
-                        for role in ("encoder", "decoder"))  # fmt: skip
+    scalars = {key: value for key, value in ours.state_dict().items() if key.endswith("layer_scalar")}
+    roles = ("model.encoder.", "model.decoder.")
+    encoder, decoder = ([value for key, value in scalars.items() if key.startswith(role)] for role in roles)
     assert len(encoder) == len(decoder) == 3
     assert all(not torch.equal(one, other) for one, other in zip(encoder, decoder, strict=True))
     with torch.no_grad():
@@ -172,16 +174,20 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
         assert torch.equal(ours.decode(canvases, encoded, zeros), ours.decode(canvases, encoded))
 
 
-def test_the_signal_is_made_in_chunks(network: Callable[..., DiffusionGemma], monkeypatch: pytest.MonkeyPatch) -> None:
-    from unmask.models.diffusion_gemma import model as module
-
-    ours, hidden = network(), normal(2, CANVAS, WIDTH).requires_grad_()
-    whole = ours.self_conditioning_signal(hidden)
-    torch.testing.assert_close(whole, ours.soft_embedding(ours.logits(hidden)).detach())
-    assert not whole.requires_grad
-    monkeypatch.setattr(module, "SIGNAL_ROWS", 7)
-    monkeypatch.setattr(DiffusionGemma, "logits", None)  # whole logits are never made
-    torch.testing.assert_close(ours.self_conditioning_signal(hidden), whole)
+@pytest.mark.parametrize("cap", [0.5, 30.0, 1e4])
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_the_signal_made_in_slices_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
+    """Whatever the slices, and however far apart the logits may lie under the cap."""
+    monkeypatch.setattr(module, "SIGNAL_ROWS", rows)
+    ours, hidden = network(final_logit_softcapping=cap), 20 * normal(2, CANVAS, WIDTH).requires_grad_()
+    hidden.data[0] *= 10
+    signal = ours.self_conditioning_signal(hidden)
+    assert not signal.requires_grad and ours.softcap == cap
+    torch.testing.assert_close(signal, ours.soft_embedding(ours.logits(hidden)).detach(), atol=1e-5, rtol=1e-4)
+    ours.bfloat16()
+    low = ours.self_conditioning_signal(hidden.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low, ours.soft_embedding(ours.logits(hidden.bfloat16())), atol=0.1, rtol=0.05)
 
 
 def test_logits_and_head_inputs(model: DiffusionGemma) -> None:

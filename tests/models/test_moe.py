@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,6 +59,7 @@ def results(run: Callable[..., Tensor], hidden: Tensor, chosen: Tensor, weights:
     width=st.sampled_from([4, 8, 3]),
     seed=st.integers(0, 999),
 )
+@settings(max_examples=15)
 def test_equals_a_loop_over_tokens(tokens: int, count: int, share: float, size: int, width: int, seed: int) -> None:
     """Few tokens leave experts empty; sizes that are no multiple of four have no grouped kernel."""
     top = 1 + int(share * (count - 1))

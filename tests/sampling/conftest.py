@@ -1,4 +1,5 @@
-"""Networks whose answers are known: the reference checkpoint, small random ones, and one that follows a script."""
+"""Networks whose answers are known: the reference checkpoint, small random ones, transformers' DiffusionGemma beside
+ours, and one that follows a script."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unmask.models.llada.config import LLaDAConfig, parse_config
 from unmask.models.llada.model import LLaDA, initialise
+from unmask.models.registry import load_model
 from unmask.sampling.adapters import FamilySpec, Prompts
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
@@ -64,13 +66,62 @@ def small_model() -> Callable[..., LLaDA]:
     return make
 
 
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory) -> Path:
+    """A random DiffusionGemma as transformers saves it: 300 ids, canvases of 16, window 12, EOS 1 and 7.
+
+    Its weights are scaled so that it is sure of itself at low temperatures, as a trained one is.
+    """
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    text = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "num_global_key_value_heads": 1, "global_head_dim": 16,
+        "sliding_window": 12, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24,
+        "max_position_embeddings": 128, "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64,
+    }  # fmt: skip
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=16, eos_token_id=[1, 7])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DiffusionGemmaForBlockDiffusion(config).eval()
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight.mul_(40)
+        for name, parameter in model.named_parameters():
+            if "layers" in name and "proj" in name and "vision" not in name:
+                parameter.mul_(4)
+    folder = tmp_path_factory.mktemp("gemma")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_reference(gemma_folder):
+    """The network as transformers runs it."""
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(gemma_folder).eval()
+
+
+@pytest.fixture
+def gemma_model(gemma_folder):
+    """The same network as ours."""
+    return load_model(str(gemma_folder))
+
+
 class Script:
     """An adapter whose logits are a function of (request, position, calls so far); 10 ids, mask 9, EOS 8."""
 
-    def __init__(self, logits: Callable[[int, int, int], Tensor], vocab_size: int = 10) -> None:
-        self.spec = FamilySpec(9, (9,), (8,), vocab_size, vocab_size, 1000)
+    signal = None
+
+    def __init__(self, script: Callable[[int, int, int], Tensor], vocab_size: int = 10) -> None:
+        self.spec = FamilySpec("mask", 9, (9,), (8,), vocab_size, vocab_size, 1000)
         self.device = torch.device("cpu")
-        self.logits = logits
+        self.script = script
         self.calls = 0
 
     def prefill(self, prompts) -> Prompts:
@@ -80,9 +131,12 @@ class Script:
     def denoise(self, context, answer_BC, rows_M, positions_M) -> Tensor:
         requests_M = context.ids_BP[rows_M, -1]
         pairs = zip(requests_M.tolist(), positions_M.tolist(), strict=True)
-        found = torch.stack([self.logits(request, position, self.calls) for request, position in pairs])
+        found = torch.stack([self.script(request, position, self.calls) for request, position in pairs])
         self.calls += 1
         return found
+
+    def logits(self, hidden_MD) -> Tensor:
+        return hidden_MD.clone()
 
     def commit(self, context, answer_BC, block_B, completed_B):
         return context

@@ -13,7 +13,7 @@ from unmask.sampling.adapters import LLaDAAdapter
 from unmask.sampling.denoise import Request, StepEvent, denoise
 from unmask.sampling.draws import row_keys
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig, block_quotas
+from unmask.sampling.settings import MaskSettings, SamplerConfig, block_quotas
 
 
 def peak(token: int, height: float = 5.0) -> Tensor:
@@ -21,7 +21,7 @@ def peak(token: int, height: float = 5.0) -> Tensor:
 
 
 def run(adapter, rows: int = 1, **fields) -> list[StepEvent]:
-    return list(denoise(adapter, [Request(i, [0], i) for i in range(rows)], SamplerConfig(**fields)))
+    return list(denoise(adapter, [Request(i, [0], i) for i in range(rows)], MaskSettings(**fields)))
 
 
 def order(events: list[StepEvent], row: int = 0) -> list[list[int]]:
@@ -113,13 +113,13 @@ def test_eos_suppressed_is_never_written_and_deferred_comes_last(script):
 
 def test_other_stop_tokens_end_a_row_too(script):
     adapter = script(lambda row, at, call: peak(4))
-    events = list(denoise(adapter, [Request(0, [0], 0)], SamplerConfig(steps=8, max_new_tokens=8), stop_ids=[4]))
+    events = list(denoise(adapter, [Request(0, [0], 0)], MaskSettings(steps=8, max_new_tokens=8), stop_ids=[4]))
     assert len(events) == 1
 
 
 def test_the_mask_is_never_written_even_if_it_is_named_as_a_stop_token(script):
     adapter = script(lambda row, at, call: peak(9, 9.0) + peak(4))
-    events = list(denoise(adapter, [Request(0, [0], 0)], SamplerConfig(steps=2, max_new_tokens=2), stop_ids=[9]))
+    events = list(denoise(adapter, [Request(0, [0], 0)], MaskSettings(steps=2, max_new_tokens=2), stop_ids=[9]))
     assert events[-1].answer_BC.tolist() == [[4, 4]]
 
 
@@ -158,7 +158,7 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
 ):
     model = small_model({favoured: 50.0})
     threshold = threshold if remasking == "low_confidence" else None  # the two exclude each other
-    sampler = SamplerConfig(steps, length, block, temperature, remasking, threshold)
+    sampler = MaskSettings(steps, length, block, temperature, remasking, threshold)
     events = list(denoise(LLaDAAdapter(model), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler))
     quotas = [quota for block_quota in block_quotas(sampler) for quota in block_quota]
     for row in (0, 1):
@@ -183,11 +183,12 @@ class Watched:
     def __init__(self, model) -> None:
         self.inner = LLaDAAdapter(model)
         self.spec, self.device = self.inner.spec, self.inner.device
-        self.prefill, self.commit = self.inner.prefill, self.inner.commit
+        self.prefill, self.denoise, self.commit = self.inner.prefill, self.inner.denoise, self.inner.commit
+        self.signal = None
         self.margin = float("inf")
 
-    def denoise(self, context, answer_BC, rows_M, positions_M) -> Tensor:
-        logits = self.inner.denoise(context, answer_BC, rows_M, positions_M)
+    def logits(self, hidden_MD) -> Tensor:
+        logits = self.inner.logits(hidden_MD)
         best = logits[:, :510].topk(2, dim=-1).values
         self.margin = min(self.margin, float((best[:, 0] - best[:, 1]).min()))
         return logits
@@ -200,7 +201,7 @@ def test_a_row_alone_equals_the_row_in_any_batch_and_order(reference_model, fiel
     requests = [
         Request(i, prompt, key) for i, (prompt, key) in enumerate(zip(prompts, row_keys(0, prompts), strict=True))
     ]
-    sampler = SamplerConfig(steps=12, max_new_tokens=24, block_size=8, **fields)
+    sampler = MaskSettings(steps=12, max_new_tokens=24, block_size=8, **fields)
 
     def answers(batch: list[Request], adapter) -> dict[int, tuple]:
         found = {}

@@ -59,3 +59,20 @@ def test_row_keys_follow_the_prompt_not_its_neighbours():
     assert draws.row_keys(1, [[1, 2]]) != alone
     # Equal modulo 2^32, where torch's own CPU generator would not tell them apart.
     assert draws.row_keys(2**32, [[1, 2]]) != alone
+
+
+def test_noise_is_uniform_over_the_vocabulary_and_new_in_every_call():
+    places = draws.Places(torch.full((30000,), 7), torch.zeros(30000, dtype=torch.long), torch.arange(30000))
+    noise = draws.KeyedDraws().noise(places, 10)
+    assert noise.min() == 0 and noise.max() == 9
+    assert (noise.bincount() / 30000 - 0.1).abs().max() < 0.01
+    later = draws.KeyedDraws().noise(draws.Places(places.key_M, places.call_M + 1, places.position_M), 10)
+    assert abs((noise == later).float().mean() - 0.1) < 0.01
+    assert torch.equal(draws.KeyedDraws().noise(places[5:9], 10), noise[5:9])
+
+
+def test_a_category_does_not_depend_on_the_noise_of_its_call():
+    places = draws.Places(torch.full((30000,), 7), torch.zeros(30000, dtype=torch.long), torch.arange(30000))
+    source = draws.KeyedDraws()
+    drawn, noise = source.category(places, torch.ones(30000, 10)), source.noise(places, 10)
+    assert abs((drawn == noise).float().mean() - 0.1) < 0.01

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.sampling import draws, rules
-from unmask.sampling.settings import SamplerConfig
+from unmask.sampling.settings import CanvasSettings, MaskSettings
 
 OFF = -torch.inf
 
@@ -48,7 +48,7 @@ def test_random_order_is_the_number_that_was_drawn():
 
 def settle(rule: str, scores: list[float], active: list[int], quota: int = 1, **fields) -> list[int]:
     chosen = rules.RULES[rule](
-        torch.tensor([scores]), torch.tensor([active]).bool(), torch.tensor([quota]), SamplerConfig(**fields)
+        torch.tensor([scores]), torch.tensor([active]).bool(), torch.tensor([quota]), MaskSettings(**fields)
     )
     return chosen[0].nonzero()[:, 0].tolist()
 
@@ -83,3 +83,25 @@ def test_ranks_are_those_of_a_plain_sort(data, width):
     places = [found[i] for i in order]
     assert places[: sum(active)] == list(range(sum(active)))
     assert sorted(found) == list(range(width))
+
+
+@given(
+    entropies=st.lists(st.integers(0, 300).map(lambda n: n / 1024), min_size=1, max_size=12),
+    active=st.data(),
+    bound=st.sampled_from([0.0, 0.1, 0.5]),
+)
+@settings(deadline=None, max_examples=60)
+def test_positions_are_accepted_by_rising_entropy_while_those_before_are_within_the_bound(entropies, active, bound):
+    width = len(entropies)
+    is_active = active.draw(st.lists(st.booleans(), min_size=width, max_size=width))
+    expected, before = [], 0.0
+    for place in sorted((i for i in range(width) if is_active[i]), key=lambda i: entropies[i]):
+        if before <= bound:
+            expected.append(place)
+        before += entropies[place]
+    scores = torch.tensor([entropies]).neg().masked_fill(~torch.tensor([is_active]), OFF)
+    found = rules.RULES["entropy_bound"](
+        scores, torch.tensor([is_active]), torch.zeros(1), CanvasSettings(entropy_bound=bound)
+    )
+    assert found[0].nonzero()[:, 0].tolist() == sorted(expected)
+    assert bool(found.any()) == any(is_active)

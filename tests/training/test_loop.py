@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_leaves_model_and_optimizer_alone(tiny) -> Non
 def test_a_disk_that_fills_up_while_saving(
     tiny, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import unmask.training.loop as loop
+    import unmask.training.saver as saver
 
     values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
 
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_while_saving(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        loop, "save_optimizer", lambda model, optimizer, folder: full() or original(model, optimizer, folder)
+        saver, "save_optimizer", lambda model, optimizer, folder: full() or original(model, optimizer, folder)
     )
     from unmask.training.optimizer_state import save_optimizer as original
 

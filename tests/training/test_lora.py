@@ -9,7 +9,8 @@ from unmask.errors import ConfigError
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.sections import read_section
-from unmask.training.lora import PeftConfig, attach, target_names
+from unmask.training import lora
+from unmask.training.lora import PeftConfig, attach, check_quantization, target_names
 
 BLOCK = "model.transformer.blocks"
 LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -51,6 +52,36 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern: str, model: LLaDA) -
     assert repr(pattern) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_excluded_layers_are_left_out(model: LLaDA) -> None:
+    section = PeftConfig(exclude_modules=["*.ff_*", "0.q_proj"])
+    kinds = [kind for kind in LINEARS if not kind.startswith("ff_")]
+    kept = [f"{BLOCK}.{n}.{kind}" for n in range(2) for kind in kinds]
+    assert target_names(section, model) == [name for name in kept if name != f"{BLOCK}.0.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"modules_to_save": ["*.q_proj"]}, r"matches no module that can be trained whole; .*\*\.ln_f"),
+        ({"target_parameters": ["*.experts.*"]}, "matches no stack of experts; this model has none"),
+        ({"exclude_modules": ["*.wte"]}, "matches no linear layer that target_modules takes"),
+        ({"target_modules": ["*.wte"]}, "the embedding is a lookup"),
+        ({"target_modules": ["model.transformer.ff_out"]}, "the head is read as a matrix"),
+    ],
+)
+def test_what_this_model_has_not_is_refused(fields: dict, named: str, model: LLaDA) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        attach(model, PeftConfig(**fields), "base")
+    assert str(caught.value).startswith(f"peft.{next(iter(fields))}: ") and "\n" not in str(caught.value)
+
+
+def test_a_tied_embedding_is_not_trained_whole() -> None:
+    ids = {"vocab_size": 30, "mask_token_id": 29, "eos_token_id": 28, "pad_token_id": 28}
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 24, "weight_tying": True}
+    with pytest.raises(ConfigError, match=r"modules_to_save: '\*wte' matches no module"):
+        attach(LLaDA(LLaDAConfig(**sizes, **ids)), PeftConfig(modules_to_save=["*wte"]), "")  # type: ignore[arg-type]
+
+
 def test_attach_follows_the_section(model: LLaDA) -> None:
     section = PeftConfig(r=3, lora_alpha=12, lora_dropout=0.5, target_modules=["*.k_proj"])
     config = attach(model, section, "some/base")
@@ -83,8 +114,23 @@ def test_attach_follows_the_section(model: LLaDA) -> None:
         ({"lora_dropout": -0.1}, "peft.lora_dropout"),
         ({"rank": 8}, "peft.rank: unknown key"),
         ({"target_modules": "*.q_proj"}, "peft.target_modules: expected a list"),
+        ({"target_modules": []}, r"peft.target_modules: \[\] adapts nothing"),
+        ({"target_parameters": ["*.experts.*"], "use_dora": True}, "peft.use_dora: experts take plain"),
+        ({"target_parameters": ["*.experts.*"], "lora_dropout": 0.1}, "peft.lora_dropout: experts take no dropout"),
     ],
 )
 def test_bad_values_are_refused(values: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read_section(PeftConfig, values, "peft")
+
+
+def test_four_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = PeftConfig(load_in_4bit=True)
+    check_quantization(section, 1)
+    with pytest.raises(ConfigError, match="peft.load_in_4bit: works on one device, and 2 processes"):
+        check_quantization(section, 2)
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"peft.load_in_4bit: needs bitsandbytes; .*pip install 'unmask\[quant\]'"):
+        check_quantization(section, 1)
+    for fine in (PeftConfig(), None):
+        check_quantization(fine, 2)

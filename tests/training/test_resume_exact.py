@@ -168,9 +168,10 @@ def test_a_signal_to_the_process_group_saves_and_ends_cleanly(tiny, tmp_path: Pa
         {},
         {"dataloader__group_by_length": True, "dataloader__num_workers": 2},
         {"dllm__supervise_padding": True, "step_scheduler__local_batch_size": 4},
-        {"peft": {"r": 4, "lora_dropout": 0.2}},
+        {"peft": {"r": 4, "lora_dropout": 0.2, "use_dora": True, "use_rslora": True, "modules_to_save": ["*norm"]}},
+        {"peft": {"r": 4, "load_in_4bit": True}},
     ],
-    ids=["plain", "workers and grouping", "supervised padding", "adapter"],
+    ids=["plain", "workers and grouping", "supervised padding", "adapter", "4-bit base"],
 )
 def test_stopped_twice_and_resumed_twice(tiny, tiny_base, train_tiny: Train, tmp_path: Path, changes: dict) -> None:
     if "peft" in changes:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from unmask.errors import ConfigError
+from unmask.distributed.mesh import Degrees, Meshes, build_meshes
+from unmask.distributed.ranks import ALONE, Ranks, join, local_rank, world_size
+from unmask.errors import ConfigError, FieldError
 
 if TYPE_CHECKING:
     import torch
@@ -15,39 +16,74 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DistributedConfig:
-    """Section `distributed`: how the network runs on its device.
+class MixedPrecisionConfig:
+    """`distributed.mp_policy`: in which dtypes weights and gradients travel between ranks (FSDP2's policy).
 
     Attributes:
+        param_dtype: dtype in which a rank gathers the others' shards and multiplies them; None = that of the master
+            weights. On one process, which gathers nothing, bfloat16 means `autocast_dtype: bfloat16`.
+        reduce_dtype: dtype in which gradients are summed over ranks.
+        output_dtype: dtype of the network's final hidden states; None = as computed.
+    """
+
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    output_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Section `distributed`: how the network runs on its device, and how several processes share it.
+
+    Attributes:
+        strategy: `fsdp2` shards weights, gradients and optimizer state over the processes (torch's `fully_shard`); one
+            process holds everything and wraps nothing.
+        dp_size: number of processes, checked against how many were started; None = that many.
+        dp_replicate_size: copies of the model, each sharded over the other processes (HSDP).
+        ep_size: processes that share out the experts of a mixture and exchange tokens; 1 = experts are gathered like
+            everything else.
+        tp_size, cp_size, pp_size: tensor, context and pipeline parallelism, of which there is none: 1.
+        mp_policy: dtypes in which weights and gradients travel.
+        offload_policy: `cpu` keeps shards, gradients and optimizer state in the host's memory.
+        defer_grad_sync: sum gradients over ranks once a step, after the last micro-batch, at the cost of a whole
+            gradient on each rank meanwhile; false sums them at every micro-batch and holds a shard only.
         autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
             on GPUs and on CPUs with AMX.
         activation_checkpointing: keep only each block's input for backward and recompute the rest.
         attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and
             packed batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.
         device: `auto` takes a CUDA device when there is one.
+        timeout_minutes: how long a rank waits for the others before it gives up.
     """
 
+    strategy: Literal["fsdp2"] = "fsdp2"
+    dp_size: int | None = None
+    dp_replicate_size: int = 1
+    ep_size: int = 1
+    tp_size: int = 1
+    cp_size: int = 1
+    pp_size: int = 1
+    mp_policy: MixedPrecisionConfig | None = None
+    offload_policy: Literal["cpu"] | None = None
+    defer_grad_sync: bool = True
     autocast_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     attention: Literal["sdpa", "flex"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = 30.0
 
-
-def world_size() -> int:
-    """Return the number of processes that the launcher (torchrun) started; 1 without a launcher. Needs no torch."""
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal():
-        raise ConfigError(f"WORLD_SIZE: the launcher set it to {given!r}, which is no number of processes")
-    return int(given)
-
-
-def refuse_many_processes(processes: int) -> None:
-    """Raise ConfigError for more than one process: training runs on one device."""
-    if processes > 1:
-        raise ConfigError(
-            f"{processes} processes were asked for, but training runs on one device; start it without torchrun and "
-            "without --nproc-per-node, and raise step_scheduler.global_batch_size by accumulation instead"
-        )
+    def __post_init__(self) -> None:
+        for name, kind in (("tp_size", "tensor"), ("cp_size", "context"), ("pp_size", "pipeline")):
+            if getattr(self, name) != 1:
+                raise FieldError(
+                    name, f"{getattr(self, name)} is not available: there is no {kind} parallelism here; set it to 1"
+                )
+        for name in ("dp_size", "dp_replicate_size", "ep_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FieldError(name, f"must be at least 1, got {value}")
+        if self.timeout_minutes <= 0:
+            raise FieldError("timeout_minutes", f"must be positive, got {self.timeout_minutes}")
 
 
 @dataclass(frozen=True)
@@ -57,10 +93,14 @@ class Runtime:
     Attributes:
         device: where model and batches live.
         compute_dtype: dtype of matmuls under autocast; None = the weights' own.
+        ranks: the processes of the run; one, unless a launcher started more.
+        meshes: how several ranks share the model; None for one.
     """
 
     device: torch.device
     compute_dtype: torch.dtype | None
+    ranks: Ranks = ALONE
+    meshes: Meshes | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the network and the loss run."""
@@ -105,16 +145,50 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_runtime(section: DistributedConfig) -> Runtime:
-    """Pick the device and compute dtype of a run."""
+def own_device(device: torch.device) -> torch.device:
+    """Return this process's own device where several processes of one machine share its CUDA devices.
+
+    Raises:
+        ConfigError: more processes than devices.
+    """
     import torch
 
-    compute = None if section.autocast_dtype == "float32" else torch.bfloat16
-    return Runtime(pick_device(section.device), compute)
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    if local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--nproc-per-node: there are {torch.cuda.device_count()} CUDA devices for process {local_rank()} of "
+            "this machine (counted from 0); start one process a device"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
-def prepare_model(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> nn.Module:
-    """Place a network for training, switch activation checkpointing and choose its attention kernel.
+def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) -> Runtime:
+    """Pick the device and compute dtype of a run, and join the other processes if there are any.
+
+    Raises:
+        ConfigError: no such device, or the processes cannot meet.
+    """
+    import torch
+
+    policy = section.mp_policy or MixedPrecisionConfig()
+    degrees = degrees or Degrees()
+    narrow = section.autocast_dtype == "bfloat16" or (degrees.world == 1 and policy.param_dtype == "bfloat16")
+    compute = torch.bfloat16 if narrow else None
+    device = pick_device(section.device)
+    if degrees.world == 1:
+        return Runtime(device, compute)
+    device = own_device(device)
+    if device.type != "cuda" and section.offload_policy is not None:
+        raise ConfigError("distributed.offload_policy: cpu is for CUDA devices, and this run is on cpu; set null")
+    ranks = join(device, section.timeout_minutes)
+    return Runtime(device, compute, ranks, build_meshes(degrees, device.type))
+
+
+def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> None:
+    """Switch activation checkpointing and choose the attention kernel of a network.
 
     Raises:
         ConfigError: `attention: flex` on a device that cannot train with it.
@@ -131,4 +205,9 @@ def prepare_model(model: nn.Module, section: DistributedConfig, runtime: Runtime
             module.attention_kernel = section.attention  # pyright: ignore[reportArgumentType]
         if hasattr(module, "activation_checkpointing"):
             module.activation_checkpointing = section.activation_checkpointing  # pyright: ignore[reportArgumentType]
+
+
+def prepare_model(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> nn.Module:
+    """Place a whole network on the device of a run and set its switches; raises ConfigError as `set_switches`."""
+    set_switches(model, section, runtime)
     return model.to(runtime.device).train()

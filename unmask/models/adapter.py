@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from unmask.errors import ModelError
-from unmask.models.adapter_files import PREFIX, is_trained, read_adapter, read_file, write_adapter
+from unmask.models.adapter_files import PREFIX, is_trained, read_adapter, stored_keys, write_adapter
 from unmask.models.adapter_folder import CONFIG, find_adapter
 from unmask.models.adapter_layout import AdapterLayout, layout_of
 from unmask.models.expert_adapter import AdaptedExperts
@@ -43,13 +43,17 @@ def attach_adapter(model: nn.Module, config: Any) -> None:
     keep its dtype. `target_parameters` are full names of stacked experts.
     """
     _attach_experts(model, config)
-    if config.target_modules or config.modules_to_save:
+    if config.target_modules:
         from peft import inject_adapter_in_model
 
         # PEFT shortens long lists in place, to suffixes that are unambiguous in this network only.
         own = copy.deepcopy(config)
-        own.target_parameters = None
+        own.target_parameters = own.modules_to_save = None
         inject_adapter_in_model(own, model)
+    for name in config.modules_to_save or []:
+        from peft.utils import ModulesToSaveWrapper
+
+        _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name), "default"))
     for name, parameter in model.named_parameters():
         trained = is_trained(name)
         parameter.requires_grad_(trained)
@@ -135,7 +139,7 @@ def _adapted(
     modules: dict[str, None] = {}
     stacks: dict[str, int] = {}
     whole: dict[str, None] = {}
-    for key in read_file(folder):
+    for key in stored_keys(folder):
         name, lora, _ = layout.own_name(key).rpartition(".lora_")
         if not lora:
             name = layout.own_name(key).rpartition(".")[0]

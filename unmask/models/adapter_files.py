@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,25 @@ def _expert_slot(owner: str, name: str, parameter: nn.Parameter, experts: Adapte
     return Slot(key, parameter, lambda t: to_file(side, t), lambda t: from_file(side, t, number))
 
 
-def read_file(folder: Path) -> dict[str, Tensor]:
-    """Return the stored tensors without `PREFIX`; ModelError when the file is not whole or not an adapter's."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        stored = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
-    for key in stored:
+
+
+def stored_keys(folder: Path) -> list[str]:
+    """Return the keys of a folder's tensors without `PREFIX`; ModelError when the file is not whole or not PEFT's."""
+    with _opened(folder) as file:
+        keys = list(file.keys())
+    for key in keys:
         if not key.startswith(PREFIX):
             raise ModelError(f"adapter: {folder / WEIGHTS} holds {key!r}, which is no tensor of PEFT's LoRA format")
-    return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
+    return [key.removeprefix(PREFIX) for key in keys]
 
 
 @torch.no_grad()
@@ -101,34 +108,39 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: tensors missing or too many, of other shapes, or copies of one weight that differ.
     """
-    stored, layout = read_file(folder), layout_of(model)
-    for slot in slots(model):
-        names = layout.reference_names(slot.key)
-        copies = {name: stored.pop(name) for name in names if name in stored}
-        if not copies:
-            raise ModelError(
-                f"adapter: {folder} was made for another network or other layers (first: {PREFIX + slot.key} is "
-                "missing)"
-            )
-        first, tensor = next(iter(copies.items()))
-        wanted = slot.pack(slot.parameter).shape
-        for name, other in copies.items():
-            if other.shape != wanted:
+    layout, left = layout_of(model), set(stored_keys(folder))
+    with _opened(folder) as file:
+        for slot in slots(model):
+            names = [name for name in layout.reference_names(slot.key) if name in left]
+            if not names:
                 raise ModelError(
-                    f"adapter: {folder} was made for another network: {PREFIX + name} has shape {tuple(other.shape)}, "
-                    f"not {tuple(wanted)}"
+                    f"adapter: {folder} was made for another network or other layers (first: {PREFIX + slot.key} is "
+                    "missing)"
                 )
-            if not torch.equal(other, tensor):
-                raise ModelError(
-                    f"adapter: {folder}: {PREFIX + name} differs from {PREFIX + first}, and both are of one weight "
-                    "here; it was trained with the two apart and cannot be applied to the shared weight"
-                )
-        slot.parameter.copy_(slot.unpack(tensor))
-    if stored:
+            left.difference_update(names)
+            slot.parameter.copy_(slot.unpack(_one_tensor(file, names, slot, folder)))
+    if left:
         raise ModelError(
-            f"adapter: {folder} was made for another network or other layers (first: {PREFIX + min(stored)} has no "
-            "place)"
+            f"adapter: {folder} was made for another network or other layers (first: {PREFIX + min(left)} has no place)"
         )
+
+
+def _one_tensor(file: Any, names: list[str], slot: Slot, folder: Path) -> Tensor:
+    """Return the tensor that is stored under each of the names, checked to be the same and to fit."""
+    tensor = file.get_tensor(PREFIX + names[0])
+    wanted = slot.pack(slot.parameter).shape
+    if tensor.shape != wanted:
+        raise ModelError(
+            f"adapter: {folder} was made for another network: {PREFIX + names[0]} has shape {tuple(tensor.shape)}, not "
+            f"{tuple(wanted)}"
+        )
+    for name in names[1:]:
+        if not torch.equal(file.get_tensor(PREFIX + name), tensor):
+            raise ModelError(
+                f"adapter: {folder}: {PREFIX + name} differs from {PREFIX + names[0]}, and both are of one weight "
+                "here; it was trained with the two apart and cannot be applied to the shared weight"
+            )
+    return tensor
 
 
 def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:

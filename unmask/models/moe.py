@@ -42,6 +42,17 @@ class Router(nn.Module):
             return experts_NT, weights_NT * self.per_expert_scale.float()[experts_NT]
 
 
+def freeze_routers(model: nn.Module) -> None:
+    """Take the projection and the scale of every router out of training: which expert sees what stays as it was.
+
+    The scale of an expert's output is trained on, as in NeMo AutoModel's DiffusionGemma recipe.
+    """
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.proj.weight.requires_grad_(False)
+            module.scale.requires_grad_(False)
+
+
 class Experts(nn.Module):
     """The gated MLPs of all experts in two stacked matrices: down(gelu(gate(x)) · up(x))."""
 

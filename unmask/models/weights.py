@@ -137,7 +137,7 @@ def read_slices(
                     continue
                 stored = opened.get_slice(key)
                 twin = layout.twin(key)
-                if twin in shapes:
+                if twin is not None and twin in shapes:
                     part = places[twin]
                     if all(side.stop > side.start for side in part):
                         _check_twin(folder, key, twin, stored[part or ...], part)

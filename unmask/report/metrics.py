@@ -60,6 +60,16 @@ class MetricsLog:
             close()
 
 
+class SilentLog:
+    """The log of every rank but the first: takes events and keeps none."""
+
+    def write(self, event: str, **values: Any) -> None:
+        """Drop an event."""
+
+    def close(self) -> None:
+        """Return: there is nothing to close."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the events of a log; a last line that a killed process left unfinished is left out.
 

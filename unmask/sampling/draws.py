@@ -10,15 +10,84 @@ Shapes: M open positions, N numbers a position.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from unmask import rng
+from unmask.sampling.categorical import categorical
 
 # Names of the draws of one network call; different streams are independent.
-CANDIDATES, ORDER = 1, 2
+CANDIDATES, ORDER, NOISE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions that random numbers are drawn for.
+
+    Attributes:
+        key_M: int64, the key of the row that each position stands in.
+        call_M: int64, number of the row's network call.
+        position_M: int64, index within the answer.
+    """
+
+    key_M: Tensor
+    call_M: Tensor
+    position_M: Tensor
+
+    def __getitem__(self, part: slice) -> Places:
+        """Return some of the positions."""
+        return Places(self.key_M[part], self.call_M[part], self.position_M[part])
+
+
+class Draws(Protocol):
+    """Where the denoising loop gets its random numbers. Results are on the device of the logits they go with."""
+
+    def gumbel(self, places: Places, logits_MV: Tensor) -> Tensor:
+        """Return standard Gumbel noise for logits, float64 (M, V)."""
+        ...
+
+    def order(self, places: Places, logits_MV: Tensor) -> Tensor:
+        """Return a number a position, uniform on (0, 1), float64 (M,)."""
+        ...
+
+    def category(self, places: Places, weights_MV: Tensor) -> Tensor:
+        """Return a token a position, int64 (M,), each with a probability proportional to its weight (M, V)."""
+        ...
+
+    def noise(self, places: Places, vocab_size: int) -> Tensor:
+        """Return a token a position, uniform over the vocabulary, int64 (M,) on the CPU.
+
+        Called for whole canvases: once before a row's first call and after each call.
+        """
+        ...
+
+
+class KeyedDraws:
+    """Numbers that depend on (row's key, call, position) alone, so on no neighbour and no order."""
+
+    def gumbel(self, places: Places, logits_MV: Tensor) -> Tensor:
+        """As in `Draws`."""
+        return gumbel(_keys(places, CANDIDATES).to(logits_MV.device), logits_MV.shape[1])
+
+    def order(self, places: Places, logits_MV: Tensor) -> Tensor:
+        """As in `Draws`."""
+        return uniform(_keys(places, ORDER).to(logits_MV.device), 1)[:, 0]
+
+    def category(self, places: Places, weights_MV: Tensor) -> Tensor:
+        """As in `Draws`, by one uniform number a position."""
+        return categorical(weights_MV, uniform(_keys(places, CANDIDATES), 1)[:, 0].to(weights_MV.device))
+
+    def noise(self, places: Places, vocab_size: int) -> Tensor:
+        """As in `Draws`."""
+        return (uniform(_keys(places, NOISE), 1)[:, 0] * vocab_size).long()
+
+
+def _keys(places: Places, stream: int) -> Tensor:
+    return position_keys(places.key_M, stream, places.call_M, places.position_M)
 
 
 def _signed(value: int) -> int:
@@ -51,7 +120,7 @@ def position_keys(keys_M: Tensor, stream: int, calls_M: Tensor, positions_M: Ten
 
     Args:
         keys_M: int64 (M,), the key of the row that each position stands in.
-        stream: `CANDIDATES` or `ORDER`.
+        stream: `CANDIDATES`, `ORDER` or `NOISE`.
         calls_M: int64 (M,), number of the row's network call.
         positions_M: int64 (M,), index within the answer.
     """

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import Adapter, adapter_for
+from unmask.sampling.adapters import Adapter, adapter_for, settings_for
 from unmask.sampling.denoise import Request, StepEvent, denoise
 from unmask.sampling.draws import row_keys
 from unmask.sampling.prompts import encode_prompts
-from unmask.sampling.settings import SamplerConfig
+from unmask.sampling.settings import SamplerConfig, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,8 @@ def generate(
         prompts: a prompt or a list of prompts. A prompt is a text (one user turn through the chat template, or literal
             text with `raw`), a chat as a list of {"role", "content"}, or a list of token ids.
         tokenizer: needed for texts and chats, and for `text` in the result.
-        sampler: settings; None = the defaults.
+        sampler: settings; what it leaves open, and None, is the model's own: its generation_config.json's where its
+            family keeps them there, otherwise its family's.
         seed: with equal seed and prompt the answer is the same.
         raw: tokenize texts as they stand, without a chat template.
         batch_size: rows denoised together, at least 1; None = 16.
@@ -95,17 +96,17 @@ def generate(
         a `Generation` for each prompt, in their order; a list of one for a single prompt.
 
     Raises:
-        SamplingError: a prompt that is empty, too long for the model or needs a tokenizer; a model of no known family;
-            logits that are not finite.
+        SamplingError: a prompt that is empty, too long for the model or needs a tokenizer; a setting that the model's
+            family does not have; a model of no known family; logits that are not finite.
     """
-    sampler = sampler if sampler is not None else SamplerConfig()
     size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise SamplingError(f"batch_size: must be an integer of at least 1, got {batch_size!r}")
-    adapter = adapter_for(model, sampler.cfg_scale)
+    settings = settings_for(model, sampler)
+    adapter = adapter_for(model, settings)
     encoded = encode_prompts(prompts, tokenizer, raw, adapter.spec.mask_id)
     for index, ids in enumerate(encoded):
-        _check_prompt(index, ids, adapter, sampler)
+        _check_prompt(index, ids, adapter, settings)
     requests = [
         Request(*request) for request in zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
     ]
@@ -115,7 +116,7 @@ def generate(
     with _evaluating(model):
         for start in range(0, len(requests), size):
             began = time.perf_counter()
-            for event in denoise(adapter, requests[start : start + size], sampler, stops):
+            for event in denoise(adapter, requests[start : start + size], settings, stops):
                 if on_event is not None:
                     on_event(event)
                 for row in event.finished_B.nonzero()[:, 0].tolist():
@@ -138,18 +139,20 @@ def stop_ids(adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> tup
     return tuple(sorted(ids))
 
 
-def _check_prompt(index: int, ids: Sequence[int], adapter: Adapter, sampler: SamplerConfig) -> None:
+def _check_prompt(index: int, ids: Sequence[int], adapter: Adapter, settings: Settings) -> None:
     spec = adapter.spec
-    total = len(ids) + sampler.max_new_tokens
+    total = len(ids) + settings.length
     if total > spec.max_length:
+        whole = settings.length // settings.block_size
+        rounded = "" if settings.length == settings.max_new_tokens else f" ({whole} whole canvases)"
         raise SamplingError(
-            f"prompt {index}: {len(ids)} tokens and max_new_tokens={sampler.max_new_tokens} make {total}, over the "
-            f"model's max_sequence_length {spec.max_length}; shorten the prompt or the answer"
+            f"prompt {index}: {len(ids)} tokens and max_new_tokens={settings.max_new_tokens}{rounded} make {total}, "
+            f"over the model's max_sequence_length {spec.max_length}; shorten the prompt or the answer"
         )
-    outside = [token for token in ids if not 0 <= token < spec.input_rows]
+    outside = [token for token in ids if not 0 <= token < spec.rows]
     if outside:
         raise SamplingError(
-            f"prompt {index}: token id {outside[0]} is outside the model's vocabulary of {spec.input_rows}; "
+            f"prompt {index}: token id {outside[0]} is outside the model's vocabulary of {spec.rows}; "
             "use the tokenizer that belongs to the checkpoint"
         )
 

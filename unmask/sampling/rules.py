@@ -1,5 +1,5 @@
 """What a denoising step decides, as pure functions: which token each open position would get, how sure that is, and
-which positions are settled now. A new score or rule is one function and one line in its table.
+which positions take it. A new score or rule is one function and one line in its table.
 
 Shapes: M open positions, V vocabulary rows, B rows, C positions of the answer.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.sampling.settings import SamplerConfig
+from unmask.sampling.settings import CanvasSettings, MaskSettings, Settings
 
 
 def ban(logits_MV: Tensor, token_ids: Sequence[int], vocab_size: int) -> Tensor:
@@ -78,18 +78,37 @@ def ranks(scores_BC: Tensor, active_BC: Tensor) -> Tensor:
     return by_score_BC.gather(-1, inactive_first).argsort(dim=-1)
 
 
-def settle_quota(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, sampler: SamplerConfig) -> Tensor:
+def settle_quota(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
     """Settle the `quota_B` best active positions of each row (LLaDA, generate.py); bool (B, C)."""
     return active_BC & (ranks(scores_BC, active_BC) < quota_B[:, None])
 
 
-def settle_threshold(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, sampler: SamplerConfig) -> Tensor:
-    """Settle every active position with a score of at least `sampler.threshold`, and always the best one; bool (B, C).
+def settle_threshold(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
+    """Settle every active position with a score of at least `settings.threshold`, and always the best one; bool (B, C).
 
     Source: Fast-dLLM (arXiv 2505.22618), section 3.3. The quota is not used.
     """
-    assert sampler.threshold is not None
-    return active_BC & ((scores_BC >= sampler.threshold) | (ranks(scores_BC, active_BC) < 1))
+    assert isinstance(settings, MaskSettings) and settings.threshold is not None
+    return active_BC & ((scores_BC >= settings.threshold) | (ranks(scores_BC, active_BC) < 1))
+
+
+def accept_by_entropy(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
+    """Accept active positions by rising entropy while those before have at most `entropy_bound` together; bool (B, C).
+
+    The entropies before a position bound the mutual information of taking it along with them, so what is accepted is
+    nearly independent. The most certain position is always accepted. The quota is not used.
+
+    Source: arXiv 2505.24857; transformers, generation_diffusion_gemma.py, `accept_canvas`.
+
+    Args:
+        scores_BC: minus the entropy of each active position, in nats.
+    """
+    assert isinstance(settings, CanvasSettings)
+    entropy_BC = (-scores_BC).double().masked_fill(~active_BC, torch.inf)
+    rising_BC, order_BC = entropy_BC.sort(dim=-1, stable=True)
+    before_BC = rising_BC.cumsum(dim=-1) - rising_BC  # inf - inf at inactive positions is nan, which passes no bound
+    accepted_BC = torch.zeros_like(active_BC).scatter(1, order_BC, before_BC <= settings.entropy_bound)
+    return active_BC & accepted_BC
 
 
 SCORES: dict[str, Score] = {
@@ -97,7 +116,8 @@ SCORES: dict[str, Score] = {
     "random": Score(random_order, random=True),
 }
 
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor, SamplerConfig], Tensor]] = {
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Settings], Tensor]] = {
     "quota": settle_quota,
     "threshold": settle_threshold,
+    "entropy_bound": accept_by_entropy,
 }

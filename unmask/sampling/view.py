@@ -1,4 +1,5 @@
-"""An answer drawn in the terminal while it is denoised: settled text, and a block of shade for each open position."""
+"""An answer drawn in the terminal while it is denoised: settled text, and a block of shade for each masked position, or
+the tokens of the current canvas, dimmed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 from torch import nn
 
-from unmask.sampling.adapters import adapter_for
+from unmask.sampling.adapters import adapter_for, settings_for
 from unmask.sampling.denoise import StepEvent
 from unmask.sampling.generate import Generation, generate, stop_ids
 from unmask.sampling.settings import SamplerConfig
@@ -31,12 +32,12 @@ class Drawing:
     Attributes:
         tokenizer: decodes the settled tokens.
         stops: tokens from which on nothing is drawn, since the answer ends before them.
-        blank: what stands for an open position.
+        blank: what stands for an open position; None draws the token that it holds.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[int, ...]
-    blank: str = "░"
+    blank: str | None = "░"
 
     def draw(self, answer: Sequence[int], open_: Sequence[bool], fresh: Sequence[bool]) -> Text:
         """Return one answer as styled text: what the last call settled bold, open positions dim.
@@ -52,10 +53,11 @@ class Drawing:
         # Neighbours are decoded together: a character may be spread over several tokens.
         for (is_open, is_fresh), run in groupby(places, key=lambda i: (open_[i], fresh[i])):
             ids = [answer[i] for i in run]
-            if is_open:
+            if is_open and self.blank is not None:
                 text.append(self.blank * len(ids), style="dim")
             else:
-                text.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)), style="bold" if is_fresh else "")
+                style = "dim" if is_open else "bold" if is_fresh else ""
+                text.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)), style=style)
         return text
 
 
@@ -82,8 +84,10 @@ def watch(
         SamplingError: as in `generate`.
     """
     console = console if console is not None else Console()
-    blank = "░" if console.encoding.lower().startswith("utf") else "_"
-    drawing = Drawing(tokenizer, stop_ids(adapter_for(model), tokenizer), blank)
+    adapter = adapter_for(model, settings_for(model, sampler))
+    shade = "░" if console.encoding.lower().startswith("utf") else "_"
+    blank = shade if adapter.spec.noise == "mask" else None
+    drawing = Drawing(tokenizer, stop_ids(adapter, tokenizer), blank)
     options: dict[str, Any] = {"tokenizer": tokenizer, "sampler": sampler, "seed": seed, "raw": raw}
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -108,5 +112,7 @@ def watch(
 
 
 def _draw(drawing: Drawing, event: StepEvent, highlight: bool) -> Text:
-    fresh = event.committed_BC[0].tolist() if highlight else [False] * event.committed_BC.shape[1]
-    return drawing.draw(event.answer_BC[0].tolist(), event.open_BC[0].tolist(), fresh)
+    answer, is_open = event.answer_BC[0].tolist(), event.open_BC[0].tolist()
+    fresh = event.committed_BC[0].tolist() if highlight else [False] * len(answer)
+    begun = len(answer) if drawing.blank is not None else int(event.begun_B[0])
+    return drawing.draw(answer[:begun], is_open[:begun], fresh[:begun])

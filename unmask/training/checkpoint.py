@@ -11,10 +11,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unmask.errors import CheckpointError, FieldError
 
@@ -33,13 +33,18 @@ class CheckpointConfig:
         enabled: False writes logs only and cannot resume.
         checkpoint_dir: the run directory; a run that finds checkpoints there goes on from the newest whole one.
         max_recent_checkpoints: older ones are removed after each save; null keeps all.
+        save_consolidated: with several processes, which checkpoints are plain Hugging Face folders too: none (false),
+            the one at the run's end (`final`) or all (`every`, true). One process writes nothing else.
     """
 
     enabled: bool = True
     checkpoint_dir: str = "checkpoints"
     max_recent_checkpoints: int | None = 3
+    save_consolidated: bool | Literal["final", "every"] = "final"
 
     def __post_init__(self) -> None:
+        if self.save_consolidated is True:
+            object.__setattr__(self, "save_consolidated", "every")
         if self.max_recent_checkpoints is not None and self.max_recent_checkpoints < 1:
             raise FieldError("max_recent_checkpoints", f"must be at least 1 or null, got {self.max_recent_checkpoints}")
 
@@ -90,30 +95,71 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Call
     """
     from safetensors import SafetensorError
 
-    final, temporary = root / f"step_{step}", root / f".step_{step}.{os.getpid()}.part"
+    temporary = _beside(root, step)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        begin_checkpoint(root, step)
         write(temporary)
-        (temporary / STATE).write_text(json.dumps({"format": _FORMAT, "step": step, **state}, indent=1) + "\n")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        listing = {str(path.relative_to(temporary)): [path.stat().st_size, _crc32(path)] for path in files}
-        (temporary / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": listing}, indent=1) + "\n")
-        for path in (*files, temporary / MANIFEST, temporary):
-            _to_disk(path)
-        if final.exists():  # a torn one of that name; moved aside in one step, removed by `prune`
-            final.rename(root / f".step_{step}.{os.getpid()}.old.part")
-        temporary.rename(final)
-        _point_latest(root, final.name)
-        _to_disk(root)  # the names too, before `prune` may remove older checkpoints
+        write_state(temporary, step, state)
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        return commit_checkpoint(root, step, temporary, list_files(temporary, files))
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{final}: the checkpoint could not be saved ({reason}); nothing half-written was left and older "
-            "checkpoints are untouched. Free some space or change checkpoint.checkpoint_dir, then run again to resume"
-        ) from error
+        drop_checkpoint(temporary)
+        raise cannot_save(root / f"step_{step}", error) from error
+
+
+def _beside(root: Path, step: int) -> Path:
+    return root / f".step_{step}.{os.getpid()}.part"
+
+
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """Return a new empty folder beside the place of `step_N`; raises OSError."""
+    temporary = _beside(root, step)
+    drop_checkpoint(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def write_state(temporary: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Write state.json; raises OSError."""
+    (temporary / STATE).write_text(json.dumps({"format": _FORMAT, "step": step, **state}, indent=1) + "\n")
+
+
+def list_files(temporary: Path, files: Iterable[Path]) -> dict[str, list[int]]:
+    """Flush files to the disk and return [size, CRC-32] of each by its path within the folder; raises OSError."""
+    listing = {}
+    for path in sorted(files):
+        listing[str(path.relative_to(temporary))] = [path.stat().st_size, _crc32(path)]
+        _to_disk(path)
+    return listing
+
+
+def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[str, list[int]]) -> Path:
+    """Write the manifest, rename a complete folder to `step_N` and point `latest` at it; raises OSError."""
+    final = root / f"step_{step}"
+    manifest = {"format": _FORMAT, "files": dict(sorted(listing.items()))}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in (temporary / MANIFEST, temporary):
+        _to_disk(path)
+    if final.exists():  # a torn one of that name; moved aside in one step, removed by `prune`
+        final.rename(root / f".step_{step}.{os.getpid()}.old.part")
+    temporary.rename(final)
+    _point_latest(root, final.name)
+    _to_disk(root)  # the names too, before `prune` may remove older checkpoints
     return final
+
+
+def drop_checkpoint(temporary: Path) -> None:
+    """Remove a folder that did not become a checkpoint."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cannot_save(final: Path, error: BaseException) -> CheckpointError:
+    """Return the error that says why a checkpoint is not there."""
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return CheckpointError(
+        f"{final}: the checkpoint could not be saved ({reason}); nothing half-written was left and older "
+        "checkpoints are untouched. Free some space or change checkpoint.checkpoint_dir, then run again to resume"
+    )
 
 
 def prune(root: Path, keep: int | None, saved: Path) -> None:

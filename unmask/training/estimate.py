@@ -59,13 +59,20 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         plan.config, tokens, width, compute, config.distributed.activation_checkpointing
     )
     return Estimate(
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(p.numel() * _packed(p) for p in parameters),
         trainable=sum(p.numel() for p in trainable),
         weights=_bytes(parameters),
         gradients=trained_bytes,
         optimizer=2 * trained_bytes,
         activations=activations + 4 * min(CHUNK_LOGITS, tokens * plan.config.rows),
     )
+
+
+def _packed(parameter: nn.Parameter) -> int:
+    """How many parameters an element stands for: two where a frozen base is in 4 bits."""
+    import torch
+
+    return 2 if parameter.dtype == torch.uint8 else 1
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

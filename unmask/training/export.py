@@ -55,12 +55,11 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
 
             from unmask.models.adapter import load_adapter, merge_adapter
 
-            # The adapter's delta is added in fp32 and the sum rounded once, to the dtype that each tensor is stored in.
-            stored = {name: tensor.dtype for name, tensor in model.named_parameters()}
-            load_adapter(model.float(), adapter)
-            merge_adapter(model)
-            for name, tensor in model.named_parameters():
-                tensor.data = tensor.data.to(getattr(torch, dtype) if dtype else stored[name])
+            wanted = getattr(torch, dtype) if dtype else None
+            load_adapter(model, adapter)
+            merge_adapter(model, wanted)  # summed in fp32 and rounded once, a layer at a time
+            if wanted is not None:
+                model.to(wanted)
         save_model(model, plan, temporary)
         warnings = _copy_tokenizer(checkpoint, adapter, temporary)
         if output.exists():

@@ -23,13 +23,13 @@ from unmask.batch import Batch
 from unmask.distributed.runtime import Runtime
 from unmask.errors import DataError, TrainingError
 from unmask.objectives.registry import Objective
-from unmask.report.metrics import MetricsLog
+from unmask.report.metrics import MetricsLog, SilentLog
 from unmask.report.progress import TrainingProgress
 from unmask.rng import NoiseStream, key
-from unmask.training.checkpoint import CheckpointConfig, prune, save_checkpoint
+from unmask.training.checkpoint import CheckpointConfig
 from unmask.training.optim import set_learning_rate
-from unmask.training.optimizer_state import save_optimizer
 from unmask.training.resume import ResumePoint
+from unmask.training.saver import Saver
 from unmask.training.schedule import LRSchedulerConfig, StepSchedulerConfig, due, learning_rate
 from unmask.training.signals import StopRequest
 from unmask.training.step import StepResult, train_step
@@ -71,11 +71,12 @@ class TrainingRun:
         steps: sizes and intervals; `total_steps` is the length they resolve to.
         schedule, peak_lr, max_norm: the optimizer's settings that change or limit a step.
         checkpoint: what is kept, under which identity (a checkpoint of another identity is foreign).
-        write_model: writes the model as a Hugging Face folder; `read_model` puts such a folder's weights back.
+        saver: writes checkpoints.
         validators: each takes the model and returns the fields of a validation event.
         metrics, progress: where numbers go.
-        name_rows: says which rows a batch holds, for an error message.
+        name_rows: names rows by their sample ids, for an error message.
         is_good_enough: told each validation event; True ends the run.
+        defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
     """
 
     root: Path
@@ -92,13 +93,13 @@ class TrainingRun:
     max_norm: float | None
     checkpoint: CheckpointConfig
     identity: Mapping[str, Any]
-    write_model: Callable[[Path], None]
-    read_model: Callable[[Path], None]
+    saver: Saver
     validators: Sequence[Callable[[nn.Module], Mapping[str, float]]]
-    metrics: MetricsLog
+    metrics: MetricsLog | SilentLog
     progress: TrainingProgress
-    name_rows: Callable[[Sequence[Batch]], str]
+    name_rows: Callable[[Sequence[int]], str]
     is_good_enough: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
+    defer_grad_sync: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,17 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             named), or memory ran out in a step.
         CheckpointError: a checkpoint could not be saved.
     """
-    step, saved = start.step, start.folder
-    if step >= run.total_steps:
-        return TrainingOutcome(step, "already finished", saved)
-    reason = "finished"
+    if start.step >= run.total_steps:
+        return TrainingOutcome(start.step, "already finished", start.folder)
+    try:
+        return _train(run, start)
+    except BaseException:
+        run.saver.abandon()
+        raise
+
+
+def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
+    step, ranks, reason = start.step, run.runtime.ranks, "finished"
     stream = iter(run.loader)
     with StopRequest() as stop, run.progress, contextlib.closing(stream):
         if run.steps.val_at_start and step == 0:
@@ -138,39 +146,55 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             try:
                 batches = next(stream)
             except DataError:
-                if stop.name is None:
+                if stop.name is None or ranks.size > 1:
                     raise
                 reason = stop.name  # the signal reached the data workers too
                 break
             step += 1
             rate = learning_rate(step, run.schedule, run.peak_lr, run.total_steps)
             set_learning_rate(run.optimizer, rate)
-            # Dropout, the one user of the global generator, draws the same after a resume as without one.
-            torch.manual_seed(key(run.noise.seed, "dropout", sample=step) % 2**32)
-            try:
-                result = train_step(
-                    run.model, run.objective, batches, run.noise, run.optimizer, run.runtime, run.max_norm
-                )
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise _out_of_memory(run, step, saved) from error
+            # Dropout, the one user of the global generator, draws the same after a resume as without one. Ranks have
+            # different rows and draw apart.
+            torch.manual_seed(key(run.noise.seed, "dropout", epoch=ranks.rank, sample=step) % 2**32)
+            result = _step(run, step, batches)
             if not result.finite:
-                raise _not_finite(run, step, result, batches, saved)
+                raise _not_finite(run, step, result, batches)
             _record(run, step, rate, result, time.perf_counter() - began)
             good = due(step, run.steps.val_every_steps) and _validate(run, step)
-            if good or stop.name is not None:
-                reason = stop.name or "good enough"
+            stopped = stop.agreed(ranks)
+            if good or stopped is not None:
+                reason = stopped or "good enough"
                 break
             if due(step, run.steps.ckpt_every_steps) and step < run.total_steps:
-                saved = _save(run, step)
+                _save(run, step, last=False)
+            _tell_saved(run)
         if reason == "finished" and not due(step, run.steps.val_every_steps):
             _validate(run, step)
         if step > start.step:
-            saved = _save(run, step)
+            _save(run, step, last=reason in ("finished", "good enough"))
+        run.saver.settle()
+        _tell_saved(run)
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
-    return TrainingOutcome(step, reason, saved)
+    return TrainingOutcome(step, reason, run.saver.newest)
+
+
+def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
+    try:
+        return train_step(
+            run.model,
+            run.objective,
+            batches,
+            run.noise,
+            run.optimizer,
+            run.runtime,
+            run.max_norm,
+            run.defer_grad_sync,
+        )
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _out_of_memory(run, step) from error
 
 
 def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float) -> None:
@@ -203,29 +227,27 @@ def _validate(run: TrainingRun, step: int) -> bool:
     return run.is_good_enough(event)
 
 
-def _save(run: TrainingRun, step: int) -> Path | None:
-    if not run.checkpoint.enabled:
-        return None
-
-    def write(folder: Path) -> None:
-        run.write_model(folder)
-        save_optimizer(run.model, run.optimizer, folder)
-
-    state = {"loader": run.loader.state_dict(), "identity": dict(run.identity)}
-    folder = save_checkpoint(run.root, step, state, write)
-    prune(run.root, run.checkpoint.max_recent_checkpoints, folder)
-    run.progress.say(f"step {step}  saved {folder}")
-    return folder
+def _save(run: TrainingRun, step: int, last: bool) -> None:
+    if run.checkpoint.enabled:
+        run.saver.save(step, {"loader": run.loader.state_dict(), "identity": dict(run.identity)}, last)
 
 
-def _not_finite(
-    run: TrainingRun, step: int, result: StepResult, batches: Sequence[Batch], saved: Path | None
-) -> TrainingError:
+def _tell_saved(run: TrainingRun) -> None:
+    """Say which checkpoint is complete; record how long a save in the background took, and held the step up."""
+    for news in run.saver.poll():
+        run.progress.say(f"step {news['step']}  saved {news['folder']}")
+        if "seconds" in news:
+            run.metrics.write("checkpoint", **{**news, "folder": news["folder"].name})
+
+
+def _not_finite(run: TrainingRun, step: int, result: StepResult, batches: Sequence[Batch]) -> TrainingError:
+    own = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
+    everyone = [sample for ids in run.runtime.ranks.gather(own) for sample in ids]
     run.metrics.write("stopped", step=step, reason="not finite")  # NaN has no place in JSON, so no value
     return TrainingError(
         f"step {step}: the loss ({result.loss}) or the gradient norm ({result.grad_norm}) is not finite, and training "
-        f"stopped before the update. Rows of this step: {run.name_rows(batches)}. Last good checkpoint: "
-        f"{saved or 'none yet'}. Lower optimizer.lr, add lr_scheduler.lr_warmup_steps or look at these rows"
+        f"stopped before the update. Rows of this step: {run.name_rows(everyone)}. Last good checkpoint: "
+        f"{run.saver.newest or 'none yet'}. Lower optimizer.lr, add lr_scheduler.lr_warmup_steps or look at these rows"
     )
 
 
@@ -237,10 +259,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
-def _out_of_memory(run: TrainingRun, step: int, saved: Path | None) -> TrainingError:
+def _out_of_memory(run: TrainingRun, step: int) -> TrainingError:
     run.metrics.write("stopped", step=step, reason="out of memory")
     return TrainingError(
         f"step {step}: memory ran out on {run.runtime.device}. Lower step_scheduler.local_batch_size (the result stays "
         "the same), set distributed.activation_checkpointing: true, or lower dataset.seq_length, then run again. Last "
-        f"checkpoint: {saved or 'none yet'}"
+        f"checkpoint: {run.saver.newest or 'none yet'}"
     )

@@ -1,9 +1,10 @@
-"""The `peft` section: low-rank adapters on the blocks' linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+"""The `peft` section: low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers and on stacked experts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from unmask.errors import ConfigError, FieldError
@@ -11,23 +12,39 @@ from unmask.errors import ConfigError, FieldError
 if TYPE_CHECKING:
     from torch import nn
 
+    from unmask.models.adapter_layout import AdapterLayout
+
 
 @dataclass(frozen=True)
 class PeftConfig:
     """Section `peft`: train an adapter instead of the model. Names are those of PEFT's LoraConfig.
 
+    Patterns are globs over full names (`*` matches anything); a name's last parts alone are enough, as in PEFT.
+
     Attributes:
         r: rank.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: dropout on the adapter's input, in [0, 1).
-        target_modules: patterns over full module names (`*` matches anything), for example `*.q_proj`; None takes
-            every linear layer of the blocks. The language-model head is never adapted by a pattern.
+        target_modules: patterns of linear layers, for example `*.q_proj`; None takes attention and dense MLP of every
+            layer. Head, embedding and router are never adapted. [] takes none (for experts alone).
+        exclude_modules: patterns of linear layers that are left out again.
+        target_parameters: patterns of stacked expert matrices, for example `*.experts.down_proj`.
+        modules_to_save: patterns of modules that are trained whole beside the adapter, for example `*norm`.
+        use_rslora: scale by lora_alpha / √r (Kalajdzievski 2023, arXiv 2312.03732).
+        use_dora: learn the magnitude of each output apart from its direction (Liu et al. 2024, arXiv 2402.09353).
+        load_in_4bit: keep frozen linear layers and experts in 4-bit NF4 (QLoRA, arXiv 2305.14314).
     """
 
     r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     target_modules: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -36,35 +53,149 @@ class PeftConfig:
             raise FieldError("lora_alpha", f"must be positive, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise FieldError("lora_dropout", f"must lie in [0, 1), got {self.lora_dropout}")
+        if self.target_parameters and self.use_dora:
+            raise FieldError("use_dora", "experts take plain or rank-stabilised LoRA; remove it or target_parameters")
+        if self.target_parameters and self.lora_dropout:
+            raise FieldError("lora_dropout", "experts take no dropout; set it to 0 or remove target_parameters")
+        if self.target_modules == [] and not self.target_parameters:
+            raise FieldError("target_modules", "[] adapts nothing; name layers, or experts in target_parameters")
+
+
+def check_quantization(section: PeftConfig | None, processes: int) -> None:
+    """Refuse `load_in_4bit` where it cannot work; needs no torch.
+
+    Args:
+        section: the `peft` section.
+        processes: how many the launcher started.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed, or several processes, over which packed weights cannot be sharded.
+    """
+    if section is None or not section.load_in_4bit:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("peft.load_in_4bit: needs bitsandbytes; install it with `pip install 'unmask[quant]'`")
+    if processes > 1:
+        raise ConfigError(
+            f"peft.load_in_4bit: works on one device, and {processes} processes were started; start one, or set it "
+            "false"
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full names that a section's patterns mean.
+
+    Attributes:
+        modules: linear layers.
+        parameters: stacked expert matrices.
+        whole: modules that are trained whole.
+    """
+
+    modules: list[str]
+    parameters: list[str]
+    whole: list[str]
+
+
+def resolve_targets(section: PeftConfig, model: nn.Module) -> Targets:
+    """Find what the section's patterns mean in a network.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or only what cannot be adapted (head, embedding, router); the
+            message lists what can.
+    """
+    from unmask.models.adapter_layout import layout_of
+
+    layout = layout_of(model)
+    modules = target_names(section, model)
+    stacks = _stacked_matrices(model)
+    parameters = _match("target_parameters", section.target_parameters or [], stacks, stacks, model, layout)
+    whole_kinds = [
+        name
+        for name, module in model.named_modules()
+        if any(fnmatchcase(name, pattern) for pattern in layout.whole) and next(module.parameters(), None) is not None
+    ]
+    if getattr(model.config, "weight_tying", False):  # the embedding is also the head
+        whole_kinds = [name for name in whole_kinds if not name.endswith(".wte")]
+    whole = _match("modules_to_save", section.modules_to_save or [], whole_kinds, whole_kinds, model, layout)
+    return Targets(modules, parameters, whole)
 
 
 def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
     """Return the full names of the linear layers that the section's patterns match.
 
-    A pattern is matched against the whole module path. The head is left out although `*.ff_out` spells it: its name is
-    also that of each block's down projection, and the loss never calls it as a module.
+    A pattern is matched against the whole module path. LLaDA's head is left out although `*.ff_out` spells it: its name
+    is also that of each block's down projection, and the loss never calls it as a module.
 
     Raises:
-        ConfigError: a pattern that matches no linear layer of a block.
+        ConfigError: a pattern that matches no linear layer that can be adapted.
     """
     from torch import nn as torch_nn
 
+    from unmask.models.adapter_layout import layout_of, matches
+
+    layout = layout_of(model)
     linears = [
-        name for name, module in model.named_modules() if isinstance(module, torch_nn.Linear) and ".blocks." in name
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch_nn.Linear) and any(fnmatchcase(name, pattern) for pattern in layout.linears)
     ]
-    if section.target_modules is None:
-        return linears
+    default = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in layout.default)]
+    chosen = default
+    if section.target_modules is not None:
+        chosen = _match("target_modules", section.target_modules, linears, linears, model, layout)
+    excluded = section.exclude_modules or []
+    _match("exclude_modules", excluded, chosen, linears, model, layout)
+    kept = [name for name in chosen if not any(matches(name, pattern) for pattern in excluded)]
+    if chosen and not kept:
+        raise ConfigError(f"peft.exclude_modules: {excluded} leaves no linear layer to adapt; exclude fewer")
+    return kept
+
+
+def _stacked_matrices(model: nn.Module) -> list[str]:
+    from unmask.models.moe import Experts
+
+    return [
+        f"{owner}.{name}"
+        for owner, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters()
+    ]
+
+
+_KINDS = {
+    "target_modules": "linear layer that can be adapted",
+    "exclude_modules": "linear layer that target_modules takes",
+    "target_parameters": "stack of experts",
+    "modules_to_save": "module that can be trained whole",
+}
+
+
+def _match(
+    field: str, patterns: list[str], names: list[str], listed: list[str], model: nn.Module, layout: AdapterLayout
+) -> list[str]:
+    """Return the names that the patterns match, in their order; ConfigError for a pattern without any."""
+    from unmask.models.adapter_layout import matches
+
     found: list[str] = []
-    for pattern in section.target_modules:
-        matches = [name for name in linears if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
-        if not matches:
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    for pattern in patterns:
+        hits = [name for name in names if matches(name, pattern)]
+        if not hits:
+            others = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+            named = next((name for name in others if name and matches(name, pattern)), None)
+            reason = layout.why_frozen(named or pattern)
+            why = "" if reason is None else f" ({reason})"
+            kinds = ", ".join(sorted({"*." + ".".join(name.rsplit(".", 2)[-_parts(field) :]) for name in listed}))
             raise ConfigError(
-                f"peft.target_modules: {pattern!r} matches no linear layer of a block; layers are named "
-                f"{', '.join('*.' + kind for kind in kinds)}"
+                f"peft.{field}: {pattern!r} matches no {_KINDS[field]}{why}; "
+                + (f"there are {kinds}" if kinds else "this model has none")
             )
-        found += matches
+        found += hits
     return list(dict.fromkeys(found))
+
+
+def _parts(field: str) -> int:
+    return 2 if field == "target_parameters" else 1
 
 
 def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
@@ -75,16 +206,27 @@ def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
         section: the `peft` section.
         base: name or folder of the base model, recorded in adapter_config.json.
     """
-    from peft import LoraConfig
+    from unmask.models.adapter import attach_adapter, restart_magnitudes
 
-    from unmask.models.adapter import attach_adapter
+    targets = resolve_targets(section, model)
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=section.lora_dropout,
-        target_modules=target_names(section, model),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        modules_to_save=targets.whole or None,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
         base_model_name_or_path=base,
     )
     attach_adapter(model, config)
+    if section.load_in_4bit:
+        from unmask.models.quantized import quantize_base
+
+        quantize_base(model)
+        if section.use_dora and not next(model.parameters()).is_meta:
+            restart_magnitudes(model)
     return config

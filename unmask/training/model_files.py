@@ -72,7 +72,11 @@ def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
     """Write the weights, config.json as it was read with the dtype of the weights in it, and generation_config.json."""
     carried = carried_tensors(plan.folder, plan.family.layout)
     save_weights(chain(model.state_dict().items(), carried), folder)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_config(plan, str(next(model.parameters()).dtype).removeprefix("torch."), folder)
+
+
+def write_config(plan: ModelPlan, dtype: str, folder: Path) -> None:
+    """Write config.json as it was read, with the dtype of the weights in it, and generation_config.json."""
     kept = {key: value for key, value in plan.config_json.items() if key != "dtype"}
     (folder / "config.json").write_text(json.dumps({**kept, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
     if plan.folder is not None and (plan.folder / GENERATION).is_file():

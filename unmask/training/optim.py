@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.errors import FieldError
 
@@ -54,16 +54,21 @@ class ClipConfig:
 
 
 def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """Build fused AdamW over the trainable parameters in two groups: matrices with decay, vectors without."""
+    """Build fused AdamW over the trainable parameters: matrices with decay, vectors without.
+
+    Parameters that are sharded over different ranks are in groups of their own, as one fused kernel takes one mesh.
+    """
     import torch
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, Any], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.dim() >= 2
+            decay = section.weight_decay if matrix else 0.0
+            group = groups.setdefault((not matrix, _mesh(parameter)), {"params": [], "weight_decay": decay})
+            group["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [group for _, group in sorted(groups.items(), key=lambda item: item[0][0])],
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,
@@ -71,16 +76,45 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
     )
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
+def _mesh(tensor: Tensor) -> Any:
+    return getattr(tensor, "device_mesh", None)
+
+
+def squared_norm(optimizer: Optimizer, copies: int) -> Tensor:
+    """Return this rank's share of the squared 2-norm of all gradients, float32 scalar; the ranks' shares add up to it.
+
+    Args:
+        optimizer: its parameters are shards and hold the gradients.
+        copies: how many ranks hold the same shard (HSDP), and share its part of the norm.
+    """
+    import torch
+
+    return torch.nn.utils.get_total_norm(_gradients(optimizer)).float().square() / copies
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Return all gradients; of sharded ones this rank's part, sharing their memory."""
+    found: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in found]
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float | None, norm: Tensor | None = None) -> Tensor:
     """Scale all gradients in place so that their global 2-norm is at most `max_norm`.
+
+    Args:
+        optimizer: its parameters hold the gradients.
+        max_norm: the largest norm to leave; None = any.
+        norm: the global norm, where ranks have summed their shares of it; None = all gradients are here.
 
     Returns:
         the norm before scaling, float32 scalar. A norm that is not finite is returned and nothing is scaled.
     """
     import torch
 
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).float()
+    gradients = _gradients(optimizer)
+    if norm is None:
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+    norm = norm.to(gradients[0].device)  # which is the host's where they are offloaded
     # Where the norm is on the host, a comparison is free and saves a pass over all gradients in most steps; on an
     # accelerator it would wait for the whole backward pass, which costs more than the multiplication.
     if max_norm is not None and (norm.device.type != "cpu" or norm > max_norm):

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
-from torch.optim import Optimizer
-
+from unmask.distributed.ranks import ALONE, Ranks, from_first
 from unmask.report.metrics import cut_after
 from unmask.training.checkpoint import CheckpointConfig, find_checkpoint
-from unmask.training.optimizer_state import load_optimizer
 
 
 class Positioned(Protocol):
@@ -25,13 +22,19 @@ class Positioned(Protocol):
 
 @dataclass(frozen=True)
 class ResumeParts:
-    """The parts of a run that a checkpoint restores, and the log that is cut to match."""
+    """The parts of a run that a checkpoint restores, and the log that is cut to match.
 
-    model: nn.Module
-    optimizer: Optimizer
+    Attributes:
+        loader: the data.
+        restore: puts model and optimizer back from a checkpoint's folder; with several ranks all call it.
+        log: the run's metrics.jsonl.
+        ranks: rank 0 looks for the checkpoint and checks it, and cuts the log.
+    """
+
     loader: Positioned
-    read_model: Callable[[Path], None]
+    restore: Callable[[Path], None]
     log: Path
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     Raises:
         CheckpointError: there are checkpoints, but none that can be used.
     """
-    found = find_checkpoint(root, identity) if section.enabled else None
+    found = from_first(parts.ranks, lambda: find_checkpoint(root, identity) if section.enabled else None)
     if found is None:
-        cut_after(parts.log, -1)
+        if parts.ranks.first:
+            cut_after(parts.log, -1)
         return ResumePoint(0, None, ())
-    parts.read_model(found.folder)
-    load_optimizer(parts.model, parts.optimizer, found.folder)
+    parts.restore(found.folder)
     parts.loader.load_state_dict(found.state["loader"])
-    cut_after(parts.log, found.state["step"])
+    if parts.ranks.first:
+        cut_after(parts.log, found.state["step"])
     return ResumePoint(found.state["step"], found.folder, found.refused)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from unmask.distributed.ranks import Ranks
+
 
 class StopRequest:
     """Context in which SIGINT and SIGTERM set `name` instead of killing the process; leaving restores the handlers."""
@@ -23,6 +25,12 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def agreed(self, ranks: Ranks) -> str | None:
+        """Return the signal that any rank has received, the same on all of them; a collective."""
+        own = 0 if self.name is None else int(signal.Signals[self.name])
+        number = ranks.largest(own)
+        return None if number == 0 else signal.Signals(number).name
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:

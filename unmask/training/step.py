@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.batch import Batch, LossTerms
+from unmask.batch import Batch, Corrupted, LossTerms
 from unmask.distributed.runtime import Runtime
 from unmask.objectives.registry import Objective
 from unmask.rng import NoiseStream
-from unmask.training.optim import clip_gradients
+from unmask.training.optim import clip_gradients, squared_norm
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured, on the host.
+    """What one step measured over all ranks, on the host.
 
     Attributes:
-        losses: value of each loss term, nats a counted unit.
+        losses: value of each loss term, nats a counted unit, not weighted.
         loss: their weighted total.
         grad_norm: global 2-norm before clipping.
         tokens: positions that the network saw.
@@ -37,7 +36,7 @@ class StepResult:
     finite: bool
 
 
-def total_loss(terms: LossTerms, counts: dict[str, float]) -> Tensor:
+def total_loss(terms: LossTerms, counts: Mapping[str, float]) -> Tensor:
     """Return Σ weight · sum / count over the terms, the count being that of the whole global batch."""
     return sum(term.weight * term.sum / counts[name] for name, term in terms.terms.items())  # pyright: ignore[reportReturnType]
 
@@ -50,40 +49,74 @@ def train_step(
     optimizer: Optimizer,
     runtime: Runtime,
     max_norm: float | None,
+    defer_grad_sync: bool = True,
 ) -> StepResult:
-    """Update the model once on the micro-batches of one global batch.
+    """Update the model once on the micro-batches of one global batch, of which this rank has its own.
 
-    Each loss term is a sum over all micro-batches divided once by the count of all, so that splitting the global batch
-    otherwise changes nothing but rounding. A loss or gradient that is not finite leaves model and optimizer untouched.
+    Each loss term is a sum over all micro-batches and ranks divided once by the count of all, so that dividing the
+    global batch otherwise changes nothing but rounding. A loss or gradient that is not finite leaves model and
+    optimizer untouched, on every rank.
+
+    Args:
+        model, optimizer: shards of them where there are several ranks.
+        objective: corruption and loss.
+        batches: this rank's micro-batches.
+        noise: the run's noise.
+        runtime: device and ranks.
+        max_norm: gradients are scaled down to this global 2-norm; None = never.
+        defer_grad_sync: with several ranks, sum gradients over them after the last micro-batch alone.
     """
     import math
 
     import torch
 
     noisy = [objective.corrupt(batch, noise) for batch in batches]
-    counts: dict[str, float] = {}
-    for part in noisy:
-        for name, count in part.counts.items():
-            counts[name] = counts.get(name, 0.0) + count
-    sums: dict[str, Any] = {}
+    counts, tokens, supervised = _global_counts(noisy, batches, runtime)
+    sums: dict[str, Tensor] = {}
+    weights: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for part in noisy:
+    for number, part in enumerate(noisy, start=1):
+        if runtime.meshes is not None:
+            from unmask.distributed.shard import synchronise_gradients
+
+            synchronise_gradients(model, not defer_grad_sync or number == len(noisy))
         with runtime.autocast():
             terms = objective.loss(model, part.to(runtime.device))
         total_loss(terms, counts).backward()
         for name, term in terms.terms.items():
-            sums[name] = sums.get(name, 0.0) + term.weight * term.sum.detach() / counts[name]
-    norm = clip_gradients(optimizer, max_norm)
+            sums[name] = sums.get(name, 0.0) + term.sum.detach().float() / counts[name]
+            weights[name] = term.weight
+    if runtime.meshes is None:
+        norm = clip_gradients(optimizer, max_norm)
+        measured = torch.stack([*sums.values(), norm])
+    else:
+        # One collective: the terms' sums and every rank's share of the squared norm.
+        share = squared_norm(optimizer, runtime.meshes.degrees.replicate).to(runtime.device)
+        measured = runtime.ranks.sum_tensor(torch.stack([*sums.values(), share]))
+        measured[-1] = clip_gradients(optimizer, max_norm, measured[-1].sqrt())
     # The one host synchronisation of a step: everything that is logged comes over together.
-    *values, grad_norm = torch.stack([*(value.float() for value in sums.values()), norm]).tolist()
+    *values, grad_norm = measured.tolist()
     finite = all(math.isfinite(value) for value in (*values, grad_norm))
     if finite:
         optimizer.step()
+    losses = dict(zip(sums, values, strict=True))
     return StepResult(
-        losses=dict(zip(sums, values, strict=True)),
-        loss=sum(values),
+        losses=losses,
+        loss=sum(weights[name] * value for name, value in losses.items()),
         grad_norm=grad_norm,
-        tokens=sum(batch.input_ids_BL.numel() for batch in batches),
-        supervised_tokens=int(sum(batch.answer_lengths_B.sum().item() for batch in batches)),
+        tokens=tokens,
+        supervised_tokens=supervised,
         finite=finite,
     )
+
+
+def _global_counts(
+    noisy: Sequence[Corrupted], batches: Sequence[Batch], runtime: Runtime
+) -> tuple[dict[str, float], int, int]:
+    """Return each term's count, the positions seen and those supervised, over all ranks and micro-batches."""
+    names = sorted(noisy[0].counts)
+    counts = [sum(part.counts[name] for part in noisy) for name in names]
+    tokens = sum(batch.input_ids_BL.numel() for batch in batches)
+    supervised = int(sum(batch.answer_lengths_B.sum().item() for batch in batches))
+    *counts, tokens, supervised = runtime.ranks.sum([*counts, tokens, supervised])
+    return dict(zip(names, counts, strict=True)), int(tokens), int(supervised)

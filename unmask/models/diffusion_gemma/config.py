@@ -152,6 +152,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
     canvas = values.get("canvas_length")
     eos = text.get("eos_token_id", 1)
     ends = values.get("eos_token_id", eos)
+    fill: Any = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
     pad = text.get("pad_token_id", 0)
     images = (values.get("boi_token_id", 255_999), values.get("eoi_token_id", 258_882))
     config = DiffusionGemmaConfig(
@@ -165,7 +166,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
         rms_norm_eps=_number(text.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         final_logit_softcapping=_number(text.get("final_logit_softcapping", 30.0), "final_logit_softcapping", where),
         canvas_length=_positive(256 if canvas is None else canvas, "canvas_length", where),
-        eos_token_id=eos[0] if isinstance(eos, (list, tuple)) and eos else eos,
+        eos_token_id=fill,
         eos_token_ids=tuple(ends) if isinstance(ends, (list, tuple)) else (ends,),
         pad_token_id=0 if pad is None else pad,
         image_token_ids=tuple(i for i in (*images, values.get("image_token_id", 258_880)) if isinstance(i, int)),

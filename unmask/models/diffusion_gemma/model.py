@@ -283,7 +283,7 @@ class DiffusionGemma(nn.Module):
             seen = None
             if not plain:
                 seen = causal_mask(None if past is None else past.positions_BS, positions_BL, columns_BL, window)
-                seen = prepare_mask(seen, stack.attention_kernel, *input_ids.shape, seen.shape[3])
+                seen = prepare_mask(seen, stack.attention_kernel, len(input_ids), length, seen.shape[3])
             sights[kind] = Sight(*self._rotary(positions_BL, kind), seen, plain, None)
         scalars = [module.layer_scalar for module in self.model["encoder"]["language_model"]["layers"]]  # pyright: ignore
         hidden_BLD, keys, values = stack(stack.embed(input_ids), sights, past, None, scalars)
@@ -377,18 +377,21 @@ class DiffusionGemma(nn.Module):
 
     @torch.no_grad()
     def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
-        """Return the `soft_embedding` of the logits of hidden states (K, C, D), made a slice of the vocabulary at a time.
+        """Return `soft_embedding(logits(hidden))` of (K, C, D), a slice of the vocabulary at a time.
 
-        The cap bounds the logits, so exp(logits − c) neither overflows nor vanishes and no maximum is needed.
+        The sums so far follow the largest logit so far (Milakov & Gimelshein 2018, arXiv 1805.02867).
         """
         weight_VD, cap = self.stack.embed_tokens.weight, self.softcap
         hidden_ND = hidden_KCD.flatten(0, 1).to(weight_VD.dtype)
         total_N = torch.zeros(len(hidden_ND), 1, device=hidden_ND.device)
         mixed_ND = torch.zeros(hidden_ND.shape, device=hidden_ND.device)
+        top_N = torch.full_like(total_N, -cap)
         for part_RD in weight_VD.split(SIGNAL_ROWS):
-            shares_NR = F.linear(hidden_ND, part_RD).float().div_(cap).tanh_().sub_(1.0).mul_(cap).exp_()
-            total_N += shares_NR.sum(dim=1, keepdim=True)
-            mixed_ND += shares_NR.to(weight_VD.dtype) @ part_RD
+            logits_NR = F.linear(hidden_ND, part_RD).float().div_(cap).tanh_().mul_(cap)
+            before_N, top_N = top_N, torch.maximum(top_N, logits_NR.amax(dim=1, keepdim=True))
+            shares_NR, kept_N = logits_NR.sub_(top_N).exp_(), before_N.sub_(top_N).exp_()
+            total_N.mul_(kept_N).add_(shares_NR.sum(dim=1, keepdim=True))
+            mixed_ND.mul_(kept_N).add_(shares_NR.to(weight_VD.dtype) @ part_RD)
         signal_ND = (mixed_ND / total_N).to(weight_VD.dtype) * self.stack.embedding_scale
         return signal_ND.view_as(hidden_KCD)
 

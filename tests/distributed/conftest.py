@@ -1,0 +1,86 @@
+"""Several ranks in one test: processes forked from a server that has imported torch once, which takes the seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `rank_programs`, which the processes import by name
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., list[Any]]:
+    """Return a function that starts ranks of a program of `rank_programs` and returns the processes and their notes."""
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_programs"])
+    before = os.environ.get("PYTHONPATH")
+    # The server takes over no sys.path before Python 3.13, and says nothing of what it could not import.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+    stores = []
+
+    def start(folder: Path, size: int, program: str, *arguments: Any) -> list[Any]:
+        import rank_programs
+        from torch.distributed import TCPStore
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # As under torchrun, whose agent keeps the store: it outlives every rank.
+        stores.append(TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False))
+        port = stores[-1].port
+        processes = []
+        for rank in range(size):
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+            }  # fmt: skip
+            process = context.Process(
+                target=rank_programs.main, args=(environment, str(folder / f"rank{rank}"), program, arguments)
+            )
+            process.start()
+            processes.append(process)
+        return processes
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(
+    start_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Any]]:
+    """Return a function that runs a program on some ranks and returns what each rank returned."""
+
+    def run(size: int, program: str, *arguments: Any, seconds: float = 100) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        processes = start_ranks(folder, size, program, *arguments)
+        for process in processes:
+            process.join(seconds)
+        stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+        said = "".join(path.read_text(errors="replace") for path in sorted(folder.glob("rank*.err")))
+        assert not stuck, f"ranks {stuck} hang\n{said}"
+        assert [process.exitcode for process in processes] == [0] * size, said
+        return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(size)]
+
+    return run
+
+

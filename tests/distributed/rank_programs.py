@@ -1,0 +1,227 @@
+"""What the ranks of a test run: functions that a forked process finds by name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot  # noqa: F401 - this and what follows is imported once, by the server that forks the ranks
+import peft  # noqa: F401
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+import unmask.assemble  # noqa: F401
+import unmask.data.collate
+import unmask.training.loop
+import unmask.training.network
+import unmask.training.sharded_saver  # noqa: F401
+
+
+def main(environment: dict[str, str], note: str, program: str, arguments: tuple) -> None:
+    """Run one rank: its result goes into the file `note`, what it prints beside it."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of torch's own, in a process that pytest does not watch
+    sys.stdout = sys.stderr = Path(note + ".err").open("w", buffering=1)
+    result = globals()[program](*arguments)
+    Path(note).write_bytes(pickle.dumps(result))
+    from unmask.distributed.ranks import leave
+
+    leave()
+
+
+def train(values: dict[str, Any]) -> str:
+    """Train as `unmask train` does; return how the run ended."""
+    from rich.console import Console
+
+    from unmask.assemble import prepare, run_training
+    from unmask.config import config_from_mapping
+
+    return run_training(prepare(config_from_mapping(values)), Console(file=sys.stdout, width=300)).reason
+
+
+def command(words: list[str]) -> int:
+    """Run a command line as `python -m unmask` does, `{rank}` in it replaced; return its exit status."""
+    from unmask.cli import main as run
+
+    return run([word.replace("{rank}", os.environ["RANK"]) for word in words])
+
+
+def command_with_trouble(words: list[str], rank: int, step: int, trouble: str) -> int:
+    """As `command`; one rank gets into trouble when it starts a step."""
+    import signal
+
+    from unmask.errors import DataError
+    from unmask.training import loop
+
+    original = loop.train_step
+    steps = 0
+
+    def train_step(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step and os.environ["RANK"] == str(rank):
+            if trouble == "error":
+                raise DataError("data.jsonl:7: something is wrong with this row")
+            if trouble == "disk":
+                full_disk()
+            else:
+                os.kill(os.getpid(), getattr(signal, trouble))
+        return original(*arguments)
+
+    loop.train_step = train_step
+    return command(words)
+
+
+def full_disk() -> None:
+    """From now on this process can write no more than a little into a file."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+
+def collectives(_: Any = None) -> dict[str, Any]:
+    """Call each of `Ranks`' collectives once."""
+    from unmask.distributed.ranks import from_first, join
+    from unmask.errors import CheckpointError, ConfigError
+
+    ranks = join(torch.device("cpu"), 1)
+
+    def fail() -> None:
+        raise CheckpointError("only rank 0 sees this")
+
+    found: dict[str, Any] = {
+        "sum": ranks.sum([1.0, float(ranks.rank)]),
+        "largest": ranks.largest(10 * ranks.rank),
+        "gather": ranks.gather({"rank": ranks.rank}),
+        "tensor": ranks.sum_tensor(torch.tensor([0.5, float(ranks.rank)])).tolist(),
+        "from_first": from_first(ranks, lambda: f"rank {ranks.rank}"),
+    }
+    ranks.agree({"configuration": "same"})
+    for name, call in (("failed", lambda: from_first(ranks, fail)), ("agree", lambda: ranks.agree({"data": str(ranks.rank)}))):
+        try:
+            call()
+        except (CheckpointError, ConfigError) as error:
+            found[name] = str(error)
+    ranks.barrier()
+    assert dist.get_world_size() == ranks.size
+    return found
+
+
+def load_peak(folder: str) -> dict[str, int]:
+    """Load a checkpoint in shards; return how far this rank's memory rose meanwhile, and what it holds, in bytes."""
+    import threading
+    import time
+
+    from unmask.distributed.mesh import Degrees
+    from unmask.distributed.runtime import DistributedConfig, build_runtime
+    from unmask.models.registry import plan_folder
+    from unmask.training.sharded_model import build_shared
+
+    def anonymous() -> int:  # pages of mapped files are the system's to drop
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+
+    runtime = build_runtime(DistributedConfig(device="cpu"), Degrees(int(os.environ["WORLD_SIZE"])))
+    runtime.ranks.barrier()
+    before = anonymous()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    network = build_shared(plan_folder(folder, "x"), "float32", None, DistributedConfig(), runtime, 0)
+    done.set()
+    thread.join()
+    local = [parameter.to_local() for parameter in network.model.parameters()]
+    total = sum(float(tensor.double().sum()) for tensor in local)
+    return {
+        "risen": peak - before,
+        "shard": sum(tensor.numel() * tensor.element_size() for tensor in local),
+        "sum": round(runtime.ranks.sum([total])[0]),
+    }
+
+
+def divide(prompts: list[str]) -> dict[str, list]:
+    """Divide rows among ranks; return all results and the rows that this rank was given."""
+    from unmask.distributed.ranks import join
+    from unmask.distributed.rows import divide_rows
+
+    given: list[str] = []
+
+    def work(rows: list[str]) -> list[str]:
+        given.extend(rows)
+        return [row.upper() for row in rows]
+
+    return {"all": divide_rows(prompts, join(torch.device("cpu")), work), "given": given}
+
+
+def measured_run(values: dict[str, Any]) -> dict[str, int]:
+    """Train; return the bytes that this rank received through FSDP2 and expert exchange, and what its shards take."""
+    from rich.console import Console
+
+    from unmask.assemble import prepare, run_training
+    from unmask.config import config_from_mapping
+    from unmask.distributed import expert
+    from unmask.training import network as networks
+
+    received = {"weights": 0, "gradients": 0, "tokens": 0}
+    gather, scatter, reduce = dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce
+    built: list[Any] = []
+
+    def counted(name: str, tensor: torch.Tensor, group: Any, both: int = 1) -> None:
+        size = dist.get_world_size(group)
+        received[name] += both * tensor.numel() * tensor.element_size() * (size - 1) // size
+
+    def all_gather(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, **options: Any) -> Any:
+        counted("weights", output_tensor, group)
+        return gather(output_tensor, input_tensor, group=group, **options)
+
+    def reduce_scatter(*, output: torch.Tensor, input: torch.Tensor, group: Any, **options: Any) -> Any:
+        counted("gradients", input, group)
+        return scatter(output=output, input=input, group=group, **options)
+
+    def all_reduce(tensor: torch.Tensor, *rest: Any, group: Any = None, **options: Any) -> Any:
+        if group is not None and tensor.numel() > 16:
+            counted("gradients", tensor, group, both=2)
+        return reduce(tensor, *rest, group=group, **options)
+
+    def build(*arguments: Any) -> Any:
+        built.append(original(*arguments))
+        return built[-1]
+
+    original = networks.build_network
+    dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce = all_gather, reduce_scatter, all_reduce
+    networks.build_network = build
+    exchange = expert.all_to_all_single_autograd
+
+    def exchanged(rows: torch.Tensor, receive: list[int], send: list[int], group: Any) -> torch.Tensor:
+        own = dist.get_rank(group)
+        others = sum(count for rank, count in enumerate(receive) if rank != own)
+        received["tokens"] += others * rows[0].numel() * rows.element_size() if len(rows) else 0
+        return exchange(rows, receive, send, group)
+
+    expert.all_to_all_single_autograd = exchanged
+    run_training(prepare(config_from_mapping(values)), Console(file=sys.stdout, width=300))
+
+    def size(tensors: Any) -> int:
+        local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+    moments = [moment for state in built[0].optimizer.state.values() for moment in state.values() if moment.dim()]
+    return {**received, "shard": size(built[0].model.parameters()), "optimizer": size(moments)}

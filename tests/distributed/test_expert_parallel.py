@@ -1,0 +1,105 @@
+"""Law: where the experts are, with or without adapters on them, never changes what is learnt, to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unmask.report.metrics import read_metrics
+
+Train = Callable[..., Any]
+ADAPTER = {
+    "r": 2,
+    "target_modules": ["*.q_proj"],
+    "target_parameters": ["*.experts.gate_up_proj", "*.experts.down_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def gemma_run(tiny, gemma_values: Callable[..., dict]) -> Callable[..., dict]:
+    """Return a function that makes a run of a small DiffusionGemma with eight experts."""
+
+    def make(root: Path, base: Path | None = None, **changes: Any) -> dict:
+        text = {"vocab_size": 264, "num_experts": 8, "num_hidden_layers": 2, "pad_token_id": 257, "eos_token_id": 257,
+                "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+        options = {
+            "step_scheduler__global_batch_size": 4,
+            "step_scheduler__local_batch_size": 1,
+            "step_scheduler__max_steps": 2,
+            "optimizer__lr": 1e-3,
+            "dllm": {"mode": "block_diffusion", "self_conditioning_p": 0.5},
+            "validation_dataset": tiny.validation(),
+            **changes,
+        }
+        model = gemma_values(canvas_length=8, **text)
+        values = tiny.config(root, **options)
+        values["model"] = {"config": model} if base is None else {"pretrained_model_name_or_path": str(base)}
+        return values
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(gemma_run, train_tiny: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("alone")
+    train_tiny(gemma_run(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(gemma_run, alone: Path, train_tiny: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapted_alone")
+    train_tiny(gemma_run(root, base=alone, peft=ADAPTER))
+    return root
+
+
+def assert_same(root: Path, reference: Path, file: str = "model.safetensors") -> None:
+    for kind in ("train", "validation"):
+        ours, theirs = (
+            [event for event in read_metrics(folder / "metrics.jsonl") if event["event"] == kind]
+            for folder in (root, reference)
+        )
+        assert len(ours) == len(theirs) > 0
+        for one, other in zip(ours, theirs, strict=True):
+            for field in ("loss", "grad_norm", "diffusion_loss", "encoder_loss"):
+                if field in other:
+                    assert one[field] == pytest.approx(other[field], rel=5e-5), (kind, field)
+    first, second = (load_file(folder / "latest" / file) for folder in (root, reference))
+    assert first.keys() == second.keys()
+    for key, tensor in second.items():
+        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ep_size": 2}, {"ep_size": 2, "activation_checkpointing": True}], ids=str)
+def test_two_ranks_learn_what_one_does(gemma_run, alone: Path, run_ranks, tmp_path: Path, changes: dict) -> None:
+    run_ranks(2, "train", gemma_run(tmp_path, **{f"distributed__{name}": value for name, value in changes.items()}))
+    assert_same(tmp_path, alone)
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["gathered", "spread"])
+def test_adapters_on_experts(gemma_run, alone, adapted_alone: Path, run_ranks, tmp_path: Path, size: int) -> None:
+    values = gemma_run(tmp_path, base=alone, peft=ADAPTER, distributed__ep_size=size, dllm__freeze_router=True)
+    run_ranks(2, "train", values)
+    assert_same(tmp_path, adapted_alone, "adapter_model.safetensors")
+
+
+def test_a_checkpoint_goes_to_another_degree(gemma_run, alone: Path, train_tiny: Train, run_ranks, tmp_path) -> None:
+    run_ranks(2, "train", gemma_run(tmp_path, distributed__ep_size=2, step_scheduler__max_steps=1))
+    run_ranks(2, "train", gemma_run(tmp_path, distributed__ep_size=1))
+    assert_same_steps(tmp_path, alone)
+
+
+def assert_same_steps(root: Path, reference: Path) -> None:
+    ours, theirs = (
+        {e["step"]: e["loss"] for e in read_metrics(folder / "metrics.jsonl") if e["event"] == "train"}
+        for folder in (root, reference)
+    )
+    assert ours == pytest.approx(theirs, rel=5e-5)
+    first, second = (load_file(folder / "latest" / "model.safetensors") for folder in (root, reference))
+    for key, tensor in second.items():
+        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=2e-4)

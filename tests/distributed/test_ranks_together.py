@@ -1,0 +1,166 @@
+"""Several ranks start together, speak with one voice and end together."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask.distributed.ranks import ALONE, from_first, process_rank, world_size
+from unmask.errors import CheckpointError, ConfigError
+from unmask.report.metrics import read_metrics
+from unmask.training.checkpoint import verify
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (world_size(), process_rank()) == (1, 0)
+    assert ALONE.sum([1.0, 2.0]) == [1.0, 2.0] and ALONE.largest(3) == 3 and ALONE.gather("x") == ["x"]
+    assert from_first(ALONE, lambda: 5) == 5 and ALONE.first
+    ALONE.agree({"configuration": "a"})
+    for value in ("-1", "0", "two"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        with pytest.raises(ConfigError, match="WORLD_SIZE"):
+            world_size()
+
+
+def test_collectives_give_every_rank_the_same(run_ranks: Callable[..., list[Any]]) -> None:
+    first, second = run_ranks(2, "collectives", None)
+    assert first == second
+    assert first["sum"] == [2.0, 1.0] and first["tensor"] == [1.0, 1.0] and first["largest"] == 10
+    assert first["gather"] == [{"rank": 0}, {"rank": 1}] and first["from_first"] == "rank 0"
+    assert first["failed"] == "only rank 0 sees this"
+    assert first["agree"] == (
+        "rank 1 has another data than rank 0 (1, not 0); start all ranks with the same files, arguments and packages"
+    )
+
+
+class Ended:
+    """How the ranks of a command ended: their exit statuses (None = killed), and what each printed."""
+
+    def __init__(self, folder: Path, processes: list[Any]) -> None:
+        for process in processes:
+            process.join(90)
+        stuck = [process for process in processes if process.is_alive()]
+        for process in stuck:
+            process.kill()
+        self.said = [(folder / f"rank{rank}.err").read_text() for rank in range(len(processes))]
+        assert not stuck, self.said
+        notes = [folder / f"rank{rank}" for rank in range(len(processes))]
+        self.status = [pickle.loads(note.read_bytes()) if note.is_file() else None for note in notes]
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for text in self.said for line in text.splitlines() if "error:" in line or "Traceback" in line]
+
+
+@pytest.fixture
+def command(start_ranks, tmp_path: Path) -> Callable[..., Ended]:
+    """Return a function that runs `unmask train` on two ranks and waits for their end."""
+
+    def run(*words: str, trouble: tuple = ()) -> Ended:
+        place = tmp_path / "notes"
+        program = "command_with_trouble" if trouble else "command"
+        return Ended(place, start_ranks(place, 2, program, ["train", *words], *trouble))
+
+    return run
+
+
+@pytest.fixture
+def config(tiny, tmp_path: Path) -> Path:
+    values = tiny.config(tmp_path / "run", step_scheduler__ckpt_every_steps=2)
+    return tiny.write(tmp_path / "run.yaml", values)
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(command, config: Path) -> None:
+    ended = command("-c", str(config), "--optimizer.learning_rate", "1")
+    assert ended.status == [2, 2] and len(ended.errors) == 1 and "optimizer.learning_rate" in ended.errors[0]
+
+
+def test_rank_0_alone_talks(command, config: Path, tmp_path: Path) -> None:
+    ended = command("-c", str(config), "--step_scheduler.max_steps", "1")
+    assert ended.status == [0, 0] and ended.said[1] == ""
+    assert f"finished after step 1; run directory: {tmp_path / 'run'}" in ended.said[0]
+
+
+def test_ranks_with_other_configurations_are_told(command, tiny, tmp_path: Path) -> None:
+    for rank in range(2):
+        tiny.write(tmp_path / f"run{rank}.yaml", tiny.config(tmp_path / "run", optimizer__lr=1e-3 * (rank + 1)))
+    ended = command("-c", str(tmp_path / "run{rank}.yaml"))
+    assert ended.status == [2, 2] and len(ended.errors) == 1
+    assert "rank 1 has another configuration than rank 0" in ended.errors[0] and not (tmp_path / "run").exists()
+
+
+def test_ranks_with_other_data_are_told(command, tiny, tmp_path: Path) -> None:
+    rows = (tiny.folder / "train.jsonl").read_text().splitlines(keepends=True)
+    for rank in range(2):
+        (tmp_path / f"data{rank}").mkdir()
+        (tmp_path / f"data{rank}" / "train.jsonl").write_text("".join(rows[rank:]))
+    (tmp_path / "data").symlink_to("data0")
+    values = tiny.config(tmp_path / "run", dataset__path_or_dataset_id=str(tmp_path / "data" / "train.jsonl"))
+    path = tiny.write(tmp_path / "run.yaml", values)
+    # The same path in the configuration, other content behind it, as on a machine with a disk of its own.
+    ended = command("-c", str(path), "--dataset.path_or_dataset_id", str(tmp_path / "data{rank}" / "train.jsonl"))
+    assert ended.status == [2, 2] and "rank 1 has another" in ended.errors[0] and len(ended.errors) == 1
+
+
+def test_a_rank_that_fails_says_why_and_ends_all(command, config: Path, tmp_path: Path) -> None:
+    ended = command("-c", str(config), trouble=(1, 4, "error"))
+    assert ended.status == [2, 2]
+    assert ended.errors == ["unmask: error: rank 1: data.jsonl:7: something is wrong with this row"]
+    verify(tmp_path / "run" / "step_2")
+
+
+def test_a_rank_that_is_killed_ends_all(command, config: Path) -> None:
+    ended = command("-c", str(config), trouble=(1, 3, "SIGKILL"))
+    assert ended.status == [1, None]
+    assert len(ended.errors) == 1 and "another rank died" in ended.errors[0] and ended.said[1] == ""
+
+
+def test_a_signal_to_any_rank_saves_once_and_ends_all(command, config: Path, tmp_path: Path) -> None:
+    ended = command("-c", str(config), trouble=(1, 3, "SIGTERM"))
+    assert ended.status == [0, 0] and ended.errors == []
+    assert "SIGTERM after step 3" in ended.said[0]
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [e["step"] for e in events if e["event"] == "checkpoint"] == [2, 3]
+    assert events[-1]["event"] == "end" and events[-1]["reason"] == "SIGTERM"
+    verify(tmp_path / "run" / "step_3")
+
+
+def test_a_rank_without_disk_stops_all_with_the_reason(command, config: Path, tmp_path: Path) -> None:
+    ended = command("-c", str(config), "--step_scheduler.ckpt_every_steps", "3", trouble=(1, 2, "disk"))
+    assert ended.status == [2, 2] and len(ended.errors) == 1
+    assert f"{tmp_path / 'run' / 'step_3'}: the checkpoint could not be saved (rank 1: " in ended.errors[0]
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "metrics.jsonl"}
+
+
+def test_a_port_in_use(tiny, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "run.yaml", tiny.config(tmp_path / "run"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-m", "unmask.train", "-c", str(path)],
+            capture_output=True, text=True, env={**os.environ, **launcher}, timeout=90,
+        )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if line.startswith("unmask: error:")]
+    assert done.returncode == 2 and len(errors) == 1
+    assert f"MASTER_PORT: port {port} of 127.0.0.1 is in use" in errors[0] and "Traceback" not in done.stderr
+
+
+def test_an_unfinished_save_is_raised_on_every_rank() -> None:
+    def fail() -> None:
+        raise CheckpointError("no room")
+
+    with pytest.raises(CheckpointError, match="no room"):
+        from_first(ALONE, fail)

@@ -1,0 +1,44 @@
+"""Rows divided among ranks: all of them once, equal ones together, results in the order of the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unmask.cli import main
+from unmask.distributed.ranks import Ranks
+from unmask.distributed.rows import divide_rows, own_rows
+
+
+def test_every_row_has_one_rank_and_equal_rows_the_same() -> None:
+    rows = ["a", "b", "a", "c", "d", "b", "e"]
+    owned = [own_rows(rows, Ranks(rank, 3)) for rank in range(3)]
+    assert owned == [[0, 2, 4], [1, 5, 6], [3]]
+    assert divide_rows(rows, Ranks(), lambda some: [row * 2 for row in some]) == [row * 2 for row in rows]
+
+
+def test_results_come_back_in_order(run_ranks: Callable[..., list]) -> None:
+    first, second = run_ranks(2, "divide", ["a", "b", "a", "c"])
+    assert first["all"] == second["all"] == ["A", "B", "A", "C"]
+    assert (first["given"], second["given"]) == (["a", "a", "c"], ["b"])
+    assert run_ranks(2, "divide", ["a"])[1] == {"all": ["A"], "given": []}
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_two_ranks_write_the_file_of_one(tiny_base: Path, run_ranks, tmp_path: Path, temperature: str) -> None:
+    def words(output: Path) -> list[str]:
+        prompts = [word for text in ("1 plus 1?", "so?", "1 plus 1?", "20 plus 6?") for word in ("--prompt", text)]
+        flags = ["--steps", "4", "--max_new_tokens", "8", "--block_size", "8", "--batch_size", "1", "--device", "cpu"]
+        return ["generate", "--checkpoint", str(tiny_base), *prompts, *flags, "--temperature", temperature,
+                "--output", str(output)]  # fmt: skip
+
+    assert main(words(tmp_path / "one.jsonl")) == 0
+    assert run_ranks(2, "command", words(tmp_path / "two.jsonl")) == [0, 0]
+    one, two = (
+        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "one.jsonl", tmp_path / "two.jsonl")
+    )
+    assert one == two and len(one) == 4 and one[0]["prompt"] == one[2]["prompt"]

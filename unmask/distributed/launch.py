@@ -1,0 +1,76 @@
+"""`--nproc-per-node N`: start N processes of the same command through torchrun's own launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from unmask.errors import ConfigError
+
+_STATUS = "UNMASK_STATUS_FILE"  # where rank 0 leaves its exit status: a launcher that was signalled keeps none
+_GRACE = 600  # seconds that ranks get to save a checkpoint after a signal, before the launcher kills them
+
+
+def launch(module: str, words: Sequence[str], processes: int) -> int:
+    """Run `python -m MODULE WORDS…` in several processes on this machine and return the run's exit status.
+
+    Raises:
+        ConfigError: fewer than one process, or this is already one of a launcher's processes.
+    """
+    if processes < 1:
+        raise ConfigError(f"--nproc-per-node: must be at least 1, got {processes}")
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        raise ConfigError("--nproc-per-node: this process was started by torchrun already; give it to torchrun alone")
+    # Threads are split fairly: more of them than cores make every rank wait for the slowest.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    # Each rank reports its own failure in one line; the launcher's summary of exit codes would bury it.
+    for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="unmask-launch-") as folder:
+        note = Path(folder) / "status"
+        os.environ[_STATUS] = str(note)
+        flags = ["--standalone", "--nproc-per-node", str(processes), "-m", module]
+        try:
+            run(get_args_parser().parse_args([*flags, *words]))
+        except ChildFailedError as error:
+            return _failed(error)
+        except SignalException as error:
+            return int(note.read_text()) if note.is_file() else 128 + int(error.sigval)
+        finally:
+            del os.environ[_STATUS]
+    return 0
+
+
+def leave_status(status: int) -> None:
+    """Note rank 0's exit status for the launcher that started it, if `launch` did."""
+    note = os.environ.get(_STATUS)
+    if note is not None and os.environ.get("RANK") == "0":
+        Path(note).write_text(str(status))
+
+
+def _failed(error: object) -> int:
+    """Return the exit status of the rank that failed; say which one a signal killed, as it could not say so itself."""
+    failures = dict(error.failures)  # pyright: ignore[reportAttributeAccessIssue]
+    codes = [failure.exitcode for failure in failures.values()]
+    own = [code for code in codes if code > 0]
+    if own:
+        return max(own) if max(own) <= 2 else 1
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    print(
+        f"unmask: error: rank {rank} was killed by signal {-failure.exitcode}"
+        + (", perhaps because the machine ran out of memory" if failure.exitcode == -9 else "")
+        + "; run again to resume from the last checkpoint",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,208 @@
+"""The processes of one run: who this one is, and what all of them decide together on the host.
+
+Everything here is the identity with one process, which has no process group. Needs no torch until there are several.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from unmask.errors import ConfigError, TrainingError, UnmaskError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _from_launcher(name: str, default: int, least: int) -> int:
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal() or int(given) < least:
+        raise ConfigError(f"{name}: the launcher set it to {given!r}, which is no whole number from {least} on")
+    return int(given)
+
+
+def world_size() -> int:
+    """Return the number of processes that the launcher (torchrun) started; 1 without a launcher."""
+    return _from_launcher("WORLD_SIZE", 1, 1)
+
+
+def process_rank() -> int:
+    """Return this process's number among them, from 0."""
+    return _from_launcher("RANK", 0, 0)
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine, from 0; it picks the CUDA device."""
+    return _from_launcher("LOCAL_RANK", 0, 0)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What one process knows of the others. Each method is a collective: all ranks call it, in the same order.
+
+    Attributes:
+        rank: this process, from 0; rank 0 alone talks and writes logs.
+        size: number of processes.
+        group: process group for the collectives below; None = the default one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that talks and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over ranks of a few numbers on the host, in float64; the same list on every rank."""
+        if self.size == 1:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Sum a tensor over ranks in place, on its own device, and return it."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def largest(self, value: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        if self.size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        found = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return int(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, small and picklable, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def barrier(self) -> None:
+        """Return when all ranks are here."""
+        self.largest(0)
+
+    def agree(self, values: Mapping[str, str]) -> None:
+        """Refuse ranks that would run different things.
+
+        Args:
+            values: what must be equal, by the name that a message shows; hashes or short texts.
+
+        Raises:
+            ConfigError: naming the first difference; the same message on every rank.
+        """
+        everyone = self.gather(dict(values))
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs.get(name) != value:
+                    raise ConfigError(
+                        f"rank {rank} has another {name} than rank 0 ({theirs.get(name)}, not {value}); start all "
+                        "ranks with the same files, arguments and packages"
+                    )
+
+
+ALONE = Ranks()  # a run of one process
+
+
+def from_first(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Return what a function returns on rank 0, which alone calls it; its UnmaskError is raised on every rank.
+
+    Args:
+        ranks: all of them; a collective.
+        function: its result is small and picklable.
+    """
+    if ranks.size == 1:
+        return function()
+    result: Any = None
+    problem: tuple[type[UnmaskError], str] | None = None
+    if ranks.first:
+        try:
+            result = function()
+        except UnmaskError as error:
+            problem = type(error), str(error)
+    result, problem = ranks.gather((result, problem))[0]
+    if problem is not None:
+        kind, said = problem
+        raise kind(said)
+    return result
+
+
+def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
+    """Join the process group that the launcher describes; a run of one process has none.
+
+    Collectives on host tensors go through gloo, those on CUDA tensors through NCCL.
+
+    Args:
+        device: of this rank.
+        timeout_minutes: how long a collective waits for the other ranks.
+
+    Raises:
+        ConfigError: the launcher's port is taken, or another variable of the launcher is missing.
+        TrainingError: the others did not come within the time.
+    """
+    size, rank = world_size(), process_rank()
+    if size == 1:
+        return Ranks()
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return Ranks(rank, size)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        if name not in os.environ:
+            raise ConfigError(f"{name}: not set although WORLD_SIZE is {size}; start the run with torchrun")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=timeout_minutes), device_id=device if device.type == "cuda" else None
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise ConfigError(
+                f"MASTER_PORT: port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is in use; choose "
+                "another with --master-port, or let torchrun --standalone choose"
+            ) from None
+        raise TrainingError(_nobody_came(rank, size, timeout_minutes, error)) from None
+    except dist.DistStoreError as error:
+        raise TrainingError(_nobody_came(rank, size, timeout_minutes, error)) from None
+    return Ranks(rank, size)
+
+
+def _nobody_came(rank: int, size: int, minutes: float, error: Exception) -> str:
+    said = str(error).split("\n")[0][:200]
+    return (
+        f"rank {rank} of {size} did not meet the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+        f"within {minutes:g} minutes ({said}); check that all were started, or raise distributed.timeout_minutes"
+    )
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if "torch" in __import__("sys").modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,185 @@
+"""Sharding from outside (FSDP2): which modules of a family travel together, and which slice of a tensor a rank holds.
+
+Each block of a network is one group: gathered right before it runs, freed right after. What lies outside the blocks
+(embedding, final norm, head, tied or not) is the root's group and stays gathered from the first call of a step to its
+backward pass, so that a loss may read the head as a matrix. Gradients are summed over ranks, not averaged: the loss is
+divided by a count over all ranks already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from unmask.distributed.expert import expert_dispatch, narrow_experts
+from unmask.distributed.mesh import Meshes
+from unmask.distributed.runtime import DistributedConfig, MixedPrecisionConfig
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How one family is divided.
+
+    Attributes:
+        blocks: path of the list of blocks.
+        methods: methods of the network, other than forward, that run blocks; FSDP2 hooks module calls alone.
+        experts: name of a block's mixture of experts; None where a family has none.
+        forward_passes, backward_passes: how often a step runs the blocks for a micro-batch, for counting what travels.
+    """
+
+    blocks: str
+    methods: tuple[str, ...] = ()
+    experts: str | None = None
+    forward_passes: int = 1
+    backward_passes: int = 1
+
+
+# model_type → its plan. A family that is to run on several ranks needs a line here.
+PLANS: dict[str, ShardPlan] = {
+    "llada": ShardPlan("model.transformer.blocks"),
+    # Encoder, self-conditioning pass (without gradient, in the steps that have one), decoder.
+    "diffusion_gemma": ShardPlan("model.decoder.layers", ("encode", "decode"), "experts", 3, 2),
+}
+
+
+def shard_model(model: nn.Module, model_type: str, section: DistributedConfig, meshes: Meshes) -> None:
+    """Shard a network in place; its parameters may be on the meta device.
+
+    Args:
+        model: the whole network, adapters attached.
+        model_type: its family.
+        section: the `distributed` section.
+        meshes: the arrangement of ranks.
+    """
+    plan = PLANS[model_type]
+    options = {"mp_policy": _precision(section.mp_policy), "offload_policy": _offload(section)}
+    for block in model.get_submodule(plan.blocks).children():
+        if meshes.experts is not None and plan.experts is not None:
+            experts = block.get_submodule(plan.experts)
+            block.dispatch = expert_dispatch(meshes.experts["ep"].get_group())  # pyright: ignore[reportArgumentType]
+            narrow_experts(experts, meshes.experts["ep"].get_local_rank(), meshes.degrees.experts)
+            fully_shard(experts, mesh=meshes.experts_data, **options)
+        fully_shard(block, mesh=meshes.model, **options)
+    # Reading the head after the forward pass relies on this: the root's group is not freed at its end.
+    fully_shard(model, mesh=meshes.model, reshard_after_forward=False, **options)
+    for method in plan.methods:
+        _hook_method(model, method)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        if hasattr(module, "set_reduce_scatter_unused_params"):
+            # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
+            module.set_reduce_scatter_unused_params(True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A method's arguments as one thing that FSDP2 does not look into."""
+
+    take: Callable[[], Any]
+
+
+def _hook_method(model: nn.Module, name: str) -> None:
+    """Let FSDP2 gather the root's group before a method of the network runs, as before `forward`.
+
+    It would look for gradients of the arguments to tell when the root's backward pass is over. Of a decoder's that is
+    when the encoder's has yet to come: the group would be freed, gathered and summed once more.
+    """
+    method, hooked = getattr(model, name), f"hooked_{name}"
+    setattr(model, hooked, lambda call: call.take())
+    register_fsdp_forward_method(model, hooked)
+    run = getattr(model, hooked)
+    setattr(model, name, lambda *args, **kwargs: run(_Call(lambda: method(*args, **kwargs))))
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Return the modules that FSDP2 manages; none for a network that is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def synchronise_gradients(model: nn.Module, now: bool) -> None:
+    """Say whether the next backward pass sums gradients over ranks, or keeps them for a later one that does."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what is still gathered, so that parameters are shards again: after a forward pass without backward."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def _precision(section: MixedPrecisionConfig | None) -> MixedPrecisionPolicy:
+    section = section or MixedPrecisionConfig()
+    param, reduce, output = (
+        None if name is None else getattr(torch, name)
+        for name in (section.param_dtype, section.reduce_dtype, section.output_dtype)
+    )
+    # Inputs are not cast: rotary tables are among them, and stay fp32.
+    return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, output_dtype=output, cast_forward_inputs=False)
+
+
+def _offload(section: DistributedConfig) -> OffloadPolicy:
+    return OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of one named tensor of the whole network.
+
+    Attributes:
+        local: the part itself, sharing memory with the network; may be empty.
+        shape: shape of the whole tensor.
+        place: where the part lies in it, a slice a dimension.
+    """
+
+    local: Tensor
+    shape: torch.Size
+    place: tuple[slice, ...]
+
+
+def pieces(model: nn.Module, meshes: Meshes) -> Iterator[tuple[str, Piece]]:
+    """Yield (state-dict key, piece) of every parameter and buffer that is saved."""
+    for name, tensor in model.state_dict().items():
+        whole = whole_view(name, tensor, model, meshes)
+        if isinstance(whole, DTensor):
+            yield name, Piece(whole.to_local(), whole.shape, _place(whole))
+        else:
+            yield name, Piece(whole, whole.shape, tuple(slice(0, length) for length in whole.shape))
+
+
+def _place(tensor: DTensor) -> tuple[slice, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+
+
+def whole_view(name: str, tensor: Tensor, model: nn.Module, meshes: Meshes) -> Tensor:
+    """Return a tensor of the network (or of its optimizer, by the parameter's name) as a part of the whole network's.
+
+    FSDP2's own DTensor says the same for everything but experts under expert parallelism, of which it sees only those
+    that this rank's neighbours do not have: their tensor becomes one over all experts, sharing the memory.
+    """
+    if meshes.experts is None or not isinstance(tensor, DTensor) or tensor.device_mesh != meshes.experts_data:
+        return tensor
+    shape = torch.Size((tensor.shape[0] * meshes.degrees.experts, *tensor.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = (Replicate(), Shard(0), Shard(0))
+    return DTensor.from_local(
+        tensor.to_local(), meshes.experts, placements, run_check=False, shape=shape, stride=stride
+    )
