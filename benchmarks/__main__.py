@@ -7,13 +7,14 @@ import json
 import platform
 from pathlib import Path
 
-from benchmarks import generation, lora_experts, start_up, training_step
+from benchmarks import generation, lora_experts, scaling, start_up, training_step
 
 BENCHMARKS = {
     "training_step": training_step,
     "start_up": start_up,
     "lora_experts": lora_experts,
     "generation": generation,
+    "scaling": scaling,
 }
 
 

@@ -196,16 +196,16 @@ def _train(arguments: argparse.Namespace) -> int | None:
     from unmask.config import load_config
     from unmask.distributed.ranks import process_rank, world_size
 
-    processes = arguments.nproc_per_node
-    if processes is not None and processes < 1:
-        raise ConfigError(f"--nproc-per-node: must be at least 1, got {processes}")
-    if (processes or 1) > 1 and world_size() > 1:
+    processes = arguments.nproc_per_node or 1
+    if arguments.nproc_per_node is not None and arguments.nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node: must be at least 1, got {arguments.nproc_per_node}")
+    if processes > 1 and world_size() > 1:
         raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
     from unmask.assemble import prepare, run_training
 
-    prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if (processes or 1) > 1 else None)
-    if (processes or 1) > 1 and not arguments.dry_run:
+    prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if processes > 1 else None)
+    if processes > 1 and not arguments.dry_run:
         from unmask.distributed.launch import launch
 
         return launch("unmask.train", ["-c", arguments.config, *arguments.overrides], processes)

@@ -82,5 +82,3 @@ def run_ranks(
         return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(size)]
 
     return run
-
-

@@ -108,7 +108,8 @@ def collectives(_: Any = None) -> dict[str, Any]:
         "from_first": from_first(ranks, lambda: f"rank {ranks.rank}"),
     }
     ranks.agree({"configuration": "same"})
-    for name, call in (("failed", lambda: from_first(ranks, fail)), ("agree", lambda: ranks.agree({"data": str(ranks.rank)}))):
+    calls = {"failed": lambda: from_first(ranks, fail), "agree": lambda: ranks.agree({"data": str(ranks.rank)})}
+    for name, call in calls.items():
         try:
             call()
         except (CheckpointError, ConfigError) as error:

@@ -29,9 +29,14 @@ def counted(values: dict, processes: int) -> SharedEstimate:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"distributed__defer_grad_sync": False}, {"distributed__dp_replicate_size": 2}, {"distributed__mp_policy": {"param_dtype": "bfloat16"}}],
+    [
+        {},
+        {"distributed__defer_grad_sync": False},
+        {"distributed__dp_replicate_size": 2},
+        {"distributed__mp_policy": {"param_dtype": "bfloat16"}},
+    ],
     ids=["deferred", "at-once", "replicated", "bf16"],
-)  # fmt: skip
+)
 def test_two_ranks_hold_and_receive_what_was_counted(tiny, run_ranks, tmp_path: Path, changes: dict) -> None:
     values = tiny.config(
         tmp_path / "run", step_scheduler__global_batch_size=8, step_scheduler__local_batch_size=2,

@@ -1,4 +1,4 @@
-"""Four ranks: sharded, replicated twice, experts over two and four of them; killed at any moment, resumed on two. Slow."""
+"""Four ranks: sharded, replicated, experts over two and four of them; killed at any moment, resumed on two. Slow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ GEMMA = {
 
 
 def trained(root: Path) -> dict[int, tuple[float, float]]:
-    return {e["step"]: (e["loss"], e["grad_norm"]) for e in read_metrics(root / "metrics.jsonl") if e["event"] == "train"}
+    events = read_metrics(root / "metrics.jsonl")
+    return {e["step"]: (e["loss"], e["grad_norm"]) for e in events if e["event"] == "train"}
 
 
 def assert_same(root: Path, reference: Path) -> None:
@@ -93,7 +94,8 @@ def test_experts_on_four_ranks(
 
 def test_killed_on_four_resumed_on_two(tiny, alone: Path, start_ranks, run_ranks, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    processes = start_ranks(tmp_path / "notes", 4, "train", run_of(tiny, root, 1000, step_scheduler__ckpt_every_steps=2))
+    values = run_of(tiny, root, 1000, step_scheduler__ckpt_every_steps=2)
+    processes = start_ranks(tmp_path / "notes", 4, "train", values)
     while not (root / "step_2").exists():
         assert any(process.is_alive() for process in processes)
         time.sleep(0.02)
@@ -118,9 +120,7 @@ def test_killed_at_ten_moments_never_torn_and_always_resumed(tiny, start_ranks, 
         before = len(trained(root)) if (root / "metrics.jsonl").exists() else 0
         processes = start_ranks(tmp_path / f"notes{attempt}", ranks, "train", values)
         until = time.monotonic() + 120
-        while time.monotonic() < until and (
-            not (root / "metrics.jsonl").exists() or len(trained(root)) <= before + 1
-        ):
+        while time.monotonic() < until and (not (root / "metrics.jsonl").exists() or len(trained(root)) <= before + 1):
             assert all(process.is_alive() for process in processes)
             time.sleep(0.02)
         time.sleep(dice.uniform(0, 1.0))

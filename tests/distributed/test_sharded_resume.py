@@ -33,7 +33,8 @@ def settings(tiny, root: Path, steps: int, **changes: Any) -> dict:
 
 
 def losses(root: Path) -> dict[int, tuple[float, float]]:
-    return {e["step"]: (e["loss"], e["grad_norm"]) for e in read_metrics(root / "metrics.jsonl") if e["event"] == "train"}
+    events = read_metrics(root / "metrics.jsonl")
+    return {e["step"]: (e["loss"], e["grad_norm"]) for e in events if e["event"] == "train"}
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
@@ -92,7 +93,7 @@ def test_as_many_ranks_as_before_is_exact(tiny, run_ranks, two_ranks: Path, tmp_
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
-def test_a_torn_one_is_refused_by_name_and_the_one_before_used(tiny, run_ranks, two_ranks: Path, tmp_path: Path) -> None:
+def test_a_torn_one_is_refused_and_the_one_before_used(tiny, run_ranks, two_ranks: Path, tmp_path: Path) -> None:
     root = copied(two_ranks, tmp_path / "run")
     shard = root / "step_2" / "sharded" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -115,7 +116,9 @@ def test_a_checkpoint_says_how_long_it_held_training_up(two_ranks: Path) -> None
     assert [event["folder"] for event in saved] == ["step_1", "step_2"]
     assert all(0 < event["pause_seconds"] <= event["seconds"] for event in saved)
     manifest = json.loads((two_ranks / "step_2" / "manifest.json").read_text())
-    assert {"sharded/.metadata", "sharded/__0_0.distcp", "sharded/__1_0.distcp", "config.json"} <= set(manifest["files"])
+    assert {"sharded/.metadata", "sharded/__0_0.distcp", "sharded/__1_0.distcp", "config.json"} <= set(
+        manifest["files"]
+    )
 
 
 def test_an_adapter_goes_from_two_ranks_to_one_and_back(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma import model as module
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
@@ -160,11 +159,11 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
     ).logits
     (out * probe).sum().backward()
     signal = ours.soft_embedding(logits) * use[:, None, None]
-    mine = ours.logits(ours.decode(canvases, ours.encode(tokens), signal.detach()))
+    mine = ours.logits(ours.decode(canvases, ours.encode(tokens), signal))
     torch.testing.assert_close(mine, out, **CLOSE)
     (mine * probe).sum().backward()
-    for name in ("gate_proj", "up_proj", "down_proj", "pre_norm"):
-        path = f"model.decoder.self_conditioning.{name}.weight"
+    paths = [f"self_conditioning.{name}" for name in ("gate_proj", "up_proj", "down_proj", "pre_norm")]
+    for path in (f"model.decoder.{name}.weight" for name in (*paths, "embed_tokens")):
         grad = theirs.get_parameter(path).grad
         assert grad.any()
         torch.testing.assert_close(ours.get_parameter(path).grad, grad, atol=1e-4 * float(grad.abs().max()), rtol=1e-3)
@@ -178,12 +177,21 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
 @pytest.mark.parametrize("rows", [1, 7, 4096])
 def test_the_signal_made_in_slices_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
     """Whatever the slices, and however far apart the logits may lie under the cap."""
-    monkeypatch.setattr(module, "SIGNAL_ROWS", rows)
+    monkeypatch.setattr("unmask.models.diffusion_gemma.signal.SIGNAL_ROWS", rows)
     ours, hidden = network(final_logit_softcapping=cap), 20 * normal(2, CANVAS, WIDTH).requires_grad_()
     hidden.data[0] *= 10
     signal = ours.self_conditioning_signal(hidden)
-    assert not signal.requires_grad and ours.softcap == cap
-    torch.testing.assert_close(signal, ours.soft_embedding(ours.logits(hidden)).detach(), atol=1e-5, rtol=1e-4)
+    assert ours.softcap == cap
+    dense = ours.soft_embedding(ours.logits(hidden).detach())
+    torch.testing.assert_close(signal, dense, atol=1e-5, rtol=1e-4)
+    probe, embedding = normal(2, CANVAS, WIDTH, seed=5), ours.stack.embed_tokens.weight
+    mine, theirs = (
+        torch.autograd.grad(made, [embedding, hidden], probe, allow_unused=True) for made in (signal, dense)
+    )
+    assert mine[1] is theirs[1] is None
+    torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-3)
+    embedding.requires_grad_(False)
+    assert not ours.self_conditioning_signal(hidden).requires_grad
     ours.bfloat16()
     low = ours.self_conditioning_signal(hidden.bfloat16())
     assert low.dtype == torch.bfloat16

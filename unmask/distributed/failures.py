@@ -15,8 +15,17 @@ from typing import Any
 from unmask.distributed.ranks import process_rank, world_size
 
 _PATIENCE = 3.0  # seconds in which a rank that broke down gets its own report into the store
-_LOST = ("connection closed by peer", "connection reset by peer", "socket closed", "broken pipe",
-         "remote process exited", "connection refused", "timed out waiting", "nccl", "application timeout", "timeout")  # fmt: skip
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "socket closed",
+    "broken pipe",
+    "remote process exited",
+    "connection refused",
+    "timeout",
+    "timed out waiting",
+    "nccl",
+)
 
 
 def report(message: str, status: int) -> int:

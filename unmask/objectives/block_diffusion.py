@@ -196,23 +196,27 @@ class BlockDiffusion:
         what = f"canvas from position {noisy.starts[canvas]}: {sum(changed)} of {len(changed)} tokens replaced"
         return Shown(what, ids.tolist(), [False] * len(changed), changed)
 
-    @torch.no_grad()
-    def _signal(self, model: Any, noisy: CanvasBatch, encoded: Any) -> Tensor | None:
-        """Return each canvas's signal (K, C, D), zeros where it has none; None where no first pass is made."""
+    def _signal(self, model: Any, noisy: CanvasBatch, encoded: Any) -> Tensor:
+        """Return each canvas's signal (K, C, D), zeros where it has none.
+
+        Zeros are passed on also where no first pass is made: so the self-conditioning weights have a gradient, of
+        zeros, in every step and on every rank.
+        """
         chosen_S, weight_S = noisy.conditioned_S, noisy.conditioned_weight_S
+        signal_KCD = encoded.hidden_BLD.new_zeros(*noisy.canvas_ids_KC.shape, encoded.hidden_BLD.shape[-1])
         if chosen_S is None or weight_S is None:
-            return None
+            return signal_KCD
         rows_S = chosen_S if noisy.rows_K is None else noisy.rows_K[chosen_S]
-        hidden_SCD = model.decode(
-            noisy.canvas_ids_KC[chosen_S],
-            encoded,
-            rows=rows_S,
-            starts=noisy.conditioned_starts,
-            canvas_mask=None if noisy.canvas_mask_KC is None else noisy.canvas_mask_KC[chosen_S],
-        )
+        with torch.no_grad():
+            hidden_SCD = model.decode(
+                noisy.canvas_ids_KC[chosen_S],
+                encoded,
+                rows=rows_S,
+                starts=noisy.conditioned_starts,
+                canvas_mask=None if noisy.canvas_mask_KC is None else noisy.canvas_mask_KC[chosen_S],
+            )
         signal_SCD = model.self_conditioning_signal(hidden_SCD) * weight_S[:, None, None]
-        signal_KCD = signal_SCD.new_zeros(*noisy.canvas_ids_KC.shape, signal_SCD.shape[-1])
-        return signal_KCD.index_copy_(0, chosen_S, signal_SCD.to(signal_KCD.dtype))
+        return signal_KCD.index_copy(0, chosen_S, signal_SCD.to(signal_KCD.dtype))
 
 
 def filled_rows(batch: Batch, answers: Answers, size: int, eos_token_id: int) -> tuple[Tensor, Tensor]:

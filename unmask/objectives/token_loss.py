@@ -136,17 +136,15 @@ class _Head:
 
     def score(self, hidden_RD: Tensor, scores_RV: Tensor) -> Tensor:
         """Write the scores of R rows; return log Σ exp(logits), (R, 1)."""
-        if self.softcap is not None:
-            hidden_RD = hidden_RD / self.softcap
         top_R = total_R = None
         for tile in self.tiles():
             product_RW = torch.mm(hidden_RD, self.weight_VD[tile].to(self.compute).t()).to(scores_RV.dtype)
             if self.bias_V is not None:
-                product_RW += self.bias_V[tile] / (self.softcap or 1.0)
+                product_RW += self.bias_V[tile]
             if self.softcap is None:
                 scores_RV[:, tile] = product_RW
             else:
-                product_RW.tanh_()
+                product_RW.div_(self.softcap).tanh_()
                 scores_RV[:, tile] = product_RW
                 product_RW.mul_(self.softcap)
             # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum so far follows the maximum.

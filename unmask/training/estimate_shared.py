@@ -82,7 +82,15 @@ def count_groups(model: nn.Module, model_type: str) -> Groups:
         counts[group] += parameter.numel()
         trained[group] += parameter.numel() if parameter.requires_grad else 0
     layers = len(list(model.get_submodule(plan.blocks).children()))
-    return Groups(*counts.values(), *trained.values(), layers)
+    return Groups(
+        counts["root"],
+        counts["blocks"],
+        counts["experts"],
+        trained["root"],
+        trained["blocks"],
+        trained["experts"],
+        layers,
+    )
 
 
 def estimate_shared(
@@ -92,7 +100,8 @@ def estimate_shared(
 
     A tensor of n bytes that s ranks share is gathered by receiving n (s − 1) / s, and its gradient summed by receiving
     as much; r copies then sum their shards, 2 n/s (r − 1) / r. Every block is gathered for each pass, forward and
-    backward, and the root's group once a micro-batch; gradients of blocks are summed after each of their backward passes.
+    backward, and the root's group once a micro-batch; gradients of blocks are summed after each of their backward
+    passes.
 
     Args:
         config, plan, model: as for `estimate_memory`.
@@ -105,7 +114,9 @@ def estimate_shared(
     section, steps = config.distributed, config.step_scheduler
     master = 4 if config.model.torch_dtype == "float32" else 2
     policy = section.mp_policy
-    travel = master if policy is None or policy.param_dtype is None else {"float32": 4, "bfloat16": 2}[policy.param_dtype]
+    travel = (
+        master if policy is None or policy.param_dtype is None else {"float32": 4, "bfloat16": 2}[policy.param_dtype]
+    )
     reduce = 4 if policy is None or policy.reduce_dtype == "float32" else 2
     accumulation = steps.global_batch_size // (steps.local_batch_size * degrees.world)
     shard, spread, experts = degrees.shard, degrees.spread, degrees.experts

@@ -33,7 +33,6 @@ from unmask.training.sharded_model import SharedNetwork
 from unmask.training.sharded_plain import write_carried, write_plain
 from unmask.training.sharded_state import run_tensors
 
-
 _LAST_WAIT = 60.0  # seconds that a failed run gives to a save under way
 # How torch.save, whose writer drops the error of the system, reports that bytes did not reach their file.
 _UNWRITTEN = ("inline_container", "PytorchStreamWriter")

@@ -27,14 +27,12 @@ from unmask.errors import ModelError
 from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
+from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import RMSNorm, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, local_dispatch
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-# Vocabulary rows that the self-conditioning signal is made from at a time; neither logits nor softmax exist whole.
-SIGNAL_ROWS = 2**12
 
 
 @dataclass(frozen=True)
@@ -375,25 +373,13 @@ class DiffusionGemma(nn.Module):
             logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD
         ) * self.stack.embedding_scale
 
-    @torch.no_grad()
     def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
         """Return `soft_embedding(logits(hidden))` of (K, C, D), a slice of the vocabulary at a time.
 
-        The sums so far follow the largest logit so far (Milakov & Gimelshein 2018, arXiv 1805.02867).
+        The logits count as constants: gradients reach the embedding that they mix, and nothing else.
         """
-        weight_VD, cap = self.stack.embed_tokens.weight, self.softcap
-        hidden_ND = hidden_KCD.flatten(0, 1).to(weight_VD.dtype)
-        total_N = torch.zeros(len(hidden_ND), 1, device=hidden_ND.device)
-        mixed_ND = torch.zeros(hidden_ND.shape, device=hidden_ND.device)
-        top_N = torch.full_like(total_N, -cap)
-        for part_RD in weight_VD.split(SIGNAL_ROWS):
-            logits_NR = F.linear(hidden_ND, part_RD).float().div_(cap).tanh_().mul_(cap)
-            before_N, top_N = top_N, torch.maximum(top_N, logits_NR.amax(dim=1, keepdim=True))
-            shares_NR, kept_N = logits_NR.sub_(top_N).exp_(), before_N.sub_(top_N).exp_()
-            total_N.mul_(kept_N).add_(shares_NR.sum(dim=1, keepdim=True))
-            mixed_ND.mul_(kept_N).add_(shares_NR.to(weight_VD.dtype) @ part_RD)
-        signal_ND = (mixed_ND / total_N).to(weight_VD.dtype) * self.stack.embedding_scale
-        return signal_ND.view_as(hidden_KCD)
+        signal_ND = soft_embedding_of(hidden_KCD.flatten(0, 1), self.stack.embed_tokens.weight, self.softcap)
+        return (signal_ND * self.stack.embedding_scale).view_as(hidden_KCD)
 
     def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         config = self.config

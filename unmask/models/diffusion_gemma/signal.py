@@ -1,0 +1,75 @@
+"""The self-conditioning signal: softmax(logits) @ embedding, made a slice of the vocabulary at a time.
+
+The logits are constants (the pass that made them keeps no gradient), but the embedding that they mix is not: as in
+transformers, the signal's gradient reaches it. Neither logits nor softmax ever exist whole, forward or backward.
+
+Shapes: N positions, D width, V vocabulary, R rows of a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Vocabulary rows worked on at a time.
+SIGNAL_ROWS = 2**12
+
+
+def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Tensor:
+    """Return softmax(c · tanh(h Wᵀ / c)) @ W, differentiable in the W that is mixed alone.
+
+    Args:
+        hidden_ND: final hidden states; their own gradient is not taken.
+        weight_VD: the embedding, which is the head too.
+        softcap: c.
+
+    Returns:
+        (N, D) in the embedding's dtype.
+    """
+    kind = hidden_ND.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+    return _SoftEmbedding.apply(hidden_ND.detach(), weight_VD, softcap, compute)
+
+
+class _SoftEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
+        """Return the mix; the sums so far follow the largest logit so far (Milakov & Gimelshein 2018)."""
+        hidden_ND = hidden_ND.to(compute)
+        total_N = torch.zeros(len(hidden_ND), 1, device=hidden_ND.device)
+        mixed_ND = torch.zeros(hidden_ND.shape, device=hidden_ND.device)
+        top_N = torch.full_like(total_N, -softcap)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for _, part_RD, logits_NR in _slices(hidden_ND, weight_VD, softcap):
+                before_N, top_N = top_N, torch.maximum(top_N, logits_NR.amax(dim=1, keepdim=True))
+                shares_NR, kept_N = logits_NR.sub_(top_N).exp_(), before_N.sub_(top_N).exp_()
+                total_N.mul_(kept_N).add_(shares_NR.sum(dim=1, keepdim=True))
+                mixed_ND.mul_(kept_N).add_(torch.mm(shares_NR.to(compute), part_RD))
+        ctx.save_for_backward(hidden_ND, weight_VD, top_N.add_(total_N.log()))
+        ctx.softcap = softcap
+        return (mixed_ND / total_N).to(weight_VD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_ND, weight_VD, logsum_N = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, None
+        grad_VD = torch.empty_like(weight_VD)
+        for part, _, logits_NR in _slices(hidden_ND, weight_VD, ctx.softcap):
+            shares_RN = logits_NR.sub_(logsum_N).exp_().to(hidden_ND.dtype).t()
+            grad_VD[part] = torch.mm(shares_RN, grad_ND.to(hidden_ND.dtype)).to(weight_VD.dtype)
+        return None, grad_VD, None, None
+
+
+def _slices(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield each slice of the vocabulary, its rows in the compute dtype and its logits (N, R) in fp32."""
+    for start in range(0, len(weight_VD), SIGNAL_ROWS):
+        part = slice(start, start + SIGNAL_ROWS)
+        part_RD = weight_VD[part].to(hidden_ND.dtype)
+        scores_NR = torch.mm(hidden_ND, part_RD.t()).float()
+        yield part, part_RD, scores_NR.div_(softcap).tanh_().mul_(softcap)
