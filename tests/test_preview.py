@@ -22,6 +22,7 @@ from rich.console import Console
 from unmask.assemble import assemble, prepare
 from unmask.config import load_config
 from unmask.distributed.runtime import Runtime
+from unmask.distributed.runtime import build_runtime
 from unmask.training.estimate import estimate_memory
 from unmask.training.loop import train
 import unmask.data.loader, transformers, matplotlib.pyplot, torch.utils.checkpoint

@@ -1,4 +1,4 @@
-"""The containers that flow from the data to the loss. Nothing here computes; everything is frozen.
+"""The containers that flow from the data to the loss; everything is frozen.
 
 Shape suffixes: B rows, L positions.
 """
@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Padding that changes no number is rounded up to a multiple of this: a matmul library keeps memory for every shape that
+# it has met (oneDNN's primitive cache), and rows of text have hundreds of lengths.
+LENGTH_MULTIPLE = 16
+
+
+def rounded_up(length: int) -> int:
+    """Return the length up to which rows of at most `length` positions are padded."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_too_few_rows_are_refused():
 
 
 def test_grouping_by_length_saves_padding_and_visits_each_row_once(monkeypatch):
-    monkeypatch.setattr("unmask.data.collate.LENGTH_MULTIPLE", 1)
+    monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", 1)
     rows = Numbered(1000)
 
     def padding(group_by_length: bool) -> float:

@@ -226,3 +226,17 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
 
     moments = [moment for state in built[0].optimizer.state.values() for moment in state.values() if moment.dim()]
     return {**received, "shard": size(built[0].model.parameters()), "optimizer": size(moments)}
+
+
+def rewrite(source: str, target: str, experts: int) -> list[str]:
+    """Load a checkpoint in shards and write it again as a plain folder; return the files that this rank wrote."""
+    from unmask.distributed.mesh import Degrees
+    from unmask.distributed.runtime import DistributedConfig, build_runtime
+    from unmask.models.registry import plan_folder
+    from unmask.training.sharded_model import build_shared
+    from unmask.training.sharded_plain import write_plain
+
+    section = DistributedConfig(device="cpu", ep_size=experts)
+    runtime = build_runtime(section, Degrees(int(os.environ["WORLD_SIZE"]), 1, experts))
+    network = build_shared(plan_folder(source, "x"), "float32", None, section, runtime, 0)
+    return [path.name for path in write_plain(network, runtime.ranks, Path(target), 20_000)]

@@ -66,7 +66,7 @@ def test_the_same_for_every_batch_size(prepared, model, supervise_padding: bool)
 
 
 def test_levels_are_spread_over_all_rows(prepared) -> None:
-    weights = [part.weights_BL[row] for part in noise(prepared) for row in range(len(part.weights_BL))]
+    weights = [part.noisy.weights_BL[row] for part in noise(prepared) for row in range(len(part.noisy.weights_BL))]
     levels = sorted(1 / float(row.max()) for row in weights if float(row.max()) > 0)
     assert len(weights) == 6
     for level in levels:  # a row whose level is low may have no mask at all, and then shows none

@@ -36,6 +36,12 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def exact_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as long as they are; that rounding their length up changes no number has a test of its own."""
+    monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", 1)
+
+
 @pytest.fixture(scope="module")
 def theirs(gemma_reference: Callable[..., Any]) -> Any:
     return gemma_reference()
@@ -220,6 +226,18 @@ class Calls:
 
         monkeypatch.setattr(model, "decode", count_decode)
         monkeypatch.setattr(model, "encode", count_encode)
+
+
+def test_rounding_the_length_of_rows_changes_no_number(ours, turns, monkeypatch) -> None:
+    results = []
+    for multiple in (1, 16):
+        monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", multiple)
+        noisy = OBJECTIVE.corrupt(turns(ROWS), NoiseStream(0))
+        loss = total(OBJECTIVE.loss(ours, noisy))
+        results.append((noisy.encoder_ids_BL.shape[1], loss.detach(), gradients(ours, loss)))
+    assert results[0][0] % 16 and results[1][0] % 16 == 0
+    torch.testing.assert_close(results[1][1], results[0][1])
+    assert_same_gradients(results[1][2], results[0][2])
 
 
 def test_the_first_pass_runs_for_those_who_use_it_and_for_nobody_else(ours, turns, monkeypatch) -> None:

@@ -13,19 +13,13 @@ from collections.abc import Sequence
 
 import torch
 
-from unmask.batch import Batch
+from unmask.batch import Batch, rounded_up
 from unmask.data.encode import EncodedRow
-
-
-# Padding that changes no number is rounded up to a multiple of this: a matmul library keeps memory for every shape that
-# it has met (oneDNN's primitive cache), and rows of text have hundreds of lengths.
-LENGTH_MULTIPLE = 16
 
 
 def rounded(length: int, most: int | None) -> int:
     """Return the length up to which rows of at most `length` tokens are padded, itself at most `most`."""
-    up = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    return up if most is None else max(length, min(up, most))
+    return rounded_up(length) if most is None else max(length, min(rounded_up(length), most))
 
 
 def collate(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, CanvasBatch, LossTerm, LossTerms
+from unmask.batch import Batch, CanvasBatch, LossTerm, LossTerms, rounded_up
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
 from unmask.objectives.token_loss import linear_cross_entropy
@@ -229,7 +229,7 @@ def filled_rows(batch: Batch, answers: Answers, size: int, eos_token_id: int) ->
     spans_T = answers.ends_T - answers.starts_T
     fill_T = torch.where(answers.last_T & ~answers.cut_T, -spans_T % size, 0)
     filled_B = lengths_B + torch.zeros_like(lengths_B).scatter_add_(0, answers.rows_T, fill_T)
-    length = max(int(filled_B.max()), batch.input_ids_BL.shape[1])
+    length = max(rounded_up(int(filled_B.max())), batch.input_ids_BL.shape[1])
     columns_L = torch.arange(length)
     ids_BL = batch.input_ids_BL.new_full((len(lengths_B), length), eos_token_id)
     ids_BL[:, : batch.input_ids_BL.shape[1]] = batch.input_ids_BL

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from unmask.batch import rounded_up
 from unmask.errors import ConfigError, FieldError
 from unmask.sections import choice_problem
 
@@ -206,7 +207,7 @@ def check_against_model(section: DllmConfig, provides: frozenset[str], model_typ
 def most_padding(section: DllmConfig, model_config: Any) -> int:
     """Return how many positions the objective may add to a row, which the model must have beyond `seq_length`."""
     fills = OBJECTIVES[section.mode].fills
-    return 0 if fills is None else getattr(model_config, fills) - 1
+    return 0 if fills is None else rounded_up(getattr(model_config, fills))
 
 
 def build_objective(section: DllmConfig, model_config: Any) -> Objective:
