@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import runpy
 import shlex
 import types
 import typing
@@ -127,7 +128,10 @@ def commands(page: Path) -> Iterator[list[str]]:
     ]
     implied = {"finetune.py": ["train"], "prep_gsm8k.py": ["prep", "gsm8k"], "generate.py": ["generate"]}
     for body in blocks(page, *_SHELL):
-        for line in re.sub(r"\\\n\s*", " ", body).splitlines():
+        body = re.sub(r"\\\n\s*", " ", body)
+        for name, value in re.findall(r'^([A-Z]+)="([^"]*)"$', body, re.MULTILINE):
+            body = body.replace(f"${name}", value)
+        for line in body.splitlines():
             line = line.strip().removeprefix("$ ")
             found = next((match for start in starts if (match := re.match(rf"{start}(?=\s|$)", line))), None)
             if found is not None:
@@ -196,6 +200,8 @@ def test_python_examples_run(tiny, train_tiny, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     train_tiny(tiny.config(tmp_path / "RUN"))
     assert main(["export", "--checkpoint", "RUN", "--output", "model"]) == 0
+    script = runpy.run_path(str(ROOT / "examples" / "tiny_diffusion_gemma.py"))
+    script["make"](str(ROOT / "tests" / "fixtures" / "gsm8k_chat_64.jsonl"), "tiny_gemma", vocab_size=300)
     base = {"model": {"pretrained_model_name_or_path": str(tmp_path / "model")}}
     train_tiny(tiny.config(tmp_path / "ADAPTER", peft={"r": 2}, step_scheduler__max_steps=1) | base)
     for page in PAGES:

@@ -31,9 +31,9 @@ def counted(values: dict, processes: int) -> SharedEstimate:
     "changes",
     [
         {},
-        {"distributed__defer_grad_sync": False},
-        {"distributed__dp_replicate_size": 2},
-        {"distributed__mp_policy": {"param_dtype": "bfloat16"}},
+        pytest.param({"distributed__defer_grad_sync": False}, marks=pytest.mark.slow),
+        pytest.param({"distributed__dp_replicate_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"distributed__mp_policy": {"param_dtype": "bfloat16"}}, marks=pytest.mark.slow),
     ],
     ids=["deferred", "at-once", "replicated", "bf16"],
 )

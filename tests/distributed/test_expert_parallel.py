@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from unmask.report.metrics import read_metrics
 
 Train = Callable[..., Any]
+slow = pytest.mark.slow
 ADAPTER = {
     "r": 2,
     "target_modules": ["*.q_proj"],
@@ -75,13 +76,20 @@ def assert_same(root: Path, reference: Path, file: str = "model.safetensors") ->
         torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ep_size": 2}, {"ep_size": 2, "activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=slow, id="gathered"),
+        pytest.param({"ep_size": 2}, marks=slow, id="spread"),
+        pytest.param({"ep_size": 2, "activation_checkpointing": True}, id="spread-checkpointed"),
+    ],
+)
 def test_two_ranks_learn_what_one_does(gemma_run, alone: Path, run_ranks, tmp_path: Path, changes: dict) -> None:
     run_ranks(2, "train", gemma_run(tmp_path, **{f"distributed__{name}": value for name, value in changes.items()}))
     assert_same(tmp_path, alone)
 
 
-@pytest.mark.parametrize("size", [1, 2], ids=["gathered", "spread"])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=slow, id="gathered"), pytest.param(2, id="spread")])
 def test_adapters_on_experts(gemma_run, alone, adapted_alone: Path, run_ranks, tmp_path: Path, size: int) -> None:
     values = gemma_run(tmp_path, base=alone, peft=ADAPTER, distributed__ep_size=size, dllm__freeze_router=True)
     run_ranks(2, "train", values)
@@ -103,3 +111,25 @@ def assert_same_steps(root: Path, reference: Path) -> None:
     first, second = (load_file(folder / "latest" / "model.safetensors") for folder in (root, reference))
     for key, tensor in second.items():
         torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=2e-4)
+
+
+@slow
+def test_the_recipes_options_together(gemma_run, alone: Path, run_ranks, tmp_path: Path) -> None:
+    """Weights that travel in bf16, autocast, checkpointing and spread experts: the same loss, to bf16's precision."""
+    options = {
+        "mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "float32"},
+        "autocast_dtype": "bfloat16",
+        "activation_checkpointing": True,
+        "ep_size": 2,
+        "defer_grad_sync": False,
+    }
+    run_ranks(2, "train", gemma_run(tmp_path, **{f"distributed__{name}": value for name, value in options.items()}))
+    ours, theirs = (
+        [e for e in read_metrics(folder / "metrics.jsonl") if e["event"] == "train"] for folder in (tmp_path, alone)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.01)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "latest" / "model.safetensors").values()
+    )

@@ -27,7 +27,7 @@ def test_results_come_back_in_order(run_ranks: Callable[..., list]) -> None:
     assert run_ranks(2, "divide", ["a"])[1] == {"all": ["A"], "given": []}
 
 
-@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_two_ranks_write_the_file_of_one(tiny_base: Path, run_ranks, tmp_path: Path, temperature: str) -> None:
     def words(output: Path) -> list[str]:
         prompts = [word for text in ("1 plus 1?", "so?", "1 plus 1?", "20 plus 6?") for word in ("--prompt", text)]

@@ -19,7 +19,7 @@ def source(gemma_reference: Callable[..., Any], tmp_path_factory: pytest.TempPat
     return folder
 
 
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("experts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_is_read_is_written_again(
     source: Path, run_ranks: Callable[..., list], tmp_path: Path, experts: int
 ) -> None:

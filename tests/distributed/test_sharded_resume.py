@@ -84,6 +84,7 @@ def test_one_rank_then_two(tiny, train_tiny: Train, run_ranks, never_stopped: Pa
         torch.testing.assert_close(weights(tmp_path)[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_as_many_ranks_as_before_is_exact(tiny, run_ranks, two_ranks: Path, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", copied(two_ranks, tmp_path / "resumed")
     for root in (whole, resumed):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from unmask.report.metrics import read_metrics
 
 Train = Callable[..., Any]
+slow = pytest.mark.slow
 FIELDS = ("loss", "mdlm_loss", "grad_norm")
 
 
@@ -71,8 +72,8 @@ def alone(values: dict, train_tiny: Train, tmp_path_factory: pytest.TempPathFact
     [
         {},
         {"step_scheduler__local_batch_size": 1, "distributed__activation_checkpointing": True},
-        {"step_scheduler__local_batch_size": 1, "distributed__defer_grad_sync": False},
-        {"distributed__dp_replicate_size": 2},
+        pytest.param({"step_scheduler__local_batch_size": 1, "distributed__defer_grad_sync": False}, marks=slow),
+        pytest.param({"distributed__dp_replicate_size": 2}, marks=slow),
     ],
     ids=["sharded", "accumulated-checkpointed", "summed-at-once", "replicated"],
 )
