@@ -47,7 +47,7 @@ def make(source: str, output: str, vocab_size: int = 2048, canvas_length: int = 
         text_config={**TEXT, "vocab_size": len(tokenizer)},
         vision_config=VISION,
         canvas_length=canvas_length,
-        eos_token_id=ends,
+        eos_token_id=ends,  # pyright: ignore[reportCallIssue]
         boi_token_id=0,
         eoi_token_id=0,
         image_token_id=0,

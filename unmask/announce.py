@@ -11,6 +11,8 @@ from unmask.config import RunConfig, dump_config
 from unmask.sections import differences
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from unmask.assemble import Prepared
     from unmask.data.loader import ValidationSet
     from unmask.data.sources import Rows
@@ -32,8 +34,8 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
 
     import unmask
 
-    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in run.model.parameters())
+    sizes = [(_whole_size(run, name, p), p.requires_grad) for name, p in run.model.named_parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     say = run.progress.say
     for key in prepared.not_needed:
         say(f"not needed here: {key}")
@@ -53,7 +55,7 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         say(f"validation: {line}")
     say(
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
-        f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {run.runtime.device}"
+        f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {_place(run)}"
     )
     run.metrics.write(
         "run",
@@ -69,6 +71,20 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         trainable_parameters=trainable,
         versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
+
+
+def _place(run: TrainingRun) -> str:
+    device, processes = run.runtime.device, run.runtime.ranks.size
+    return str(device) if processes == 1 else f"{processes} processes ({device.type})"
+
+
+def _whole_size(run: TrainingRun, name: str, parameter: nn.Parameter) -> int:
+    """Return how many numbers a parameter has over all ranks."""
+    if run.runtime.meshes is None:
+        return parameter.numel()
+    from unmask.distributed.shard import whole_view
+
+    return whole_view(name, parameter, run.model, run.runtime.meshes).numel()
 
 
 def changes(config: RunConfig, start: ResumePoint) -> list[str]:

@@ -98,8 +98,8 @@ def _shared(prepared: Prepared, one: SharedEstimate) -> list[str]:
         f"processes         {degrees.world} = {degrees.replicate} copies × {degrees.shard} that share one"
         + (f", experts over {degrees.experts} of them" if degrees.experts > 1 else ""),
         f"a process holds   {one.total / gib:.2f} GiB = weights {one.weights / gib:.2f} + gradients "
-        f"{one.gradients / gib:.2f} + AdamW {one.optimizer / gib:.2f} + gathered {one.gathered / gib:.2f} + activations "
-        f"{one.activations / gib:.2f}",
+        f"{one.gradients / gib:.2f} + AdamW {one.optimizer / gib:.2f} + gathered {one.gathered / gib:.2f} + "
+        f"activations {one.activations / gib:.2f}",
         f"and receives      {one.received / gib:.2f} GiB a step = weights {one.weights_received / gib:.2f} + gradients "
         f"{one.gradients_received / gib:.2f} + tokens {one.tokens_received / gib:.2f}",
     ]

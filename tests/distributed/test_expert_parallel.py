@@ -87,6 +87,13 @@ def assert_same(root: Path, reference: Path, file: str = "model.safetensors") ->
 def test_two_ranks_learn_what_one_does(gemma_run, alone: Path, run_ranks, tmp_path: Path, changes: dict) -> None:
     run_ranks(2, "train", gemma_run(tmp_path, **{f"distributed__{name}": value for name, value in changes.items()}))
     assert_same(tmp_path, alone)
+    sizes = [
+        (e["parameters"], e["trainable_parameters"])
+        for root in (tmp_path, alone)
+        for e in read_metrics(root / "metrics.jsonl")
+        if e["event"] == "run"
+    ]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=slow, id="gathered"), pytest.param(2, id="spread")])

@@ -97,6 +97,6 @@ def attend(
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
     if q_BHLE.device.type == "cpu" and q_BHLE.dtype == torch.bfloat16 and q_BHLE.requires_grad:
         with torch.autocast("cpu", enabled=False):
-            wide = (heads.float() for heads in (q_BHLE, k_BGLE, v_BGLE))
-            return F.scaled_dot_product_attention(*wide, **options).to(q_BHLE.dtype)
+            q_wide, k_wide, v_wide = q_BHLE.float(), k_BGLE.float(), v_BGLE.float()
+            return F.scaled_dot_product_attention(q_wide, k_wide, v_wide, **options).to(q_BHLE.dtype)
     return F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, **options)

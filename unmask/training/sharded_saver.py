@@ -60,13 +60,18 @@ class ShardedSaver:
         write_beside: Callable[[Path], None],
         newest: Path | None,
     ) -> None:
+        import torch
         import torch.distributed as dist
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         self.newest = newest
         self._root, self._section = root, section
         self._network, self._optimizer, self._write_beside = network, optimizer, write_beside
         self._ranks = ranks
         self._background = Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
+        cuda = torch.cuda.is_available()
+        # Kept over saves, with its memory: taking that anew costs more than the copy.
+        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self._thread: threading.Thread | None = None
         self._news: list[dict[str, Any]] = []
         self._problem: str | BaseException | None = None
@@ -85,7 +90,12 @@ class ShardedSaver:
         try:
             own = self._write_plain(temporary, last)
             tensors = run_tensors(self._network.trained(), self._network.model, self._optimizer, self._network.meshes)
-            future = async_save(tensors, checkpoint_id=temporary / SHARDED, process_group=self._background.group)
+            future = async_save(
+                tensors,
+                checkpoint_id=temporary / SHARDED,
+                process_group=self._background.group,
+                async_stager=self._stager,
+            )
         except OSError as error:
             raise cannot_save(self._root / f"step_{step}", error) from error
         pause = time.perf_counter() - began

@@ -73,7 +73,7 @@ class LLaDAModelLM(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
         elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
+            nn.init.ones_(module.weight)  # pyright: ignore[reportArgumentType]
 
 
 def register() -> None:
