@@ -7,10 +7,11 @@ import json
 import platform
 from pathlib import Path
 
-from benchmarks import generation, lora_experts, scaling, start_up, training_step
+from benchmarks import block_diffusion_step, generation, lora_experts, scaling, start_up, training_step
 
 BENCHMARKS = {
     "training_step": training_step,
+    "block_diffusion_step": block_diffusion_step,
     "start_up": start_up,
     "lora_experts": lora_experts,
     "generation": generation,

@@ -1,8 +1,8 @@
 """A whole DiffusionGemma training step, ours against transformers' class run the dense way.
 
 The dense way: logits of every encoder and canvas position, the whole response decoded (each canvas seeing the clean
-tokens before it), a first pass for self-conditioning in every step, torch's default AdamW and clipping. Ours is run with
-both outcomes of the self-conditioning coin, and both its time and its peak are their mean.
+tokens before it), a first pass for self-conditioning in every step, torch's default AdamW and clipping. Ours is run
+with both outcomes of the self-conditioning coin, and both its time and its peak are their mean.
 
 One process a variant, because peak memory is a process's own; the variants alternate, and ratios come from pairs. Peak
 memory is the maximum resident set minus that after imports.
@@ -59,7 +59,7 @@ def run(pairs: int = 2, steps: int = 3) -> dict[str, Any]:
 
 
 def counted_floor(flops: float, rate: float) -> float:
-    """Count the least seconds of our step, half of the time with a first pass: operations ÷ matmul rate plus bytes ÷ rate.
+    """Count the least seconds of our step, half of the time with a first pass: operations and bytes over their rates.
 
     Head: three matmuls over the encoder's next-token pairs and the canvas, and with a first pass one for its logits and
     one for the signal. Layers: forward and twice that backward over clean tokens and canvas. AdamW, norm and the
@@ -80,9 +80,9 @@ def table(results: dict[str, Any]) -> str:
     """Return the results as a table for people."""
     machine = results["machine"]
     lines = [
-        f"DiffusionGemma d={WIDTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}, {EXPERTS} experts top-{TOP}, canvas {CANVAS}, "
-        f"1 × {LENGTH} tokens, fp32; {machine['threads']} threads, {machine['flops'] / 1e9:.0f} GFLOP/s, "
-        f"{machine['bytes'] / 1e9:.1f} GB/s",
+        f"DiffusionGemma d={WIDTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}, {EXPERTS} experts top-{TOP}, "
+        f"canvas {CANVAS}, 1 × {LENGTH} tokens, fp32; {machine['threads']} threads, "
+        f"{machine['flops'] / 1e9:.0f} GFLOP/s, {machine['bytes'] / 1e9:.1f} GB/s",
         f"{'case':<22}{'variant':<24}{'step s':>8}{'peak GiB':>10}",
     ]
     for case, found in results["cases"].items():
@@ -122,9 +122,9 @@ def _measure(variant: str, response: int, steps: int) -> dict[str, float]:
 def _text_config() -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "global_head_dim": HEAD_DIM,
-        "num_global_key_value_heads": KV_HEADS, "sliding_window": 2 * LENGTH, "num_experts": EXPERTS,
-        "top_k_experts": TOP, "moe_intermediate_size": EXPERT_WIDTH,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
+        "global_head_dim": HEAD_DIM, "num_global_key_value_heads": KV_HEADS, "sliding_window": 2 * LENGTH,
+        "num_experts": EXPERTS, "top_k_experts": TOP, "moe_intermediate_size": EXPERT_WIDTH,
     }  # fmt: skip
 
 

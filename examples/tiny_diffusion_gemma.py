@@ -7,6 +7,7 @@ It is written by transformers' own class, in the layout of google/diffusiongemma
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from unmask.data.chat import read_template
 from unmask.data.sources import DatasetConfig, open_rows
 from unmask.data.vocabulary import DIFFUSION_GEMMA, train_tokenizer
+from unmask.errors import UnmaskError
 
 TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -44,7 +46,7 @@ def make(source: str, output: str, vocab_size: int = 2048, canvas_length: int = 
     tokenizer.chat_template = read_template("diffusion_gemma")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<turn|>")]
     config = DiffusionGemmaConfig(
-        text_config={**TEXT, "vocab_size": len(tokenizer)},
+        text_config={**TEXT, "vocab_size": len(tokenizer), "eos_token_id": ends[0]},
         vision_config=VISION,
         canvas_length=canvas_length,
         eos_token_id=ends,  # pyright: ignore[reportCallIssue]
@@ -62,5 +64,12 @@ def make(source: str, output: str, vocab_size: int = 2048, canvas_length: int = 
 
 
 if __name__ == "__main__":
-    source, output = sys.argv[1:]
-    print(f"wrote {output}: {make(source, output) / 1e6:.1f} M parameters")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="chat rows that the tokenizer is trained on, for example gsm8k_chat_train.jsonl")
+    parser.add_argument("output", help="folder to write")
+    given = parser.parse_args()
+    try:
+        size = make(given.source, given.output)
+    except UnmaskError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {given.output}: {size / 1e6:.1f} M parameters")

@@ -84,6 +84,11 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
             "peft: an adapter needs a base checkpoint, and model.config makes a fresh network; set "
             "model.pretrained_model_name_or_path, or remove peft"
         )
+    if config.peft is not None and config.dllm.freeze_router is False:
+        raise ConfigError(
+            "dllm.freeze_router: false has no effect with peft, which freezes the whole model and trains an adapter; "
+            "leave it out"
+        )
     check_quantization(config.peft, processes)
     degrees = resolve_degrees(config.distributed, processes, getattr(plan.config, "num_experts", None))
     _check_batch(config, processes)

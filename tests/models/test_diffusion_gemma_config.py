@@ -58,7 +58,6 @@ def test_the_released_configuration(released: dict) -> None:
         eos_token_id=1,
         eos_token_ids=(1, 106, 50),
         pad_token_id=0,
-        image_token_ids=(255_999, 258_882, 258_880),
         initializer_range=0.02,
     )
 

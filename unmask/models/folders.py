@@ -17,8 +17,8 @@ SHARDED = "sharded"  # folder of a checkpoint that several ranks have written, e
 _SAMPLE = 2**16  # bytes read at each end of a shard
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
-_LIGHT = ("config.json", "generation_config.json", "*.jinja", "tokenizer*", "vocab.*", "merges.txt",
-          "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+_LIGHT = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.jinja",
+          "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ SHARD_BYTES = 5 * 10**9
 CARRIED = "carried.safetensors"  # beside the shards of several ranks: what is none of the network's
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every stored (key, tensor) of a folder, shard by shard; of safetensors at most one is held at a time."""
+def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
+    """Yield every wanted (key, tensor) of a folder, shard by shard; of safetensors at most one is held at a time."""
     if not is_plain(folder):
-        yield from read_sharded(folder).items()
+        yield from ((key, tensor) for key, tensor in read_sharded(folder).items() if wanted(key))
         return
     by_file: dict[Path, list[str]] = {}
     for key, file in weight_files(folder).items():
-        by_file.setdefault(file, []).append(key)
+        if wanted(key):
+            by_file.setdefault(file, []).append(key)
     for file, keys in by_file.items():
         with safe_open(file, framework="pt") as opened:
             for key in keys:
@@ -73,10 +74,7 @@ def carried_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[s
                 for key in opened.keys():  # noqa: SIM118 - no mapping
                     yield key, opened.get_tensor(key)
         return
-    for key, file in weight_files(folder).items():
-        if layout.carried(key):
-            with safe_open(file, framework="pt") as opened:
-                yield key, opened.get_tensor(key)
+    yield from read_tensors(folder, layout.carried)
 
 
 def _check_twin(folder: Path, key: str, twin: str, tensor: Tensor, part: tuple[slice, ...] = ()) -> None:
@@ -96,9 +94,7 @@ def _fitting_tensors(model: nn.Module, folder: Path, layout: FileLayout) -> Iter
     """Yield every tensor of a folder that the network has, checked to be exactly its set."""
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     missing = dict.fromkeys(wanted)
-    for key, tensor in read_tensors(folder):
-        if layout.carried(key):
-            continue
+    for key, tensor in read_tensors(folder, lambda key: not layout.carried(key)):
         twin = layout.twin(key)
         if twin in wanted:
             _check_twin(folder, key, twin, tensor)
@@ -160,7 +156,10 @@ def _check_fit(key: str, shape: tuple[int, ...], wanted: Mapping[str, torch.Size
 
 def _check_none_missing(missing: Mapping[str, None], folder: Path) -> None:
     if missing:
-        raise ModelError(f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all)")
+        raise ModelError(
+            f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all); copy the checkpoint again, or "
+            "take what is missing from the one that it was made from"
+        )
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

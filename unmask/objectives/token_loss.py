@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^25 fp32 logits are 128 MiB.
-CHUNK_LOGITS = 2**25
+# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^26 fp32 logits are 256 MiB.
+CHUNK_LOGITS = 2**26
 # Vocabulary rows worked on at a time. On a CPU a tile of logits stays in the cache through all that is done to it;
 # elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
 TILE_ROWS = 2**12
@@ -144,9 +144,8 @@ class _Head:
             if self.softcap is None:
                 scores_RV[:, tile] = product_RW
             else:
-                product_RW.div_(self.softcap).tanh_()
-                scores_RV[:, tile] = product_RW
-                product_RW.mul_(self.softcap)
+                torch.tanh(product_RW.div_(self.softcap), out=scores_RV[:, tile])
+                torch.mul(scores_RV[:, tile], self.softcap, out=product_RW)
             # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum so far follows the maximum.
             largest_R = product_RW.amax(dim=1, keepdim=True)
             if top_R is None or total_R is None:

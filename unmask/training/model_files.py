@@ -15,7 +15,8 @@ from unmask.models.registry import ModelPlan
 from unmask.models.weights import carried_tensors, copy_weights, save_weights
 from unmask.training.lora import PeftConfig
 
-GENERATION = "generation_config.json"
+# Files that go with every copy of a model: generation defaults, and how images are prepared for its vision part.
+BESIDE = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,19 @@ def model_files(
 
 
 def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
-    """Write the weights, config.json as it was read with the dtype of the weights in it, and generation_config.json."""
+    """Write the weights, config.json as it was read with the dtype of the weights in it, and the files beside it."""
     carried = carried_tensors(plan.folder, plan.family.layout)
     save_weights(chain(model.state_dict().items(), carried), folder)
     write_config(plan, str(next(model.parameters()).dtype).removeprefix("torch."), folder)
 
 
 def write_config(plan: ModelPlan, dtype: str, folder: Path) -> None:
-    """Write config.json as it was read, with the dtype of the weights in it, and generation_config.json."""
+    """Write config.json as it was read, with the dtype of the weights in it, and the files that go with it."""
     kept = {key: value for key, value in plan.config_json.items() if key != "dtype"}
     (folder / "config.json").write_text(json.dumps({**kept, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    if plan.folder is not None and (plan.folder / GENERATION).is_file():
-        (folder / GENERATION).write_bytes((plan.folder / GENERATION).read_bytes())
+    for name in () if plan.folder is None else BESIDE:
+        if (plan.folder / name).is_file():
+            (folder / name).write_bytes((plan.folder / name).read_bytes())
 
 
 def write_tokenizer(tokenizer: Any, template: str, folder: Path) -> None:

@@ -57,7 +57,7 @@ class Encoded:
         return Encoded(
             tuple(keys[:, :, :columns] for keys in self.keys),
             tuple(values[:, :, :columns] for values in self.values),
-            self.hidden_BLD[:, :0],
+            self.hidden_BLD.new_empty(len(lengths), 0, self.hidden_BLD.shape[-1]),  # a slice would keep the whole
             torch.where(positions_S < lengths_B[:, None], positions_S, HIDDEN),
             lengths_B,
             True,
@@ -87,8 +87,7 @@ class Encoded:
 
         keys = tuple(joined(old, new) for old, new in zip(self.keys, more.keys, strict=True))
         values = tuple(joined(old, new) for old, new in zip(self.values, more.values, strict=True))
-        hidden_BLD = self.hidden_BLD[:, :0]
-        return Encoded(keys, values, hidden_BLD, self.positions_BS, self.lengths_B, True).first(after)
+        return Encoded(keys, values, self.hidden_BLD, self.positions_BS, self.lengths_B, True).first(after)
 
     def detach(self) -> Encoded:
         """Return the same keys and values without their history; hidden states keep theirs."""
@@ -103,7 +102,7 @@ class Encoded:
 
 
 def causal_mask(past_BS: Tensor | None, positions_BL: Tensor, columns_BL: Tensor, window: int | None) -> Tensor:
-    """Return which keys each encoder query sees, bool (B, 1, L, S + L).
+    """Return which keys each encoder query sees, bool (B or 1, 1, L, S + L).
 
     Args:
         past_BS: positions of the columns encoded before, or None.
@@ -111,14 +110,14 @@ def causal_mask(past_BS: Tensor | None, positions_BL: Tensor, columns_BL: Tensor
         columns_BL: the same with `HIDDEN` at padding.
         window: W, a query sees keys with q − k < W; None = all before it.
     """
-    keys_BS = columns_BL if past_BS is None else torch.cat((past_BS, columns_BL), dim=1)
-    distance_BLS = positions_BL[:, :, None] - keys_BS[:, None, :]
-    seen_BLS = distance_BLS >= 0
+    keys_BS = columns_BL if past_BS is None else torch.cat((past_BS, columns_BL.expand(len(past_BS), -1)), dim=1)
+    # Comparisons alone: a difference would take eight bytes a pair, and there are L · (S + L) of them.
+    queries_BL1, keys_B1S = positions_BL[:, :, None], keys_BS[:, None, :]
+    seen_BLS = keys_B1S <= queries_BL1
     if window is not None:
-        seen_BLS &= distance_BLS < window
+        seen_BLS &= keys_B1S > queries_BL1 - window
     # A padding query sees itself, so that its softmax is not empty; nothing looks at what comes of it.
-    length = positions_BL.shape[1]
-    seen_BLS[:, :, keys_BS.shape[1] - length :] |= torch.eye(length, dtype=torch.bool, device=keys_BS.device)
+    seen_BLS.diagonal(keys_BS.shape[1] - positions_BL.shape[1], dim1=1, dim2=2).fill_(True)
     return seen_BLS[:, None]
 
 

@@ -76,7 +76,6 @@ class DiffusionGemmaConfig:
         eos_token_id: fills the rest of an answer's last canvas.
         eos_token_ids: all ids that end an answer.
         pad_token_id: its embedding is never trained by lookups.
-        image_token_ids: ids that stand for or surround an image; this package is about text.
         initializer_range: standard deviation of a fresh model's weights.
     """
 
@@ -103,7 +102,6 @@ class DiffusionGemmaConfig:
     eos_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    image_token_ids: tuple[int, ...]
     initializer_range: float
 
     @property
@@ -154,7 +152,6 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
     ends = values.get("eos_token_id", eos)
     fill: Any = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
     pad = text.get("pad_token_id", 0)
-    images = (values.get("boi_token_id", 255_999), values.get("eoi_token_id", 258_882))
     config = DiffusionGemmaConfig(
         **numbers,
         layer_types=layer_types,
@@ -169,7 +166,6 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
         eos_token_id=fill,
         eos_token_ids=tuple(ends) if isinstance(ends, (list, tuple)) else (ends,),
         pad_token_id=0 if pad is None else pad,
-        image_token_ids=tuple(i for i in (*images, values.get("image_token_id", 258_880)) if isinstance(i, int)),
         initializer_range=_number(text.get("initializer_range", 0.02), "initializer_range", where),
     )
     _check_fit(config, where)
@@ -267,6 +263,11 @@ def _check_fit(config: DiffusionGemmaConfig, where: str) -> None:
             )
     if config.top_k_experts > config.num_experts:
         raise ModelError(f"{where}: top_k_experts={config.top_k_experts} is more than num_experts={config.num_experts}")
+    if config.eos_token_id not in config.eos_token_ids:
+        raise ModelError(
+            f"{where}: text_config.eos_token_id={config.eos_token_id}, which fills an answer's last canvas, is none of "
+            f"eos_token_id={list(config.eos_token_ids)}, at which generation stops; make it one of them"
+        )
     for name, ids in (
         ("eos_token_id", (config.eos_token_id, *config.eos_token_ids)),
         ("pad_token_id", (config.pad_token_id,)),

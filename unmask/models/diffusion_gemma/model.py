@@ -129,7 +129,6 @@ class Layer(nn.Module):
     def __init__(self, config: DiffusionGemmaConfig, kind: str) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.kind = kind
         self.dispatch: Dispatch = local_dispatch
         self.self_attn = Attention(config, kind)
         self.mlp = GatedMLP(width, config.intermediate_size)
@@ -185,10 +184,9 @@ class Stack(nn.Module):
         return self.embed_tokens(input_ids) * self.embedding_scale
 
     @property
-    def embedding_scale(self) -> Tensor:
-        """√D in the embedding's dtype."""
-        weight = self.embed_tokens.weight
-        return torch.tensor(self.config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
+    def embedding_scale(self) -> float:
+        """√D rounded to the embedding's dtype; a number on the host, so that no device waits for it."""
+        return float(torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype))
 
     def forward(
         self,
@@ -268,7 +266,8 @@ class DiffusionGemma(nn.Module):
         mask = None if attention_mask is None else attention_mask.bool()
         offset = 0 if past is None else past.lengths_B[:, None]
         if mask is None:
-            positions_BL = (torch.arange(length, device=input_ids.device)[None] + offset).expand(len(input_ids), -1)
+            # (1, L) where nothing was encoded before: all rows are alike, and so is their mask.
+            positions_BL = torch.arange(length, device=input_ids.device)[None] + offset
             columns_BL = positions_BL
         else:
             positions_BL = (mask.cumsum(dim=1) - 1).clamp(min=0) + offset
@@ -285,6 +284,7 @@ class DiffusionGemma(nn.Module):
             sights[kind] = Sight(*self._rotary(positions_BL, kind), seen, plain, None)
         scalars = [module.layer_scalar for module in self.model["encoder"]["language_model"]["layers"]]  # pyright: ignore
         hidden_BLD, keys, values = stack(stack.embed(input_ids), sights, past, None, scalars)
+        columns_BL = columns_BL.expand(len(input_ids), -1)
         lengths_B = torch.full((len(input_ids),), length, device=input_ids.device) if mask is None else mask.sum(dim=1)
         if past is None:
             return Encoded(keys, values, hidden_BLD, columns_BL, lengths_B, mask is None)
