@@ -168,3 +168,13 @@ def test_a_run_goes_on_exactly_where_it_stopped(checkpoint: Path, full: Path, tm
         for run in (full, root)
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_router_cannot_be_unfrozen_under_an_adapter(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "-c", str(EXAMPLES / "dllm_sft" / "diffusion_gemma_lora.yaml"), "--distributed.ep_size", "1"]
+    words += ["--model.pretrained_model_name_or_path", str(checkpoint), "--dllm.freeze_router", "false"]
+    assert main([*words, "--checkpoint.checkpoint_dir", str(tmp_path / "run")]) == 2
+    assert "dllm.freeze_router: false has no effect with peft" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -130,8 +130,8 @@ def test_defaults_are_transformers(gemma_values: Values) -> None:
 def test_ids_that_end_an_answer(released: dict) -> None:
     one = parse_config({k: v for k, v in released.items() if k != "eos_token_id"}, "config.json")
     assert (one.eos_token_id, one.eos_token_ids) == (1, (1,))
-    several = parse_config(text({**released, "eos_token_id": 50}, eos_token_id=[106, 1]), "config.json")
-    assert (several.eos_token_id, several.eos_token_ids) == (106, (50,))
+    several = parse_config(text({**released, "eos_token_id": 106}, eos_token_id=[106, 1]), "config.json")
+    assert (several.eos_token_id, several.eos_token_ids) == (106, (106,))
 
 
 def test_a_run_may_give_the_fields_inline(gemma_values: Values) -> None:
@@ -264,3 +264,10 @@ def test_activation_memory_grows_with_tokens_and_shrinks_with_checkpointing(rele
     config = parse_config(released, "config.json")
     whole, twice = (FAMILY.activation_bytes(config, n, 4, 2, False) for n in (1024, 2048))
     assert twice == 2 * whole and 0 < FAMILY.activation_bytes(config, 1024, 4, 2, True) < 0.2 * whole
+
+
+def test_a_fill_at_which_generation_does_not_stop_is_refused(gemma_values) -> None:
+    values = gemma_values()
+    values["text_config"]["eos_token_id"], values["eos_token_id"] = 3, [1, 2]
+    with pytest.raises(ModelError, match=r"text_config.eos_token_id=3, which fills .* none of eos_token_id=\[1, 2\]"):
+        parse_config(values, "config.json")

@@ -265,3 +265,22 @@ def test_a_fresh_network_has_no_vision_part(gemma_values: Callable[..., dict], t
     assert torch.equal(logits_of(load_model(str(tmp_path))), logits_of(model))
     config = json.loads((tmp_path / "config.json").read_text())
     assert parse_config(config, "config.json") == plan.config and config["torch_dtype"] == "float32"
+
+
+def test_an_export_without_a_vision_tower_warns(checkpoint: Path, tmp_path: Path) -> None:
+    def blind(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if FAMILY.layout.carried(key)]:
+            del tensors[key]
+
+    source = changed(checkpoint, tmp_path / "in", blind)
+    *_, warning = export(str(source), tmp_path / "out")
+    assert "no vision tower" in warning and str(source) in warning
+
+
+def test_the_files_that_prepare_images_go_along(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "in")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / "in" / name).write_text(f'{{"name": "{name}"}}')
+    export(str(tmp_path / "in"), tmp_path / "out")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -102,8 +102,8 @@ def test_load_never_holds_two_copies(state: dict[str, Tensor], folder: Path, mon
     alive: list[int] = []
     live: set[str] = set()
 
-    def watched(path: Path) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in read_tensors(path):
+    def watched(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in read_tensors(path, wanted):
             live.add(key)
             weakref.finalize(tensor, live.discard, key)
             alive.append(len(live))

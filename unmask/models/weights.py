@@ -157,8 +157,8 @@ def _check_fit(key: str, shape: tuple[int, ...], wanted: Mapping[str, torch.Size
 def _check_none_missing(missing: Mapping[str, None], folder: Path) -> None:
     if missing:
         raise ModelError(
-            f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all); copy the checkpoint again, or "
-            "take what is missing from the one that it was made from"
+            f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all); copy the checkpoint again, "
+            "or take what is missing from the one that it was made from"
         )
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unmask.errors import CheckpointError, ModelError
+from unmask.models.family import PLAIN
+
+if TYPE_CHECKING:
+    from unmask.models.registry import ModelPlan
 
 
 def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str | None = None) -> list[str]:
@@ -61,7 +66,7 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             if wanted is not None:
                 model.to(wanted)
         save_model(model, plan, temporary)
-        warnings = _copy_tokenizer(checkpoint, adapter, temporary)
+        warnings = [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
         if output.exists():
             output.rmdir()
         temporary.rename(output)
@@ -71,6 +76,18 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return warnings
+
+
+def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
+    """Warn of a checkpoint that lost the part of its network that training carries along unread."""
+    from unmask.models.weights import carried_tensors
+
+    if plan.family.layout is PLAIN or next(carried_tensors(plan.folder, plan.family.layout), None) is not None:
+        return []
+    return [
+        f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it at "
+        "random; text is complete"
+    ]
 
 
 def _copy_tokenizer(checkpoint: str, adapter: str | None, folder: Path) -> list[str]:

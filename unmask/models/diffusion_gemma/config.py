@@ -263,11 +263,6 @@ def _check_fit(config: DiffusionGemmaConfig, where: str) -> None:
             )
     if config.top_k_experts > config.num_experts:
         raise ModelError(f"{where}: top_k_experts={config.top_k_experts} is more than num_experts={config.num_experts}")
-    if config.eos_token_id not in config.eos_token_ids:
-        raise ModelError(
-            f"{where}: text_config.eos_token_id={config.eos_token_id}, which fills an answer's last canvas, is none of "
-            f"eos_token_id={list(config.eos_token_ids)}, at which generation stops; make it one of them"
-        )
     for name, ids in (
         ("eos_token_id", (config.eos_token_id, *config.eos_token_ids)),
         ("pad_token_id", (config.pad_token_id,)),
@@ -278,3 +273,8 @@ def _check_fit(config: DiffusionGemmaConfig, where: str) -> None:
                     f"{where}: {name}={token!r} is outside the vocabulary of {config.vocab_size}; set it to an id "
                     "between 0 and vocab_size - 1"
                 )
+    if config.eos_token_id not in config.eos_token_ids:
+        raise ModelError(
+            f"{where}: text_config.eos_token_id={config.eos_token_id}, which fills an answer's last canvas, is none of "
+            f"eos_token_id={list(config.eos_token_ids)}, at which generation stops; make it one of them"
+        )
