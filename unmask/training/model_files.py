@@ -80,9 +80,10 @@ def write_config(plan: ModelPlan, dtype: str, folder: Path) -> None:
     """Write config.json as it was read, with the dtype of the weights in it, and the files that go with it."""
     kept = {key: value for key, value in plan.config_json.items() if key != "dtype"}
     (folder / "config.json").write_text(json.dumps({**kept, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    for name in () if plan.folder is None else BESIDE:
-        if (plan.folder / name).is_file():
-            (folder / name).write_bytes((plan.folder / name).read_bytes())
+    source = plan.folder
+    for name in BESIDE:
+        if source is not None and (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def write_tokenizer(tokenizer: Any, template: str, folder: Path) -> None:
