@@ -1,0 +1,23 @@
+"""`unmask quickstart`: train, evaluate and sample a small model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unmask.commands.flags import command, flag
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "quickstart", run, "train, evaluate and sample a small LLaDA on this CPU, no download")
+    flag(parser, "output", default="quickstart", metavar="DIR", help="run directory (default: %(default)s)")
+    flag(parser, "seed", type=int, default=42, help="seed of data, weights and noise (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command; return its exit status."""
+    from unmask.quickstart import quickstart
+
+    return quickstart(Path(arguments.output), arguments.seed)

@@ -1,0 +1,61 @@
+"""`unmask train`: fine-tune a model as a YAML file says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unmask.commands.flags import command, flag
+from unmask.errors import ConfigError
+
+_TRAIN_HELP = """\
+Any field of the configuration can be set after the file:  --optimizer.lr 1e-4  --step_scheduler.max_steps=200
+A run directory with checkpoints is resumed, exactly. Ctrl-C and SIGTERM save a checkpoint and end the run cleanly.
+"""
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "train", run, "fine-tune a model as a YAML file says", _TRAIN_HELP)
+    parser.add_argument("-c", "--config", required=True, metavar="CONFIG.yaml", help="configuration of the run")
+    flag(parser, "dry_run", action="store_true", help="show what would be trained, then stop")
+    flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine")
+    parser.set_defaults(takes_overrides=True)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command; return its exit status."""
+    from unmask.config import load_config
+    from unmask.distributed.ranks import process_rank, world_size
+
+    processes = arguments.nproc_per_node or 1
+    if arguments.nproc_per_node is not None and arguments.nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node: must be at least 1, got {arguments.nproc_per_node}")
+    if processes > 1 and world_size() > 1:
+        raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
+    loaded = load_config(arguments.config, arguments.overrides)
+    from unmask.assemble import prepare, run_training
+
+    prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if processes > 1 else None)
+    if processes > 1 and not arguments.dry_run:
+        from unmask.distributed.launch import launch
+
+        return launch("unmask.train", ["-c", arguments.config, *arguments.overrides], processes)
+    if arguments.dry_run and process_rank() > 0:
+        return 0
+    from rich.console import Console
+
+    if arguments.dry_run:
+        from unmask.preview import show_plan
+
+        show_plan(prepared, Console())
+        return 0
+    outcome = run_training(prepared, Console())
+    if process_rank() > 0:
+        return 0
+    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
+    print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")
+    if outcome.reason.startswith("SIG"):
+        print("the same command resumes this run where it stopped")
+    return 0
