@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test slow bench lint format types contract check ci setup clean FORCE
+.PHONY: help quickstart test slow gpu bench lint format types contract check ci setup clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -33,11 +33,14 @@ quickstart: $(RUNTIME) ## train, evaluate and sample a small model on this CPU, 
 	@$(BIN)/unmask quickstart
 
 test: $(DEV) ## the quick tests
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 slow: $(DEV) ## the tests that are slow by nature
 	@# Exit status 5 says that no test carries the marker.
 	$(PYTEST) -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+gpu: $(DEV) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 bench: $(DEV) ## the benchmarks: ratios and distances from the counted floor
 	$(BIN)/python -m benchmarks

@@ -29,8 +29,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """Return the normalised hidden states in the input's dtype."""
-        weight_D = None if self.weight is None else self.weight.float()
-        return F.rms_norm(hidden_BLD.float(), (self.size,), weight_D, self.eps).to(hidden_BLD.dtype)
+        if self.weight is None or self.weight.dtype == hidden_BLD.dtype:
+            # Computed in fp32 inside and rounded once, in one kernel where the device has it.
+            return F.rms_norm(hidden_BLD, (self.size,), self.weight, self.eps).to(hidden_BLD.dtype)
+        return F.rms_norm(hidden_BLD.float(), (self.size,), self.weight.float(), self.eps).to(hidden_BLD.dtype)
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int | None = None) -> tuple[Tensor, Tensor]:
