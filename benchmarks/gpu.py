@@ -26,7 +26,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LLaDA-8B LoRA, 4 x 1024, ours": ("llada", "train", {"rows": 4}),
     "LLaDA-8B LoRA, 4 x 1024, dense logits": ("llada", "train", {"rows": 4, "dense": True}),
     "LLaDA-8B LoRA, 8 x 1024, checkpointing": ("llada", "train", {"rows": 8, "checkpointing": True}),
+    "LLaDA-8B LoRA, 4 x 1024, compiled": ("llada", "train", {"rows": 4, "compiled": True}),
     "DiffusionGemma-26B LoRA, 1 x 1024": ("diffusion_gemma", "train", {"rows": 1}),
+    "DiffusionGemma-26B LoRA, 1 x 1024, compiled": ("diffusion_gemma", "train", {"rows": 1, "compiled": True}),
     "DiffusionGemma-26B LoRA, 4 x 1024, checkpointing": (
         "diffusion_gemma", "train", {"rows": 4, "checkpointing": True},
     ),
@@ -92,7 +94,9 @@ def _batch(rows: int, length: int, prompt: int) -> Any:
     )
 
 
-def _train(family: str, rows: int, dense: bool = False, checkpointing: bool = False) -> dict[str, float]:
+def _train(
+    family: str, rows: int, dense: bool = False, checkpointing: bool = False, compiled: bool = False
+) -> dict[str, float]:
     import torch
 
     from unmask.distributed.runtime import Runtime
@@ -108,6 +112,9 @@ def _train(family: str, rows: int, dense: bool = False, checkpointing: bool = Fa
     for module in model.modules():
         if hasattr(module, "activation_checkpointing"):
             module.activation_checkpointing = checkpointing
+    if compiled:
+        for block in model.model.transformer.blocks if family == "llada" else model.stack.layers:
+            block.compile()
     attach(model, PeftConfig(r=16, lora_alpha=32, target_modules=LORA[family]), "")
     model.train()
     objective: Any = (

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unmask.batch import Batch
+from unmask.distributed.runtime import DistributedConfig, Runtime, set_switches
 from unmask.models.attention import attend, flex_available, prepare_mask
 from unmask.models.moe import grouped_kernel, grouped_linear
 from unmask.models.registry import load_model
@@ -179,3 +180,23 @@ def test_a_loss_waits_for_the_device_nowhere(fixtures: Path, cuda, batch):
                 torch.stack([term.sum for term in terms.terms.values()]).sum().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own
+@pytest.mark.parametrize("family", ["llada", "diffusion_gemma"])
+def test_compiled_blocks_change_nothing(fixtures: Path, cuda, batch, family):
+    folder = str(fixtures / ("llada_tiny" if family == "llada" else "diffusion_gemma_step"))
+    found = []
+    for compiled in (False, True):
+        model = load_model(folder, "float32", cuda)
+        set_switches(model, DistributedConfig(compile=compiled), Runtime(cuda, torch.bfloat16))
+        config = model.config
+        objective = (
+            MDLM(config.mask_token_id, eps=0.2)
+            if family == "llada"
+            else BlockDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
+        )
+        found.append(step_of(batch, model, objective, cuda, torch.bfloat16))
+    assert relative(found[1][0], found[0][0]) < 5e-3
+    for name, grad in found[0][1].items():
+        assert relative(found[1][1][name], grad) < 5e-2, name
