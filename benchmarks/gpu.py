@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LLaDA-8B generate, 16 rows": ("llada", "generate", {"rows": 16}),
     "DiffusionGemma-26B generate, 1 row": ("diffusion_gemma", "generate", {"rows": 1}),
     "DiffusionGemma-26B generate, 16 rows": ("diffusion_gemma", "generate", {"rows": 16}),
+    # Twelve of thirty layers: transformers' class holds encoder and decoder twice until it ties them.
+    "DiffusionGemma, 12 layers, generate, 1 row": ("diffusion_gemma", "generate", {"rows": 1, "layers": 12}),
+    "DiffusionGemma, 12 layers, generate, 1 row, transformers": ("", "theirs", {"rows": 1, "layers": 12}),
+    "DiffusionGemma, 12 layers, generate, 8 rows": ("diffusion_gemma", "generate", {"rows": 8, "layers": 12}),
+    "DiffusionGemma, 12 layers, generate, 8 rows, transformers": ("", "theirs", {"rows": 8, "layers": 12}),
 }  # fmt: skip
 LORA = {"llada": ["*.q_proj", "*.k_proj", "*.v_proj", "*.attn_out"], "diffusion_gemma": ["*.self_attn.*"]}
 
@@ -54,12 +59,20 @@ def run(cases: list[str]) -> dict[str, Any]:
     return results
 
 
-def _network(family: str) -> Any:
+def _values(family: str, layers: int | None) -> dict[str, Any]:
+    values = json.loads((FOLDERS[family] / "config.json").read_text())
+    if layers is not None:
+        text = values["text_config"]
+        values["text_config"] = {**text, "num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
+    return values
+
+
+def _network(family: str, layers: int | None = None) -> Any:
     import torch
 
     from unmask.models.registry import family_of
 
-    values = json.loads((FOLDERS[family] / "config.json").read_text())
+    values = _values(family, layers)
     chosen = family_of(values, "config.json")
     with torch.device("meta"):
         model = chosen.build(chosen.parse_config(values, "config.json")).bfloat16()
@@ -165,7 +178,7 @@ class _Dense:
         return LossTerms({"mdlm": LossTerm(total, noisy.counts["mdlm"])})
 
 
-def _timed(steps: list[Callable[[], Any]]) -> list[float]:
+def _timed(steps: Sequence[Callable[[], Any]]) -> list[float]:
     import torch
 
     seconds = []
@@ -178,13 +191,13 @@ def _timed(steps: list[Callable[[], Any]]) -> list[float]:
     return seconds
 
 
-def _generate(family: str, rows: int) -> dict[str, float]:
+def _generate(family: str, rows: int, layers: int | None = None) -> dict[str, float]:
     import torch
 
     from unmask.sampling.generate import generate
     from unmask.sampling.settings import SamplerConfig
 
-    model = _network(family).eval()
+    model = _network(family, layers).eval()
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(1000, 100_000, (256,), generator=generator).tolist() for _ in range(rows)]
     sampler = (
@@ -204,6 +217,36 @@ def _generate(family: str, rows: int) -> dict[str, float]:
     }
 
 
+def _theirs(family: str, rows: int, layers: int) -> dict[str, float]:
+    """Time transformers' `generate` for as many calls of as many canvases."""
+    import torch
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
+
+    values = {key: value for key, value in _values("diffusion_gemma", layers).items() if key != "model_type"}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64,
+    }  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model: Any = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig(**values, vision_config=vision)).eval()
+    torch.set_default_dtype(torch.float32)
+    prompts = torch.randint(1000, 100_000, (rows, 256), generator=torch.Generator().manual_seed(2)).cuda()
+    options = {
+        "sampler_config": EntropyBoundSamplerConfig(entropy_bound=0.1), "t_min": 0.4, "t_max": 0.8,
+        "stability_threshold": 1, "confidence_threshold": 0.0, "eos_token_id": [1], "pad_token_id": 0,
+        "max_new_tokens": 256, "max_denoising_steps": 16,
+    }  # fmt: skip
+    seconds = statistics.median(_timed([lambda: model.generate(prompts, **options)] * 4)[1:])
+    return {
+        "seconds": seconds,
+        "milliseconds_a_call": 1000 * seconds / 16,
+        "row_calls_per_second": rows * 16 / seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
 def main() -> None:
     """Run the cases named, or all; write the results as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -213,7 +256,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         family, kind, options = CASES[arguments.cases[0]]
-        print(json.dumps({"train": _train, "generate": _generate}[kind](family, **options)))
+        print(json.dumps({"train": _train, "generate": _generate, "theirs": _theirs}[kind](family, **options)))
         return
     results = run(arguments.cases or list(CASES))
     if arguments.output is not None:

@@ -13,7 +13,7 @@ class Machine:
     """Rates of this machine.
 
     Attributes:
-        flops: fp32 operations a second of a large matmul (a multiply-add counts as two).
+        flops: operations a second of a large matmul (a multiply-add counts as two).
         bytes: bytes a second of a large copy, read and written bytes both counted.
         threads: threads that torch used.
     """
@@ -23,9 +23,9 @@ class Machine:
     threads: int
 
 
-def measure(repeats: int = 5) -> Machine:
-    """Measure both rates; the best of several runs, since a floor is what the machine can do undisturbed."""
-    left, right = torch.randn(2048, 1024), torch.randn(1024, 4096)
+def measure(repeats: int = 5, dtype: torch.dtype = torch.float32) -> Machine:
+    """Measure both rates, matmuls in `dtype`; the best of several runs: a floor is what is possible undisturbed."""
+    left, right = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 4096).to(dtype)
     source = torch.randn(2**26)
     target = torch.empty_like(source)
     flops = 2 * 2048 * 1024 * 4096 / _best(lambda: left @ right, repeats)

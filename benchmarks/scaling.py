@@ -1,7 +1,10 @@
 """One training step on 1, 2 and 4 processes that share the machine's cores: time, communication, memory, saving.
 
 The global batch is the same on every number of processes, threads are divided among them. Communication is the time
-that rank 0 spends in collectives, waiting for the others included.
+that rank 0 spends in collectives, waiting for the others included. A save is measured twice: alone, from its beginning
+until the checkpoint is complete, which is how long a synchronous one would hold training up; and beside training, where
+the pause is what it did hold training up, in the call and before the next update. On a CPU the two share cores, so the
+steps made during a save are slower as well; their time is given beside that of the others.
 """
 
 from __future__ import annotations
@@ -13,13 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unmask.distributed.ranks import Ranks
+    from unmask.training.saver import Saver
 
 PROCESSES = (1, 2, 4)
-ROWS, LENGTH, STEPS = 8, 128, 7
+ROWS, LENGTH, STEPS, SAVES = 8, 128, 7, 3
 MODEL = {
-    "model_type": "llada", "d_model": 256, "n_heads": 4, "n_layers": 4, "mlp_hidden_size": 1024, "vocab_size": 16384,
+    "model_type": "llada", "d_model": 384, "n_heads": 4, "n_layers": 4, "mlp_hidden_size": 1536, "vocab_size": 16384,
     "max_sequence_length": LENGTH, "mask_token_id": 16383, "eos_token_id": 16382, "pad_token_id": 16382,
 }  # fmt: skip
 
@@ -47,12 +55,12 @@ def run() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Return the results as a table, times as ratios to one process."""
     one = results["processes"]["1"]
-    lines = ["processes   step      × one   communication   shards MB   save s   pause"]
+    lines = ["processes   step      × one   communication   shards MB   state MB   save s   pause   steps during it"]
     for number, found in results["processes"].items():
         lines.append(
             f"{number:>9}   {found['step']:.3f} s   {found['step'] / one['step']:5.2f}   "
-            f"{found['communication']:12.0%}   {found['shards'] / 1e6:9.1f}   "
-            f"{found['save']:6.3f}   {found['pause'] / found['save']:5.0%}"
+            f"{found['communication']:12.0%}   {found['shards'] / 1e6:9.1f}   {found['state'] / 1e6:8.1f}   "
+            f"{found['save']:6.3f}   {found['pause'] / found['save']:5.1%}   × {found['meanwhile'] / found['step']:.2f}"
         )
     return "\n".join(lines)
 
@@ -136,31 +144,51 @@ def _worker(note: Path) -> None:
         cut_B=torch.zeros(len(own), dtype=torch.bool),
         peers_P=torch.arange(ROWS),
     )
-    seconds, shares = [], []
-    for _ in range(STEPS):
+
+    def step() -> tuple[float, float]:
         watch.seconds, began = 0.0, time.perf_counter()
         train_step(network.model, MDLM(16383), [batch], NoiseStream(0), network.optimizer, runtime, 1.0)
-        seconds.append(time.perf_counter() - began)
-        shares.append(watch.seconds / seconds[-1])
-    saver = network.saver(None)
-    for step in (1, 2):  # the first one makes threads and buffers
-        began = time.perf_counter()
-        saver.save(step, {}, last=False)
-        pause = time.perf_counter() - began
-        saver.settle()
-        save = time.perf_counter() - began
+        taken = time.perf_counter() - began
+        return taken, watch.seconds / taken
+
+    steps = [step() for _ in range(STEPS)][2:]
+    saves = _saves(network.saver(None), lambda: step()[0], runtime.ranks)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in network.model.parameters()]  # pyright: ignore
     if runtime.ranks.first:
         found = {
-            "step": statistics.median(seconds[2:]),
-            "communication": statistics.median(shares[2:]),
-            "shards": sum(tensor.numel() * tensor.element_size() for tensor in local),
-            "save": save,
-            "pause": pause,
+            "step": statistics.median(taken for taken, _ in steps),
+            "communication": statistics.median(share for _, share in steps),
+            "shards": (shards := sum(tensor.numel() * tensor.element_size() for tensor in local)),
+            "state": 3 * runtime.ranks.size * shards,  # with AdamW's moments, over all ranks
+            **saves,
             "peak_gib": runtime.memory_gib(),
         }
         note.write_text(json.dumps(found))
     leave()
+
+
+def _saves(saver: Saver, step: Callable[[], float], ranks: Ranks) -> dict[str, float]:
+    """Measure saves: the first makes buffers and imports modules, SAVES are made alone and as many beside training."""
+    alone, pauses, meanwhile = [], [], []
+    for number in range(1 + SAVES):
+        began = time.perf_counter()
+        saver.save(number, {}, last=False)
+        saver.settle()
+        alone.append(time.perf_counter() - began)
+    saver.poll()
+    for number in range(1 + SAVES, 1 + 2 * SAVES):
+        ranks.barrier()
+        began = time.perf_counter()
+        saver.save(number, {}, last=False)
+        held = time.perf_counter() - began
+        meanwhile.append(step())
+        saver.settle()
+        pauses.extend(news.get("pause_seconds", held) for news in saver.poll())
+    return {
+        "save": statistics.median(alone[1:]),
+        "pause": statistics.median(pauses),
+        "meanwhile": statistics.median(meanwhile),
+    }
 
 
 if __name__ == "__main__":

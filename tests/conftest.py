@@ -5,6 +5,7 @@ The environment is set before any test imports torch, transformers or matplotlib
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -229,12 +231,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
 
 @pytest.fixture(scope="session")
 def train_tiny() -> Callable[..., TinyRun]:
-    """Return a function that trains in this process, one thread, as `unmask train` does; options are run_training's."""
+    """Return a function that trains in this process, one thread, as `unmask train` does; options are run_training's.
 
-    def train(values: dict, **options: object) -> TinyRun:
+    Without `draw=True` no loss.png is drawn, which would take longer than the training.
+    """
+
+    def train(values: dict, draw: bool = False, **options: object) -> TinyRun:
         import torch
         from rich.console import Console
 
+        from unmask import assemble
         from unmask.assemble import prepare, run_training
         from unmask.config import config_from_mapping
         from unmask.report.metrics import FILE, read_metrics
@@ -243,7 +249,10 @@ def train_tiny() -> Callable[..., TinyRun]:
         torch.set_num_threads(1)
         root, printed = Path(values["checkpoint"]["checkpoint_dir"]), io.StringIO()
         try:
-            outcome = run_training(prepare(config_from_mapping(values)), Console(file=printed, width=400), **options)
+            with contextlib.nullcontext() if draw else mock.patch.object(assemble, "_draw_curve"):
+                outcome = run_training(
+                    prepare(config_from_mapping(values)), Console(file=printed, width=400), **options
+                )
         finally:
             torch.set_num_threads(threads)
         return TinyRun(outcome, read_metrics(root / FILE), root, printed.getvalue())

@@ -21,7 +21,7 @@ def clean() -> Batch:
 
 def noisy(mask: Tensor | None) -> NoisyBatch:
     positions = FLAGS.flatten().nonzero()[:, 0]
-    return NoisyBatch(clean(), IDS + 1, mask, FLAGS, positions, FLAGS.float(), {"mdlm": 3.0})
+    return NoisyBatch(clean(), IDS + 1, mask, FLAGS, positions, FLAGS.float(), torch.ones(3), {"mdlm": 3.0})
 
 
 def canvases(rows: Tensor | None, conditioned: Tensor | None) -> CanvasBatch:
@@ -30,7 +30,7 @@ def canvases(rows: Tensor | None, conditioned: Tensor | None) -> CanvasBatch:
     positions = torch.tensor([0, 1, 3])
     return CanvasBatch(
         clean(), IDS, positions, IDS.flatten()[positions], rows, (1, 2), IDS + 1, IDS, FLAGS, None,
-        conditioned, starts, weight, {"diffusion": 3.0, "encoder": 3.0},
+        torch.ones(2), conditioned, starts, weight, {"diffusion": 3.0, "encoder": 3.0},
     )  # fmt: skip
 
 

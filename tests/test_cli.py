@@ -11,7 +11,7 @@ import pytest
 from unmask.cli import build_parser, main
 from unmask.sampling.settings import SamplerConfig
 
-COMMANDS = ("quickstart", "train", "generate", "prep", "plot", "export")
+COMMANDS = ("quickstart", "train", "generate", "chat", "prep", "plot", "export")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,32 +14,40 @@ import pytest
 
 from unmask.cli import main
 
-# Peak resident memory of two steps, above what the imports take; prints measured bytes and the estimate.
+# Peak resident memory of two steps, above what the imports take; prints measured bytes and the estimate of each
+# configuration. Each is run in a fork, whose peak is its own.
 MEASURE = """
-import json, sys
+import json, os, sys
 import torch
 from rich.console import Console
-from unmask.assemble import assemble, prepare
+from unmask.assemble import assemble, build_parts, prepare
 from unmask.config import load_config
-from unmask.distributed.runtime import Runtime
-from unmask.distributed.runtime import build_runtime
+from unmask.distributed.runtime import Runtime, build_runtime
 from unmask.training.estimate import estimate_memory
 from unmask.training.loop import train
-import unmask.data.loader, transformers, matplotlib.pyplot, torch.utils.checkpoint
+import unmask.report.progress, unmask.training.network, unmask.training.resume, torch.utils.checkpoint
 
 torch.set_num_threads(1)
-prepared = prepare(load_config(sys.argv[1]))
-with torch.device("meta"):
-    shape = prepared.plan.family.build(prepared.plan.config)
-estimate = estimate_memory(prepared.config, prepared.plan, shape)
+build_parts(prepare(load_config(sys.argv[1])))
 a = torch.randn(64, 64, requires_grad=True)
 torch.optim.AdamW([a], fused=True)
-(a @ a).sum().backward()
-runtime = Runtime(torch.device("cpu"), None)
-before = runtime.memory_gib()
-run, start = assemble(prepared, build_runtime(prepared.config.distributed), Console(file=open("/dev/null", "w")))
-train(run, start)
-print(json.dumps([(runtime.memory_gib() - before) * 2**30, estimate.total]))
+with torch.device("meta"):
+    torch.nn.Linear(2, 2)
+for path in sys.argv[1:]:
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    prepared = prepare(load_config(path))
+    with torch.device("meta"):
+        shape = prepared.plan.family.build(prepared.plan.config)
+    estimate = estimate_memory(prepared.config, prepared.plan, shape)
+    runtime = Runtime(torch.device("cpu"), None)
+    before = runtime.memory_gib()
+    run, start = assemble(prepared, build_runtime(prepared.config.distributed), Console(file=open("/dev/null", "w")))
+    train(run, start)
+    print(json.dumps([(runtime.memory_gib() - before) * 2**30, estimate.total]), flush=True)
+    os._exit(0)
 """
 
 
@@ -87,10 +95,12 @@ def test_an_adapter_is_counted_as_what_is_trained(tiny, tiny_base: Path, tmp_pat
         assert f"({trained:,} trained)" in capsys.readouterr().out
         estimate = estimates.pop()
         assert estimate.weights == (estimate.parameters - trained) * width + trained * 4  # adapters stay fp32
-        assert (estimate.gradients, estimate.optimizer) == (trained * 4, 2 * trained * 4)
+        assert (estimate.gradients, estimate.head, estimate.optimizer) == (trained * 4, 0, 2 * trained * 4)
 
 
-def test_a_base_in_four_bits_is_counted_as_half_a_byte(tiny, tiny_base: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_base_in_four_bits_is_counted_as_half_a_byte(
+    tiny, tiny_base: Path, train_tiny, tmp_path: Path, monkeypatch
+) -> None:
     from unmask import preview
 
     estimates = []
@@ -102,6 +112,8 @@ def test_a_base_in_four_bits_is_counted_as_half_a_byte(tiny, tiny_base: Path, tm
         assert main(["train", "-c", str(path), "--dry-run", "--peft.load_in_4bit", four]) == 0
     whole, packed = estimates
     assert (packed.parameters, packed.trainable) == (whole.parameters, whole.trainable)
+    run = train_tiny({**values, "peft": {"r": 2, "load_in_4bit": True}}).events[0]
+    assert (run["parameters"], run["trainable_parameters"]) == (whole.parameters, whole.trainable)
     config = json.loads((tiny_base / "config.json").read_text())
     width, hidden = config["d_model"], config["mlp_hidden_size"]
     assert whole.weights - packed.weights == config["n_layers"] * (4 * width**2 + 3 * width * hidden) * 7 // 2
@@ -122,28 +134,91 @@ def test_a_hub_model_is_shown_without_its_weights(tiny, tiny_base: Path, tmp_pat
     assert "estimated memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_memory_estimate_is_near_what_is_measured(tiny, tmp_path: Path, checkpointing: bool) -> None:
+def test_a_checkpoint_that_would_not_load_is_refused_without_reading_it(
+    tiny, tiny_base: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from unmask.models import weights
+
+    def unread(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(weights, "read_tensors", unread)
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    values = tiny.config(tmp_path / "run", model={"pretrained_model_name_or_path": str(folder)})
+    command = ["train", "-c", str(tiny.write(tmp_path / "run.yaml", values)), "--dry-run"]
+    assert main(command) == 0
+    capsys.readouterr()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.transformer.wte.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    assert main(command) == 2
+    out, said = capsys.readouterr()
+    assert out == "" and said.count("\n") == 1
+    assert f"{folder}: tensor 'model.transformer.wte.weight' is missing (1 in all)" in said
+
+
+def test_the_memory_estimate_is_near_what_is_measured(tiny, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * 600}]} for _ in range(16)
     ]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = {**tiny.model, "d_model": 192, "n_heads": 4, "n_layers": 6, "mlp_hidden_size": 512}
-    values = tiny.config(
-        tmp_path / "run",
-        model__config={**model, "max_sequence_length": 512},
-        dataset__path_or_dataset_id=str(tmp_path / "long.jsonl"),
-        dataset__seq_length=512,
-        step_scheduler__global_batch_size=8,
-        step_scheduler__local_batch_size=8,
-        step_scheduler__max_steps=2,
-        distributed__activation_checkpointing=checkpointing,
-        checkpoint__enabled=False,
-    )
+    model = {**tiny.model, "d_model": 192, "n_heads": 4, "n_layers": 4, "mlp_hidden_size": 512}
+    paths = []
+    for checkpointing in (False, True):
+        values = tiny.config(
+            tmp_path / "run",
+            model__config={**model, "max_sequence_length": 512},
+            dataset__path_or_dataset_id=str(tmp_path / "long.jsonl"),
+            dataset__seq_length=512,
+            step_scheduler__global_batch_size=4,
+            step_scheduler__local_batch_size=4,
+            step_scheduler__max_steps=2,
+            distributed__activation_checkpointing=checkpointing,
+            checkpoint__enabled=False,
+        )
+        paths.append(str(tiny.write(tmp_path / f"{checkpointing}.yaml", values)))
     (tmp_path / "run").mkdir()
-    words = [sys.executable, "-c", MEASURE, str(tiny.write(tmp_path / "run.yaml", values))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
+    words = [sys.executable, "-c", MEASURE, *paths]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    measured, estimated = json.loads(done.stdout.splitlines()[-1])
-    assert estimated == pytest.approx(measured, rel=0.4), (measured / 2**20, estimated / 2**20)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found[0][0] > found[1][0]
+    for measured, estimated in found:
+        assert estimated == pytest.approx(measured, rel=0.4), (measured / 2**20, estimated / 2**20)
+
+
+@pytest.mark.parametrize(("family", "terms"), [("llada", 1), ("diffusion_gemma", 2)])
+def test_the_heads_gradients_that_a_loss_holds_are_counted(
+    tiny, gemma_values, tmp_path: Path, family: str, terms: int
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from unmask.assemble import assemble, prepare
+    from unmask.config import config_from_mapping
+    from unmask.distributed.runtime import build_runtime
+    from unmask.training.estimate import estimate_memory
+
+    changes = {}
+    if family == "diffusion_gemma":
+        ids = {"vocab_size": 264, "pad_token_id": 257, "eos_token_id": 257, "max_position_embeddings": 256}
+        changes = {"model": {"config": gemma_values(**ids)}, "dllm": {"mode": "block_diffusion"}}
+    prepared = prepare(config_from_mapping(tiny.config(tmp_path, **changes)))
+    run, _ = assemble(prepared, build_runtime(prepared.config.distributed, prepared.degrees), Console(quiet=True))
+    head = run.model.head_inputs(torch.zeros(1, 1))[1]
+    held = []
+    noisy = run.objective.corrupt(next(iter(run.loader))[0], run.noise)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == head.shape and tensor.data_ptr() != head.data_ptr():
+            held.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms_of_loss = run.objective.loss(run.model, noisy)
+    run.metrics.close()
+    assert len(terms_of_loss.terms) == len(held) == terms
+    assert sum(held) == estimate_memory(prepared.config, prepared.plan, run.model).head

@@ -33,15 +33,17 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
     import transformers
 
     import unmask
+    from unmask.models.quantized import packed_elements
 
     sizes = [(_whole_size(run, name, p), p.requires_grad) for name, p in run.model.named_parameters()]
-    total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    total = sum(size for size, _ in sizes) + packed_elements(run.model)
+    trainable = sum(size for size, trained in sizes if trained)
     say = run.progress.say
     for key in prepared.not_needed:
         say(f"not needed here: {key}")
     for line in start.refused:
         say(f"refused: {line}")
-    for line in skipped(prepared.rows):
+    for line in (*start.notes, *skipped(prepared.rows)):
         say(line)
     if start.step >= run.total_steps:
         say(f"{start.folder}: this run of {run.total_steps} steps is already finished; raise max_steps to go on")
@@ -70,7 +72,37 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         parameters=total,
         trainable_parameters=trainable,
         versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        environment=_environment(run),
     )
+
+
+def _environment(run: TrainingRun) -> dict[str, Any]:
+    """Return what the run computes on, for a report."""
+    import os
+    import platform
+
+    import torch
+
+    device, processes = run.runtime.device, run.runtime.ranks.size
+    compute = run.runtime.compute_dtype
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processes": processes,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "matmuls": str(compute or next(run.model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(named, "CPU")
+    except OSError:
+        return "CPU"
 
 
 def _place(run: TrainingRun) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from unmask.data.sources import Rows, open_rows
 from unmask.distributed.mesh import Degrees, resolve_degrees
 from unmask.distributed.ranks import ALONE, Ranks, world_size
 from unmask.errors import ConfigError
-from unmask.models.folders import weights_fingerprint
+from unmask.evaluation.answering import SAMPLES, answer_validator, check_answering, check_lengths, questions_of
+from unmask.models.folders import read_generation, weights_fingerprint
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model, most_padding
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from unmask.data.loader import TrainLoader, ValidationSet
     from unmask.distributed.runtime import Runtime
     from unmask.objectives.registry import Objective
+    from unmask.training.evaluate import Validator
     from unmask.training.loop import TrainingOutcome, TrainingRun
     from unmask.training.network import NetworkSettings
     from unmask.training.resume import ResumePoint
@@ -92,6 +94,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     check_quantization(config.peft, processes)
     degrees = resolve_degrees(config.distributed, processes, getattr(plan.config, "num_experts", None))
     _check_batch(config, processes)
+    check_answering(config.validation, plan.config, _generation(plan))
     check_against_model(config.dllm, plan.family.provides, plan.family.model_type, plan.config)
     tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
     room = plan.config.max_sequence_length - most_padding(config.dllm, plan.config)
@@ -197,14 +200,14 @@ def _check_mask(tokenizer: Any, mask_token_id: int, folder: Path) -> None:
         )
 
 
-Validator = Callable[["nn.Module"], Mapping[str, float]]
+Measure = Callable[["nn.Module"], Mapping[str, Any]]
 
 
 def assemble(
     prepared: Prepared,
     runtime: Runtime,
     console: Console,
-    extra_validators: Callable[[Parts], Sequence[Validator]] = lambda _: (),
+    extra_validators: Callable[[Parts], Sequence[Measure]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> tuple[TrainingRun, ResumePoint]:
     """Load or draw the model, build all parts of the run and put it back to its newest checkpoint.
@@ -215,8 +218,8 @@ def assemble(
         prepared: from `prepare`.
         runtime: device and ranks; all ranks assemble together, and rank 0 alone writes and talks.
         console: where progress goes.
-        extra_validators: further measurements at each validation, for example exact match.
-        is_good_enough: may end the run, told each validation event.
+        extra_validators: further measurements at each validation.
+        is_good_enough: may end the run, told what was measured at a step.
     """
     from unmask.report.progress import TrainingProgress
     from unmask.rng import NoiseStream
@@ -228,11 +231,15 @@ def assemble(
     parts = build_parts(prepared, runtime.ranks)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
     validation = _validation_set(prepared, parts)
-    validators = [] if validation is None else [_validator(prepared, validation, runtime)]
+    measures = [] if validation is None else [_measure_loss(prepared, validation, runtime)]
+    validators = _validators(prepared, parts, runtime, root, [*measures, *extra_validators(parts)])
     network = build_network(_network_settings(prepared, parts, root), runtime)
     identity = _identity(prepared)
     start = resume(
-        root, config.checkpoint, identity, ResumeParts(parts.loader, network.restore, root / FILE, runtime.ranks)
+        root,
+        config.checkpoint,
+        identity,
+        ResumeParts(parts.loader, network.restore, (root / FILE, root / SAMPLES), runtime.ranks),
     )
     run = TrainingRun(
         root=root,
@@ -250,7 +257,7 @@ def assemble(
         checkpoint=config.checkpoint,
         identity=identity,
         saver=network.saver(start.folder),
-        validators=[*validators, *extra_validators(parts)],
+        validators=validators,
         metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
         progress=TrainingProgress(total_steps, start.step, console),
         name_rows=partial(name_rows, prepared.rows),
@@ -293,7 +300,7 @@ def _open_log(config: RunConfig, root: Path) -> MetricsLog:
 def run_training(
     prepared: Prepared,
     console: Console,
-    extra_validators: Callable[[Parts], Sequence[Validator]] = lambda _: (),
+    extra_validators: Callable[[Parts], Sequence[Measure]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> TrainingOutcome:
     """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here.
@@ -390,7 +397,34 @@ def _validation_set(prepared: Prepared, parts: Parts) -> ValidationSet | None:
     )
 
 
-def _validator(prepared: Prepared, validation: ValidationSet, runtime: Runtime) -> Validator:
+def _validators(
+    prepared: Prepared, parts: Parts, runtime: Runtime, root: Path, measures: Sequence[Measure]
+) -> list[Validator]:
+    """Return what is measured during the run: losses at each validation, answers as often as `validation` says."""
+    from unmask.training.evaluate import Validator
+
+    config, section, found = prepared.config, prepared.config.validation, []
+    if measures:
+        every = config.step_scheduler.val_every_steps
+        found.append(Validator("validation", every, lambda model, _: _merged(measure(model) for measure in measures)))
+    if section is not None and prepared.validation_rows is not None:
+        questions = questions_of(prepared.validation_rows, section.max_samples)
+        check_lengths(questions, section, parts.tokenizer, prepared.plan.config, _generation(prepared.plan))
+        family = prepared.plan.family.model_type
+        measure = answer_validator(questions, section, parts.tokenizer, family, runtime, config.seed, root)
+        found.append(Validator("exact_match", section.generate_every_steps, measure))
+    return found
+
+
+def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _generation(plan: ModelPlan) -> dict[str, Any]:
+    return {} if plan.folder is None else read_generation(plan.folder)
+
+
+def _measure_loss(prepared: Prepared, validation: ValidationSet, runtime: Runtime) -> Measure:
     from unmask.evaluation.validation import fixed_noise, validation_losses
     from unmask.objectives.registry import build_objective
 

@@ -66,6 +66,7 @@ class NoisyBatch:
         positions_N: int64, the same positions as indices into the flattened (B·L) batch; known on the CPU, so that the
             gather before the head does not wait for the device to count them.
         weights_BL: float32, weight of each scored position's cross-entropy (0 elsewhere).
+        levels_N: float32, the noise level at each of `positions_N`, in (0, 1].
         counts: for each loss term, the local count that its sum is to be divided by once summed over all
             micro-batches and ranks. Known before the network runs, so that one division is exact.
     """
@@ -76,6 +77,7 @@ class NoisyBatch:
     scored_BL: Tensor
     positions_N: Tensor
     weights_BL: Tensor
+    levels_N: Tensor
     counts: Mapping[str, float]
 
     def to(self, device: object) -> NoisyBatch:
@@ -100,6 +102,7 @@ class CanvasBatch:
         targets_KC: int64, what it should find.
         scored_KC: bool, positions whose prediction enters the loss.
         canvas_mask_KC: bool, positions that are there at all; None when all are.
+        levels_K: float32, the noise level of each canvas, in (0, 1].
         conditioned_S: int64, canvases of the first pass, whose prediction the second one sees; None when no rank has
             any. A rank without one runs its first canvas and drops the result, so that all ranks do the same passes.
         conditioned_starts: where those begin, on the host.
@@ -117,6 +120,7 @@ class CanvasBatch:
     targets_KC: Tensor
     scored_KC: Tensor
     canvas_mask_KC: Tensor | None
+    levels_K: Tensor
     conditioned_S: Tensor | None
     conditioned_starts: tuple[int, ...]
     conditioned_weight_S: Tensor | None
@@ -151,6 +155,26 @@ class LossTerm:
     """
 
     sum: Tensor
+    count: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """One loss term position by position, without gradient: its sum is Σ weight · cross-entropy.
+
+    Shape suffix: N positions, of which those of weight 0 are not scored.
+
+    Attributes:
+        cross_entropy_N: float32, nats.
+        weights_N: float32, at least 0.
+        levels_N: float32, the noise level at each position, in (0, 1]; None for a term without noise.
+        count, weight: as in `LossTerm`.
+    """
+
+    cross_entropy_N: Tensor
+    weights_N: Tensor
+    levels_N: Tensor | None
     count: float
     weight: float = 1.0
 

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from unmask.commands import export, generate, plot, prep, quickstart, train
+from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.errors import ConfigError, UnmaskError
 
 # In the order of `unmask --help`.
-COMMANDS = (quickstart, train, generate, prep, plot, export)
+COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         arguments, rest = parser.parse_known_args(words)
         if rest and not getattr(arguments, "takes_overrides", False):
             raise ConfigError(f"unknown argument {rest[0]}; see `unmask {arguments.command} --help`")
-        arguments.overrides = rest
+        arguments.overrides, arguments.words = rest, words
         return arguments.run(arguments) or 0
     except UnmaskError as error:
         return _fail(str(error), error.exit_status)

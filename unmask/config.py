@@ -14,10 +14,12 @@ from unmask.data.loader import DataloaderConfig
 from unmask.data.sources import DatasetConfig
 from unmask.distributed.runtime import DistributedConfig
 from unmask.errors import ConfigError
+from unmask.evaluation.answering import ValidationConfig
 from unmask.models.registry import ModelConfig
 from unmask.objectives.registry import DllmConfig
 from unmask.report.trackers import WandbConfig
 from unmask.sections import read_section, to_mapping
+from unmask.training.best import METRICS
 from unmask.training.checkpoint import CheckpointConfig
 from unmask.training.lora import PeftConfig
 from unmask.training.optim import ClipConfig, OptimizerConfig
@@ -33,6 +35,7 @@ class RunConfig:
     step_scheduler: StepSchedulerConfig
     dllm: DllmConfig = field(default_factory=DllmConfig)
     validation_dataset: DatasetConfig | None = None
+    validation: ValidationConfig | None = None
     dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
@@ -89,6 +92,7 @@ def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
             "set val_every_steps: null"
         )
     _check_validation(config)
+    _check_best(config)
     _check_rates(config)
     return LoadedConfig(config, translated.not_needed)
 
@@ -97,6 +101,11 @@ def _check_validation(config: RunConfig) -> None:
     """Refuse what validation cannot have of its own: it reads its rows in order, encoded as the training data's are."""
     training, validation = config.dataset, config.validation_dataset
     if validation is None:
+        if config.validation is not None:
+            raise ConfigError(
+                "validation: answers rows of validation_dataset, and there is none; add that section, or set "
+                "validation: null"
+            )
         return
     if validation.shuffle_seed is not None:
         raise ConfigError("validation_dataset.shuffle_seed: validation rows are not shuffled; remove it")
@@ -113,6 +122,16 @@ def _check_validation(config: RunConfig) -> None:
                 f"validation_dataset.{name}: {value!r} is not dataset's {used!r}, and validation uses the training "
                 "data's tokenizer and template; remove it or set it equal"
             )
+
+
+def _check_best(config: RunConfig) -> None:
+    """Refuse a metric that nothing in the run measures."""
+    metric = config.checkpoint.best_metric
+    if metric is not None and getattr(config, METRICS[metric].needs) is None:
+        raise ConfigError(
+            f"checkpoint.best_metric: nothing in this run measures {metric}; add a {METRICS[metric].needs} section, or "
+            "set best_metric: null"
+        )
 
 
 def _check_rates(config: RunConfig) -> None:

@@ -28,13 +28,16 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     from rich.syntax import Syntax
 
     from unmask.models.moe import freeze_routers
+    from unmask.models.weights import check_tensors
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach
 
-    config = prepared.config
+    config, plan = prepared.config, prepared.plan
     parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
     with torch.device("meta"):
-        model = prepared.plan.family.build(prepared.plan.config).to(getattr(torch, config.model.torch_dtype))
+        model = plan.family.build(plan.config).to(getattr(torch, config.model.torch_dtype))
+        if plan.folder is not None and plan.hub_id is None:  # of a hub id the weights need not be here
+            check_tensors(model, plan.folder, plan.family.layout)
         if config.peft is not None:
             attach(model, config.peft, "")
         if config.dllm.freeze_router:
@@ -44,12 +47,12 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     for key in prepared.not_needed:
         console.print(f"not needed here: {key}", markup=False)
     console.print(Rule("size"))
-    estimate = estimate_memory(config, prepared.plan, model)
+    estimate = estimate_memory(config, plan, model)
     steps = config.step_scheduler
     total = steps.total_steps(parts.loader.steps_per_epoch)
     lines = _sizes(prepared, parts, estimate, total)
     if prepared.degrees.world > 1:
-        lines += _shared(prepared, estimate_shared(config, prepared.plan, model, estimate, prepared.degrees))
+        lines += _shared(prepared, estimate_shared(config, plan, model, estimate, prepared.degrees))
     for line in lines:
         console.print(line, markup=False, highlight=False)
     first = next(iter(parts.loader))
@@ -83,8 +86,8 @@ def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> 
         f"{steps.global_batch_size // steps.local_batch_size} micro-batches{_on(prepared.degrees.world)}, at most "
         f"{steps.global_batch_size * length:,} tokens",
         f"estimated memory  {estimate.total / gib:.2f} GiB = weights {estimate.weights / gib:.2f} + gradients "
-        f"{estimate.gradients / gib:.2f} + AdamW {estimate.optimizer / gib:.2f} + activations at {length} tokens "
-        f"{estimate.activations / gib:.2f}",
+        f"{estimate.gradients / gib:.2f} + the loss's of the head {estimate.head / gib:.2f} + AdamW "
+        f"{estimate.optimizer / gib:.2f} + activations at {length} tokens {estimate.activations / gib:.2f}",
     ]
 
 
@@ -98,8 +101,8 @@ def _shared(prepared: Prepared, one: SharedEstimate) -> list[str]:
         f"processes         {degrees.world} = {degrees.replicate} copies × {degrees.shard} that share one"
         + (f", experts over {degrees.experts} of them" if degrees.experts > 1 else ""),
         f"a process holds   {one.total / gib:.2f} GiB = weights {one.weights / gib:.2f} + gradients "
-        f"{one.gradients / gib:.2f} + AdamW {one.optimizer / gib:.2f} + gathered {one.gathered / gib:.2f} + "
-        f"activations {one.activations / gib:.2f}",
+        f"{one.gradients / gib:.2f} + the loss's of the head {one.head / gib:.2f} + AdamW {one.optimizer / gib:.2f} + "
+        f"gathered {one.gathered / gib:.2f} + activations {one.activations / gib:.2f}",
         f"and receives      {one.received / gib:.2f} GiB a step = weights {one.weights_received / gib:.2f} + gradients "
         f"{one.gradients_received / gib:.2f} + tokens {one.tokens_received / gib:.2f}",
     ]

@@ -65,10 +65,7 @@ def quickstart(root: Path, seed: int = 42) -> int:
         build_model(prepared.plan, None, seed=seed), tokenizer, test
     )  # the weights that training starts from
     outcome = run_training(
-        prepared,
-        console,
-        lambda parts: [lambda model: {"exact_match": score(model, parts.tokenizer, validation)}],
-        lambda event: event["exact_match"] >= GOOD_ENOUGH,
+        prepared, console, is_good_enough=lambda measured: measured.get("exact_match", 0.0) >= GOOD_ENOUGH
     )
     if outcome.reason.startswith("SIG"):
         console.print(f"stopped after step {outcome.step}; run the quickstart again to start over", markup=False)
@@ -132,6 +129,13 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
         "dllm": {"mode": "mdlm", "eps": 0.5, "supervise_padding": True, "time_sampling": "stratified"},
         "dataset": {"path_or_dataset_id": str(root / "train.jsonl"), **data},
         "validation_dataset": {"path_or_dataset_id": str(root / "validation.jsonl"), **data},
+        # Exact match on the validation problems, which ends training: see GOOD_ENOUGH.
+        "validation": {
+            "generate_every_steps": 100,
+            "max_samples": VALIDATION_ROWS,
+            "batch_size": 64,
+            "sampler": {"steps": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS, "block_size": ANSWER_TOKENS},
+        },
         "step_scheduler": {
             "global_batch_size": 64,
             "local_batch_size": 64,
@@ -156,14 +160,14 @@ def fast_bf16() -> bool:
 
 def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> float:
     """Return the share of problems that the model solves, its answers sampled as `unmask generate` would."""
-    from unmask.evaluation.grade import exact_match
-    from unmask.sampling.generate import generate
+    from unmask.data.conversation import Message
+    from unmask.evaluation.exact_match import score_answers
+    from unmask.evaluation.questions import Question
     from unmask.sampling.settings import SamplerConfig
 
     sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
-    questions = [problem.question for problem in problems]
-    answers = generate(model, questions, tokenizer=tokenizer, sampler=sampler, batch_size=64)
-    return exact_match([answer.text or "" for answer in answers], [problem.answer for problem in problems])
+    questions = [Question((Message("user", problem.question),), problem.answer) for problem in problems]
+    return score_answers(model, questions, tokenizer=tokenizer, sampler=sampler, batch_size=64).exact_match
 
 
 def _show_answers(console: Console, root: Path, test: Sequence[Problem]) -> float:

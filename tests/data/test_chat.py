@@ -143,6 +143,15 @@ def test_no_template_is_refused_with_the_remedy(tokenizer):
         load_template(tokenizer)
 
 
+def test_a_template_of_ours_for_another_familys_tokenizer_is_refused(tokenizer, gemma_tokenizer):
+    for name, other, controls in (("llada", gemma_tokenizer, "<|eot_id|>"), ("diffusion_gemma", tokenizer, "<turn|>")):
+        with pytest.raises(DataError) as caught:
+            load_template(other, name)
+        said = str(caught.value)
+        assert said.startswith(f"dataset.chat_template: {name} writes <|") and controls in said
+        assert "one of diffusion_gemma, llada" in said and "dataset.tokenizer" in said
+
+
 def test_an_unknown_template_names_the_nearest(tokenizer):
     with pytest.raises(DataError, match="'lada' is neither a readable file .*did you mean 'llada'"):
         load_template(tokenizer, "lada")

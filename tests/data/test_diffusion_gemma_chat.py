@@ -225,9 +225,9 @@ def test_a_variable_that_a_template_does_not_know_is_refused(gemma_tokenizer):
         load_template(gemma_tokenizer, "llada", variables={"enable_thinking": True})
 
 
-def test_a_template_without_reasoning_cannot_supervise_it(gemma_tokenizer):
+def test_a_template_without_reasoning_cannot_supervise_it(tokenizer):
     with pytest.raises(DataError, match="dataset.supervise_reasoning: llada leaves reasoning out of the text; name"):
-        load_template(gemma_tokenizer, "llada", supervise_reasoning=True)
+        load_template(tokenizer, "llada", supervise_reasoning=True)
 
 
 def test_tags_decide_about_reasoning_only_as_they_are_asked_to(gemma_tokenizer, tmp_path):

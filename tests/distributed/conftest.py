@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `rank_programs`, which the processes import by name
+sys.path.insert(0, str(Path(__file__).parent))  # for `rank_entry` and `rank_programs`, imported by name
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def start_ranks() -> Callable[..., list[Any]]:
     stores = []
 
     def start(folder: Path, size: int, program: str, *arguments: Any) -> list[Any]:
-        import rank_programs
+        import rank_entry
         from torch.distributed import TCPStore
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def start_ranks() -> Callable[..., list[Any]]:
                 "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
             }  # fmt: skip
             process = context.Process(
-                target=rank_programs.main, args=(environment, str(folder / f"rank{rank}"), program, arguments)
+                target=rank_entry.main, args=(environment, str(folder / f"rank{rank}"), program, arguments)
             )
             process.start()
             processes.append(process)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
-import warnings
+import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401 - this and what follows is imported once, by the server that forks the ranks
-import peft  # noqa: F401
+import peft  # noqa: F401 - this and what follows is imported once, by the server that forks the ranks
 import torch
 import torch._dynamo
 import torch.distributed as dist
@@ -20,22 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import unmask.assemble  # noqa: F401
 import unmask.data.collate
+import unmask.report.plots
 import unmask.training.loop
 import unmask.training.network
 import unmask.training.sharded_saver  # noqa: F401
 
-
-def main(environment: dict[str, str], note: str, program: str, arguments: tuple) -> None:
-    """Run one rank: its result goes into the file `note`, what it prints beside it."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of torch's own, in a process that pytest does not watch
-    sys.stdout = sys.stderr = Path(note + ".err").open("w", buffering=1)
-    result = globals()[program](*arguments)
-    Path(note).write_bytes(pickle.dumps(result))
-    from unmask.distributed.ranks import leave
-
-    leave()
+# A curve takes longer to draw than these runs to train, and has tests of its own.
+unmask.report.plots.plot_runs = lambda *_, **__: None
 
 
 def train(values: dict[str, Any]) -> str:
@@ -81,6 +70,17 @@ def command_with_trouble(words: list[str], rank: int, step: int, trouble: str) -
     return command(words)
 
 
+def launched(module: str, words: list[str], processes: int) -> int:
+    """Be the launcher of `python -m MODULE` instead of a rank; return its exit status."""
+    from unmask.distributed.launch import launch
+
+    for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("TORCHELASTIC")]:
+        del os.environ[name]
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.dup2(sys.stderr.fileno(), 2)  # what the ranks print goes where this process prints
+    return launch(module, words, processes)
+
+
 def full_disk() -> None:
     """From now on this process can write no more than a little into a file."""
     import resource
@@ -119,11 +119,22 @@ def collectives(_: Any = None) -> dict[str, Any]:
     return found
 
 
-def load_peak(folder: str) -> dict[str, int]:
-    """Load a checkpoint in shards; return how far this rank's memory rose meanwhile, and what it holds, in bytes."""
-    import threading
-    import time
+def train_with_slow_copies(values: dict[str, Any], seconds: float) -> str:
+    """As `train`; the thread that saves comes late to its copy of the weights."""
+    from unmask.training import sharded_saver
 
+    sharded_saver._device_is_ready = lambda: lambda: time.sleep(seconds)
+    return train(values)
+
+
+def load_peak(folder: str, trained: bool) -> dict[str, int]:
+    """Load a checkpoint in shards, to be trained or to answer.
+
+    Returns how far this rank's memory rose meanwhile, and what it holds, in bytes.
+    """
+    import threading
+
+    from unmask.distributed.answering import load_shared
     from unmask.distributed.mesh import Degrees
     from unmask.distributed.runtime import DistributedConfig, build_runtime
     from unmask.models.registry import plan_folder
@@ -146,10 +157,14 @@ def load_peak(folder: str) -> dict[str, int]:
     before = anonymous()
     thread = threading.Thread(target=watch)
     thread.start()
-    network = build_shared(plan_folder(folder, "x"), "float32", None, DistributedConfig(), runtime, 0)
+    plan = plan_folder(folder, "x")
+    if trained:
+        model = build_shared(plan, "float32", None, DistributedConfig(), runtime, 0).model
+    else:
+        model = load_shared(plan, None, runtime.device, None, runtime.ranks)
     done.set()
     thread.join()
-    local = [parameter.to_local() for parameter in network.model.parameters()]
+    local = [parameter.to_local() for parameter in model.parameters()]
     total = sum(float(tensor.double().sum()) for tensor in local)
     return {
         "risen": peak - before,

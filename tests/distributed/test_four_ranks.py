@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import unmask
 from unmask.report.metrics import read_metrics
@@ -23,6 +24,12 @@ GEMMA = {
     "vocab_size": 264, "num_experts": 8, "num_hidden_layers": 2, "pad_token_id": 257, "eos_token_id": 257,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
+
+ADAPTER = {
+    "r": 2,
+    "target_modules": ["*.q_proj"],
+    "target_parameters": ["*.experts.gate_up_proj", "*.experts.down_proj"],
+}
 
 
 def trained(root: Path) -> dict[int, tuple[float, float]]:
@@ -46,7 +53,7 @@ def run_of(tiny, root: Path, steps: int, **changes: Any) -> dict:
         **{
             "step_scheduler__global_batch_size": 8,
             "step_scheduler__max_steps": steps,
-            "step_scheduler__ckpt_every_steps": 1,
+            "step_scheduler__ckpt_every_steps": None,
             "optimizer__lr": 1e-3,
             "dllm__time_sampling": "stratified",
             **changes,
@@ -92,6 +99,26 @@ def test_experts_on_four_ranks(
     assert_same(tmp_path, gemma_alone)
 
 
+def test_adapters_on_experts_on_four_ranks(
+    tiny, gemma_values, gemma_alone: Path, train_tiny: Callable[..., Any], run_ranks, tmp_path: Path
+) -> None:
+    """With the same law on two ranks (test_expert_parallel): EP 1 = EP 2 = EP 4 with LoRA."""
+
+    def adapted(root: Path, **changes: Any) -> dict:
+        values = gemma_run(tiny, gemma_values, root, peft=ADAPTER, **changes)
+        return {**values, "model": {"pretrained_model_name_or_path": str(gemma_alone)}}
+
+    train_tiny(adapted(tmp_path / "alone"))
+    run_ranks(4, "train", adapted(tmp_path / "shared", distributed__ep_size=4), seconds=250)
+    assert trained(tmp_path / "shared") == {
+        step: pytest.approx(values, rel=5e-5) for step, values in trained(tmp_path / "alone").items()
+    }
+    ours, theirs = (load_file(tmp_path / n / "latest" / "adapter_model.safetensors") for n in ("shared", "alone"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=2e-3, atol=3e-4)
+
+
 def test_killed_on_four_resumed_on_two(tiny, alone: Path, start_ranks, run_ranks, tmp_path: Path) -> None:
     root = tmp_path / "run"
     values = run_of(tiny, root, 1000, step_scheduler__ckpt_every_steps=2)
@@ -113,28 +140,34 @@ def test_killed_on_four_resumed_on_two(tiny, alone: Path, start_ranks, run_ranks
 
 
 def test_killed_at_ten_moments_never_torn_and_always_resumed(tiny, start_ranks, run_ranks, tmp_path: Path) -> None:
-    root, dice = tmp_path / "run", random.Random(7)
-    values = run_of(tiny, root, 400)
+    """Every other kill falls into a save, the others anywhere."""
+    root, dice, in_saves = tmp_path / "run", random.Random(7), 0
+    values = run_of(tiny, root, 400, step_scheduler__ckpt_every_steps=1)
     for attempt in range(10):
-        ranks = dice.choice((2, 4))
+        ranks = 4 if attempt in (2, 7) else 2
         before = len(trained(root)) if (root / "metrics.jsonl").exists() else 0
         processes = start_ranks(tmp_path / f"notes{attempt}", ranks, "train", values)
         until = time.monotonic() + 120
         while time.monotonic() < until and (not (root / "metrics.jsonl").exists() or len(trained(root)) <= before + 1):
             assert all(process.is_alive() for process in processes)
             time.sleep(0.02)
-        time.sleep(dice.uniform(0, 1.0))
+        begun = f".step_*.{processes[0].pid}.part"
+        while attempt % 2 and not list(root.glob(begun)):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.05 if attempt % 2 else 0.6))
         for process in dice.sample(processes, ranks):
             os.kill(process.pid, signal.SIGKILL)
         for process in processes:
             process.join()
+        in_saves += bool(list(root.glob(begun)))
         for folder in checkpoints(root):
             verify(folder)
+    assert in_saves >= 3
     reached = checkpoints(root)[0]
     last = int(reached.name.removeprefix("step_")) + 2
     run_ranks(2, "train", run_of(tiny, root, last), seconds=250)
     whole = tmp_path / "whole"
-    run_ranks(2, "train", run_of(tiny, whole, last, step_scheduler__ckpt_every_steps=None), seconds=250)
+    run_ranks(2, "train", run_of(tiny, whole, last), seconds=250)
     ours, theirs = trained(root), trained(whole)
     assert list(ours) == list(theirs) == list(range(1, last + 1))
     assert not list(root.glob(".step_*"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,6 +112,42 @@ def test_ranks_with_other_data_are_told(command, tiny, tmp_path: Path) -> None:
     # The same path in the configuration, other content behind it, as on a machine with a disk of its own.
     ended = command("-c", str(path), "--dataset.path_or_dataset_id", str(tmp_path / "data{rank}" / "train.jsonl"))
     assert ended.status == [2, 2] and "rank 1 has another" in ended.errors[0] and len(ended.errors) == 1
+
+
+def test_degrees_that_do_not_fit_are_said_once(command, config: Path, tmp_path: Path) -> None:
+    ended = command("-c", str(config), "--distributed.dp_size", "3")
+    assert ended.status == [2, 2] and len(ended.errors) == 1
+    assert "distributed.dp_size: 3, but this run has 2 processes" in ended.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_once(command, tiny, train_tiny, tmp_path: Path) -> None:
+    train_tiny(tiny.config(tmp_path / "run", step_scheduler__max_steps=1))
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=2)
+    values["model"] = {"config": {**tiny.model, "n_layers": 1}}
+    ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
+    assert ended.status == [2, 2] and len(ended.errors) == 1
+    assert "step_1 is foreign" in ended.errors[0] and "checkpoint.checkpoint_dir" in ended.errors[0]
+    verify(tmp_path / "run" / "step_1")
+
+
+def test_weights_with_another_vocabulary_are_refused_once(command, tiny, tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, "vocab_size": 272, "embedding_size": 272}))
+    values = tiny.config(tmp_path / "run")
+    values["model"] = {"pretrained_model_name_or_path": str(folder)}
+    ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
+    assert ended.status == [2, 2] and len(ended.errors) == 1
+    assert "has shape (264, 32), config.json says (272, 32)" in ended.errors[0]
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_once(command, tiny, tmp_path: Path) -> None:
+    values = tiny.config(tmp_path / "run")
+    values["model"] = {"config": {**tiny.model, "vocab_size": 200, "mask_token_id": 199, "eos_token_id": 198,
+                                  "pad_token_id": 198}}  # fmt: skip
+    ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
+    assert ended.status == [2, 2] and len(ended.errors) == 1 and "vocabulary" in ended.errors[0]
 
 
 def test_a_rank_that_fails_says_why_and_ends_all(command, config: Path, tmp_path: Path) -> None:

@@ -27,20 +27,27 @@ def test_results_come_back_in_order(run_ranks: Callable[..., list]) -> None:
     assert run_ranks(2, "divide", ["a"])[1] == {"all": ["A"], "given": []}
 
 
-@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "1"])
-def test_two_ranks_write_the_file_of_one(tiny_base: Path, run_ranks, tmp_path: Path, temperature: str) -> None:
-    def words(output: Path) -> list[str]:
-        prompts = [word for text in ("1 plus 1?", "so?", "1 plus 1?", "20 plus 6?") for word in ("--prompt", text)]
-        flags = ["--steps", "4", "--max_new_tokens", "8", "--block_size", "8", "--batch_size", "1", "--device", "cpu"]
-        return ["generate", "--checkpoint", str(tiny_base), *prompts, *flags, "--temperature", temperature,
-                "--output", str(output)]  # fmt: skip
+def words_for(checkpoint: Path, output: Path, *more: str) -> list[str]:
+    prompts = [word for text in ("1 plus 1?", "so?", "1 plus 1?", "20 plus 6?") for word in ("--prompt", text)]
+    flags = ["--max_new_tokens", "8", "--batch_size", "1", "--device", "cpu", "--output", str(output)]
+    return ["generate", "--checkpoint", str(checkpoint), *prompts, *flags, *more]
 
-    assert main(words(tmp_path / "one.jsonl")) == 0
-    assert run_ranks(2, "command", words(tmp_path / "two.jsonl")) == [0, 0]
-    one, two = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (tmp_path / "one.jsonl", tmp_path / "two.jsonl")
-    )
-    for record in (*one, *two):
+
+def records(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in found:
         del record["tokens_per_second"]
+    return found
+
+
+@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "1"])
+@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=["whole", "sharded"])
+def test_two_ranks_write_the_file_of_one(
+    tiny_base: Path, run_ranks, tmp_path: Path, temperature: str, shard: tuple[str, ...]
+) -> None:
+    # Rows are one on one rank and three on the other, and with a threshold take calls as many as they need.
+    flags = ["--block_size", "4", "--threshold", "0.03", "--temperature", temperature]
+    assert main(words_for(tiny_base, tmp_path / "one.jsonl", *flags)) == 0
+    assert run_ranks(2, "command", words_for(tiny_base, tmp_path / "two.jsonl", *flags, *shard)) == [0, 0]
+    one, two = records(tmp_path / "one.jsonl"), records(tmp_path / "two.jsonl")
     assert one == two and len(one) == 4 and one[0]["prompt"] == one[2]["prompt"]

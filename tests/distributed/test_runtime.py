@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +68,25 @@ def test_the_attention_kernel_is_set_or_refused(monkeypatch: pytest.MonkeyPatch)
     assert model[0].attention_kernel == "flex"
     prepare_model(model, DistributedConfig(device="cpu"), build_runtime(section))
     assert model[0].attention_kernel == "sdpa"
+
+
+def test_blocks_are_compiled_or_it_is_refused(monkeypatch: pytest.MonkeyPatch, fixtures: Path) -> None:
+    from unmask.models.registry import load_model
+
+    section = DistributedConfig(compile=True, device="cpu")
+    model = load_model(str(fixtures / "llada_tiny"), "float32")
+    with pytest.raises(ConfigError, match=r"distributed\.compile: needs a CUDA device with Triton.* on cpu; set false"):
+        prepare_model(model, section, build_runtime(section))
+    plain = model(torch.arange(12)[None])
+    names = list(model.state_dict())
+    compiled: list[Callable[..., Any]] = []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:  # compiling itself is tested where it is fast
+        return lambda *inputs: compiled.append(function) or function(*inputs)
+
+    monkeypatch.setattr("unmask.distributed.runtime.compiles_on", lambda device: True)
+    monkeypatch.setattr(torch, "compile", counted)
+    prepare_model(model, section, build_runtime(section))
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(torch.arange(12)[None]), plain)
+    assert len(compiled) == model.config.n_layers

@@ -27,11 +27,12 @@ def ones(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_peak_memory_is_a_shard_and_a_layer(ones: Path, run_ranks) -> None:
+@pytest.mark.parametrize("trained", [True, False], ids=["to-train", "to-answer"])
+def test_peak_memory_is_a_shard_and_a_layer(ones: Path, run_ranks, trained: bool) -> None:
     width, hidden = SIZES["d_model"], SIZES["mlp_hidden_size"]
     layer = 4 * (4 * width * width + 3 * width * hidden)
     whole = 8 * layer + 2 * 4 * SIZES["vocab_size"] * width
-    ranks = run_ranks(2, "load_peak", str(ones))
+    ranks = run_ranks(2, "load_peak", str(ones), trained)
     for rank in ranks:
         assert rank["shard"] == pytest.approx(whole / 2, rel=0.01)
         assert rank["risen"] < rank["shard"] + layer < 0.7 * whole

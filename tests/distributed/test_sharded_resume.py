@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import unmask
 from unmask.cli import main
-from unmask.models.sharded_folder import stored_sizes
+from unmask.models.sharded_folder import load_alone, stored_sizes
 from unmask.report.metrics import read_metrics
 
 Train = Callable[..., Any]
@@ -120,6 +120,22 @@ def test_a_checkpoint_says_how_long_it_held_training_up(two_ranks: Path) -> None
     assert {"sharded/.metadata", "sharded/__0_0.distcp", "sharded/__1_0.distcp", "config.json"} <= set(
         manifest["files"]
     )
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint of several ranks holds, moments included."""
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in stored_sizes(folder).items()}
+    load_alone(tensors, folder)
+    return tensors
+
+
+def test_an_update_waits_for_the_copy_of_what_it_changes(tiny, run_ranks, two_ranks: Path, tmp_path: Path) -> None:
+    run_ranks(2, "train_with_slow_copies", settings(tiny, tmp_path, 2), 0.5)
+    for name in ("step_1", "step_2"):
+        ours, theirs = saved(tmp_path / name), saved(two_ranks / name)
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    first = next(event for event in read_metrics(tmp_path / "metrics.jsonl") if event["event"] == "checkpoint")
+    assert 0.1 < first["pause_seconds"] < first["seconds"]
 
 
 def test_an_adapter_goes_from_two_ranks_to_one_and_back(

@@ -11,7 +11,7 @@ from torch import nn
 
 from unmask.models.expert_adapter import AdaptedExperts
 from unmask.models.moe import Experts
-from unmask.models.quantized import Packed, QuantizedExperts, QuantizedLinear, quantize_base
+from unmask.models.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
 from unmask.models.registry import load_model
 from unmask.training.lora import PeftConfig, attach
 
@@ -76,6 +76,8 @@ def test_embedding_head_and_norms_stay_whole(reference_folder: Path) -> None:
         if ".blocks." not in name or "norm" in name:
             assert torch.equal(state[name], tensor), name
     assert torch.isfinite(model(TOKENS)).all() and model(TOKENS).dtype == torch.bfloat16
+    kept = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    assert kept + packed_elements(model) == sum(p.numel() for p in whole.parameters())
 
 
 def test_experts_in_four_bits_compute_with_their_dequantized_weights() -> None:

@@ -18,7 +18,7 @@ from unmask.errors import ModelError
 from unmask.models import weights
 from unmask.models.folders import weight_files
 from unmask.models.registry import ModelConfig, build_model, load_model, plan_folder, plan_model
-from unmask.models.weights import copy_weights, load_weights, read_tensors, save_weights
+from unmask.models.weights import check_tensors, copy_weights, load_weights, read_tensors, save_weights
 
 QUERY = "model.transformer.blocks.1.q_proj.weight"
 
@@ -128,7 +128,12 @@ def test_copy_weights_keeps_the_parameters_that_an_optimizer_holds(
     assert torch.equal(held[QUERY], state[QUERY] + 1)
 
 
-def test_tensors_missing_extra_or_misshapen_are_named(state: dict[str, Tensor], folder: Path) -> None:
+def test_tensors_missing_extra_or_misshapen_are_named(
+    state: dict[str, Tensor], folder: Path, reference_folder: Path
+) -> None:
+    """By loading, and from the headers alone."""
+    model = load_model(str(reference_folder))
+    check_tensors(model, reference_folder)
     damaged = {
         "missing (1 in all)": {key: tensor for key, tensor in state.items() if key != QUERY},
         "no place": state | {"model.transformer.blocks.7.q_proj.weight": state[QUERY].clone()},
@@ -139,6 +144,9 @@ def test_tensors_missing_extra_or_misshapen_are_named(state: dict[str, Tensor], 
         with pytest.raises(ModelError) as caught:
             load_model(str(folder))
         message = str(caught.value)
+        with pytest.raises(ModelError) as from_headers:
+            check_tensors(model, folder)
+        assert str(from_headers.value) == message
         assert problem in message and str(folder) in message and "\n" not in message
         assert (QUERY if "place" not in problem else "blocks.7") in message
 

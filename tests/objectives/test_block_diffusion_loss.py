@@ -202,8 +202,9 @@ def test_several_answers_of_a_row_are_as_each_turn_alone(ours: DiffusionGemma, t
         canvas, targets = noisy.canvas_ids_KC[k : k + 1], noisy.targets_KC[k : k + 1]
         conditioned = torch.tensor([noisy.conditioned_S is not None and k in noisy.conditioned_S.tolist()])
         part = objective.noisy(
-            one, ids, attended, row, start, canvas, targets, noisy.scored_KC[k : k + 1], conditioned, bool(conditioned)
-        )
+            one, ids, attended, row, start, canvas, targets, noisy.scored_KC[k : k + 1], noisy.levels_K[k : k + 1],
+            conditioned, bool(conditioned),
+        )  # fmt: skip
         alone.append(objective.loss(ours, part).terms["diffusion"].sum)
     torch.testing.assert_close(together, torch.stack(alone).sum(), atol=1e-4, rtol=1e-5)
 
@@ -364,7 +365,7 @@ def reference_step(folder: Path) -> list[CanvasBatch]:
         parts.append(
             objective.noisy(
                 batch, ids, attended, torch.tensor([0]), start, window["canvas_ids"], window["target_ids"],
-                window["loss_mask"], coin, bool(coin),
+                window["loss_mask"], torch.ones(1), coin, bool(coin),
             )
         )  # fmt: skip
     return parts
@@ -391,6 +392,25 @@ def test_the_step_equals_automodels(fixtures: Path) -> None:
     assert found["encoder"] == pytest.approx(expected["encoder_loss"], rel=1e-4)
     assert found["diffusion"] + found["encoder"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_the_encoders_loss_of_the_step_is_transformers(fixtures: Path) -> None:
+    """To rounding; AutoModel's is 1.7e-5 of it away."""
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    folder = fixtures / "diffusion_gemma_step"
+    ours, parts = load_model(str(folder)), reference_step(folder)
+    theirs = DiffusionGemmaForBlockDiffusion.from_pretrained(folder).eval()
+    objective, expected, found = BlockDiffusion(256, 4096, EOS), 0.0, 0.0
+    with torch.no_grad():
+        for part in parts:
+            found += float(objective.loss(ours, part).terms["encoder"].sum)
+            ids = part.encoder_ids_BL[:, : int(part.counts["encoder"]) + 1]
+            logits = encoder_logits(theirs, theirs.model.encoder(input_ids=ids).last_hidden_state[0])
+            expected += float(scored(logits[:-1].double(), ids[0, 1:]))
+    count = sum(part.counts["encoder"] for part in parts)
+    assert found / count == pytest.approx(expected / count, rel=1e-6)
+    assert expected / count == pytest.approx(8.264628, abs=1e-6)  # what docs/diffusion-gemma.md says
 
 
 def test_steps_lower_both_losses_of_a_real_network(ours: DiffusionGemma, turns: Turns) -> None:

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from unmask.models.llada.config import LLaDAConfig, parse_config
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.models.registry import load_model
-from unmask.sampling.adapters import FamilySpec, Prompts
+from unmask.sampling.adapters import FamilySpec
+from unmask.sampling.llada_adapter import Prompts
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
 CHAT = (
@@ -114,35 +115,40 @@ def gemma_model(gemma_folder):
 
 
 class Script:
-    """An adapter whose logits are a function of (request, position, calls so far); 10 ids, mask 9, EOS 8."""
+    """An adapter whose logits are a function of (prompt's first token, position, calls so far).
+
+    10 ids, mask 9, EOS 8. With a `logit_shift` the positions are those of the hidden states, -1 the prompt's last.
+    """
 
     signal = None
 
-    def __init__(self, script: Callable[[int, int, int], Tensor], vocab_size: int = 10) -> None:
-        self.spec = FamilySpec("mask", 9, (9,), (8,), vocab_size, vocab_size, 1000)
+    def __init__(self, script: Callable[[int, int, int], Tensor], vocab_size: int = 10, logit_shift: int = 0) -> None:
+        self.spec = FamilySpec("mask", 9, (9,), (8,), vocab_size, vocab_size, 1000, logit_shift=logit_shift)
         self.device = torch.device("cpu")
         self.script = script
         self.calls = 0
 
     def prefill(self, prompts) -> Prompts:
-        lengths = tuple(len(prompt) for prompt in prompts)
-        return Prompts(torch.arange(len(prompts))[:, None].expand(-1, max(lengths)), lengths)
+        return Prompts.of(prompts)
 
-    def denoise(self, context, answer_BC, rows_M, positions_M) -> Tensor:
-        requests_M = context.ids_BP[rows_M, -1]
-        pairs = zip(requests_M.tolist(), positions_M.tolist(), strict=True)
+    def join(self, context, more) -> Prompts:
+        return context.join(more)
+
+    def denoise(self, context, call) -> tuple[Tensor, Prompts]:
+        requests_M = context.ids_BP[call.rows_M, 0]
+        pairs = zip(requests_M.tolist(), call.positions_M.tolist(), strict=True)
         found = torch.stack([self.script(request, position, self.calls) for request, position in pairs])
         self.calls += 1
-        return found
+        return found, context
 
     def logits(self, hidden_MD) -> Tensor:
         return hidden_MD.clone()
 
-    def commit(self, context, answer_BC, block_B, completed_B):
+    def commit(self, context, answer_BC, first_B, end_B, completed_B):
         return context
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script() -> type[Script]:
     return Script
 

@@ -183,7 +183,7 @@ def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
     context = adapter.prefill(prompts)
     block = torch.tensor([0, 0, 0])
     for done in ([True, False, True], [False, True, False], [True, True, False]):
-        context = adapter.commit(context, answer, block, torch.tensor(done))
+        context = adapter.commit(context, answer, block * 16, block * 16 + 16, torch.tensor(done))
         block = block + torch.tensor(done)
     context = context.take(torch.tensor([True, False, True]))
     canvas = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -238,7 +238,7 @@ def test_the_current_canvas_is_drawn_dimmed_and_the_next_not_at_all(gemma_model,
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=400, color_system=None)
     gemma_model.generation = {"eos_token_id": [299]}
-    answer = watch(gemma_model, "hi", chat_tokenizer, SamplerConfig(steps=2, max_new_tokens=32), console, raw=True)
+    (answer,) = watch(gemma_model, "hi", chat_tokenizer, SamplerConfig(steps=2, max_new_tokens=32), console, raw=True)
     expected = generate(
         gemma_model, "hi", tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=2, max_new_tokens=32), raw=True
     )[0]
@@ -263,7 +263,7 @@ def test_the_command_line_takes_the_familys_sampler_and_the_checkpoints_settings
     record = json.loads(output.read_text())
     assert record["sampler"] == {
         "steps": 2, "max_new_tokens": 20, "block_size": 16, "eos": "allow", "entropy_bound": 0.2, "t_min": 0.3,
-        "t_max": 0.8, "stability_threshold": 1, "confidence_threshold": 0.005,
+        "t_max": 0.8, "stability_threshold": 1, "confidence_threshold": 0.005, "cache": "block", "revise": "redraw",
     }  # fmt: skip
     assert 1 <= record["nfe"] <= 4 and len(record["token_ids"]) <= 20
 

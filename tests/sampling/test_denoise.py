@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import LLaDAAdapter
 from unmask.sampling.denoise import Request, StepEvent, denoise
 from unmask.sampling.draws import row_keys
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import MaskSettings, SamplerConfig, block_quotas
+from unmask.sampling.llada_adapter import LLaDAAdapter
+from unmask.sampling.schedule import planned_calls, quota
+from unmask.sampling.settings import MaskSettings, SamplerConfig
 
 
 def peak(token: int, height: float = 5.0) -> Tensor:
@@ -21,7 +22,7 @@ def peak(token: int, height: float = 5.0) -> Tensor:
 
 
 def run(adapter, rows: int = 1, **fields) -> list[StepEvent]:
-    return list(denoise(adapter, [Request(i, [0], i) for i in range(rows)], MaskSettings(**fields)))
+    return list(denoise(adapter, [Request(i, [i], i) for i in range(rows)], MaskSettings(**fields)))
 
 
 def order(events: list[StepEvent], row: int = 0) -> list[list[int]]:
@@ -160,7 +161,9 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
     threshold = threshold if remasking == "low_confidence" else None  # the two exclude each other
     sampler = MaskSettings(steps, length, block, temperature, remasking, threshold)
     events = list(denoise(LLaDAAdapter(model), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler))
-    quotas = [quota for block_quota in block_quotas(sampler) for quota in block_quota]
+    sizes = [min(block, length - start) for start in range(0, length, block)]
+    plan = zip(sizes, planned_calls(sizes, steps), strict=True)
+    quotas = [quota(size, calls, step) for size, calls in plan for step in range(calls)]
     for row in (0, 1):
         mine = [(event, event.rows.index(row)) for event in events if row in event.rows]
         last, at = mine[-1]
@@ -183,7 +186,8 @@ class Watched:
     def __init__(self, model) -> None:
         self.inner = LLaDAAdapter(model)
         self.spec, self.device = self.inner.spec, self.inner.device
-        self.prefill, self.denoise, self.commit = self.inner.prefill, self.inner.denoise, self.inner.commit
+        self.prefill, self.join = self.inner.prefill, self.inner.join
+        self.denoise, self.commit = self.inner.denoise, self.inner.commit
         self.signal = None
         self.margin = float("inf")
 

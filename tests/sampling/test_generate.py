@@ -82,15 +82,14 @@ def test_a_mask_token_in_the_prompt_stays_given(small_model):
     assert answer.prompt_ids == [39, 5, 39] and 39 not in answer.token_ids
 
 
-def test_padding_is_on_the_left_and_each_row_counts_from_its_own_start(small_model):
+def test_padding_is_on_the_right_and_each_row_counts_from_its_own_start(small_model):
     model, fed = small_model(), []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: fed.append((args, kwargs)), with_kwargs=True)
+    handle = model.register_forward_pre_hook(lambda module, args: fed.append(args))
     generate(model, [[1, 2, 3], [4]], sampler=SamplerConfig(steps=1, max_new_tokens=2, eos="suppress"))
     handle.remove()
-    [((ids,), options)] = fed
-    assert ids[:, 2:].tolist() == [[4, 39, 39], [3, 39, 39]]
-    assert options["attention_mask"].tolist() == [[False, False, True, True, True], [True] * 5]
-    assert options["position_ids"].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    [(ids, attend)] = fed
+    assert ids.tolist() == [[4, 39, 39, 0, 0], [1, 2, 3, 39, 39]]
+    assert attend.tolist() == [[True, True, True, False, False], [True] * 5]
 
 
 def test_prompts_of_like_length_share_a_batch(small_model):
@@ -172,6 +171,23 @@ def test_eval_mode_is_for_the_call_only(small_model):
 def test_bf16_networks_sample(small_model):
     answer = generate(small_model().bfloat16(), [[1], [2, 3]], sampler=HOT)
     assert all(set(row.token_ids) <= set(range(40)) - {37, 38, 39} for row in answer)
+
+
+def test_confidences_of_a_bf16_network_are_untempered_and_in_fp32(small_model):
+    model, hidden = small_model().bfloat16(), []
+    logits = model.logits
+    model.logits = lambda states: hidden.append(logits(states)) or hidden[-1].clone()
+    events = []
+    sampler = SamplerConfig(steps=2, max_new_tokens=8, eos="suppress", temperature=0.8)
+    generate(model, [1], sampler=sampler, on_event=events.append)
+    for event, raw in zip(events, hidden, strict=True):
+        allowed = raw.double().index_fill(1, torch.tensor([37, 38, 39, *range(40, 48)]), -torch.inf)
+        weighed = event.score_BC[0].isfinite()
+        tokens = event.answer_BC[0, event.committed_BC[0]]
+        exact = allowed[event.committed_BC[0][weighed]].softmax(-1).gather(1, tokens[:, None])[:, 0]
+        found = event.confidence_BC[0, event.committed_BC[0]]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_settings_of_a_long_vocabulary_are_weighed_in_pieces(small_model, monkeypatch):

@@ -11,11 +11,8 @@ from unmask.sampling.settings import CanvasSettings, MaskSettings
 OFF = -torch.inf
 
 
-def test_ban_covers_tokens_and_padded_rows_and_leaves_its_input():
-    logits = torch.zeros(2, 6)
-    banned = rules.ban(logits, (1, 99), 4)
-    assert banned.tolist() == [[0, OFF, 0, 0, OFF, OFF]] * 2
-    assert logits.eq(0).all()
+def test_ban_covers_tokens_and_padded_rows():
+    assert rules.ban_(torch.zeros(2, 6), (1, 99), 4).tolist() == [[0, OFF, 0, 0, OFF, OFF]] * 2
 
 
 def test_choose_without_temperature_is_argmax():
@@ -32,18 +29,47 @@ def test_choose_samples_the_tempered_softmax(temperature):
     assert shares[3] == 0
 
 
-def test_confidence_is_the_untempered_probability_in_fp32_even_for_bf16_logits():
-    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tokens = logits.argmax(-1)
-    found = rules.confidence(logits, tokens, None)
-    assert found.dtype == torch.float32
-    exact = logits.double().softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+def candidates(logits: torch.Tensor, uniform: torch.Tensor | None = None, first: int = 0) -> rules.Candidates:
+    logits = logits.float()
+    total = rules.log_total(logits)
+    confidence = (rules.logit(logits, logits.argmax(-1)) - total).exp()
+    return rules.Candidates(logits, total, confidence, torch.arange(len(logits)) + first, uniform)
 
 
-def test_random_order_is_the_number_that_was_drawn():
-    uniform = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert rules.random_order(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), uniform).tolist() == [0.25, 0.75]
+def test_the_log_total_is_the_same_in_the_memory_of_the_logits():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 30
+    logits[:, 4] = OFF
+    kept = logits.clone()
+    total = rules.log_total(logits)
+    assert torch.equal(logits, kept)
+    torch.testing.assert_close(rules.log_total(logits, overwrite=True), total)
+    torch.testing.assert_close(total.double(), kept.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_scores_are_what_their_formulas_say():
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * 3
+    logits[:, 7] = OFF
+    exact = logits.double().softmax(-1)
+    best = exact.sort(-1, descending=True).values
+    uniform = torch.linspace(0, 1, 6, dtype=torch.float64)
+    found = {name: score.measure(candidates(logits, uniform, 3)) for name, score in rules.SCORES.items()}
+    expected = {
+        "low_confidence": best[:, 0],
+        "entropy": (exact * exact.clamp(min=1e-300).log()).sum(-1),
+        "margin": best[:, 0] - best[:, 1],
+        "random": uniform,
+        "left_to_right": -torch.arange(3.0, 9.0),
+    }
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name].double(), values.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_of_a_certain_position_are_the_highest_there_are():
+    logits = torch.full((1, 5), OFF).index_fill(1, torch.tensor(2), 4.0)
+    for name, value in (("low_confidence", 1.0), ("entropy", 0.0), ("margin", 1.0)):
+        assert rules.SCORES[name].measure(candidates(logits)).tolist() == [value]
+    assert rules.margin(candidates(torch.zeros(1, 1))).tolist() == [1.0]
 
 
 def settle(rule: str, scores: list[float], active: list[int], quota: int = 1, **fields) -> list[int]:
@@ -71,6 +97,41 @@ def test_threshold_takes_all_at_or_above_it_and_at_least_one():
     assert settle("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.5) == [1, 3]
     assert settle("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.8) == [3]
     assert settle("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.0) == [1, 2, 3]
+
+
+def test_factor_takes_the_longest_run_of_sure_enough_positions_and_at_least_one():
+    # With f = 1 the first of r positions must have at least 1/2, 2/3, 3/4, 4/5.
+    assert settle("factor", [0.7, 0.9, 0.76, 0.4], [1, 1, 1, 1], factor=1.0) == [1, 2]
+    assert settle("factor", [0.76, 0.9, 0.8, 0.4], [1, 1, 1, 1], factor=1.0) == [0, 1, 2]
+    assert settle("factor", [0.7, 0.9, 0.1, 0.1], [1, 1, 1, 1], factor=1.0) == [0, 1]
+    # The second fails though the third's bound, which is higher, cannot be met either: a run ends where it breaks.
+    assert settle("factor", [0.9, 0.6, 0.6, 0.6], [1, 1, 1, 1], factor=1.0) == [0]
+    assert settle("factor", [0.1, 0.4, 0.3, 0.2], [1, 1, 1, 1], factor=1.0) == [1]
+    assert settle("factor", [0.99, 0.1, 0.3, OFF], [0, 1, 1, 1], factor=9.0) == [1, 2]
+    assert settle("factor", [OFF, OFF], [0, 1], factor=0.0) == [1]
+
+
+@given(
+    scores=st.lists(st.integers(0, 64).map(lambda n: n / 64), min_size=1, max_size=12),
+    factor=st.sampled_from([0.0, 0.25, 1.0, 3.0]),
+)
+@settings(deadline=None, max_examples=60)
+def test_factor_equals_the_loop_that_defines_it(scores, factor):
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    run = 0
+    while run < len(order) and scores[order[run]] >= 1 - factor / (run + 2):
+        run += 1
+    assert settle("factor", scores, [1] * len(scores), factor=factor) == sorted(order[: max(run, 1)])
+
+
+def test_an_entropy_rule_settles_one_where_all_are_put_off():
+    found = rules.RULES["entropy_bound"](
+        torch.tensor([[OFF, OFF, OFF]]),
+        torch.tensor([[False, True, True]]),
+        torch.zeros(1),
+        MaskSettings(remasking="entropy", entropy_bound=0.1),
+    )
+    assert found.tolist() == [[False, True, False]]
 
 
 @given(data=st.data(), width=st.integers(1, 12))

@@ -6,16 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from unmask.errors import ModelError, SamplingError
+from unmask.sampling.presets import PRESETS
 from unmask.sampling.settings import (
     CanvasSettings,
     MaskSettings,
     SamplerConfig,
-    block_quotas,
-    block_sizes,
     canvas_defaults,
     resolve,
 )
@@ -46,6 +43,13 @@ from unmask.sampling.settings import (
         ("stability_threshold", -1, "at least 0"),
         ("stability_threshold", 1.0, "integer"),
         ("confidence_threshold", "sure", "number"),
+        ("factor", -1.0, "at least 0"),
+        ("refresh_interval", 0, "at least 1"),
+        ("revise_threshold", float("nan"), "finite"),
+        ("remasking", "entropi", "did you mean 'entropy'"),
+        ("cache", "duel", "did you mean 'dual'"),
+        ("revise", "remaks", "did you mean 'remask'"),
+        ("preset", "fats", "did you mean 'fast'"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(field, value, says):
@@ -53,39 +57,105 @@ def test_a_bad_setting_is_refused_by_name(field, value, says):
         SamplerConfig(**{field: value})
 
 
-def test_a_threshold_needs_a_confidence():
-    with pytest.raises(SamplingError, match="^remasking: random scores cannot be compared with threshold 0.9; use"):
-        SamplerConfig(remasking="random", threshold=0.9)
-    assert MaskSettings(remasking="random").rule == "quota"
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"remasking": "random", "threshold": 0.9},
+            "remasking: random scores cannot be compared with threshold 0.9; use",
+        ),
+        ({"remasking": "entropy", "factor": 1.0}, "remasking: entropy scores cannot be compared with factor 1.0; use"),
+        ({"remasking": "margin", "entropy_bound": 0.1}, "remasking: margin .* entropy_bound 0.1; use entropy"),
+        ({"threshold": 0.9, "factor": 1.0}, "threshold: cannot be set together with factor"),
+        ({"factor": 1.0, "entropy_bound": 1.0}, "factor: cannot be set together with entropy_bound"),
+    ],
+)
+def test_rules_and_scores_that_do_not_go_together_are_refused(fields, says):
+    with pytest.raises(SamplingError, match=f"^{says}"):
+        SamplerConfig(**fields)
 
 
-def test_steps_are_shared_over_blocks_with_the_remainder_first():
-    sampler = MaskSettings(steps=7, max_new_tokens=20, block_size=8)
-    assert block_sizes(20, 8) == (8, 8, 4)
-    assert block_quotas(sampler) == ((3, 3, 2), (4, 4), (2, 2))
+@pytest.mark.parametrize(
+    ("fields", "rule", "score"),
+    [
+        ({}, "quota", "low_confidence"),
+        ({"remasking": "random"}, "quota", "random"),
+        ({"threshold": 0.9, "remasking": "margin"}, "threshold", "margin"),
+        ({"factor": 1.0}, "factor", "low_confidence"),
+        ({"entropy_bound": 0.2}, "entropy_bound", "entropy"),
+    ],
+)
+def test_the_rule_follows_from_what_is_set(fields, rule, score):
+    settings = resolve(SamplerConfig(**fields), MaskSettings())
+    assert (settings.rule, settings.score) == (rule, score)
 
 
-def test_a_block_longer_than_the_answer_is_one_short_block():
-    assert block_quotas(MaskSettings(steps=3, max_new_tokens=5, block_size=32)) == ((2, 2, 1),)
+def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made():
+    with pytest.raises(SamplingError, match="^remasking: low_confidence scores"):
+        MaskSettings(entropy_bound=0.2)
 
 
-def test_every_block_has_a_step_however_few_there_are():
-    assert block_quotas(MaskSettings(steps=1, max_new_tokens=8, block_size=2)) == ((2,), (2,), (2,), (2,))
+@pytest.mark.parametrize(
+    ("fields", "defaults", "says"),
+    [
+        ({"cache": "block"}, MaskSettings(), "cache: block .* both ways; LLaDA takes none, prefix, dual"),
+        ({"cache": "prefix"}, CanvasSettings(), "cache: prefix approximates .*; DiffusionGemma takes block, none"),
+        ({"cache": "dual"}, CanvasSettings(), "cache: dual approximates"),
+        ({"revise": "redraw"}, MaskSettings(), "revise: LLaDA's sampler has no redraw; use none or remask or edit"),
+        ({"revise": "none"}, CanvasSettings(), "revise: DiffusionGemma's sampler has no none; use redraw"),
+        ({"refresh_interval": 4}, MaskSettings(), "refresh_interval: there is no cache"),
+        ({"revise_threshold": 0.5}, MaskSettings(), "revise_threshold: nothing is revised"),
+        ({"refresh_interval": 4}, CanvasSettings(), "refresh_interval: DiffusionGemma's sampler has no such setting"),
+        ({"factor": 1.0}, CanvasSettings(), "factor: DiffusionGemma's sampler has no such setting"),
+    ],
+)
+def test_what_a_family_does_not_permit_is_refused_by_name(fields, defaults, says):
+    with pytest.raises(SamplingError, match=f"^{says}"):
+        resolve(SamplerConfig(**fields), defaults)
 
 
-def test_steps_that_settle_nothing_are_left_out():
-    assert block_quotas(MaskSettings(steps=100, max_new_tokens=3, block_size=2)) == ((1, 1), (1,))
+def test_what_is_approximate_says_so():
+    assert MaskSettings().exact and CanvasSettings().exact and CanvasSettings(cache="none").exact
+    assert MaskSettings(threshold=0.5, revise="remask").approximations == ()
+    prefix = MaskSettings(cache="prefix")
+    assert not prefix.exact and prefix.cuts
+    assert "prefix cache, computed anew at block starts" in prefix.approximations
+    often = MaskSettings(cache="dual", refresh_interval=4, revise="edit")
+    assert often.approximations == ("dual cache, computed anew at block starts and every 4 calls",) and not often.cuts
+    assert MaskSettings(cache="dual", refresh_interval=1).exact  # every call is a full forward
 
 
-@given(steps=st.integers(1, 70), length=st.integers(1, 40), block=st.integers(1, 50))
-@settings(deadline=None, max_examples=100)
-def test_quotas_fill_every_block_and_fall(steps, length, block):
-    quotas = block_quotas(MaskSettings(steps=steps, max_new_tokens=length, block_size=block))
-    assert tuple(sum(quota) for quota in quotas) == block_sizes(length, block)
-    assert sum(block_sizes(length, block)) == length
-    for quota in quotas:
-        assert min(quota) >= 1 and max(quota) - min(quota) <= 1 and list(quota) == sorted(quota, reverse=True)
-    assert sum(map(len, quotas)) <= max(steps, len(quotas))
+def test_a_preset_is_the_families_own_and_what_is_given_wins_over_it():
+    fast = resolve(SamplerConfig(preset="fast"), MaskSettings())
+    assert fast == MaskSettings(**PRESETS["LLaDA"]["fast"]) and not fast.exact
+    assert resolve(SamplerConfig(preset="reference"), MaskSettings(steps=9)) == MaskSettings(steps=9)
+    stored = CanvasSettings(block_size=16, t_min=0.1)
+    expected = {"block_size": 16, "t_min": 0.1} | PRESETS["DiffusionGemma"]["balanced"] | {"steps": 7}
+    assert resolve(SamplerConfig(preset="balanced", steps=7), stored) == CanvasSettings(**expected)
+    assert resolve(SamplerConfig(preset="fast", cache="none"), MaskSettings()).cache == "none"
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"steps": 8}, "quota"),
+        ({"factor": 1.0}, "factor"),
+        ({"entropy_bound": 0.3}, "entropy_bound"),
+        ({"remasking": "random"}, "quota"),
+        ({"threshold": 0.5}, "threshold"),
+        ({"max_new_tokens": 8}, "threshold"),
+    ],
+)
+def test_a_given_schedule_rule_or_score_takes_the_place_of_the_presets_rule(given, rule):
+    settings = resolve(SamplerConfig(preset="fast", **given), MaskSettings())
+    assert settings.rule == rule and settings.cache == "dual"
+    assert all(getattr(settings, name) == value for name, value in given.items())
+
+
+def test_every_family_has_every_preset():
+    assert set(PRESETS) == {MaskSettings.family, CanvasSettings.family}
+    assert all(set(presets) == {"reference", "balanced", "fast"} for presets in PRESETS.values())
+    assert all(not presets["reference"] for presets in PRESETS.values())
 
 
 def test_settings_need_no_torch():
@@ -139,7 +209,7 @@ def test_lladas_settings_are_refused_for_a_canvas_by_name(field, value):
         resolve(SamplerConfig(**{field: value}), CanvasSettings())
 
 
-@pytest.mark.parametrize("field", ["entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"])
+@pytest.mark.parametrize("field", ["t_min", "t_max", "stability_threshold", "confidence_threshold"])
 def test_a_canvass_settings_are_refused_for_llada_by_name(field):
     with pytest.raises(SamplingError, match=f"^{field}: LLaDA's sampler has no such setting"):
         resolve(SamplerConfig(**{field: 1}), MaskSettings())

@@ -26,7 +26,7 @@ def test_a_run_directory_holds_what_the_design_says(tiny, train_tiny: Train, tmp
         tmp_path, step_scheduler__ckpt_every_steps=2, step_scheduler__val_every_steps=4,
         validation_dataset=tiny.validation(),
     )  # fmt: skip
-    run = train_tiny(values)
+    run = train_tiny(values, draw=True)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.yaml", "metrics.jsonl", "loss.png", "step_2", "step_4", "step_6", "latest",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,85 @@ from unmask.training.checkpoint import checkpoints, verify
 STEPS = 60
 Train = Callable[..., Any]
 
-# The pieces that a random kill meets by chance, met on purpose: what SIGKILL interrupts is the n-th call.
-KILL_IN_SAVE = (
-    "import os, signal, sys\n"
-    "from unmask.training import checkpoint\n"
-    "name, left = sys.argv[1], int(sys.argv[2])\n"
-    "function = getattr(checkpoint, name)\n"
-    "def fatal(*arguments):\n"
-    "    global left\n"
-    "    left -= 1\n"
-    "    if left < 0:\n"
-    "        os.kill(os.getpid(), signal.SIGKILL)\n"
-    "    return function(*arguments)\n"
-    "setattr(checkpoint, name, fatal)\n"
-    "from unmask.cli import main\n"
-    "sys.exit(main(['train', '-c', sys.argv[3]]))\n"
-)
+# Forks a process for each command line that it reads, so that torch is imported once: prints its id, and how it ended.
+# `fatal` is for the moments that a random kill meets by chance, met on purpose: SIGKILL in the n-th call of a function.
+SERVER = """
+import json, os, signal, sys
+import torch.optim, transformers, unmask.assemble, unmask.data.chat, unmask.data.loader
+import unmask.training.loop, unmask.training.network, unmask.training.resume
+from unmask.cli import main
+from unmask.training import checkpoint
+
+def fatal(name, left):
+    function = getattr(checkpoint, name)
+    def call(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    setattr(checkpoint, name, call)
+
+for line in sys.stdin:
+    words, moment = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if moment:
+            fatal(*moment)
+        sys.exit(main(words))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Server:
+    """Runs `unmask train -c PATH` in processes of their own, one at a time."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors
+        with errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER], env=environment(), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+            )  # fmt: skip
+
+    def start(self, path: Path, moment: tuple[str, int] | None = None) -> int:
+        """Return the id of a process that trains, and is killed in a call of a function if a moment names one."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([["train", "-c", str(path)], moment]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline() or self.failed())
+
+    def ended(self) -> int:
+        """Wait for the process that was started last; return its exit status, below 0 for a signal."""
+        assert self.process.stdout
+        return int(self.process.stdout.readline() or self.failed())
+
+    def kill_at(self, path: Path, root: Path, step: int) -> int:
+        """Train, end it with SIGKILL after some step, and return its exit status."""
+        child = self.start(path)
+        wait_for_step(lambda: self.alive(child), root, step)
+        with contextlib.suppress(ProcessLookupError):  # a run near its end may have reached it
+            os.kill(child, signal.SIGKILL)
+        return self.ended()
+
+    def alive(self, child: int) -> bool:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def failed(self) -> str:
+        raise AssertionError(self.errors.read_text())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server") / "errors")
+    yield running
+    running.process.communicate()
 
 
 def config(tiny, root: Path, **changes: object) -> dict:
@@ -54,19 +118,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def start(tiny, values: dict, path: Path) -> subprocess.Popen:
-    tiny.write(path, values)
-    words = [sys.executable, "-m", "unmask", "train", "-c", str(path)]
-    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(process: subprocess.Popen, root: Path, step: int) -> None:
+def wait_for_step(alive: Callable[[], bool], root: Path, step: int) -> None:
     log = root / "metrics.jsonl"
-    while process.poll() is None:
-        if log.exists() and log.read_bytes().count(b'"event": "train"') >= step:
-            return
+    while not log.exists() or log.read_bytes().count(b'"event": "train"') < step:
+        assert alive(), f"the run ended before step {step}"
         time.sleep(0.002)
-    raise AssertionError(process.communicate())
 
 
 def losses(root: Path) -> dict[int, float]:
@@ -90,27 +146,21 @@ def assert_same_as(reference: Path, root: Path) -> None:
     assert not list(root.glob(".*.part"))
 
 
-def test_killed_at_some_step(tiny, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
+def test_killed_at_some_step(tiny, server: Server, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
     values = config(tiny, tmp_path / "run")
-    process = start(tiny, values, tmp_path / "run.yaml")
-    wait_for_step(process, tmp_path / "run", 24)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert server.kill_at(tiny.write(tmp_path / "run.yaml", values), tmp_path / "run", 24) == -signal.SIGKILL
     resumed = train_tiny(values)
     assert "resuming from" in resumed.output
     assert_same_as(reference, tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_killed_ten_times_in_one_run(tiny, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
+@pytest.mark.timeout(300)
+def test_killed_ten_times_in_one_run(tiny, server: Server, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
     values = config(tiny, tmp_path / "run")
+    path = tiny.write(tmp_path / "run.yaml", values)
     for step in (1, 3, 8, 13, 20, 27, 33, 41, 48, 56):
-        process = start(tiny, values, tmp_path / "run.yaml")
-        wait_for_step(process, tmp_path / "run", step)
-        process.kill()
-        process.communicate()
+        server.kill_at(path, tmp_path / "run", step)
         for folder in checkpoints(tmp_path / "run"):
             verify(folder)
     train_tiny(values)
@@ -118,15 +168,15 @@ def test_killed_ten_times_in_one_run(tiny, train_tiny: Train, tmp_path: Path, re
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("name", "calls"), [("_crc32", 0), ("_crc32", 12), ("_to_disk", 0), ("_to_disk", 15), ("_point_latest", 1)]
 )
-def test_killed_inside_a_save(tiny, train_tiny: Train, tmp_path: Path, reference: Path, name: str, calls: int) -> None:
+def test_killed_inside_a_save(
+    tiny, server: Server, train_tiny: Train, tmp_path: Path, reference: Path, name: str, calls: int
+) -> None:
     values = config(tiny, tmp_path / "run")
-    tiny.write(tmp_path / "run.yaml", values)
-    words = [sys.executable, "-c", KILL_IN_SAVE, name, str(calls), str(tmp_path / "run.yaml")]
-    assert subprocess.run(words, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    server.start(tiny.write(tmp_path / "run.yaml", values), (name, calls))
+    assert server.ended() == -signal.SIGKILL
     for folder in checkpoints(tmp_path / "run"):
         verify(folder)
     if (tmp_path / "run" / "latest").is_symlink():
@@ -135,31 +185,26 @@ def test_killed_inside_a_save(tiny, train_tiny: Train, tmp_path: Path, reference
     assert_same_as(reference, tmp_path / "run")
 
 
-def test_a_signal_saves_and_ends_cleanly(tiny, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
+def test_a_signal_to_the_process_group_saves_and_ends_cleanly(
+    tiny, train_tiny: Train, tmp_path: Path, reference: Path
+) -> None:
+    """As Ctrl-C and batch systems do: the loader's worker gets it too."""
     values = config(tiny, tmp_path / "run")
-    process = start(tiny, values, tmp_path / "run.yaml")
-    wait_for_step(process, tmp_path / "run", 10)
-    process.terminate()
+    path = tiny.write(tmp_path / "run.yaml", {**values, "dataloader": {"num_workers": 1}})
+    words = [sys.executable, "-m", "unmask", "train", "-c", str(path)]
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_step(lambda: process.poll() is None, tmp_path / "run", 10)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     stopped = max(losses(tmp_path / "run"))
     assert stopped < STEPS and f"SIGTERM after step {stopped}; run directory: " in out
     assert os.readlink(tmp_path / "run" / "latest") == f"step_{stopped}"
+    verify(tmp_path / "run" / "latest")
     train_tiny(values)
     assert_same_as(reference, tmp_path / "run")
-
-
-def test_a_signal_to_the_process_group_saves_and_ends_cleanly(tiny, tmp_path: Path) -> None:
-    path = tiny.write(tmp_path / "run.yaml", config(tiny, tmp_path / "run", dataloader__num_workers=1))
-    words = [sys.executable, "-m", "unmask", "train", "-c", str(path), "--step_scheduler.max_steps", "100000"]
-    process = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    wait_for_step(process, tmp_path / "run", 10)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "") and "SIGTERM after step" in out
-    verify(tmp_path / "run" / "latest")
 
 
 @pytest.mark.parametrize(

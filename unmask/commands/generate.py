@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.commands.flags import command, flag
+from unmask.commands.sampling_flags import add_sampling_flags, sampler_from
 from unmask.errors import ConfigError, SamplingError
 
 _GENERATE_HELP = """\
@@ -24,35 +25,22 @@ def add(commands: Any) -> None:
     flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
     flag(parser, "prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to apply")
-    flag(parser, "steps", type=int, help="denoising steps (LLaDA 128 an answer, DiffusionGemma 48 a canvas)")
-    flag(parser, "max_new_tokens", type=int, help="longest answer, in tokens (LLaDA 128, DiffusionGemma 256)")
-    flag(parser, "eos", help="end-of-text token: allow (default), suppress or (LLaDA) defer")
-    llada = parser.add_argument_group("LLaDA")
-    flag(llada, "block_size", type=int, help="tokens of a denoising block (32)")
-    flag(llada, "temperature", type=float, help="Gumbel noise; 0 is greedy (0)")
-    flag(llada, "remasking", help="low_confidence (default) or random")
-    flag(llada, "threshold", type=float, help="settle all tokens with at least this confidence; steps is then unused")
-    flag(llada, "cfg_scale", type=float, help="classifier-free guidance (0, off)")
-    gemma = parser.add_argument_group("DiffusionGemma (in brackets: where generation_config.json has nothing)")
-    flag(gemma, "entropy_bound", type=float, help="accept tokens whose summed entropy is within this, in nats (0.1)")
-    flag(gemma, "t_min", type=float, help="temperature towards a canvas's last step (0.4)")
-    flag(gemma, "t_max", type=float, help="temperature of a canvas's first step (0.8)")
-    flag(gemma, "stability_threshold", type=int, help="steps without change before a canvas may stop early (1)")
-    flag(gemma, "confidence_threshold", type=float, help="mean entropy below which it then stops, in nats (0.005)")
+    add_sampling_flags(parser)
     flag(parser, "raw", action="store_true", help="take prompts literally, without a chat template")
     flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
     flag(parser, "batch_size", type=int, help="prompts denoised together")
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
+    flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine; they share prompts")
+    flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
     flag(parser, "output", metavar="FILE.jsonl", help="write a record per answer instead of printing the texts")
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
-    from unmask.sampling.settings import SamplerConfig, default_settings, resolve
+    from unmask.sampling.settings import default_settings, resolve
 
-    names = [field.name for field in dataclasses.fields(SamplerConfig)]
-    sampler = SamplerConfig(**{name: getattr(arguments, name) for name in names})
+    sampler = sampler_from(arguments)
     for prompt in arguments.prompt:
         if not prompt.strip():
             raise SamplingError("--prompt: the text is empty; write what the model should answer")
@@ -73,19 +61,24 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.distributed.ranks import join
     from unmask.distributed.rows import divide_rows
     from unmask.distributed.runtime import own_device, pick_device
-    from unmask.models.registry import load_model, plan_folder
+    from unmask.models.registry import plan_folder
     from unmask.models.tokenizer import load_tokenizer
     from unmask.training.export import tokenizer_folder
 
     plan = plan_folder(folder, "--checkpoint")
     settings = resolve(sampler, default_settings(plan.config, read_generation(Path(folder))))
     source = tokenizer_folder(folder, arguments.adapter)
+    if arguments.nproc_per_node not in (None, 1):
+        from unmask.distributed.launch import relaunch
+
+        return relaunch(arguments.words, arguments.nproc_per_node)
     device = own_device(pick_device(arguments.device))
     ranks = join(device)
     tokenizer = load_tokenizer(str(source), "--checkpoint")
-    model = load_model(folder, arguments.dtype, device, arguments.adapter)
+    from unmask.distributed.answering import load_for_answers
     from unmask.sampling.generate import generate
 
+    model, together = load_for_answers(folder, arguments.dtype, device, arguments.adapter, ranks, arguments.shard)
     answers = divide_rows(
         list(arguments.prompt),
         ranks,
@@ -98,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             raw=arguments.raw,
             batch_size=arguments.batch_size,
         ),
+        together,
     )
     if not ranks.first:
         return 0

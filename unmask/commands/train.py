@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         return 0
     root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")
+    if outcome.best is not None:
+        print(f"best {outcome.best.metric}: {outcome.best.value:.4f} after step {outcome.best.step}, {root / 'best'}")
     if outcome.reason.startswith("SIG"):
         print("the same command resumes this run where it stopped")
     return 0

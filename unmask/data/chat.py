@@ -31,6 +31,7 @@ __all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "templat
 
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "set dataset.chat_template: llada or diffusion_gemma, or the path of a template with {% generation %} tags"
+_CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # how control tokens look in our own templates
 Rendered = tuple[str, list[Span | None]]  # the text, and its stretches
 _PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
 
@@ -68,8 +69,8 @@ def load_template(
         for_training: refuse a template that does not show where answers start; prompts do not need to know.
 
     Raises:
-        DataError: no template, one that cannot be read or does not know a variable, or (for training) one that does
-            not show where answers start.
+        DataError: no template, one that cannot be read or does not know a variable, one of ours for another family's
+            tokenizer, or (for training) one that does not show where answers start.
     """
     if chat_template is not None:
         source, name = read_template(chat_template), chat_template
@@ -85,9 +86,23 @@ def load_template(
     controls.update(tokenizer.all_special_tokens)
     controls.update(token for token in tokenizer.convert_ids_to_tokens(list(control_ids)) if token)
     template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(controls))
+    if chat_template in template_names():
+        _check_vocabulary(template)
     if for_training:
         template.check(supervise_reasoning)
     return template
+
+
+def _check_vocabulary(template: ChatTemplate) -> None:
+    """Refuse a template of ours whose control tokens the tokenizer would spell out in characters."""
+    written = dict.fromkeys(_CONTROL.findall(template.render(_PROBE)))
+    unknown = [token for token in written if len(template.tokenizer.encode(token, add_special_tokens=False)) != 1]
+    if unknown:
+        raise DataError(
+            f"dataset.chat_template: {template.name} writes {', '.join(unknown)}, which this tokenizer has not among "
+            "its tokens, so they would be spelt out as text; name the template of the model's family (one of "
+            f"{', '.join(template_names())}), or in dataset.tokenizer the tokenizer of the template's"
+        )
 
 
 @dataclass(frozen=True)

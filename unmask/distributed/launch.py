@@ -52,6 +52,25 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
     return 0
 
 
+def relaunch(words: Sequence[str], processes: int) -> int:
+    """Run this very command line of `unmask` in several processes; return its exit status.
+
+    Args:
+        words: the command line, `--nproc-per-node N` in it.
+        processes: N.
+
+    Raises:
+        ConfigError: as `launch`.
+    """
+    spellings = ("--nproc-per-node", "--nproc_per_node")
+    rest, skip = [], False
+    for word in words:
+        if not skip and word not in spellings and word.partition("=")[0] not in spellings:
+            rest.append(word)
+        skip = not skip and word in spellings
+    return launch("unmask", rest, processes)
+
+
 def leave_status(status: int) -> None:
     """Note rank 0's exit status for the launcher that started it, if `launch` did."""
     note = os.environ.get(_STATUS)

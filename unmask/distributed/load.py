@@ -5,35 +5,34 @@ The network is built and sharded on the meta device, so that memory is taken for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from unmask.distributed.mesh import Meshes
-from unmask.distributed.runtime import Runtime
+from unmask.distributed.ranks import Ranks
 from unmask.distributed.shard import Piece, pieces, whole_view
 from unmask.errors import TrainingError
+from unmask.models.adapter_files import is_trained
 from unmask.models.family import PLAIN, FileLayout
 from unmask.models.folders import SHARDED, is_plain
 from unmask.models.sharded_folder import MODEL
 from unmask.models.weights import read_slices
 
 
-def allocate(model: nn.Module, runtime: Runtime, offloaded: bool) -> None:
+def allocate(model: nn.Module, device: torch.device, ranks: Ranks, remedy: str) -> None:
     """Give the shards of a network on the meta device memory, its values undefined.
 
     Raises:
-        TrainingError: the device has not enough memory.
+        TrainingError: the device has not enough memory; the message ends in `remedy`.
     """
     try:
-        model.to_empty(device=torch.device("cpu") if offloaded else runtime.device)
+        model.to_empty(device=device)
     except torch.OutOfMemoryError:
-        raise TrainingError(
-            f"rank {runtime.ranks.rank}: the shards of the model do not fit on {runtime.device}; use more processes, "
-            "or set distributed.offload_policy: cpu"
-        ) from None
+        raise TrainingError(f"rank {ranks.rank}: the shards of the model do not fit on {device}; {remedy}") from None
 
 
 def load_folder(model: nn.Module, meshes: Meshes, folder: Path, layout: FileLayout = PLAIN) -> None:
@@ -89,6 +88,25 @@ def load_tensors(model: nn.Module, meshes: Meshes, whole: Iterable[tuple[str, Te
     own = dict(pieces(model, meshes))
     for name, tensor in whole:
         _copy(own[name], tensor[own[name].place] if own[name].place else tensor)
+
+
+def whole_adapter(model: nn.Module) -> nn.Module:
+    """Return a copy of an adapted network on the meta device whose adapter alone is there, on the host, all zeros.
+
+    An adapter is small beside its network: this is the go-between of files, which hold whole matrices, and shards.
+    """
+    adapter = copy.deepcopy(model)
+    for name, parameter in list(adapter.named_parameters()):
+        if is_trained(name):
+            owner, _, own = name.rpartition(".")
+            value = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+            setattr(adapter.get_submodule(owner), own, value)
+    return adapter
+
+
+def adapter_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (state-dict key, tensor) of what an adapter trains."""
+    return ((name, parameter) for name, parameter in adapter.named_parameters() if is_trained(name))
 
 
 @torch.no_grad()

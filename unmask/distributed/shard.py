@@ -37,21 +37,23 @@ class ShardPlan:
         blocks: path of the list of blocks.
         methods: methods of the network, other than forward, that run blocks; FSDP2 hooks module calls alone.
         experts: name of a block's mixture of experts; None where a family has none.
+        over_tokens: method that runs every block once, given token ids (B, L) alone; None = forward.
         forward_passes, backward_passes: how often a step runs the blocks for a micro-batch, for counting what travels.
     """
 
     blocks: str
     methods: tuple[str, ...] = ()
     experts: str | None = None
+    over_tokens: str | None = None
     forward_passes: int = 1
     backward_passes: int = 1
 
 
 # model_type → its plan. A family that is to run on several ranks needs a line here.
 PLANS: dict[str, ShardPlan] = {
-    "llada": ShardPlan("model.transformer.blocks"),
+    "llada": ShardPlan("model.transformer.blocks", ("forward_window",)),
     # Encoder, self-conditioning pass (without gradient, in the steps that have one), decoder.
-    "diffusion_gemma": ShardPlan("model.decoder.layers", ("encode", "decode"), "experts", 3, 2),
+    "diffusion_gemma": ShardPlan("model.decoder.layers", ("encode", "decode"), "experts", "encode", 3, 2),
 }
 
 

@@ -1,11 +1,22 @@
-"""Grading answers in GSM8K's format: the result stands after `####` (Cobbe et al. 2021, arXiv 2110.14168, appendix)."""
+"""Grading answers as the benchmarks do: what is taken out of a text, and when two of them are the same.
+
+GSM8K: the result stands after `####` (Cobbe et al. 2021, arXiv 2110.14168, appendix); an answer without the mark is
+judged by its last number, as lm-evaluation-harness's `flexible-extract` does. Expressions are compared by math-verify.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.errors import MissingDependencyError
 
 _RESULT = re.compile(r"####\s*(-?[0-9.,]+)")
+# A sign counts where no digit stands before it: the last number of "7-3" is 3.
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def final_answer(text: str) -> str | None:
@@ -14,6 +25,113 @@ def final_answer(text: str) -> str | None:
     if found is None:
         return None
     return found[1].replace(",", "").rstrip(".") or None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text without commas and currency, or None when it has none."""
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    found = numbers[-1]
+    sign = "-" if found[0].startswith("-") else ""
+    return sign + found[1].replace(",", "")
+
+
+def number_answer(text: str) -> str | None:
+    """Return the number after `####`, otherwise the last number, otherwise None."""
+    marked = final_answer(text)
+    return last_number(text) if marked is None else marked
+
+
+def plain_answer(text: str) -> str | None:
+    """Return the text with runs of blanks as one, None when nothing is left."""
+    return " ".join(text.split()) or None
+
+
+def _expression(text: str) -> str | None:
+    """Return the expression that math-verify finds in a text, as it shows it; None when it finds none."""
+    found = _parsed(text)
+    return str(found[-1]) if found else None
+
+
+def _same_expression(answer: str, reference: str) -> bool:
+    from math_verify import verify
+
+    return bool(verify(_parsed(reference), _parsed(answer)))
+
+
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return parse(text)
+
+
+@dataclass(frozen=True)
+class Grader:
+    """How answers are judged.
+
+    Attributes:
+        extract: takes out of a text what is compared; None where there is nothing.
+        same: whether an answer's text equals the reference's, given two texts; None compares what was extracted.
+        package: a package that it needs and that the extra `eval` installs; None = none.
+    """
+
+    extract: Callable[[str], str | None]
+    same: Callable[[str, str], bool] | None = None
+    package: str | None = None
+
+
+# name → how answers are judged. A new one is a function or two and a line here.
+GRADERS: dict[str, Grader] = {
+    "number": Grader(number_answer),
+    "text": Grader(plain_answer),
+    "expression": Grader(_expression, _same_expression, "math_verify"),
+}
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The judgement of one answer.
+
+    Attributes:
+        correct: whether it is right.
+        extracted: what was taken out of it; None for nothing, which is never right.
+        expected: the same of the reference.
+    """
+
+    correct: bool
+    extracted: str | None
+    expected: str | None
+
+
+def grade(text: str, reference: str, grader: str = "number") -> Grade:
+    """Judge an answer against its reference.
+
+    Args:
+        text: what the model wrote.
+        reference: the worked answer.
+        grader: a key of GRADERS: `number` (GSM8K's), `text` or `expression`.
+
+    Raises:
+        MissingDependencyError: the grader needs a package that is not installed.
+    """
+    judge = GRADERS[grader]
+    check_grader(grader)
+    extracted, expected = judge.extract(text), judge.extract(reference)
+    if extracted is None or expected is None:
+        return Grade(False, extracted, expected)
+    correct = extracted == expected if judge.same is None else judge.same(text, reference)
+    return Grade(correct, extracted, expected)
+
+
+def check_grader(grader: str) -> None:
+    """Raise MissingDependencyError when a grader's package is not installed; needs nothing heavy."""
+    package = GRADERS[grader].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise MissingDependencyError(
+            f"grading expressions needs {name}, which is not installed; run: pip install 'unmask[eval]'"
+        )
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:

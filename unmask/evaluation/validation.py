@@ -1,23 +1,28 @@
 """Validation loss on noise that never changes: the same rows, levels and masks at every evaluation and in every run.
 
 Corruption levels are stratified over the validation rows, whatever the training uses, and the noise is in a scope of
-its own, so that two points of a curve differ by the model alone.
+its own, so that two points of a curve differ by the model alone. Beside the mean stands the loss by noise level: where
+little is hidden a model learns other things, and at other times, than where nearly all is, and the mean hides that.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from unmask.batch import Batch, Corrupted
+from unmask.batch import Batch, Corrupted, TokenLosses
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.distributed.runtime import Runtime
 from unmask.objectives.registry import Objective
 from unmask.rng import NoiseStream
+
+# Equal parts of the noise levels (0, 1] for which the loss is reported apart.
+BUCKETS = 5
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,24 @@ def fixed_noise(objective: Objective, batches: Sequence[Batch], seed: int, ranks
 @torch.no_grad()
 def validation_losses(
     model: nn.Module, objective: Objective, batches: Sequence[FixedBatch], runtime: Runtime
-) -> dict[str, float]:
-    """Return `loss` and `<term>_loss` over all validation rows of all ranks, nats; the model's mode is restored."""
+) -> dict[str, Any]:
+    """Return what the model loses on all validation rows of all ranks, nats; the model's mode is restored.
+
+    Returns:
+        `loss` and `<term>_loss`, normalised as in training; `loss_by_noise_level`: for each of five equal parts of the
+        noise levels, from the least noise to the most, the mean cross-entropy of a scored token (a masked one, or any
+        of a canvas), not weighted; None where no token fell.
+    """
     was_training = model.training
     model.eval()
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     for part in batches:
         with runtime.autocast():
-            terms = objective.loss(model, part.noisy.to(runtime.device))
-        for name, term in terms.terms.items():
-            sums[name] = sums.get(name, 0.0) + (float(term.sum) if part.counted else 0.0)
-            counts[name] = counts.get(name, 0.0) + (term.count if part.counted else 0.0)
+            terms = objective.token_losses(model, part.noisy.to(runtime.device))
+        for name, term in terms.items():
+            found = _sums(term) if part.counted else torch.zeros(2 + 2 * BUCKETS, dtype=torch.float64)
+            sums[name] = sums[name] + found if name in sums else found
             weights[name] = term.weight
     model.train(was_training)
     if runtime.meshes is not None:
@@ -78,6 +88,30 @@ def validation_losses(
 
         free_gathered(model)
     names = sorted(sums)
-    totals = runtime.ranks.sum([*(sums[name] for name in names), *(counts[name] for name in names)])
-    losses = {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names)}
-    return {"loss": sum(weights[n] * v for n, v in losses.items()), **{f"{n}_loss": v for n, v in losses.items()}}
+    totals = torch.tensor(runtime.ranks.sum(torch.cat([sums[name] for name in names]).tolist()), dtype=torch.float64)
+    by_term = dict(zip(names, totals.view(len(names), -1), strict=True))
+    losses = {name: float(total[0] / total[1]) for name, total in by_term.items()}
+    return {
+        "loss": sum(weights[name] * value for name, value in losses.items()),
+        **{f"{name}_loss": value for name, value in losses.items()},
+        "loss_by_noise_level": _means(by_term),
+    }
+
+
+def _sums(term: TokenLosses) -> Tensor:
+    """Return the weighted sum of a term and its count, then sum and count of plain cross-entropies in each bucket."""
+    values_N, weights_N = term.cross_entropy_N.double(), term.weights_N.double()
+    found = torch.zeros(2 + 2 * BUCKETS, dtype=torch.float64)
+    found[0], found[1] = (values_N * weights_N).sum(), term.count
+    if term.levels_N is not None:
+        scored_N = (weights_N != 0).double()
+        bucket_N = (term.levels_N * BUCKETS).long().clamp(0, BUCKETS - 1)
+        found[2 : 2 + BUCKETS] = torch.bincount(bucket_N, values_N * scored_N, BUCKETS)
+        found[2 + BUCKETS :] = torch.bincount(bucket_N, scored_N, BUCKETS)
+    return found
+
+
+def _means(by_term: Mapping[str, Tensor]) -> list[float | None]:
+    """Return the mean of each bucket over the terms that have noise."""
+    total = torch.stack(list(by_term.values())).sum(0)[2:].view(2, BUCKETS)
+    return [float(value / count) if count else None for value, count in total.T]

@@ -116,6 +116,11 @@ def quantize_base(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
+def packed_elements(model: nn.Module) -> int:
+    """Return how many parameters the packed tensors of a network stand for; they are not among `parameters()`."""
+    return sum(module.shape.numel() for module in model.modules() if isinstance(module, Packed))
+
+
 def _is_base(name: str, patterns: tuple[str, ...]) -> bool:
     owner = name.removesuffix(".base_layer")
     return ".lora_" not in name and any(fnmatchcase(owner, pattern) for pattern in patterns)

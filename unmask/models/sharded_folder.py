@@ -30,6 +30,12 @@ def stored_sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}  # pyright: ignore
 
 
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the network's tensors of a sharded checkpoint; reads no weights."""
+    sizes = stored_sizes(folder).items()
+    return {name.removeprefix(MODEL): tuple(size) for name, (size, _) in sizes if name.startswith(MODEL)}
+
+
 def read_sharded(folder: Path) -> dict[str, Tensor]:
     """Return the network's tensors of a sharded checkpoint, whole, on the host; needs no process group."""
     sizes = {name: entry for name, entry in stored_sizes(folder).items() if name.startswith(MODEL)}

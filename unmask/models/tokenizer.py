@@ -46,3 +46,18 @@ def load_tokenizer(name: str, where: str = "tokenizer") -> PreTrainedTokenizerBa
     except Exception as error:  # transformers raises many kinds for unreadable files
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{where}: the tokenizer in {folder} cannot be loaded ({reason})") from error
+
+
+def tokenizer_folder(checkpoint: str, adapter: str | None) -> Path:
+    """Return the folder of the tokenizer to use: the adapter's, whose chat template it was trained with, if it has one.
+
+    Raises:
+        ModelError: neither has one.
+    """
+    from unmask.models.adapter_folder import find_adapter
+
+    if adapter is not None:
+        folder = find_adapter(adapter)
+        if any((folder / file).is_file() for file in FILES):
+            return folder
+    return find_tokenizer(checkpoint, "--checkpoint")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unmask.errors import ModelError
 from unmask.models.family import PLAIN, FileLayout
 from unmask.models.folders import INDEX, WEIGHTS, is_plain, weight_files
-from unmask.models.sharded_folder import read_sharded
+from unmask.models.sharded_folder import read_sharded, stored_shapes
 
 SHARD_BYTES = 5 * 10**9
 CARRIED = "carried.safetensors"  # beside the shards of several ranks: what is none of the network's
@@ -26,11 +26,7 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -
     if not is_plain(folder):
         yield from ((key, tensor) for key, tensor in read_sharded(folder).items() if wanted(key))
         return
-    by_file: dict[Path, list[str]] = {}
-    for key, file in weight_files(folder).items():
-        if wanted(key):
-            by_file.setdefault(file, []).append(key)
-    for file, keys in by_file.items():
+    for file, keys in _keys_by_file(folder, wanted).items():
         with safe_open(file, framework="pt") as opened:
             for key in keys:
                 yield key, opened.get_tensor(key)
@@ -123,10 +119,7 @@ def read_slices(
         ModelError: a key too many or too few, or a shape that does not fit; the first one is named.
     """
     missing = dict.fromkeys(shapes)
-    by_file: dict[Path, list[str]] = {}
-    for key, file in weight_files(folder).items():
-        by_file.setdefault(file, []).append(key)
-    for file, keys in by_file.items():
+    for file, keys in _keys_by_file(folder).items():
         with safe_open(file, framework="pt") as opened:
             for key in keys:
                 if layout.carried(key):
@@ -143,6 +136,41 @@ def read_slices(
                 if all(part.stop > part.start for part in places[key]):
                     yield key, stored[places[key] or ...]
     _check_none_missing(missing, folder)
+
+
+def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> None:
+    """Check that a folder has the tensors of a network, from its headers alone: no weight is read.
+
+    That tied tensors which are stored twice are equal is left to loading.
+
+    Raises:
+        ModelError: as `load_weights`.
+    """
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    missing = dict.fromkeys(shapes)
+    for key, shape in _stored_shapes(folder):
+        if not layout.carried(key) and layout.twin(key) not in shapes:
+            _check_fit(key, shape, shapes, folder)
+            del missing[key]
+    _check_none_missing(missing, folder)
+
+
+def _stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if not is_plain(folder):
+        yield from stored_shapes(folder).items()
+        return
+    for file, keys in _keys_by_file(folder).items():
+        with safe_open(file, framework="pt") as opened:
+            for key in keys:
+                yield key, tuple(opened.get_slice(key).get_shape())
+
+
+def _keys_by_file(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[Path, list[str]]:
+    by_file: dict[Path, list[str]] = {}
+    for key, file in weight_files(folder).items():
+        if wanted(key):
+            by_file.setdefault(file, []).append(key)
+    return by_file
 
 
 def _check_fit(key: str, shape: tuple[int, ...], wanted: Mapping[str, torch.Size], folder: Path) -> None:

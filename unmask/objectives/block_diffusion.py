@@ -15,15 +15,15 @@ C positions of a canvas, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, CanvasBatch, LossTerm, LossTerms, rounded_up
+from unmask.batch import Batch, CanvasBatch, LossTerm, LossTerms, TokenLosses, rounded_up
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
-from unmask.objectives.token_loss import linear_cross_entropy
+from unmask.objectives.token_loss import cross_entropies, linear_cross_entropy
 from unmask.rng import NoiseStream
 
 
@@ -111,7 +111,7 @@ class BlockDiffusion:
         coins_B = rng.uniform("self_conditioning", batch.epoch, batch.sample_ids_B, 1)[:, 0] < self.self_conditioning_p
         filled = filled_rows(batch, answers, size, self.eos_token_id)
         return self.noisy(
-            batch, *filled, answers.rows_T, starts_K, canvas_KC, targets_KC, scored_KC,
+            batch, *filled, answers.rows_T, starts_K, canvas_KC, targets_KC, scored_KC, p_K,
             coins_B[answers.rows_T], bool(coins_P.any()),
         )  # fmt: skip
 
@@ -125,6 +125,7 @@ class BlockDiffusion:
         canvas_ids_KC: Tensor,
         targets_KC: Tensor,
         scored_KC: Tensor,
+        levels_K: Tensor,
         conditioned_K: Tensor,
         conditioning: bool,
     ) -> CanvasBatch:
@@ -135,6 +136,7 @@ class BlockDiffusion:
             encoder_ids_BL, attended_BL: what the encoder reads, padded on the right, and where it is text.
             rows_K, starts_K: row and first position of each canvas.
             canvas_ids_KC, targets_KC, scored_KC: noisy and clean tokens, and which of them are there and scored.
+            levels_K: chance of each canvas's tokens to be replaced, in (0, 1].
             conditioned_K: bool, canvases that see their own first prediction.
             conditioning: whether a canvas on any rank does.
         """
@@ -157,6 +159,7 @@ class BlockDiffusion:
             targets_KC=targets_KC,
             scored_KC=scored_KC,
             canvas_mask_KC=None if bool(scored_KC.all()) else scored_KC,
+            levels_K=levels_K.float(),
             conditioned_S=conditioned_S,
             conditioned_starts=() if conditioned_S is None else tuple(starts_K[conditioned_S].tolist()),
             conditioned_weight_S=weight_S,
@@ -165,6 +168,26 @@ class BlockDiffusion:
 
     def loss(self, model: Any, noisy: CanvasBatch) -> LossTerms:
         """Encode the clean rows once, decode the canvases once or twice, and score both."""
+        terms = {}
+        for name, scored in self._scored(model, noisy).items():
+            hidden_ND, weight_VD, bias_V = model.head_inputs(scored.hidden_ND)
+            total = linear_cross_entropy(
+                hidden_ND, weight_VD, bias_V, scored.targets_N, scored.weights_N, softcap=model.softcap
+            )
+            terms[name] = LossTerm(total, noisy.counts[name], scored.weight)
+        return LossTerms(terms)
+
+    @torch.no_grad()
+    def token_losses(self, model: Any, noisy: CanvasBatch) -> dict[str, TokenLosses]:
+        """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
+        found = {}
+        for name, scored in self._scored(model, noisy).items():
+            values_N = cross_entropies(*model.head_inputs(scored.hidden_ND), scored.targets_N, softcap=model.softcap)
+            found[name] = TokenLosses(values_N, scored.weights_N, scored.levels_N, noisy.counts[name], scored.weight)
+        return found
+
+    def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, _Scored]:
+        """Run the network; return what there is to score for each term."""
         encoded = model.encode(noisy.encoder_ids_BL)
         signal_KCD = self._signal(model, noisy, encoded)
         hidden_KCD = model.decode(
@@ -175,16 +198,14 @@ class BlockDiffusion:
             starts=noisy.starts,
             canvas_mask=noisy.canvas_mask_KC,
         )
-        terms = {}
+        levels_N = noisy.levels_K[:, None].expand(noisy.scored_KC.shape).flatten()
         weights_N = noisy.scored_KC.flatten().float()
-        total = _cross_entropy(model, hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N)
-        terms["diffusion"] = LossTerm(total, noisy.counts["diffusion"])
+        terms = {"diffusion": _Scored(hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N, levels_N, 1.0)}
         if self.encoder_loss_weight:
             hidden_ND = encoded.hidden_BLD.flatten(0, 1)[noisy.encoder_positions_N]
             ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
-            total = _cross_entropy(model, hidden_ND, noisy.encoder_targets_N, ones_N)
-            terms["encoder"] = LossTerm(total, noisy.counts["encoder"], self.encoder_loss_weight)
-        return LossTerms(terms)
+            terms["encoder"] = _Scored(hidden_ND, noisy.encoder_targets_N, ones_N, None, self.encoder_loss_weight)
+        return terms
 
     def shown(self, noisy: CanvasBatch, row: int) -> Shown:
         """Return the first canvas of a row with its replaced tokens."""
@@ -253,6 +274,11 @@ class _RowDraws:
         return drawn_TN[:, 0] if numbers == 1 else drawn_TN
 
 
-def _cross_entropy(model: Any, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    hidden_ND, weight_VD, bias_V = model.head_inputs(hidden_ND)
-    return linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, weights_N, softcap=model.softcap)
+class _Scored(NamedTuple):
+    """What one term scores: hidden states, clean tokens, weights and noise levels, and its weight in the loss."""
+
+    hidden_ND: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    levels_N: Tensor | None
+    weight: float

@@ -13,7 +13,7 @@ from unmask.errors import ConfigError, FieldError
 from unmask.sections import choice_problem
 
 if TYPE_CHECKING:
-    from unmask.batch import Batch, Corrupted, LossTerms
+    from unmask.batch import Batch, Corrupted, LossTerms, TokenLosses
     from unmask.rng import NoiseStream
 
 
@@ -26,6 +26,10 @@ class Objective(Protocol):
 
     def loss(self, model: Any, noisy: Any) -> LossTerms:
         """Run the network, as often as the objective needs, and return sums and counts."""
+        ...
+
+    def token_losses(self, model: Any, noisy: Any) -> Mapping[str, TokenLosses]:
+        """Return each term of `loss` position by position, from the same calls of the network; without gradient."""
         ...
 
     def shown(self, noisy: Any, row: int) -> Shown:
@@ -208,6 +212,11 @@ def most_padding(section: DllmConfig, model_config: Any) -> int:
     """Return how many positions the objective may add to a row, which the model must have beyond `seq_length`."""
     fills = OBJECTIVES[section.mode].fills
     return 0 if fills is None else rounded_up(getattr(model_config, fills))
+
+
+def head_losses(section: DllmConfig) -> int:
+    """Return how many terms of the loss score logits."""
+    return 2 if section.encoder_loss_weight else 1
 
 
 def build_objective(section: DllmConfig, model_config: Any) -> Objective:

@@ -5,11 +5,15 @@ probabilities are at hand (the idea of Liger's FusedLinearCrossEntropy, arXiv 24
 multiplication by the incoming scalar. Matmuls run in autocast's dtype where it is on; softmax, loss and the sums of
 gradients over chunks are fp32 (fp64 for fp64 inputs).
 
-Shapes: N scored positions, D width, V vocabulary rows, R rows of a chunk.
+What belongs to a chunk lies with the vocabulary first, so that a tile of the vocabulary is one piece of memory.
+
+Shapes: N scored positions, D width, V vocabulary rows, R rows of a chunk, W vocabulary rows of a tile.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_LOGITS = 2**26
 # Vocabulary rows worked on at a time. On a CPU a tile of logits stays in the cache through all that is done to it;
 # elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
-TILE_ROWS = 2**12
+TILE_ROWS = 2**11
 DEVICE_TILE_ROWS = 2**16
 
 
@@ -49,17 +53,41 @@ def linear_cross_entropy(
     Returns:
         scalar, nats; float32 (float64 for fp64 hidden states). Its gradient can be taken once, and not differentiated.
     """
-    if not torch.is_grad_enabled():
-        # A Function's needs_input_grad ignores no_grad: validation would compute gradients that nobody asked for.
-        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-        bias_V = None if bias_V is None else bias_V.detach()
     # Blanked rather than taken out: how many are left would have to be asked of the device, and it would be waited for.
     kept_N = weights_N != 0
     hidden_ND = torch.where(kept_N[:, None], hidden_ND, 0.0)
     targets_N = torch.where(kept_N, targets_N, 0)
-    kind = hidden_ND.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    if not torch.is_grad_enabled():
+        # Nor are a Function's gradients: its needs_input_grad ignores no_grad, and they would be computed for nobody.
+        losses_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N, softcap=softcap)
+        return torch.dot(losses_N, weights_N.to(losses_N.dtype))
+    compute = _compute_dtype(hidden_ND)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap)
+
+
+@torch.no_grad()
+def cross_entropies(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return CE(softmax(h_n Wᵀ + b), y_n) of each position, without gradient, a tile of the vocabulary at a time.
+
+    Args:
+        hidden_ND, weight_VD, bias_V, targets_N, softcap: as in `linear_cross_entropy`.
+
+    Returns:
+        (N,), nats; float32 (float64 for fp64 hidden states).
+    """
+    head = _Head(weight_VD, bias_V, _compute_dtype(hidden_ND), softcap)
+    losses_N = torch.empty(len(hidden_ND), dtype=head.wide, device=hidden_ND.device)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        for part in _parts(len(hidden_ND), head.tile_rows):
+            logsum_R, scores_R = head.score(hidden_ND[part], targets_N[part], None)
+            losses_N[part] = logsum_R - scores_R * head.scale
+    return losses_N
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -67,26 +95,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap):  # noqa: ANN001
         """Return the summed loss and save the finished gradients; arguments as in `linear_cross_entropy`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        wide = {"dtype": _wide(compute), "device": hidden_ND.device}
+        head = _Head(weight_VD, bias_V, compute, softcap)
+        wide = {"dtype": head.wide, "device": hidden_ND.device}
         sums = _Gradients(
             torch.empty_like(hidden_ND) if needs_hidden else None,
             torch.zeros(weight_VD.shape, **wide) if needs_weight else None,
             torch.zeros(len(weight_VD), **wide) if needs_bias else None,
         )
         loss = torch.zeros((), **wide)
-        head = _Head(weight_VD, bias_V, compute, softcap)
-        rows = max(1, chunk_logits // len(weight_VD))
-        scores_RV = torch.empty(min(rows, len(hidden_ND)), len(weight_VD), **wide)
+        parts = _parts(len(hidden_ND), max(1, chunk_logits // len(weight_VD)))
+        most = max((part.stop - part.start for part in parts), default=0)
+        memory = torch.empty(len(weight_VD) * most, **wide)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for start in range(0, len(hidden_ND), rows):
-                part = slice(start, start + rows)
-                hidden_RD, targets_R = hidden_ND[part].to(compute), targets_N[part, None]
-                weights_R = weights_N[part, None].to(loss.dtype)
-                scores = scores_RV[: len(hidden_RD)]
-                total_R = head.score(hidden_RD, scores)
-                loss += ((total_R - head.logits(scores.gather(1, targets_R))) * weights_R).sum()
-                if needs_hidden or needs_weight or needs_bias:
-                    head.accumulate(sums, part, hidden_RD, scores, total_R, targets_R, weights_R)
+            for part in parts:
+                hidden_RD, targets_R, weights_R = hidden_ND[part], targets_N[part], weights_N[part].to(head.wide)
+                scores_VR = memory[: len(weight_VD) * len(hidden_RD)].view(len(weight_VD), len(hidden_RD))
+                logsum_R, own_R = head.score(hidden_RD, targets_R, scores_VR)
+                loss += torch.dot(logsum_R - own_R * head.scale, weights_R)
+                head.accumulate(sums, part, _Scored(hidden_RD, targets_R, weights_R, scores_VR, logsum_R, own_R))
         ctx.save_for_backward(
             sums.hidden_ND,
             None if sums.weight_VD is None else sums.weight_VD.to(weight_VD.dtype),
@@ -113,11 +139,23 @@ class _Gradients:
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """A chunk of rows: what they were given, the scores of all entries, log Σ exp(logits) and the targets' scores."""
+
+    hidden_RD: Tensor
+    targets_R: Tensor
+    weights_R: Tensor
+    scores_VR: Tensor
+    logsum_R: Tensor
+    own_R: Tensor
+
+
+@dataclass(frozen=True)
 class _Head:
     """One head: the linear map and what follows it, worked on in tiles of the vocabulary that stay in the cache.
 
-    `scores` are z, or tanh(z / c) where there is a cap: from either, logits and their slope follow without another
-    matmul.
+    A score is z, or tanh(z / c) where there is a cap: from either, the logit (score · scale) and its slope follow
+    without another matmul.
     """
 
     weight_VD: Tensor
@@ -125,78 +163,106 @@ class _Head:
     compute: torch.dtype
     softcap: float | None
 
-    def tiles(self) -> list[slice]:
-        """Return the tiles of the vocabulary."""
-        size = TILE_ROWS if self.weight_VD.device.type == "cpu" else DEVICE_TILE_ROWS
-        return [slice(start, start + size) for start in range(0, len(self.weight_VD), size)]
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of what is summed: fp32, or fp64 where the inputs are."""
+        return torch.promote_types(self.compute, torch.float32)
 
-    def logits(self, scores: Tensor) -> Tensor:
-        """Return the logits that scores stand for."""
-        return scores if self.softcap is None else scores * self.softcap
+    @property
+    def scale(self) -> float:
+        """Logit of a score of one."""
+        return 1.0 if self.softcap is None else self.softcap
 
-    def score(self, hidden_RD: Tensor, scores_RV: Tensor) -> Tensor:
-        """Write the scores of R rows; return log Σ exp(logits), (R, 1)."""
-        top_R = total_R = None
-        for tile in self.tiles():
-            product_RW = torch.mm(hidden_RD, self.weight_VD[tile].to(self.compute).t()).to(scores_RV.dtype)
-            if self.bias_V is not None:
-                product_RW += self.bias_V[tile]
-            if self.softcap is None:
-                scores_RV[:, tile] = product_RW
-            else:
-                torch.tanh(product_RW.div_(self.softcap), out=scores_RV[:, tile])
-                torch.mul(scores_RV[:, tile], self.softcap, out=product_RW)
-            # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum so far follows the maximum.
-            largest_R = product_RW.amax(dim=1, keepdim=True)
-            if top_R is None or total_R is None:
-                top_R, total_R = largest_R, product_RW.sub_(largest_R).exp_().sum(dim=1, keepdim=True)
-                continue
-            largest_R = torch.maximum(top_R, largest_R)
-            total_R = total_R * (top_R - largest_R).exp_() + product_RW.sub_(largest_R).exp_().sum(dim=1, keepdim=True)
-            top_R = largest_R
-        assert top_R is not None and total_R is not None
-        return total_R.log_().add_(top_R)
+    @property
+    def tile_rows(self) -> int:
+        """Entries of the vocabulary that are worked on at a time."""
+        return TILE_ROWS if self.weight_VD.device.type == "cpu" else DEVICE_TILE_ROWS
 
-    def accumulate(
-        self,
-        sums: _Gradients,
-        part: slice,
-        hidden_RD: Tensor,
-        scores_RV: Tensor,
-        total_R: Tensor,
-        targets_R: Tensor,
-        weights_R: Tensor,
-    ) -> None:
-        """Add R rows' gradients: w · (softmax − onehot) · slope, then through the linear map."""
-        wide = scores_RV.dtype
-        # Weights go where they cost least: into the few numbers a row, not into its V logits.
-        weighted_RD = (hidden_RD.to(wide) * weights_R).to(self.compute)
-        grad_hidden_RD = torch.zeros(hidden_RD.shape, dtype=wide, device=hidden_RD.device)
-        for tile in self.tiles():
-            scores_RW = scores_RV[:, tile]
-            if self.softcap is None:
-                grad_RW = torch.sub(scores_RW, total_R).exp_()
-            else:
-                grad_RW = torch.add(-total_R, scores_RW, alpha=self.softcap).exp_()
-            inside_R = (targets_R >= tile.start) & (targets_R < tile.stop)
-            columns_R = (targets_R - tile.start).clamp_(0, grad_RW.shape[1] - 1)
-            grad_RW.scatter_add_(1, columns_R, -inside_R.to(wide))
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each tile of the vocabulary and its rows of the head in the compute dtype."""
+        for start in range(0, len(self.weight_VD), self.tile_rows):
+            tile = slice(start, min(start + self.tile_rows, len(self.weight_VD)))
+            yield tile, self.weight_VD[tile].to(self.compute)
+
+    def score(self, hidden_RD: Tensor, targets_R: Tensor, scores_VR: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return log Σ exp(logits) and the target's score of R rows; write all scores where there is room for them."""
+        hidden_DR = hidden_RD.to(self.compute).t().contiguous()
+        shape = min(self.tile_rows, len(self.weight_VD)), hidden_DR.shape[1]
+        shares_WR = hidden_DR.new_empty(shape, dtype=self.wide)
+        room_WR = torch.empty_like(shares_WR) if scores_VR is None else None
+        top_R = hidden_DR.new_full(shape[1:], -math.inf, dtype=self.wide)
+        total_R, own_R = torch.zeros_like(top_R), torch.zeros_like(top_R)
+        for tile, weight_WD in self.tiles():
+            here = slice(tile.stop - tile.start)
+            scores_WR = self._linear(tile, weight_WD, hidden_DR, room_WR[here] if scores_VR is None else scores_VR[tile])
             if self.softcap is not None:
-                grad_RW.addcmul_(torch.square(scores_RW), grad_RW, value=-1)
+                scores_WR.tanh_()
+            places_R = targets_R - tile.start
+            found_R = scores_WR.gather(0, places_R.clamp(0, here.stop - 1)[None])[0]
+            own_R = torch.where((places_R >= 0) & (places_R < here.stop), found_R, own_R)
+            # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum so far follows the maximum.
+            before_R, top_R = top_R, torch.maximum(top_R, scores_WR.amax(dim=0).mul_(self.scale))
+            torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR[here]).exp_()
+            total_R = total_R * (before_R - top_R).exp_() + shares_WR[here].sum(dim=0)
+        return total_R.log_().add_(top_R), own_R
+
+    def _linear(self, tile: slice, weight_WD: Tensor, hidden_DR: Tensor, out_WR: Tensor) -> Tensor:
+        """Write z, divided by the cap where there is one; return it."""
+        if self.compute == out_WR.dtype:
+            torch.addmm(out_WR, weight_WD, hidden_DR, beta=0, alpha=1 / self.scale, out=out_WR)
+        else:
+            torch.div(torch.mm(weight_WD, hidden_DR), self.scale, out=out_WR)
+        if self.bias_V is not None:
+            out_WR.add_(self.bias_V[tile, None], alpha=1 / self.scale)
+        return out_WR
+
+    def accumulate(self, sums: _Gradients, part: slice, rows: _Scored) -> None:
+        """Add R rows' gradients: w · (softmax − onehot) · slope, then through the linear map.
+
+        The target's entry goes its own way in the wide dtype: its 1 − p would be lost beside the others' p in a narrow
+        one. In the tiles it is blanked by a score of no slope, or of no probability.
+        """
+        hidden_RD, weights_R, targets_R = rows.hidden_RD.to(self.wide), rows.weights_R, rows.targets_R
+        own_R = torch.expm1(rows.own_R * self.scale - rows.logsum_R) * weights_R
+        if self.softcap is not None:
+            own_R *= 1 - rows.own_R.square()
+        rows.scores_VR.scatter_(0, targets_R[None], -math.inf if self.softcap is None else -1.0)
+        # Weights go where they cost least: into the few numbers a row, not into its V logits.
+        weighted_RD = (hidden_RD * weights_R[:, None]).to(self.compute)
+        shares_WR = rows.scores_VR.new_empty(self.tile_rows, len(weights_R))
+        grad_hidden_RD = torch.zeros_like(hidden_RD)
+        for tile, weight_WD in self.tiles():
+            grad_WR, scores_WR = shares_WR[: tile.stop - tile.start], rows.scores_VR[tile]
+            torch.add(-rows.logsum_R, scores_WR, alpha=self.scale, out=grad_WR).exp_()
+            if self.softcap is not None:
+                torch.ops.aten.tanh_backward.grad_input(grad_WR, scores_WR, grad_input=grad_WR)
             if sums.bias_V is not None:
-                sums.bias_V[tile] += (grad_RW * weights_R).sum(dim=0)
-            grad_RW = grad_RW.to(self.compute)
+                sums.bias_V[tile] += torch.mv(grad_WR, weights_R)
+            grad_WR = grad_WR.to(self.compute)
             if sums.hidden_ND is not None:
-                _add_product(grad_hidden_RD, grad_RW, self.weight_VD[tile].to(self.compute))
+                _add_product(grad_hidden_RD, grad_WR.t(), weight_WD)
             if sums.weight_VD is not None:
-                _add_product(sums.weight_VD[tile], grad_RW.t(), weighted_RD)
+                _add_product(sums.weight_VD[tile], grad_WR, weighted_RD)
         if sums.hidden_ND is not None:
-            sums.hidden_ND[part] = grad_hidden_RD.mul_(weights_R).to(sums.hidden_ND.dtype)
+            grad_hidden_RD.mul_(weights_R[:, None]).addcmul_(own_R[:, None], self.weight_VD[targets_R].to(self.wide))
+            sums.hidden_ND[part] = grad_hidden_RD.to(sums.hidden_ND.dtype)
+        if sums.weight_VD is not None:  # index_put_ adds in a fixed order on every device, index_add_ does not
+            sums.weight_VD.index_put_((targets_R,), hidden_RD * own_R[:, None], accumulate=True)
+        if sums.bias_V is not None:
+            sums.bias_V.index_put_((targets_R,), own_R, accumulate=True)
 
 
-def _wide(compute: torch.dtype) -> torch.dtype:
-    """Return the dtype of what is summed: fp32, or fp64 where the inputs are."""
-    return torch.promote_types(compute, torch.float32)
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _parts(length: int, most: int) -> list[slice]:
+    """Divide 0..length into as few parts as `most` allows, of nearly the same size."""
+    if not length:
+        return []
+    size = -(-length // -(-length // most))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from unmask.errors import DataError
 from unmask.report.metrics import FILE, read_metrics
 
 _STYLES = ("-", "--", "-.", ":")
+# The parts of the noise levels for which validation is reported apart.
+LEVELS = ("0–20 %", "20–40 %", "40–60 %", "60–80 %", "80–100 %")
 
 
 def find_log(run: Path) -> Path:
@@ -35,6 +38,8 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
 def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     """Draw training and validation loss, gradient norm and learning rate of one or several runs into a PNG.
 
+    Where a run has its validation loss by noise level at two steps or more, that stands below, a panel a run.
+
     Raises:
         DataError: a run without a log or without a finished step, or an output that cannot be written.
     """
@@ -45,16 +50,26 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
-    )
-    for number, run in enumerate(runs):
-        events = read_metrics(find_log(run))
+    logs = [read_metrics(find_log(run)) for run in runs]
+    levels = [by_level(events) for events in logs]
+    shown = [number for number, lines in enumerate(levels) if any(len(steps) > 1 for steps, _ in lines)]
+    figure = plt.figure(figsize=(8, 8 + 2.7 * bool(shown)), layout="constrained")
+    above, *below = figure.subfigures(1 + bool(shown), 1, height_ratios=[8, 2.7][: 1 + bool(shown)], squeeze=False)[
+        :, 0
+    ]
+    top, middle, bottom = above.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    for number, (run, events) in enumerate(zip(runs, logs, strict=True)):
         train = [event for event in events if event["event"] == "train"]
         if not train:
             raise DataError(f"{run}: the log has no finished step to plot yet")
         label = "" if len(runs) == 1 else f" {run.resolve().name}"
-        _draw(top, middle, bottom, train, [e for e in events if e["event"] == "validation"], number, label)
+        validation = [event for event in events if event["event"] == "validation" and "loss" in event]
+        _draw(top, middle, bottom, train, validation, number, label)
+    if shown:
+        panels = below[0].subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for panel, number in zip(panels, shown, strict=True):
+            _draw_levels(panel, levels[number], "" if len(runs) == 1 else runs[number].resolve().name)
+        panels[0].set_ylabel("validation loss\nby noise level (nats)")
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
     middle.set_ylabel("gradient norm")
@@ -74,6 +89,47 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     finally:
         plt.close(figure)
     return output
+
+
+def by_level(events: Sequence[Mapping[str, Any]]) -> list[tuple[list[float], list[float]]]:
+    """Return steps and validation losses of each fifth of the noise levels, empty where none was measured."""
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in LEVELS]
+    for event in events:
+        if event["event"] != "validation" or not event.get("loss_by_noise_level"):
+            continue
+        for (steps, losses), value in zip(found, event["loss_by_noise_level"], strict=True):
+            if value is not None:
+                steps.append(float(event["step"]))
+                losses.append(float(value))
+    return found
+
+
+def _draw_levels(axis: Any, lines: Sequence[tuple[list[float], list[float]]], title: str) -> None:
+    """Draw the five levels, each named at its end; heights of the names are moved apart where they would touch."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    ends = []
+    for number, ((steps, losses), name) in enumerate(zip(lines, LEVELS, strict=True)):
+        if steps:
+            grey, marker = str(0.7 - 0.17 * number), "os^Dv"[number]
+            axis.plot(steps, losses, color=grey, marker=marker, markersize=3.5, linewidth=1.2)
+            ends.append((losses[-1], steps, name))
+    values = [value for _, losses in lines for value in losses]
+    curved = min(values) > 0 and max(values) > 8 * min(values)
+    if curved:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    bend, back = (math.log, math.exp) if curved else (float, float)
+    gap, last = (bend(max(values)) - bend(min(values))) / 9, -math.inf
+    for loss, steps, name in sorted(ends):
+        last = max(bend(loss), last + gap)
+        axis.text(steps[-1] + 0.03 * (steps[-1] - steps[0]), back(last), name, fontsize=8, va="center")
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("optimizer step")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw(

@@ -41,10 +41,16 @@ class Tracker:
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """Return an event's numeric fields as `<event>/<field>`, without step and time."""
+    """Return an event's numeric fields as `<event>/<field>`, without step and time; a list's as `<field>/<place>`."""
+    listed = [
+        (f"{name}/{place}", value)
+        for name, values in event.items()
+        if isinstance(values, list)
+        for place, value in enumerate(values, start=1)
+    ]
     return {
         f"{event['event']}/{name}": value
-        for name, value in event.items()
+        for name, value in (*event.items(), *listed)
         if name not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 

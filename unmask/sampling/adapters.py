@@ -1,22 +1,22 @@
 """What the denoising loop asks of a model family: `prefill` prompts, `denoise` answers, `commit` finished blocks.
 
-Shapes: B rows, P prompt positions, C answer positions, L = P + C, M scored positions, D width, V vocabulary rows.
+Rows stand on the left, each in its own columns: prompt at 0..P_b, answer at P_b..P_b + C_b, padding behind. So a row's
+positions are those that it has alone, and rows may join a batch and leave it at any time.
+
+Shapes: B rows, C answer positions, M scored positions, D width, V vocabulary rows.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from unmask.errors import SamplingError
-from unmask.sampling.settings import MaskSettings, SamplerConfig, Settings, default_settings, resolve
-
-if TYPE_CHECKING:
-    from unmask.models.llada.model import LLaDA
+from unmask.sampling.settings import SamplerConfig, Settings, default_settings, family_sampler, resolve
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class FamilySpec:
         vocab_size: logits of rows from here on are padding.
         rows: ids that the model accepts are below this, and the head has as many.
         max_length: longest prompt and answer together, in tokens.
+        attention: `bidirectional`, every position sees all others; or `block_causal`, a block sees itself and what is
+            settled before it, which alone permits an exact cache.
+        block_size: tokens of a block where the model fixes them (DiffusionGemma's canvas); None = any.
+        logit_shift: the hidden state at position p − shift predicts the token at p.
     """
 
     noise: Literal["mask", "uniform"]
@@ -40,37 +44,38 @@ class FamilySpec:
     vocab_size: int
     rows: int
     max_length: int
+    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    block_size: int | None = None
+    logit_shift: int = 0
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """The prompts of a batch, padded on the left so that every answer starts in the same column.
+class Call:
+    """What one network call is about. All tensors are on the CPU.
 
     Attributes:
-        ids_BP: int64 (B, P); padding holds token 0, which nothing attends to.
-        lengths: tokens of each prompt; kept on the host, so that asking for padding never waits for a device.
+        answer_BC: int64, the answers so far, right-padded; at open positions the noise that the network is shown.
+        lengths: answer columns in use, a row. Columns from there on are padding and never seen; a row's length may
+            shrink from one call to the next, and never grows.
+        block_B: int64, number of the current block.
+        first_B, end_B: int64, the current block's columns in the answer, [first, end).
+        step_B: int64, calls made in this block so far; 0 is its first call.
+        rows_M, positions_M: int64, whose hidden states are wanted: rows, and answer columns, row-major and ascending.
+            They are the scored positions less the model's `logit_shift`, so -1 is the prompt's last token.
     """
 
-    ids_BP: Tensor
+    answer_BC: Tensor
     lengths: tuple[int, ...]
-
-    def take(self, keep_B: Tensor) -> Prompts:
-        """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are then padding in all."""
-        lengths = tuple(length for length, keep in zip(self.lengths, keep_B.tolist(), strict=True) if keep)
-        padding = self.ids_BP.shape[1] - max(lengths, default=0)
-        return Prompts(self.ids_BP[keep_B.to(self.ids_BP.device)][:, padding:], lengths)
-
-    def attend(self, answer_length: int) -> Tensor | None:
-        """Return bool (B, P + answer_length), False at padding; None when there is no padding."""
-        width = self.ids_BP.shape[1]
-        if min(self.lengths) == width:
-            return None
-        starts_B = width - torch.tensor(self.lengths, device=self.ids_BP.device)
-        return torch.arange(width + answer_length, device=self.ids_BP.device) >= starts_B[:, None]
+    block_B: Tensor
+    first_B: Tensor
+    end_B: Tensor
+    step_B: Tensor
+    rows_M: Tensor
+    positions_M: Tensor
 
 
 class Adapter(Protocol):
-    """One family's way to compute logits.
+    """One family's way to compute logits, made as `Class(model, settings)`.
 
     The context is whatever `prefill` returns; the loop calls its `take(keep_B)`, and where the network conditions on
     its own predictions its `told(signal_MD)`.
@@ -95,8 +100,12 @@ class Adapter(Protocol):
         """Take in the prompts and return the context that later calls need."""
         ...
 
-    def denoise(self, context: Any, answer_BC: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
-        """Run the network once; return hidden states (M, …) at the answer positions (rows_M, positions_M)."""
+    def join(self, context: Any, more: Any) -> Any:
+        """Return a context with the rows of `more` behind those of `context`; both come from `prefill` or later."""
+        ...
+
+    def denoise(self, context: Any, call: Call) -> tuple[Tensor, Any]:
+        """Run the network once; return hidden states (M, …) at the call's positions, and the context afterwards."""
         ...
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
@@ -106,94 +115,12 @@ class Adapter(Protocol):
         """
         ...
 
-    def commit(self, context: Any, answer_BC: Tensor, block_B: Tensor, completed_B: Tensor) -> Any:
-        """Return the context after rows with `completed_B` True have settled their block number `block_B`."""
+    def commit(self, context: Any, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor) -> Any:
+        """Return the context after rows with `completed_B` True have settled their columns [first, end).
+
+        That is their current block and whatever is given between it and the next block with an open position.
+        """
         ...
-
-
-class LLaDAAdapter:
-    """LLaDA sees prompt and answer at once, in both directions, so every call is a full forward and nothing is kept.
-
-    Args:
-        model: the network.
-        cfg_scale: s of classifier-free guidance, u + (s + 1)(c - u); 0 is off. The pair is one call of twice the rows.
-    """
-
-    signal = None
-
-    def __init__(self, model: LLaDA, cfg_scale: float = 0.0) -> None:
-        config = model.config
-        self.model = model
-        self.cfg_scale = cfg_scale
-        self.device = next(model.parameters()).device
-        padding = () if config.pad_token_id == config.eos_token_id else (config.pad_token_id,)
-        self.spec = FamilySpec(
-            noise="mask",
-            mask_id=config.mask_token_id,
-            banned_ids=(config.mask_token_id, *padding),
-            eos_ids=(config.eos_token_id,),
-            vocab_size=config.vocab_size,
-            rows=config.rows,
-            max_length=config.max_sequence_length,
-        )
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Prompts:
-        """Pad the prompts on the left; the network is not called."""
-        lengths = tuple(len(prompt) for prompt in prompts)
-        width = max(lengths)
-        ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        ids_BP = torch.tensor(ids, dtype=torch.long).reshape(len(prompts), width)
-        return Prompts(ids_BP.to(self.device), lengths)
-
-    def denoise(self, context: Prompts, answer_BC: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
-        """Run a full forward; return (M, D), or with guidance (M, 2, D): with the prompt, and with it masked."""
-        ids_BP, rows_M = context.ids_BP, rows_M.to(self.device)
-        columns_M = positions_M.to(self.device) + ids_BP.shape[1]
-        ids_BL = torch.cat((ids_BP, answer_BC.to(self.device)), dim=1)
-        attend_BL = context.attend(answer_BC.shape[1])
-        if not self.cfg_scale:
-            return self._hidden(ids_BL, attend_BL)[rows_M, columns_M]
-        blind_BL = ids_BL.clone()
-        blind_BL[:, : ids_BP.shape[1]] = self.model.config.mask_token_id
-        hidden_BLD = self._hidden(
-            torch.cat((ids_BL, blind_BL)), None if attend_BL is None else torch.cat((attend_BL, attend_BL))
-        )
-        return torch.stack((hidden_BLD[rows_M, columns_M], hidden_BLD[rows_M + len(ids_BP), columns_M]), dim=1)
-
-    def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Return logits (M, V) in the model's dtype, guided where there are two hidden states a position."""
-        if not self.cfg_scale:
-            return self.model.logits(hidden_MD)
-        conditional_MV, unconditional_MV = (self.model.logits(hidden) for hidden in hidden_MD.unbind(dim=1))
-        return unconditional_MV + (self.cfg_scale + 1) * (conditional_MV - unconditional_MV)
-
-    def commit(self, context: Prompts, answer_BC: Tensor, block_B: Tensor, completed_B: Tensor) -> Prompts:
-        """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
-        return context
-
-    def _hidden(self, ids_BL: Tensor, attend_BL: Tensor | None) -> Tensor:
-        if attend_BL is None:
-            return self.model(ids_BL)
-        # Each row counts from its own first token, so that it computes what it would alone.
-        return self.model(ids_BL, attention_mask=attend_BL, position_ids=(attend_BL.cumsum(dim=1) - 1).clamp(min=0))
-
-
-def _llada(model: Any, settings: Settings) -> Adapter:
-    assert isinstance(settings, MaskSettings)
-    return LLaDAAdapter(model, settings.cfg_scale)
-
-
-def _diffusion_gemma(model: Any, settings: Settings) -> Adapter:
-    from unmask.sampling.canvas_adapter import CanvasAdapter
-
-    return CanvasAdapter(model)
-
-
-# Name of a configuration's class → (model, settings) → adapter.
-ADAPTERS: dict[str, Callable[[Any, Settings], Adapter]] = {
-    "LLaDAConfig": _llada,
-    "DiffusionGemmaConfig": _diffusion_gemma,
-}
 
 
 def settings_for(model: nn.Module, sampler: SamplerConfig | None = None) -> Settings:
@@ -203,12 +130,12 @@ def settings_for(model: nn.Module, sampler: SamplerConfig | None = None) -> Sett
         SamplingError: a model of no family that can be sampled from, or a setting that its family does not have.
         ModelError: a bad value in the checkpoint's generation_config.json.
     """
-    _family(model)
+    family_sampler(getattr(model, "config", None), model)
     return resolve(sampler, default_settings(model.config, getattr(model, "generation", {})))
 
 
 def adapter_for(model: nn.Module, settings: Settings | None = None) -> Adapter:
-    """Return the adapter for a model, found by the name of its configuration's class.
+    """Return the adapter for a model, found by the name of its configuration's class (`settings.SAMPLERS`).
 
     Args:
         model: the network.
@@ -217,14 +144,6 @@ def adapter_for(model: nn.Module, settings: Settings | None = None) -> Adapter:
     Raises:
         SamplingError: a model of no family that can be sampled from.
     """
-    return ADAPTERS[_family(model)](model, settings if settings is not None else settings_for(model))
-
-
-def _family(model: nn.Module) -> str:
-    name = type(getattr(model, "config", None)).__name__
-    if name not in ADAPTERS:
-        known = ", ".join(sorted(ADAPTERS))
-        raise SamplingError(
-            f"cannot sample from a {type(model).__name__} with a {name}; load it with unmask.load_model ({known})"
-        )
-    return name
+    entry = family_sampler(getattr(model, "config", None), model)
+    factory = getattr(importlib.import_module(entry.module), entry.adapter)
+    return factory(model, settings if settings is not None else settings_for(model))

@@ -1,6 +1,6 @@
 """DiffusionGemma in the denoising loop: prompts and finished canvases are encoded once, and a call runs canvases alone.
 
-Shapes: B rows, K rows that completed a canvas, L positions, S canvas positions, M = B·S scored positions, D width,
+Shapes: B rows, K rows that completed a canvas, L positions, S canvas positions, M weighed positions, D width,
 V vocabulary rows.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import Encoded
-from unmask.sampling.adapters import FamilySpec
+from unmask.sampling.adapters import Call, FamilySpec
 from unmask.sampling.scratch import Scratch
+from unmask.sampling.settings import CanvasSettings
 
 if TYPE_CHECKING:
     from unmask.models.diffusion_gemma.model import DiffusionGemma
@@ -27,36 +28,56 @@ class Canvases:
 
     Attributes:
         encoded: keys and values of each row's prompt and finished canvases, padded on the right.
-        lengths: tokens encoded of each row; on the host, so that cutting columns never waits for a device.
+        ids: the tokens of each row that are encoded; on the host, so that cutting columns never waits for a device.
         signal_BSD: what the network said in the call before; zeros, which is no signal, where a canvas begins.
+        told_at: rows and canvas positions that `told` is about; None = all.
     """
 
     encoded: Encoded
-    lengths: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
     signal_BSD: Tensor
+    told_at: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens encoded of each row."""
+        return tuple(map(len, self.ids))
 
     def take(self, keep_B: Tensor) -> Canvases:
         """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that none of them has."""
         kept = keep_B.nonzero()[:, 0]
-        lengths = tuple(self.lengths[row] for row in kept.tolist())
+        ids = tuple(self.ids[row] for row in kept.tolist())
         rows = kept.to(self.signal_BSD.device)
-        encoded = self.encoded.take(rows).first(lengths) if lengths else self.encoded.take(rows)
-        return Canvases(encoded, lengths, self.signal_BSD[rows])
+        encoded = self.encoded.take(rows)
+        return Canvases(encoded.first([len(row) for row in ids]) if ids else encoded, ids, self.signal_BSD[rows])
+
+    def join(self, more: Canvases) -> Canvases:
+        """Return these and the rows of `more` behind them."""
+        signal_BSD = torch.cat((self.signal_BSD, more.signal_BSD))
+        return Canvases(self.encoded.join(more.encoded), self.ids + more.ids, signal_BSD)
 
     def told(self, signal_MD: Tensor) -> Canvases:
-        """Return the same with what the network said of all positions."""
-        return replace(self, signal_BSD=signal_MD.view_as(self.signal_BSD))
+        """Return the same with what the network said of the weighed positions."""
+        if self.told_at is None:
+            return replace(self, signal_BSD=signal_MD.view_as(self.signal_BSD))
+        return replace(self, signal_BSD=self.signal_BSD.index_put(self.told_at, signal_MD), told_at=None)
 
 
 class CanvasAdapter:
-    """DiffusionGemma, whose clean tokens never change what they are: their keys and values are kept."""
+    """DiffusionGemma, whose clean tokens never change what they are: their keys and values are kept.
 
-    def __init__(self, model: DiffusionGemma) -> None:
+    Args:
+        model: the network.
+        settings: `cache: none` encodes a row anew after each of its canvases; None = the released settings.
+    """
+
+    def __init__(self, model: DiffusionGemma, settings: CanvasSettings | None = None) -> None:
         config, generation = model.config, getattr(model, "generation", {})
         ends = generation.get("eos_token_id")
         ends = config.eos_token_ids if ends is None else ends
         self.model = model
         self.device = next(model.parameters()).device
+        self._keeps = settings is None or settings.cache == "block"
         self._logits = Scratch()
         self.spec = FamilySpec(
             noise="uniform",
@@ -66,50 +87,79 @@ class CanvasAdapter:
             vocab_size=config.vocab_size,
             rows=config.rows,
             max_length=config.max_sequence_length,
+            attention="block_causal",
+            block_size=config.canvas_length,
         )
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Canvases:
         """Encode the prompts, padded on the right, where causal attention lets no token see the padding."""
-        lengths = tuple(len(prompt) for prompt in prompts)
-        ids = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-        encoded = self.model.encode(torch.tensor(ids).to(self.device)).first(lengths)
+        encoded = self._encode(prompts)
         config, dtype = self.model.config, encoded.hidden_BLD.dtype
         zeros_BSD = torch.zeros(len(prompts), config.canvas_length, config.hidden_size, dtype=dtype, device=self.device)
-        return Canvases(encoded, lengths, zeros_BSD)
+        return Canvases(encoded, tuple(map(tuple, prompts)), zeros_BSD)
+
+    def join(self, context: Canvases, more: Canvases) -> Canvases:
+        """As in `Adapter`."""
+        return context.join(more)
 
     @torch.no_grad()
-    def denoise(self, context: Canvases, answer_BC: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
-        """Run each row's canvas, which all of its scored positions are; return hidden states (M, D)."""
+    def denoise(self, context: Canvases, call: Call) -> tuple[Tensor, Canvases]:
+        """Run each row's canvas; return hidden states (M, D).
+
+        Given positions of a canvas are not weighed. What the network is told of them in the next call is what is known:
+        their own embedding.
+        """
         rows, length = context.signal_BSD.shape[:2]
-        canvas_BS = answer_BC[rows_M, positions_M].view(rows, length).to(self.device)
-        return self.model.decode(canvas_BS, context.encoded, context.signal_BSD, starts=context.lengths).flatten(0, 1)
+        columns_BS = call.first_B[:, None] + torch.arange(length)
+        canvas_BS = call.answer_BC.gather(1, columns_BS).to(self.device)
+        hidden_BSD = self.model.decode(canvas_BS, context.encoded, context.signal_BSD, starts=context.lengths)
+        if len(call.rows_M) == rows * length:
+            return hidden_BSD.flatten(0, 1), context
+        rows_M = call.rows_M.to(self.device)
+        places_M = (call.positions_M - call.first_B[call.rows_M]).to(self.device)
+        known_BSD = self.model.stack.embed(canvas_BS).to(context.signal_BSD.dtype)
+        return hidden_BSD[rows_M, places_M], replace(context, signal_BSD=known_BSD, told_at=(rows_M, places_M))
 
     @torch.no_grad()
     def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Return softcapped logits (M, V) in fp32, as the model's but computed in place; valid until the next call."""
-        hidden_MD, weight_VD, _ = self.model.head_inputs(hidden_MD)
-        scores_MV = self._logits.rows(len(hidden_MD), len(weight_VD), like=weight_VD)
-        scores_MV = torch.mm(hidden_MD.to(weight_VD.dtype), weight_VD.T, out=scores_MV).float()
-        return scores_MV.div_(self.model.softcap).tanh_().mul_(self.model.softcap)
+        """Return softcapped logits (M, V) in fp32, in memory that the next call writes again."""
+        weight_VD = self.model.stack.embed_tokens.weight
+        return self.model.logits(hidden_MD, out=self._logits.rows(len(hidden_MD), len(weight_VD), like=weight_VD))
 
     def signal(self, weights_MV: Tensor, total_M: Tensor) -> Tensor:
         """Return softmax @ embedding · √D of a prediction, (M, D) in the embedding's dtype."""
-        stack = self.model.stack
-        mixed_MD = weights_MV.to(stack.embed_tokens.weight.dtype) @ stack.embed_tokens.weight
-        return (mixed_MD / total_M[:, None]).to(mixed_MD.dtype) * stack.embedding_scale
+        return self.model.mixed_embedding(weights_MV, total_M)
 
     @torch.no_grad()
-    def commit(self, context: Canvases, answer_BC: Tensor, block_B: Tensor, completed_B: Tensor) -> Canvases:
+    def commit(
+        self, context: Canvases, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor
+    ) -> Canvases:
         """Encode finished canvases behind what their rows have; those rows' next canvases begin without a signal."""
         length = context.signal_BSD.shape[1]
-        done = completed_B.nonzero()[:, 0]
-        columns_KS = (block_B[done] * length)[:, None] + torch.arange(length)
-        canvas_KS = answer_BC[done[:, None], columns_KS].to(self.device)
-        lengths = [context.lengths[row] for row in done.tolist()]
-        past = context.encoded.take(done.to(self.device)).first(lengths)
-        more = self.model.encode(canvas_KS, past=past)
-        encoded = context.encoded.grown(done.tolist(), more, length, context.lengths)
-        grown = tuple(n + length * int(complete) for n, complete in zip(context.lengths, completed_B, strict=True))
+        spans = zip(first_B.tolist(), end_B.tolist(), completed_B.tolist(), strict=True)
+        more = [answer_BC[row, first:end].tolist() if done else [] for row, (first, end, done) in enumerate(spans)]
         signal_BSD = context.signal_BSD.masked_fill(completed_B.to(self.device)[:, None, None], 0)
-        return Canvases(encoded, grown, signal_BSD)
+        context = replace(context, signal_BSD=signal_BSD)
+        if not self._keeps:
+            ids = tuple((*old, *new) for old, new in zip(context.ids, more, strict=True))
+            return replace(context, encoded=self._encode(ids), ids=ids)
+        for start in range(0, max(map(len, more)), length):
+            context = self._grown(context, [new[start : start + length] for new in more])
+        return context
+
+    def _grown(self, context: Canvases, more: list[list[int]]) -> Canvases:
+        """Return the context with one canvas more in the rows that have one."""
+        done = [row for row, new in enumerate(more) if new]
+        lengths = context.lengths
+        canvas_KS = torch.tensor([more[row] for row in done]).to(self.device)
+        past = context.encoded.take(torch.tensor(done, device=self.device)).first([lengths[row] for row in done])
+        encoded = context.encoded.grown(done, self.model.encode(canvas_KS, past=past), canvas_KS.shape[1], lengths)
+        return replace(
+            context, encoded=encoded, ids=tuple((*old, *new) for old, new in zip(context.ids, more, strict=True))
+        )
+
+    def _encode(self, rows: Sequence[Sequence[int]]) -> Encoded:
+        lengths = [len(row) for row in rows]
+        ids = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
+        return self.model.encode(torch.tensor(ids).to(self.device)).first(lengths)

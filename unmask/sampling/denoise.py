@@ -1,29 +1,35 @@
 """The denoising loop: every answer begins as noise and is settled block by block, from left to right.
 
-One loop serves every family and every setting: the adapter computes logits, the kind of noise (`process`) and a rule
-(`rules`) say what they mean, and each network call ends in a `StepEvent`, from which views draw and results are read.
+One loop serves every family and every setting: the adapter computes logits, the kind of noise (`process`) says what
+they mean, a rule (`rules`) which positions take their candidate and a way to revise (`revise`) what becomes of the
+others; each network call ends in a `StepEvent`, from which views draw and results are read.
 
 Bookkeeping lives on the CPU: it is a few numbers a row, and there it costs one wait for the device a step.
 
-Shapes: B rows, C answer positions, M open positions of the rows' current blocks, V vocabulary rows, D width.
+Shapes: B rows, C answer columns, M weighed positions, V vocabulary rows, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import Adapter
+from unmask.sampling.adapters import Adapter, Call
 from unmask.sampling.draws import Draws, KeyedDraws, Places
-from unmask.sampling.process import PROCESSES, Process, Proposal
+from unmask.sampling.process import PROCESSES, Process, Weighed, Weighing
+from unmask.sampling.request import Request, starting_state
+from unmask.sampling.revise import REVISERS, Proposal
 from unmask.sampling.rules import RULES
 from unmask.sampling.settings import Settings
 from unmask.sampling.state import State, Tokens
+
+__all__ = ["Request", "StepEvent", "denoise", "special_tokens"]
 
 # Logits weighed at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
 # a call takes longer to start.
@@ -31,26 +37,14 @@ _LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
-class Request:
-    """One answer to sample.
-
-    Attributes:
-        index: the caller's number for it, found again in the events.
-        prompt_ids: given tokens before the answer.
-        key: int64 that all its random numbers derive from (`draws.row_keys`).
-    """
-
-    index: int
-    prompt_ids: list[int]
-    key: int
-
-
-@dataclass(frozen=True)
 class StepEvent:
     """What one network call settled, for the rows that took part in it. Tensors are on the CPU and stay as they are.
 
+    Rows join and leave from one event to the next; `rows` says who they are.
+
     Attributes:
         rows: the requests' indices; the tensors' rows follow this order.
+        lengths: answer columns of each row; what is behind them in the tensors is padding.
         block_B: int64 (B,), the block each row is in, from 0.
         begun_B: int64 (B,), where that block ends: positions from there on have not begun.
         step_B: int64 (B,), the call's number within that block, from 0.
@@ -58,12 +52,17 @@ class StepEvent:
         answer_BC: int64 (B, C), the answers so far. At open positions: the mask, or the current block's noisy tokens.
         open_BC: bool (B, C), positions that are not settled yet. Only this says so: a given token may be a mask.
         committed_BC: bool (B, C), positions settled by this call.
-        score_BC: float32 (B, C), the score of each position that the call weighed (the rule's: a probability, a random
-            number or minus an entropy), otherwise -inf.
+        revised_BC: bool (B, C), positions that had a token which this call took back (masked again, drawn anew) or
+            replaced.
+        score_BC: float32 (B, C), the score of each open position that the call weighed (the rule's: a probability, a
+            random number, minus an entropy, …), otherwise -inf.
+        confidence_BC: float32 (B, C), probability of the token that each of these positions would take, whatever the
+            score (of a canvas: of its most likely token, at the call's temperature); otherwise 0.
         finished_B: bool (B,), rows that are complete and leave: nothing is open, or nothing left of a stop token is.
     """
 
     rows: tuple[int, ...]
+    lengths: tuple[int, ...]
     block_B: Tensor
     begun_B: Tensor
     step_B: Tensor
@@ -71,11 +70,15 @@ class StepEvent:
     answer_BC: Tensor
     open_BC: Tensor
     committed_BC: Tensor
+    revised_BC: Tensor
     score_BC: Tensor
+    confidence_BC: Tensor
     finished_B: Tensor
 
 
-def special_tokens(adapter: Adapter, settings: Settings, stop_ids: Sequence[int]) -> Tokens:
+def special_tokens(
+    adapter: Adapter, settings: Settings, stop_ids: Sequence[int] = (), banned_ids: Sequence[int] = ()
+) -> Tokens:
     """Sort a model's and a tokenizer's special tokens by what the settings say of them."""
     spec = adapter.spec
     stop = tuple(sorted({*spec.eos_ids, *stop_ids}))
@@ -83,96 +86,118 @@ def special_tokens(adapter: Adapter, settings: Settings, stop_ids: Sequence[int]
     banned = {token for token in spec.banned_ids if token not in stop or token == spec.mask_id}
     if settings.eos == "suppress":
         banned |= set(spec.eos_ids)
-    return Tokens(stop, tuple(sorted(banned)), stop if settings.eos == "defer" else ())
+    return Tokens(stop, tuple(sorted(banned | set(banned_ids))), stop if settings.eos == "defer" else (), spec.mask_id)
 
 
 def denoise(
     adapter: Adapter,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     settings: Settings,
     stop_ids: Sequence[int] = (),
     draws: Draws | None = None,
+    batch_size: int | None = None,
+    banned_ids: Sequence[int] = (),
 ) -> Iterator[StepEvent]:
-    """Sample an answer to every request, all in one batch; yield an event after each network call.
+    """Sample an answer to every request; yield an event after each network call.
 
-    A row advances through its blocks at its own pace and leaves when it is finished, so its answer and its number of
-    calls are those that it would have alone.
+    A row advances through its blocks at its own pace and leaves when it is finished, and the next request takes its
+    place before the next call. So its answer and its number of calls are those that it would have alone.
 
     Args:
         adapter: the model.
-        requests: at least one; the padded prompt and the answer must fit the model.
+        requests: taken from as places become free; prompt and answer of each must fit the model.
         settings: the settings, of the adapter's family.
         stop_ids: tokens that end an answer beside the model's own end-of-text tokens.
         draws: where random numbers come from; None = the rows' own keys.
+        batch_size: rows denoised together at the most; None = all.
+        banned_ids: tokens that are never written, beside the model's own.
 
     Raises:
         SamplingError: logits that are not finite; names the block, the step and the prompts.
     """
-    spec, tokens = adapter.spec, special_tokens(adapter, settings, stop_ids)
+    spec, tokens = adapter.spec, special_tokens(adapter, settings, stop_ids, banned_ids)
     process = PROCESSES[spec.noise](settings, tokens, spec.vocab_size, draws if draws is not None else KeyedDraws())
-    state = _start(requests, settings, spec.mask_id)
-    context = adapter.prefill([request.prompt_ids for request in requests])
-    begins_B = torch.ones(len(requests), dtype=torch.bool)
-    while state.rows:
-        if begins_B.any():
-            state = process.begin(state, begins_B)
-        block_B, step_B, active_BC = state.block_B, state.step_B, state.active_BC
-        proposal, context = _propose(adapter, context, state, active_BC, process)
+    reviser = REVISERS[settings.revise]
+    queue, state, context = iter(requests), None, None
+    while True:
+        rows = 0 if state is None else len(state.rows)
+        more = list(islice(queue, None if batch_size is None else batch_size - rows))
+        if more:
+            joining, taken_in = starting_state(more, settings, spec.mask_id), _prefill(adapter, more)
+            state = joining if state is None or not rows else state.join(joining)
+            context = taken_in if not rows else adapter.join(context, taken_in)
+        if state is None or not state.rows:
+            return
+        state = process.begin(state)
+        active_BC = state.active_BC
+        weighed_BC = active_BC | state.revisable_BC if reviser.rereads else active_BC
+        call = _call(state, weighed_BC, spec.logit_shift)
+        proposal, context = _propose(adapter, context, call, state, active_BC, weighed_BC, process)
         accept_BC = RULES[settings.rule](proposal.score_BC, active_BC, process.quota(state), settings)
-        state, settled_BC = process.revise(state, accept_BC, proposal)
+        revision = reviser.apply(state, accept_BC, proposal, settings, process.noise)
 
-        completed_B = ~(active_BC & ~settled_BC).any(dim=1)
-        state = replace(
-            state,
-            open_BC=state.open_BC & ~settled_BC,
-            nfe_B=state.nfe_B + 1,
-            step_B=torch.where(completed_B, 0, step_B + 1),
-        )
-        finished_B = _finished(state, tokens.stop)
-        length = settings.max_new_tokens  # whole canvases are denoised; what is over the answer's length is not shown
-        yield StepEvent(
-            rows=state.rows,
-            block_B=block_B,
-            begun_B=((block_B + 1) * settings.block_size).clamp(max=length),
-            step_B=step_B,
-            nfe_B=state.nfe_B,
-            answer_BC=state.answer_BC[:, :length],
-            open_BC=state.open_BC[:, :length],
-            committed_BC=settled_BC[:, :length],
-            score_BC=proposal.score_BC[:, :length],
-            finished_B=finished_B,
-        )
+        within_BC = state.within_BC
+        state = revision.state.opened(revision.settled_BC, revision.reopened_BC)
+        completed_B = ~(state.open_BC & within_BC).any(dim=1)
+        state = replace(state, nfe_B=state.nfe_B + 1, step_B=torch.where(completed_B, 0, call.step_B + 1))
+        stopped_BC = _stopped(state, tokens.stop)
+        finished_B = ~state.open_BC.any(dim=1) | stopped_BC.any(dim=1)
+        yield _event(state, call, revision.settled_BC, revision.revised_BC, proposal, finished_B)
+        if settings.cuts:
+            state = _cut(state, call, tokens.stop)
+        first_B, end_B = call.first_B, call.end_B
         if finished_B.any():
             stays_B = ~finished_B
             state, context = state.take(stays_B), context.take(stays_B)
-            block_B, completed_B = block_B[stays_B], completed_B[stays_B]
+            first_B, end_B, completed_B = first_B[stays_B], end_B[stays_B], completed_B[stays_B]
         if completed_B.any():
-            context = adapter.commit(context, state.answer_BC, block_B, completed_B)
-        begins_B = completed_B
+            # What is given up to the next open block is settled, too.
+            end_B = torch.where(completed_B, _block_starts(state), end_B)
+            context = adapter.commit(context, state.answer_BC, first_B, end_B, completed_B)
 
 
-def _start(requests: Sequence[Request], settings: Settings, mask_id: int | None) -> State:
-    rows, length = len(requests), settings.length
-    zeros_B = torch.zeros(rows, dtype=torch.long)
-    return State(
-        rows=tuple(request.index for request in requests),
-        answer_BC=torch.full((rows, length), 0 if mask_id is None else mask_id),
-        open_BC=torch.ones(rows, length, dtype=torch.bool),
-        block_of_BC=(torch.arange(length) // settings.block_size).expand(rows, length),
-        step_B=zeros_B,
-        nfe_B=zeros_B,
-        key_B=torch.tensor([request.key for request in requests]),
-        likely_BC=torch.full((rows, length), -1),
-        stable_B=zeros_B,
+@torch.no_grad()
+def _prefill(adapter: Adapter, requests: Sequence[Request]) -> Any:
+    return adapter.prefill([request.prompt_ids for request in requests])
+
+
+def _block_starts(state: State) -> Tensor:
+    return state.within_BC.long().argmax(dim=1)
+
+
+def _call(state: State, weighed_BC: Tensor, logit_shift: int) -> Call:
+    rows_M, positions_M = weighed_BC.nonzero(as_tuple=True)
+    first_B = _block_starts(state)
+    return Call(
+        answer_BC=state.answer_BC,
+        lengths=tuple(state.length_B.tolist()),
+        block_B=state.block_B,
+        first_B=first_B,
+        end_B=first_B + state.within_BC.sum(dim=1),
+        step_B=state.step_B,
+        rows_M=rows_M,
+        positions_M=positions_M - logit_shift,
     )
 
 
 @torch.no_grad()
-def _propose(adapter: Adapter, context: Any, state: State, active_BC: Tensor, process: Process) -> tuple[Proposal, Any]:
-    """Call the network; return what it says of the active positions, and the context with what it is told next."""
-    rows_M, positions_M = active_BC.nonzero(as_tuple=True)
-    hidden_MD = adapter.denoise(context, state.answer_BC, rows_M, positions_M)
-    places = Places(state.key_B[rows_M], state.nfe_B[rows_M], positions_M)
+def _propose(
+    adapter: Adapter,
+    context: Any,
+    call: Call,
+    state: State,
+    active_BC: Tensor,
+    weighed_BC: Tensor,
+    process: Process,
+) -> tuple[Proposal, Any]:
+    """Call the network; return what it says of the weighed positions, and the context with what it is told next."""
+    at = rows_M, positions_M = weighed_BC.nonzero(as_tuple=True)
+    hidden_MD, context = adapter.denoise(context, call)
+    weighing = Weighing(
+        Places(state.key_B[rows_M], state.nfe_B[rows_M], positions_M).to(adapter.device),
+        state.step_B[rows_M].to(adapter.device),
+        state.answer_BC[at].to(adapter.device),
+    )
     columns: list[tuple[Tensor, ...]] = []
     signals: list[Tensor] = []
     size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
@@ -180,22 +205,34 @@ def _propose(adapter: Adapter, context: Any, state: State, active_BC: Tensor, pr
         part = slice(start, start + size)
         logits_MV = adapter.logits(hidden_MD[part])
         finite_M = logits_MV.sum(dim=-1, dtype=torch.float32).isfinite()  # one nan or inf makes the sum one
-        weighed = process.weigh(logits_MV, places[part], state.step_B[rows_M[part]])
+        weighed = process.weigh(logits_MV, weighing[part])
         if adapter.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
             signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
-        columns.append((weighed.candidate_M, weighed.likely_M, weighed.score_M, finite_M))
-    candidate_M, likely_M, score_M, finite_M = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
+        columns.append((finite_M, *_columns(weighed)))
+    finite_M, *found = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
     _require_finite(finite_M, state, rows_M)
     if signals:
         context = context.told(torch.cat(signals))
-    at = (rows_M, positions_M)
-    scores_BC = torch.full(active_BC.shape, -torch.inf)
+    candidate_M, likely_M, score_M, confidence_M, standing_M, highest_M = found
+    zeros_BC = torch.zeros(active_BC.shape)
     proposal = Proposal(
         state.answer_BC.index_put(at, candidate_M),
         state.answer_BC.index_put(at, likely_M),
-        scores_BC.index_put(at, score_M),
+        zeros_BC.index_put(at, score_M).masked_fill(~active_BC, -torch.inf),
+        zeros_BC.index_put(at, confidence_M).masked_fill(~active_BC, 0),
+        zeros_BC.index_put(at, standing_M),
+        zeros_BC.index_put(at, highest_M),
     )
     return proposal, context
+
+
+def _columns(weighed: Weighed) -> tuple[Tensor, ...]:
+    nothing_M = torch.zeros_like(weighed.confidence_M)
+    standing_M = nothing_M if weighed.standing_M is None else weighed.standing_M
+    highest_M = nothing_M if weighed.highest_M is None else weighed.highest_M
+    return (
+        weighed.candidate_M, weighed.likely_M, weighed.score_M, weighed.confidence_M, standing_M, highest_M
+    )  # fmt: skip
 
 
 def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor) -> None:
@@ -210,8 +247,40 @@ def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor) -> None:
         )
 
 
-def _finished(state: State, stop: Sequence[int]) -> Tensor:
-    """Return bool (B,): rows where nothing is open, or nothing to the left of a settled stop token."""
-    stops_BC = torch.isin(state.answer_BC, torch.tensor(stop, dtype=torch.long))
+def _stopped(state: State, stop: Sequence[int]) -> Tensor:
+    """Return bool (B, C): stop tokens that the sampler settled and that have nothing open to their left."""
     open_so_far_BC = state.open_BC.long().cumsum(dim=1) > 0  # the position itself counts: a stop token must be settled
-    return ~state.open_BC.any(dim=1) | (stops_BC & ~open_so_far_BC).any(dim=1)
+    return _stops(state, stop) & ~open_so_far_BC
+
+
+def _stops(state: State, stop: Sequence[int]) -> Tensor:
+    """Return bool (B, C): stop tokens that the sampler settled. Given ones are text."""
+    is_stop_BC = torch.isin(state.answer_BC, torch.tensor(stop, dtype=torch.long))
+    return is_stop_BC & ~state.open_BC & ~state.given_BC
+
+
+def _cut(state: State, call: Call, stop: Sequence[int]) -> State:
+    """Return the state with rows that have settled a stop token no longer than the block that it is in."""
+    ends_B = _stops(state, stop).any(dim=1)
+    return replace(state, length_B=torch.where(ends_B, torch.minimum(state.length_B, call.end_B), state.length_B))
+
+
+def _event(
+    state: State, call: Call, settled_BC: Tensor, revised_BC: Tensor, proposal: Proposal, finished_B: Tensor
+) -> StepEvent:
+    width = int(state.shown_B.max())  # whole canvases are denoised; what is over the answer's length is not shown
+    return StepEvent(
+        rows=state.rows,
+        lengths=tuple(state.shown_B.tolist()),
+        block_B=call.block_B,
+        begun_B=torch.minimum(call.end_B, state.shown_B),
+        step_B=call.step_B,
+        nfe_B=state.nfe_B,
+        answer_BC=state.answer_BC[:, :width],
+        open_BC=state.open_BC[:, :width],
+        committed_BC=settled_BC[:, :width],
+        revised_BC=revised_BC[:, :width],
+        score_BC=proposal.score_BC[:, :width],
+        confidence_BC=proposal.confidence_BC[:, :width],
+        finished_B=finished_B,
+    )

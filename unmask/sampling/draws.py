@@ -42,9 +42,13 @@ class Places:
         """Return some of the positions."""
         return Places(self.key_M[part], self.call_M[part], self.position_M[part])
 
+    def to(self, device: torch.device) -> Places:
+        """Return the same on a device."""
+        return Places(self.key_M.to(device), self.call_M.to(device), self.position_M.to(device))
+
 
 class Draws(Protocol):
-    """Where the denoising loop gets its random numbers. Results are on the device of the logits they go with."""
+    """Where the denoising loop gets its random numbers; for logits, on the device that they and the places are on."""
 
     def gumbel(self, places: Places, logits_MV: Tensor) -> Tensor:
         """Return standard Gumbel noise for logits, float64 (M, V)."""
@@ -71,15 +75,15 @@ class KeyedDraws:
 
     def gumbel(self, places: Places, logits_MV: Tensor) -> Tensor:
         """As in `Draws`."""
-        return gumbel(_keys(places, CANDIDATES).to(logits_MV.device), logits_MV.shape[1])
+        return gumbel(_keys(places, CANDIDATES), logits_MV.shape[1])
 
     def order(self, places: Places, logits_MV: Tensor) -> Tensor:
         """As in `Draws`."""
-        return uniform(_keys(places, ORDER).to(logits_MV.device), 1)[:, 0]
+        return uniform(_keys(places, ORDER), 1)[:, 0]
 
     def category(self, places: Places, weights_MV: Tensor) -> Tensor:
         """As in `Draws`, by one uniform number a position."""
-        return categorical(weights_MV, uniform(_keys(places, CANDIDATES), 1)[:, 0].to(weights_MV.device))
+        return categorical(weights_MV, uniform(_keys(places, CANDIDATES), 1)[:, 0])
 
     def noise(self, places: Places, vocab_size: int) -> Tensor:
         """As in `Draws`."""

@@ -34,7 +34,7 @@ class Stats:
     Attributes:
         nfe: network calls that the row took part in; a guidance pair counts once.
         tokens_per_forward: tokens of the answer (a stop token not counted) per network call.
-        seconds: from the start of the row's batch until the row was finished.
+        seconds: from when the row joined the batch until it was finished.
         tokens_per_second: tokens of the answer per second, for this row alone.
     """
 
@@ -73,6 +73,7 @@ def generate(
     raw: bool = False,
     batch_size: int | None = None,
     on_event: Callable[[StepEvent], None] | None = None,
+    on_answer: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """Sample an answer to each prompt.
 
@@ -89,8 +90,9 @@ def generate(
             family keeps them there, otherwise its family's.
         seed: with equal seed and prompt the answer is the same.
         raw: tokenize texts as they stand, without a chat template.
-        batch_size: rows denoised together, at least 1; None = 16.
+        batch_size: rows denoised together, at least 1; None = 16. A finished row's place goes to the next prompt.
         on_event: called after each network call.
+        on_answer: called with a prompt's place and its answer as soon as that is finished.
 
     Returns:
         a `Generation` for each prompt, in their order; a list of one for a single prompt.
@@ -99,32 +101,128 @@ def generate(
         SamplingError: a prompt that is empty, too long for the model or needs a tokenizer; a setting that the model's
             family does not have; a model of no known family; logits that are not finite.
     """
-    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise SamplingError(f"batch_size: must be an integer of at least 1, got {batch_size!r}")
+    job = _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size)
+    results: dict[int, Generation] = {}
+    clock = RowClock()
+    for event in _events(model, job):
+        clock.tick(event.rows)
+        if on_event is not None:
+            on_event(event)
+        for row in event.finished_B.nonzero()[:, 0].tolist():
+            index, length = event.rows[row], event.lengths[row]
+            answer, nfe = event.answer_BC[row, :length].tolist(), int(event.nfe_B[row])
+            results[index] = _result(job.prompts[index], answer, nfe, clock.seconds(index), job.stops, tokenizer)
+            if on_answer is not None:
+                on_answer(index, results[index])
+    return [results[index] for index in range(len(job.prompts))]
+
+
+def stream(
+    model: nn.Module,
+    prompts: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sampler: SamplerConfig | None = None,
+    seed: int = 42,
+    raw: bool = False,
+    batch_size: int | None = None,
+) -> Iterator[StepEvent]:
+    """Sample an answer to each prompt and yield what each network call settled, as `generate` gives to `on_event`.
+
+    The model is in eval mode until the iterator is used up or closed.
+
+    Args:
+        model, prompts, tokenizer, sampler, seed, raw, batch_size: as in `generate`.
+
+    Raises:
+        SamplingError: as in `generate`; what is wrong with the arguments at once, before the first event.
+
+    Example:
+        >>> import torch, unmask
+        >>> from unmask.models.llada.config import LLaDAConfig
+        >>> from unmask.models.llada.model import LLaDA, initialise
+        >>> model = LLaDA(LLaDAConfig(
+        ...     d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, vocab_size=32, embedding_size=32,
+        ...     mask_token_id=31, eos_token_id=30, pad_token_id=30,
+        ... ))
+        >>> initialise(model, torch.Generator().manual_seed(0))
+        >>> sampler = unmask.SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
+        >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
+        ...     print(int(event.nfe_B[0]), "calls,", int(event.open_BC[0].sum()), "tokens open")
+        1 calls, 6 tokens open
+        2 calls, 4 tokens open
+        3 calls, 2 tokens open
+        4 calls, 0 tokens open
+    """
+    return _events(model, _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a call of `generate` or `stream` asks of the loop."""
+
+    adapter: Adapter
+    settings: Settings
+    prompts: list[list[int]]
+    requests: list[Request]
+    stops: tuple[int, ...]
+    batch_size: int
+
+
+def _prepare(
+    model: nn.Module,
+    prompts: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sampler: SamplerConfig | None,
+    seed: int,
+    raw: bool,
+    batch_size: int | None,
+) -> _Job:
+    size = checked_batch_size(batch_size)
     settings = settings_for(model, sampler)
     adapter = adapter_for(model, settings)
     encoded = encode_prompts(prompts, tokenizer, raw, adapter.spec.mask_id)
     for index, ids in enumerate(encoded):
         _check_prompt(index, ids, adapter, settings)
-    requests = [
-        Request(*request) for request in zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
-    ]
-    requests.sort(key=lambda request: len(request.prompt_ids))  # prompts of like length need little padding
-    stops = stop_ids(adapter, tokenizer)
-    results: dict[int, Generation] = {}
-    with _evaluating(model):
-        for start in range(0, len(requests), size):
-            began = time.perf_counter()
-            for event in denoise(adapter, requests[start : start + size], settings, stops):
-                if on_event is not None:
-                    on_event(event)
-                for row in event.finished_B.nonzero()[:, 0].tolist():
-                    index = event.rows[row]
-                    seconds = time.perf_counter() - began
-                    answer, nfe = event.answer_BC[row].tolist(), int(event.nfe_B[row])
-                    results[index] = _result(encoded[index], answer, nfe, seconds, stops, tokenizer)
-    return [results[index] for index in range(len(encoded))]
+    keyed = zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
+    # Prompts of like length need little padding.
+    requests = sorted((Request(*request) for request in keyed), key=lambda request: len(request.prompt_ids))
+    return _Job(adapter, settings, encoded, requests, stop_ids(adapter, tokenizer), size)
+
+
+def _events(model: nn.Module, job: _Job) -> Iterator[StepEvent]:
+    with evaluating(model):
+        yield from denoise(job.adapter, job.requests, job.settings, job.stops, batch_size=job.batch_size)
+
+
+class RowClock:
+    """Seconds that each row has been in the loop, from before the first call that it took part in."""
+
+    def __init__(self) -> None:
+        self._now = time.perf_counter()
+        self._since: dict[int, float] = {}
+
+    def tick(self, rows: Sequence[int]) -> None:
+        """Note that a call of these rows has ended."""
+        for row in rows:
+            self._since.setdefault(row, self._now)
+        self._now = time.perf_counter()
+
+    def seconds(self, row: int) -> float:
+        """Return a row's time until the last tick."""
+        return self._now - self._since[row]
+
+
+def checked_batch_size(batch_size: int | None) -> int:
+    """Return how many rows are denoised together; None = the default.
+
+    Raises:
+        SamplingError: no integer of at least 1.
+    """
+    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise SamplingError(f"batch_size: must be an integer of at least 1, got {batch_size!r}")
+    return size
 
 
 def stop_ids(adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
@@ -173,7 +271,7 @@ def _result(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch every module to eval mode, and those that were training back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,9 +1,9 @@
-"""What a step does under each kind of noise: masks that are filled for good, or random tokens that are drawn anew.
+"""The kinds of noise: what stands at open positions, and what logits mean there.
 
-Both serve the one loop of `denoise.py`: `begin` writes the noise of a block, `weigh` says what logits mean, a rule of
-`rules.py` picks the positions that take their candidate, `revise` makes the next answer of it and says what is settled.
+Both serve the one loop of `denoise.py`: `begin` writes the noise of a block, `weigh` says what logits mean; then a rule
+of `rules.py` picks the positions that take their candidate, and a way of `revise.py` makes the next answer of it.
 
-Shapes: B rows, C answer positions, M open positions of the rows' current blocks, V vocabulary rows, J blocks, K calls.
+Shapes: B rows, C answer columns, M weighed positions, V vocabulary rows, K calls of a block.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from unmask.sampling.categorical import block_sums
 from unmask.sampling.draws import Draws, Places
-from unmask.sampling.rules import SCORES, ban, choose
+from unmask.sampling.revise import REVISERS
+from unmask.sampling.rules import SCORES, Candidates, ban_, choose, log_total, logit
+from unmask.sampling.schedule import quota
 from unmask.sampling.scratch import Scratch
-from unmask.sampling.settings import CanvasSettings, MaskSettings, block_quotas
+from unmask.sampling.settings import CanvasSettings, MaskSettings
 from unmask.sampling.state import State, Tokens
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
@@ -31,6 +33,25 @@ _LOWEST = -60.0
 
 
 @dataclass(frozen=True)
+class Weighing:
+    """The positions that are weighed. All tensors are on the device of the logits, moved there once a step.
+
+    Attributes:
+        places: where their random numbers come from.
+        step_M: int64, number of the call within its block.
+        standing_M: int64, the token that stands there now.
+    """
+
+    places: Places
+    step_M: Tensor
+    standing_M: Tensor
+
+    def __getitem__(self, part: slice) -> Weighing:
+        """Return some of the positions."""
+        return Weighing(self.places[part], self.step_M[part], self.standing_M[part])
+
+
+@dataclass(frozen=True)
 class Weighed:
     """What the logits say of some positions, on their device.
 
@@ -38,6 +59,9 @@ class Weighed:
         candidate_M: int64, the token that each would take.
         likely_M: int64, the most likely token.
         score_M: float32, how urgently it takes it, larger first.
+        confidence_M: float32, probability of the candidate; of a canvas, of the most likely token.
+        standing_M: float32, probability of the token that stands there, where settled tokens are read again; else None.
+        highest_M: float32, probability of the most likely token, likewise.
         weights_MV: float32, the probabilities times `total_M`, where a network conditions on them; otherwise None.
             Valid until the next positions are weighed.
         total_M: float32, what the weights add up to.
@@ -46,101 +70,108 @@ class Weighed:
     candidate_M: Tensor
     likely_M: Tensor
     score_M: Tensor
+    confidence_M: Tensor
+    standing_M: Tensor | None = None
+    highest_M: Tensor | None = None
     weights_MV: Tensor | None = None
     total_M: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """The weighed positions of all rows in their places; tensors (B, C) on the CPU, -inf as the score elsewhere."""
-
-    candidate_BC: Tensor
-    likely_BC: Tensor
-    score_BC: Tensor
 
 
 class Process(Protocol):
     """One kind of noise."""
 
-    def begin(self, state: State, begins_B: Tensor) -> State:
-        """Return the state with noise in the current block of the rows where `begins_B` is True."""
+    def begin(self, state: State) -> State:
+        """Return the state with noise in the blocks that begin, which are those of rows with `step_B` 0."""
         ...
 
     def quota(self, state: State) -> Tensor:
         """Return how many positions of each row this call may settle, int64 (B,), for the rules that count."""
         ...
 
-    def weigh(self, logits_MV: Tensor, places: Places, step_M: Tensor) -> Weighed:
-        """Return what logits mean at call number `step_M` of their blocks; the logits may be overwritten."""
+    def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
+        """Return what logits mean; they may be overwritten."""
         ...
 
-    def revise(self, state: State, accept_BC: Tensor, proposal: Proposal) -> tuple[State, Tensor]:
-        """Return the state with its next answer, and the positions that are settled by this call, bool (B, C)."""
+    def noise(self, state: State, where_BC: Tensor) -> Tensor:
+        """Return what stands at open positions where nothing is accepted, int64 (B, C); elsewhere any."""
         ...
 
 
 class MaskProcess:
-    """Absorbing noise: open positions hold the mask, and a position that takes its candidate is settled."""
+    """Absorbing noise: open positions hold the mask."""
 
     def __init__(self, settings: MaskSettings, tokens: Tokens, vocab_size: int, draws: Draws) -> None:
         self.settings, self.tokens, self.vocab_size, self.draws = settings, tokens, vocab_size, draws
-        quotas = block_quotas(settings)
-        calls = max(len(block) for block in quotas)
-        # Tokens that call k of block j settles, 0 after a block's last call.
-        self.quota_JK = torch.tensor([[*block, *[0] * (calls - len(block))] for block in quotas])
+        self.rereads = REVISERS[settings.revise].rereads
 
-    def begin(self, state: State, begins_B: Tensor) -> State:
-        """Return the state: an answer is masks from the start."""
+    def begin(self, state: State) -> State:
+        """Return the state: open positions are masks from the start."""
         return state
 
     def quota(self, state: State) -> Tensor:
-        """As in `Process`."""
-        return self.quota_JK[state.block_B, state.step_B.clamp(max=self.quota_JK.shape[1] - 1)]
+        """As in `Process`, by the row's own schedule."""
+        within_BC = state.within_BC
+        sizes = (within_BC & ~state.given_BC).sum(dim=1).tolist()
+        calls = state.calls_BC.masked_fill(~within_BC, 0).amax(dim=1).tolist()
+        return torch.tensor([quota(*row) for row in zip(sizes, calls, state.step_B.tolist(), strict=True)])
 
-    def weigh(self, logits_MV: Tensor, places: Places, step_M: Tensor) -> Weighed:
+    def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
         """Draw only the noise that the settings need."""
-        settings = self.settings
-        logits_MV = ban(logits_MV, self.tokens.banned, self.vocab_size)
+        settings, places = self.settings, weighing.places
+        logits_MV = ban_(logits_MV, self.tokens.banned, self.vocab_size)
         gumbel_MV = self.draws.gumbel(places, logits_MV) if settings.temperature else None
         token_M = choose(logits_MV, settings.temperature, gumbel_MV)
-        score = SCORES[settings.remasking]
-        score_M = score.measure(logits_MV, token_M, self.draws.order(places, logits_MV) if score.random else None)
+        logits_MV, score = logits_MV.float(), SCORES[settings.score]
+        candidate_M = logit(logits_MV, token_M)
+        total_M = log_total(logits_MV, overwrite=not (score.reads_logits or self.rereads))
+        confidence_M = (candidate_M - total_M).exp()
+        uniform_M = self.draws.order(places, logits_MV) if score.random else None
+        score_M = score.measure(Candidates(logits_MV, total_M, confidence_M, places.position_M, uniform_M)).float()
         if self.tokens.deferred:
-            deferred = torch.tensor(self.tokens.deferred, device=token_M.device)
-            score_M = score_M.masked_fill(torch.isin(token_M, deferred), -torch.inf)
-        return Weighed(token_M, token_M, score_M)
+            score_M = score_M.masked_fill(self._deferred(token_M), -torch.inf)
+        if not self.rereads:
+            return Weighed(token_M, token_M, score_M, confidence_M)
+        likely_M = choose(logits_MV, 0.0, None)
+        highest_M = (logit(logits_MV, likely_M) - total_M).exp()
+        if self.tokens.deferred:
+            highest_M = highest_M.masked_fill(self._deferred(likely_M), 0.0)  # no edit writes a stop token
+        standing_M = (logit(logits_MV, weighing.standing_M) - total_M).exp()
+        return Weighed(token_M, likely_M, score_M, confidence_M, standing_M, highest_M)
 
-    def revise(self, state: State, accept_BC: Tensor, proposal: Proposal) -> tuple[State, Tensor]:
-        """Settle what is accepted."""
-        answer_BC = torch.where(accept_BC, proposal.candidate_BC, state.answer_BC)
-        return replace(state, answer_BC=answer_BC), accept_BC
+    def noise(self, state: State, where_BC: Tensor) -> Tensor:
+        """Return masks."""
+        assert self.tokens.mask is not None
+        return torch.full_like(state.answer_BC, self.tokens.mask)
+
+    def _deferred(self, token_M: Tensor) -> Tensor:
+        return torch.isin(token_M, torch.tensor(self.tokens.deferred, device=token_M.device))
 
 
 class CanvasProcess:
-    """Uniform noise: accepted positions hold their candidates, all others are drawn anew, and nothing is latched.
-
-    The most likely tokens of the whole canvas are settled when it stops: stable and certain, or after its last call.
-    Source: transformers, generation_diffusion_gemma.py.
-    """
+    """Uniform noise: open positions hold random tokens, drawn anew until a candidate is accepted."""
 
     def __init__(self, settings: CanvasSettings, tokens: Tokens, vocab_size: int, draws: Draws) -> None:
         self.settings, self.tokens, self.vocab_size, self.draws = settings, tokens, vocab_size, draws
         self._weights = Scratch()
         self.temperature_K = torch.tensor([settings.temperature(step) for step in range(settings.steps)])
 
-    def begin(self, state: State, begins_B: Tensor) -> State:
+    def begin(self, state: State) -> State:
         """Fill the blocks with tokens drawn uniformly; what the call before said is of another block."""
+        begins_B = state.step_B == 0
         begins_BC = state.active_BC & begins_B[:, None]
-        answer_BC = torch.where(begins_BC, self._noise(state, begins_BC), state.answer_BC)
+        if not begins_BC.any():
+            return state
+        answer_BC = torch.where(begins_BC, self.noise(state, begins_BC), state.answer_BC)
         return replace(state, answer_BC=answer_BC, stable_B=state.stable_B.masked_fill(begins_B, 0))
 
     def quota(self, state: State) -> Tensor:
         """Return zeros: the rule goes by entropy."""
         return torch.zeros_like(state.step_B)
 
-    def weigh(self, logits_MV: Tensor, places: Places, step_M: Tensor) -> Weighed:
+    def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
         """Weigh softmax(logits / T), overwriting the logits: this is the bulk of a step beside the matmuls."""
-        logits_MV = logits_MV.float().div_(self.temperature_K[step_M].to(logits_MV.device)[:, None])
+        self.temperature_K = self.temperature_K.to(logits_MV.device)
+        logits_MV = logits_MV.float().div_(self.temperature_K[weighing.step_M][:, None])
         logits_MV[:, self.vocab_size :] = _NEVER
         for token in self.tokens.banned:
             logits_MV[:, token : token + 1] = _NEVER
@@ -150,25 +181,17 @@ class CanvasProcess:
         total_M = block_sums(weights_MV).sum(dim=-1)
         # H = log Z − Σ p·x with x relative to the highest, so that a sure position's entropy keeps its digits.
         entropy_M = total_M.log() - logits_MV.mul_(weights_MV).sum(dim=-1) / total_M
-        return Weighed(self.draws.category(places, weights_MV), likely_M, -entropy_M, weights_MV, total_M)
+        return Weighed(
+            self.draws.category(weighing.places, weights_MV),
+            likely_M,
+            -entropy_M,
+            total_M.reciprocal(),  # the highest weight is 1
+            weights_MV=weights_MV,
+            total_M=total_M,
+        )
 
-    def revise(self, state: State, accept_BC: Tensor, proposal: Proposal) -> tuple[State, Tensor]:
-        """Keep what is accepted and draw the rest anew, or settle the most likely tokens where a canvas stops."""
-        settings, active_BC = self.settings, state.active_BC
-        same_B = ((proposal.likely_BC == state.likely_BC) | ~active_BC).all(dim=1)
-        stable_B = torch.where(same_B, state.stable_B + 1, 0)
-        entropy_B = -proposal.score_BC.masked_fill(~active_BC, 0).sum(dim=1) / active_BC.sum(dim=1)
-        sure_B = (stable_B >= settings.stability_threshold) & (entropy_B < settings.confidence_threshold)
-        settled_BC = active_BC & (sure_B | (state.step_B + 1 >= settings.steps))[:, None]
-        # The numbers are those of the next call, which sees them; a block's first were those of the first.
-        noise_BC = self._noise(replace(state, nfe_B=state.nfe_B + 1), active_BC)
-        answer_BC = torch.where(active_BC & ~accept_BC, noise_BC, state.answer_BC)
-        answer_BC = torch.where(accept_BC, proposal.candidate_BC, answer_BC)
-        answer_BC = torch.where(settled_BC, proposal.likely_BC, answer_BC)
-        likely_BC = torch.where(active_BC, proposal.likely_BC, state.likely_BC)
-        return replace(state, answer_BC=answer_BC, likely_BC=likely_BC, stable_B=stable_B), settled_BC
-
-    def _noise(self, state: State, where_BC: Tensor) -> Tensor:
+    def noise(self, state: State, where_BC: Tensor) -> Tensor:
+        """Return tokens drawn uniformly."""
         rows_M, position_M = where_BC.nonzero(as_tuple=True)
         places = Places(state.key_B[rows_M], state.nfe_B[rows_M], position_M)
         noise_M = self.draws.noise(places, self.vocab_size)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from unmask.data.controls import PROBE, control_pattern
 from unmask.errors import DataError, SamplingError
+from unmask.sampling.blanks import Blank, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,6 +95,85 @@ def _messages(index: int, prompt: Any, raw: bool) -> list[dict[str, Any]] | None
     if not any(turn["content"].strip() for turn in prompt):
         raise SamplingError(f"prompt {index}: every message is empty; write what the model should answer")
     return [dict(turn) for turn in prompt]
+
+
+@dataclass(frozen=True)
+class GivenText:
+    """A text with blanks, as tokens.
+
+    Attributes:
+        prompt_ids: what stands before it: the turns of a chat, or the tokenizer's start of text.
+        pieces: text, blank, text, …, text; texts may be empty.
+        ids: the tokens of each text among the pieces, one more than there are blanks.
+        closing: tokens that end it: the end of the assistant's turn in a chat.
+    """
+
+    prompt_ids: list[int]
+    pieces: list[str | Blank]
+    ids: list[list[int]]
+    closing: list[int]
+
+
+def encode_given(
+    index: int, text: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool = False, mask_id: int | None = None
+) -> GivenText:
+    """Return the tokens of a text with blanks (`blanks.parse`), its pieces tokenized apart.
+
+    Args:
+        index: the text's place, for messages.
+        text: a plain text, or a chat whose last message is the assistant's and has the blanks.
+        tokenizer: needed.
+        raw: control tokens that a plain text spells are tokens, and nothing is put before it. Otherwise what spells
+            one, the mask included, is text.
+        mask_id: the model's mask.
+
+    Raises:
+        SamplingError: no blank, no tokenizer, or something else than a text or such a chat.
+    """
+    where = f"text {index}"
+    if tokenizer is None:
+        raise SamplingError(f"{where}: it needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...)")
+    if isinstance(text, str):
+        pieces = parse(text, where)
+        if raw:
+            ids = [list(tokenizer.encode(part, add_special_tokens=False)) for part in pieces if isinstance(part, str)]
+            return GivenText([], pieces, ids, [])
+        controls = _controls(tokenizer, mask_id)
+        ids = [_literal_ids(tokenizer, part, controls) for part in pieces if isinstance(part, str)]
+        return GivenText(_start_of_text(tokenizer), pieces, ids, [])
+    if not (isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)):
+        raise SamplingError(f"{where}: expected a text or a chat with blanks, got {_shown(text)}")
+    messages = _messages(index, text, raw) or []
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise SamplingError(f"{where}: a chat with blanks ends in the assistant's message, after at least one other")
+    pieces = parse(messages[-1]["content"], where)
+    try:
+        template = _template(tokenizer, mask_id)
+        prompt_ids = template.encode_prompt(messages[:-1])
+        rendered = template.render([*messages[:-1], {"role": "assistant", "content": PROBE}])
+    except DataError as error:
+        raise SamplingError(f"{where}: {error}; or give a plain text") from None
+    ids = [_literal_ids(tokenizer, part, template.controls) for part in pieces if isinstance(part, str)]
+    return GivenText(prompt_ids, pieces, ids, tokenizer.encode(rendered.partition(PROBE)[2], add_special_tokens=False))
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> re.Pattern[str]:
+    words = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
+    return control_pattern({*words, *tokenizer.all_special_tokens, *([mask] if isinstance(mask, str) else [])})
+
+
+def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str]) -> list[int]:
+    """Return the tokens of a text in which a spelt control token is characters: it is split after its first."""
+    cuts = [0, *(found.start() + 1 for found in controls.finditer(text)), len(text)]
+    parts = (text[start:end] for start, end in pairwise(cuts) if start < end)
+    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
+
+
+def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that the tokenizer puts before a document, if it does."""
+    start = tokenizer.encode("")[:1]
+    return start if start and start[0] == tokenizer.bos_token_id else []
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> ChatTemplate:

@@ -41,7 +41,7 @@ class _Recording:
     """One graph: what it reads and writes, and the object whose tensors are baked into it."""
 
     owner: Any
-    graph: Any = None
+    graph: torch.cuda.CUDAGraph | None = None
     inputs: tuple[Tensor, ...] = ()
     output: Tensor | None = None
 
@@ -76,10 +76,10 @@ class Replay:
         self._kept.move_to_end(key)
         if found.graph is None:
             _record(found, function, inputs)
+        assert found.graph is not None and found.output is not None
         for kept, given in zip(found.inputs, inputs, strict=True):
             kept.copy_(given, non_blocking=True)
         found.graph.replay()
-        assert found.output is not None
         return found.output
 
 

@@ -1,7 +1,7 @@
-"""What a denoising step decides, as pure functions: which token each open position would get, how sure that is, and
+"""What a denoising step decides, as pure functions: which token each open position would get, how urgent that is, and
 which positions take it. A new score or rule is one function and one line in its table.
 
-Shapes: M open positions, V vocabulary rows, B rows, C positions of the answer.
+Shapes: M positions, V vocabulary rows, B rows, C columns of the answer.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.sampling.settings import CanvasSettings, MaskSettings, Settings
+from unmask.sampling.settings import MaskSettings, Settings
 
 
-def ban(logits_MV: Tensor, token_ids: Sequence[int], vocab_size: int) -> Tensor:
-    """Return the logits with -inf for `token_ids` and for the padded rows from `vocab_size` on."""
-    logits_MV = logits_MV.clone()
+def ban_(logits_MV: Tensor, token_ids: Sequence[int], vocab_size: int) -> Tensor:
+    """Put -inf, in place, for `token_ids` and for the padded rows from `vocab_size` on; return the logits."""
     logits_MV[:, vocab_size:] = -torch.inf
     for token in token_ids:
         logits_MV[:, token : token + 1] = -torch.inf  # a slice, so an id that the head has no row for is no error
@@ -40,19 +39,66 @@ def choose(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> T
     return (logits_MV + temperature * gumbel_MV).max(dim=-1).indices
 
 
-def confidence(logits_MV: Tensor, tokens_M: Tensor, uniform_M: Tensor | None) -> Tensor:
-    """Return softmax(logits)[token], float32 (M,), without temperature; `uniform_M` is not used.
+def log_total(logits_MV: Tensor, overwrite: bool = False) -> Tensor:
+    """Return the logsumexp of each position, (M,); `overwrite` makes it in the memory of the logits, which are lost."""
+    if not overwrite:
+        return logits_MV.logsumexp(dim=-1)
+    highest_M = logits_MV.amax(dim=-1)
+    return logits_MV.sub_(highest_M[:, None]).exp_().sum(dim=-1).log_().add_(highest_M)
 
-    In fp32 whatever the model computes in: bf16 probabilities have so few values that most positions would tie.
+
+def logit(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
+    """Return each position's logit of its token, (M,)."""
+    return logits_MV.gather(-1, tokens_M[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a score may go by, of M positions, on their device.
+
+    Attributes:
+        logits_MV: float32, without temperature, banned tokens at -inf; for scores with `reads_logits` only.
+        total_M: float32, their logsumexp.
+        confidence_M: float32, softmax(logits)[candidate], without temperature. In fp32 whatever the model computes in:
+            bf16 probabilities have so few values that most positions would tie.
+        position_M: int64, column in the answer.
+        uniform_M: a uniform number a position; None where the score does not ask for one.
     """
-    logits_MV = logits_MV.float()
-    return (logits_MV.gather(-1, tokens_M[:, None])[:, 0] - logits_MV.logsumexp(dim=-1)).exp()
+
+    logits_MV: Tensor
+    total_M: Tensor
+    confidence_M: Tensor
+    position_M: Tensor
+    uniform_M: Tensor | None
 
 
-def random_order(logits_MV: Tensor, tokens_M: Tensor, uniform_M: Tensor | None) -> Tensor:
-    """Return a uniform random number a position, float32 (M,), whatever the logits say."""
-    assert uniform_M is not None
-    return uniform_M.float()
+def low_confidence(candidates: Candidates) -> Tensor:
+    """Return the probability of the candidate (LLaDA's name, from the other end: the least confident stay masked)."""
+    return candidates.confidence_M
+
+
+def negative_entropy(candidates: Candidates) -> Tensor:
+    """Return Σ p log p in nats, at most 0; that of a sure position is 0 (Dream, arXiv 2508.15487)."""
+    probabilities_MV = (candidates.logits_MV - candidates.total_M[:, None]).exp_()
+    return -torch.special.entr(probabilities_MV).sum(dim=-1)
+
+
+def margin(candidates: Candidates) -> Tensor:
+    """Return p₁ − p₂, the two most probable tokens' difference, in [0, 1] (Kim et al. 2025, arXiv 2502.06768)."""
+    best_M2 = candidates.logits_MV.topk(min(2, candidates.logits_MV.shape[1]), dim=-1).values
+    best_M2 = (best_M2 - candidates.total_M[:, None]).exp_()
+    return best_M2[:, 0] - best_M2[:, 1] if best_M2.shape[1] == 2 else best_M2[:, 0]
+
+
+def random_order(candidates: Candidates) -> Tensor:
+    """Return a uniform random number a position, whatever the logits say."""
+    assert candidates.uniform_M is not None
+    return candidates.uniform_M
+
+
+def left_to_right(candidates: Candidates) -> Tensor:
+    """Return minus the column, so that the leftmost comes first."""
+    return -candidates.position_M
 
 
 @dataclass(frozen=True)
@@ -60,12 +106,14 @@ class Score:
     """How urgently a position is settled.
 
     Attributes:
-        measure: (logits_MV, tokens_M, uniform_M or None) -> (M,), larger first.
+        measure: candidates -> (M,), larger first.
         random: whether it needs a uniform number a position.
+        reads_logits: whether it goes by the logits; otherwise they may be overwritten before.
     """
 
-    measure: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    measure: Callable[[Candidates], Tensor]
     random: bool = False
+    reads_logits: bool = False
 
 
 def ranks(scores_BC: Tensor, active_BC: Tensor) -> Tensor:
@@ -73,9 +121,9 @@ def ranks(scores_BC: Tensor, active_BC: Tensor) -> Tensor:
 
     Ties go to the lower position; a score of -inf still comes before every inactive position.
     """
-    by_score_BC = scores_BC.argsort(dim=-1, descending=True, stable=True)
-    inactive_first = (~active_BC).gather(-1, by_score_BC).long().argsort(dim=-1, stable=True)
-    return by_score_BC.gather(-1, inactive_first).argsort(dim=-1)
+    lowest = torch.finfo(scores_BC.dtype).min
+    order_BC = scores_BC.clamp(min=lowest).masked_fill(~active_BC, -torch.inf).argsort(descending=True, stable=True)
+    return torch.empty_like(order_BC).scatter_(1, order_BC, torch.arange(order_BC.shape[1]).expand_as(order_BC))
 
 
 def settle_quota(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
@@ -92,6 +140,19 @@ def settle_threshold(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, sett
     return active_BC & ((scores_BC >= settings.threshold) | (ranks(scores_BC, active_BC) < 1))
 
 
+def settle_factor(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
+    """Settle the longest run of best positions of which the r-th, from 1, scores at least 1 − f/(r + 1); bool (B, C).
+
+    The more are settled together, the surer each must be; f is `settings.factor`. Always the best one. The quota is not
+    used. Source: Fast-dLLM (arXiv 2505.22618), section 3.3, factor-based decoding.
+    """
+    assert isinstance(settings, MaskSettings) and settings.factor is not None
+    falling_BC = scores_BC.double().masked_fill(~active_BC, -torch.inf).sort(dim=-1, descending=True).values
+    needed_C = 1 - settings.factor / torch.arange(2, falling_BC.shape[1] + 2, dtype=torch.float64)
+    run_B = (falling_BC >= needed_C).long().cumprod(dim=-1).sum(dim=-1).clamp(min=1)
+    return active_BC & (ranks(scores_BC, active_BC) < run_B[:, None])
+
+
 def accept_by_entropy(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
     """Accept active positions by rising entropy while those before have at most `entropy_bound` together; bool (B, C).
 
@@ -101,23 +162,27 @@ def accept_by_entropy(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, set
     Source: arXiv 2505.24857; transformers, generation_diffusion_gemma.py, `accept_canvas`.
 
     Args:
-        scores_BC: minus the entropy of each active position, in nats.
+        scores_BC: minus the entropy of each active position, in nats; -inf at those to be accepted last.
     """
-    assert isinstance(settings, CanvasSettings)
+    assert settings.entropy_bound is not None
     entropy_BC = (-scores_BC).double().masked_fill(~active_BC, torch.inf)
     rising_BC, order_BC = entropy_BC.sort(dim=-1, stable=True)
-    before_BC = rising_BC.cumsum(dim=-1) - rising_BC  # inf - inf at inactive positions is nan, which passes no bound
+    before_BC = rising_BC.cumsum(dim=-1) - rising_BC  # inf - inf is nan, which passes no bound
     accepted_BC = torch.zeros_like(active_BC).scatter(1, order_BC, before_BC <= settings.entropy_bound)
-    return active_BC & accepted_BC
+    return active_BC & (accepted_BC | (ranks(scores_BC, active_BC) < 1))
 
 
 SCORES: dict[str, Score] = {
-    "low_confidence": Score(confidence),
+    "low_confidence": Score(low_confidence),
+    "entropy": Score(negative_entropy, reads_logits=True),
+    "margin": Score(margin, reads_logits=True),
     "random": Score(random_order, random=True),
+    "left_to_right": Score(left_to_right),
 }
 
 RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Settings], Tensor]] = {
     "quota": settle_quota,
     "threshold": settle_threshold,
+    "factor": settle_factor,
     "entropy_bound": accept_by_entropy,
 }

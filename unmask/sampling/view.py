@@ -1,14 +1,21 @@
-"""An answer drawn in the terminal while it is denoised: settled text, and a block of shade for each masked position, or
-the tokens of the current canvas, dimmed."""
+"""Answers drawn in the terminal while they are denoised: settled text, what the last call settled bold, and for each
+open position a shade that says how sure the call was of its candidate; or the tokens of the current canvas, dimmed.
+
+Where the output is no terminal, or NO_COLOR is set, a few plain lines say the same.
+
+Shapes: B rows, C answer positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 from torch import nn
@@ -16,13 +23,24 @@ from torch import nn
 from unmask.sampling.adapters import adapter_for, settings_for
 from unmask.sampling.denoise import StepEvent
 from unmask.sampling.generate import Generation, generate, stop_ids
+from unmask.sampling.prompts import as_list
 from unmask.sampling.settings import SamplerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Where output is not a terminal: lines printed for an answer at the least, its last one not counted.
+# Plain lines printed for an answer at the least, its last one not counted.
 _LINES = 6
+# An open position: not weighed by the call, then by rising confidence of its candidate.
+SHADES = "·░▒▓"
+ASCII_SHADES = "_.-="
+# Model text must not move the cursor or set the terminal's title: control characters become a sign.
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Return text without control characters that a terminal would obey; newlines and tabs stay."""
+    return text.translate(_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -32,87 +50,215 @@ class Drawing:
     Attributes:
         tokenizer: decodes the settled tokens.
         stops: tokens from which on nothing is drawn, since the answer ends before them.
-        blank: what stands for an open position; None draws the token that it holds.
+        shades: what stands for an open position: one for those that the call did not weigh, then by rising confidence;
+            None draws the token that it holds.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[int, ...]
-    blank: str | None = "░"
+    shades: str | None = SHADES
 
-    def draw(self, answer: Sequence[int], open_: Sequence[bool], fresh: Sequence[bool]) -> Text:
+    def draw(
+        self,
+        answer: Sequence[int],
+        open_: Sequence[bool],
+        fresh: Sequence[bool],
+        confidence: Sequence[float] | None = None,
+        given: Collection[int] = (),
+    ) -> Text:
         """Return one answer as styled text: what the last call settled bold, open positions dim.
 
         Args:
             answer: token ids.
             open_: for each, whether it is not settled yet.
             fresh: for each, whether the last call settled it.
+            confidence: for each, the call's confidence in its candidate, nan for none; None = none anywhere.
+            given: positions that were never open; a stop token there ends nothing.
         """
-        settled_stops = (i for i, token in enumerate(answer) if token in self.stops and not open_[i])
+        settled_stops = (i for i, token in enumerate(answer) if token in self.stops and not open_[i] and i not in given)
         places = range(next(settled_stops, len(answer)))
         text = Text()
         # Neighbours are decoded together: a character may be spread over several tokens.
         for (is_open, is_fresh), run in groupby(places, key=lambda i: (open_[i], fresh[i])):
-            ids = [answer[i] for i in run]
-            if is_open and self.blank is not None:
-                text.append(self.blank * len(ids), style="dim")
+            run = list(run)
+            if is_open and self.shades is not None:
+                text.append("".join(self._shade(confidence, i) for i in run), style="dim")
             else:
                 style = "dim" if is_open else "bold" if is_fresh else ""
-                text.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)), style=style)
+                decoded = self.tokenizer.decode([answer[i] for i in run], skip_special_tokens=True)
+                text.append(printable(str(decoded)), style=style)
         return text
+
+    def draw_row(self, event: StepEvent, row: int, highlight: bool = True, given: Collection[int] = ()) -> Text:
+        """Return one row of an event as styled text; without `highlight` nothing is bold, `given` as in `draw`."""
+        # A canvas that has not begun holds nothing; masks are drawn from the start.
+        end = event.lengths[row] if self.shades is not None else int(event.begun_B[row])
+        answer, is_open = event.answer_BC[row, :end].tolist(), event.open_BC[row, :end].tolist()
+        fresh = event.committed_BC[row, :end].tolist() if highlight else [False] * end
+        weighed = event.score_BC[row, :end].isfinite()
+        confidence = event.confidence_BC[row, :end].masked_fill(~weighed, math.nan).tolist()
+        return self.draw(answer, is_open, fresh, confidence, given)
+
+    def _shade(self, confidence: Sequence[float] | None, place: int) -> str:
+        assert self.shades is not None
+        value = math.nan if confidence is None else confidence[place]
+        if math.isnan(value):
+            return self.shades[0]
+        levels = self.shades[1:]
+        return levels[min(int(value * len(levels)), len(levels) - 1)]
+
+
+class Watcher:
+    """Draws events as they come: a callback for `generate`, and a context manager around the call.
+
+    Rows that are denoised together are drawn below each other. A finished answer is printed and scrolls away like any
+    other output, so nothing is lost of one that is longer than the window.
+
+    Args:
+        drawing: how the model's answers are drawn.
+        console: where to.
+        titles: what to print above an answer, by the number of its prompt.
+    """
+
+    def __init__(self, drawing: Drawing, console: Console, titles: Mapping[int, str] | None = None) -> None:
+        self.drawing, self.console, self.titles = drawing, console, titles or {}
+        moving = console.is_terminal and not console.no_color and not console.is_dumb_terminal
+        self._live = Live(console=console, auto_refresh=False, transient=True) if moving else None
+        self._drawn: dict[int, Text] = {}
+        self._printed: dict[int, int] = {}
+        self._given: dict[int, frozenset[int]] = {}
+
+    def __enter__(self) -> Watcher:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave what was drawn of unfinished answers on the screen."""
+        if self._live is None:
+            return
+        self._live.stop()
+        for row, text in self._drawn.items():
+            self._print(row, text)
+
+    def __call__(self, event: StepEvent) -> None:
+        """Draw what a network call changed."""
+        for place, row in enumerate(event.rows):
+            if row not in self._given:  # the row's first call: what was open before it was settled by it
+                was_open = event.open_BC[place] | event.committed_BC[place]
+                self._given[row] = frozenset((~was_open).nonzero()[:, 0].tolist())
+        if self._live is None:
+            self._print_lines(event)
+            return
+        finished: dict[int, Text] = {}
+        for place, row in enumerate(event.rows):
+            if event.finished_B[place]:
+                self._drawn.pop(row, None)
+                finished[row] = self.drawing.draw_row(event, place, False, self._given[row])
+            else:
+                self._drawn[row] = self.drawing.draw_row(event, place, True, self._given[row])
+        shown = [Group(*self._heading(row), self._window(text)) for row, text in self._drawn.items()]
+        self._live.update(Group(*shown), refresh=True)
+        for row, text in finished.items():
+            self._print(row, text)
+
+    def _print_lines(self, event: StepEvent) -> None:
+        for place, row in enumerate(event.rows):
+            length = event.lengths[place]
+            settled = int((~event.open_BC[place, :length]).sum())
+            if row not in self._printed:
+                for heading in self._heading(row):
+                    self.console.print(heading, soft_wrap=True)
+                self._printed[row] = 0
+            if event.finished_B[place] or (settled - self._printed[row]) * _LINES >= length:
+                self._printed[row] = settled
+                text = self.drawing.draw_row(event, place, False, self._given[row])
+                self.console.print(Text(f"call {int(event.nfe_B[place])}: ") + text, soft_wrap=True)
+
+    def _print(self, row: int, text: Text) -> None:
+        for part in (*self._heading(row), text):
+            self.console.print(part, soft_wrap=True)
+
+    def _heading(self, row: int) -> list[Text]:
+        return [Text(f"> {printable(self.titles[row])}", style="bold")] if row in self.titles else []
+
+    def _window(self, text: Text) -> Text:
+        """Return the lines around the leftmost change where there are more than the screen holds."""
+        height = max(3, self.console.height // max(1, len(self._drawn)) - 2)
+        lines = text.wrap(self.console, self.console.width)
+        if len(lines) <= height:
+            return text
+        active = next((n for n, line in enumerate(lines) if any(span.style for span in line.spans)), len(lines) - 1)
+        start = min(max(0, active - height // 2), len(lines) - height)
+        return Text("\n").join(lines[start : start + height])
+
+
+def watcher(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: SamplerConfig | None = None,
+    console: Console | None = None,
+    titles: Mapping[int, str] | None = None,
+) -> Watcher:
+    """Return the watcher for a model's answers.
+
+    Args:
+        model, tokenizer, sampler: as in `generate`.
+        console: where to draw; None = standard output.
+        titles: what to print above an answer, by the number of its prompt.
+
+    Raises:
+        SamplingError: a model of no known family, or a setting that its family does not have.
+    """
+    console = console if console is not None else Console()
+    adapter = adapter_for(model, settings_for(model, sampler))
+    shades = SHADES if console.encoding.lower().startswith("utf") else ASCII_SHADES
+    drawing = Drawing(tokenizer, stop_ids(adapter, tokenizer), shades if adapter.spec.noise == "mask" else None)
+    return Watcher(drawing, console, titles)
 
 
 def watch(
     model: nn.Module,
-    prompt: Any,
+    prompts: Any,
     tokenizer: PreTrainedTokenizerBase,
     sampler: SamplerConfig | None = None,
     console: Console | None = None,
     *,
     seed: int = 42,
     raw: bool = False,
-) -> Generation:
-    """Sample an answer to one prompt and draw it as it comes; plain lines where the output is not a terminal.
+    on_event: Callable[[StepEvent], None] | None = None,
+) -> list[Generation]:
+    """Sample an answer to each prompt and draw it as it comes, one prompt after the other, the shortest first.
 
     Args:
-        model, prompt, tokenizer, sampler, seed, raw: as in `generate`.
+        model, prompts, tokenizer, sampler, seed, raw: as in `generate`.
         console: where to draw; None = standard output.
+        on_event: called after each network call, too.
 
     Returns:
-        the answer, equal to what `generate` gives.
+        the answers in the prompts' order, equal to what `generate` gives.
 
     Raises:
         SamplingError: as in `generate`.
     """
-    console = console if console is not None else Console()
-    adapter = adapter_for(model, settings_for(model, sampler))
-    shade = "░" if console.encoding.lower().startswith("utf") else "_"
-    blank = shade if adapter.spec.noise == "mask" else None
-    drawing = Drawing(tokenizer, stop_ids(adapter, tokenizer), blank)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "sampler": sampler, "seed": seed, "raw": raw}
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
+    items = as_list(prompts)
+    titles = {index: title_of(item, index) for index, item in enumerate(items)} if len(items) > 1 else {}
+    with watcher(model, tokenizer, sampler, console, titles) as draw:
 
-            def show(event: StepEvent) -> None:
-                # After the last call everything is settled, so the highlight goes.
-                live.update(_draw(drawing, event, highlight=not bool(event.finished_B[0])), refresh=True)
+        def show(event: StepEvent) -> None:
+            draw(event)
+            if on_event is not None:
+                on_event(event)
 
-            return generate(model, [prompt], on_event=show, **options)[0]
-
-    printed = 0
-
-    def show_line(event: StepEvent) -> None:
-        nonlocal printed
-        settled = int((~event.open_BC[0]).sum())
-        if event.finished_B[0] or (settled - printed) * _LINES >= event.open_BC.shape[1]:
-            printed = settled
-            line = Text(f"call {int(event.nfe_B[0])}: ") + _draw(drawing, event, highlight=False)
-            console.print(line, soft_wrap=True)
-
-    return generate(model, [prompt], on_event=show_line, **options)[0]
+        options: dict[str, Any] = {"tokenizer": tokenizer, "sampler": sampler, "seed": seed, "raw": raw}
+        return generate(model, items, batch_size=1, on_event=show, **options)
 
 
-def _draw(drawing: Drawing, event: StepEvent, highlight: bool) -> Text:
-    answer, is_open = event.answer_BC[0].tolist(), event.open_BC[0].tolist()
-    fresh = event.committed_BC[0].tolist() if highlight else [False] * len(answer)
-    begun = len(answer) if drawing.blank is not None else int(event.begun_B[0])
-    return drawing.draw(answer[:begun], is_open[:begun], fresh[:begun])
+def title_of(prompt: Any, index: int) -> str:
+    """Return what to call a prompt: its text, the last turn of a chat, or its number where it is token ids."""
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
+    return str(last.get("content")) if isinstance(last, Mapping) else f"prompt {index + 1}"

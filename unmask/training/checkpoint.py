@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unmask.errors import CheckpointError, FieldError
+from unmask.sections import choice_problem
+from unmask.training import best
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -32,7 +34,9 @@ class CheckpointConfig:
     Attributes:
         enabled: False writes logs only and cannot resume.
         checkpoint_dir: the run directory; a run that finds checkpoints there goes on from the newest whole one.
-        max_recent_checkpoints: older ones are removed after each save; null keeps all.
+        max_recent_checkpoints: older ones are removed after each save, the best one aside; null keeps all.
+        best_metric: `validation_loss` or `exact_match`: the checkpoint of the best evaluation by it is saved, kept, and
+            linked as `best`; null compares nothing.
         save_consolidated: with several processes, which checkpoints are plain Hugging Face folders too: none (false),
             the one at the run's end (`final`) or all (`every`, true). One process writes nothing else.
     """
@@ -41,8 +45,13 @@ class CheckpointConfig:
     checkpoint_dir: str = "checkpoints"
     max_recent_checkpoints: int | None = 3
     save_consolidated: bool | Literal["final", "every"] = "final"
+    best_metric: str | None = None
 
     def __post_init__(self) -> None:
+        if self.best_metric is not None and self.best_metric not in best.METRICS:
+            raise FieldError("best_metric", choice_problem(self.best_metric, best.METRICS))
+        if self.best_metric is not None and not self.enabled:
+            raise FieldError("best_metric", "keeps a checkpoint, and enabled is false; set it to null")
         if self.save_consolidated is True:
             object.__setattr__(self, "save_consolidated", "every")
         if self.max_recent_checkpoints is not None and self.max_recent_checkpoints < 1:
@@ -144,6 +153,8 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
         final.rename(root / f".step_{step}.{os.getpid()}.old.part")
     temporary.rename(final)
     _point_latest(root, final.name)
+    if _is_best(final, step):
+        point(root, best.LINK, final.name)
     _to_disk(root)  # the names too, before `prune` may remove older checkpoints
     return final
 
@@ -163,17 +174,21 @@ def cannot_save(final: Path, error: BaseException) -> CheckpointError:
 
 
 def prune(root: Path, keep: int | None, saved: Path) -> None:
-    """Remove what killed saves left behind, and all but the `keep` newest checkpoints up to the one just saved.
+    """Remove what killed saves left behind, and all but the best and the `keep` newest checkpoints up to this one.
 
     Checkpoints of later steps are ones that this run refused (torn or foreign): they neither count nor are touched, or
     they would push out the whole one.
     """
     for leftover in root.glob(".step_*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for link in root.glob(f".{LATEST}.*"):
-        link.unlink(missing_ok=True)
+    for name in (LATEST, best.LINK):
+        for link in root.glob(f".{name}.*"):
+            link.unlink(missing_ok=True)
     found = checkpoints(root)
+    kept = (root / best.LINK).resolve()
     for folder in [] if keep is None else found[found.index(saved) + keep :]:
+        if folder.resolve() == kept:
+            continue
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.part")  # a kill half-way must not leave a torn step_N
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -250,10 +265,20 @@ def _short(value: Any) -> str:
 
 
 def _point_latest(root: Path, name: str) -> None:
-    link = root / f".{LATEST}.{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, root / LATEST)
+    point(root, LATEST, name)
+
+
+def point(root: Path, link: str, name: str) -> None:
+    """Let a link in a run directory lead to a checkpoint; atomic."""
+    temporary = root / f".{link}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, root / link)
+
+
+def _is_best(folder: Path, step: int) -> bool:
+    found = json.loads((folder / STATE).read_text(encoding="utf-8")).get("best")
+    return found is not None and found["step"] == step
 
 
 def _crc32(path: Path) -> int:

@@ -22,6 +22,7 @@ class Estimate:
         parameters, trainable: how many, and how many of them are trained.
         weights: the master weights, adapters among them.
         gradients: one a trained parameter.
+        head: the head's gradients that the terms of the loss hold until the backward pass.
         optimizer: AdamW's two moments.
         activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
     """
@@ -30,13 +31,14 @@ class Estimate:
     trainable: int
     weights: int
     gradients: int
+    head: int
     optimizer: int
     activations: int
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.head + self.optimizer + self.activations
 
 
 def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Estimate:
@@ -63,9 +65,29 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         trainable=sum(p.numel() for p in trainable),
         weights=_bytes(parameters),
         gradients=trained_bytes,
+        head=head_gradients(config, model, width),
         optimizer=2 * trained_bytes,
         activations=activations + 4 * min(CHUNK_LOGITS, tokens * plan.config.rows),
     )
+
+
+def head_gradients(config: RunConfig, model: nn.Module, width: int) -> int:
+    """Return the bytes of the head's gradients that a micro-batch's loss holds beside those of the ones before it.
+
+    Each term of the loss computes its own in its forward pass, in fp32, and keeps it in the head's dtype.
+
+    Args:
+        config: the run.
+        model: the network, on the meta device.
+        width: bytes of an element of the head.
+    """
+    import torch
+
+    from unmask.objectives.registry import head_losses
+
+    _, *head = model.head_inputs(torch.empty(0, 1, device="meta"))  # pyright: ignore[reportCallIssue]
+    elements = sum(p.numel() for p in head if p is not None and p.requires_grad)
+    return elements * (width * head_losses(config.dllm) + (4 if width < 4 else 0))
 
 
 def _packed(parameter: nn.Parameter) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from unmask.distributed.mesh import Degrees
 from unmask.models.registry import ModelPlan
-from unmask.training.estimate import Estimate
+from unmask.training.estimate import Estimate, head_gradients
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +22,7 @@ class SharedEstimate:
     Attributes:
         weights, optimizer: a shard.
         gradients: a shard, and the whole until the last micro-batch where their sum over ranks is deferred.
+        head: the whole head's gradients that the terms of the loss hold until the backward pass.
         gathered: the root's group and two blocks, the one that runs and the one that is fetched for it.
         activations: as on one device.
         weights_received: shards of the others, gathered for every pass.
@@ -31,6 +32,7 @@ class SharedEstimate:
 
     weights: int
     gradients: int
+    head: int
     optimizer: int
     gathered: int
     activations: int
@@ -41,7 +43,7 @@ class SharedEstimate:
     @property
     def total(self) -> int:
         """Bytes held in all."""
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+        return self.weights + self.gradients + self.head + self.optimizer + self.gathered + self.activations
 
     @property
     def received(self) -> int:
@@ -134,6 +136,7 @@ def estimate_shared(
     return SharedEstimate(
         weights=whole.weights // shard,
         gradients=whole.gradients // shard + (reduce * trained if deferred else 0),
+        head=head_gradients(config, model, travel),
         optimizer=whole.optimizer // shard,
         gathered=int(travel * (groups.root + min(2, groups.layers) * block)),
         activations=whole.activations,

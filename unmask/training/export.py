@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from unmask.errors import CheckpointError, ModelError
 from unmask.models.family import PLAIN
+from unmask.models.tokenizer import tokenizer_folder
 
 if TYPE_CHECKING:
     from unmask.models.registry import ModelPlan
@@ -99,19 +100,3 @@ def _copy_tokenizer(checkpoint: str, adapter: str | None, folder: Path) -> list[
         return [f"{checkpoint} has no tokenizer, so the exported folder has none either"]
     load_tokenizer(str(source), "--checkpoint").save_pretrained(folder)
     return []
-
-
-def tokenizer_folder(checkpoint: str, adapter: str | None) -> Path:
-    """Return the folder of the tokenizer to use: the adapter's, whose chat template it was trained with, if it has one.
-
-    Raises:
-        ModelError: neither has one.
-    """
-    from unmask.models.adapter_folder import find_adapter
-    from unmask.models.tokenizer import FILES, find_tokenizer
-
-    if adapter is not None:
-        folder = find_adapter(adapter)
-        if any((folder / file).is_file() for file in FILES):
-            return folder
-    return find_tokenizer(checkpoint, "--checkpoint")

@@ -1,7 +1,7 @@
 """The training loop. From here: corruption and loss are the objective's (`step.objective`), the network is `model`.
 
     rows → loader → micro-batches of one global batch → train_step → metrics.jsonl
-                                                     ↘ every so many steps: validation, checkpoint
+                                                     ↘ every so many steps: evaluation, checkpoint
 
 Everything that the loop needs arrives assembled in a `TrainingRun`; nothing is looked up here.
 """
@@ -26,7 +26,9 @@ from unmask.objectives.registry import Objective
 from unmask.report.metrics import MetricsLog, SilentLog
 from unmask.report.progress import TrainingProgress
 from unmask.rng import NoiseStream, key
+from unmask.training.best import Best
 from unmask.training.checkpoint import CheckpointConfig
+from unmask.training.evaluate import Validator, due_after, evaluate
 from unmask.training.optim import set_learning_rate
 from unmask.training.resume import ResumePoint
 from unmask.training.saver import Saver
@@ -72,10 +74,10 @@ class TrainingRun:
         schedule, peak_lr, max_norm: the optimizer's settings that change or limit a step.
         checkpoint: what is kept, under which identity (a checkpoint of another identity is foreign).
         saver: writes checkpoints.
-        validators: each takes the model and returns the fields of a validation event.
+        validators: what is measured, and how often.
         metrics, progress: where numbers go.
         name_rows: names rows by their sample ids, for an error message.
-        is_good_enough: told each validation event; True ends the run.
+        is_good_enough: told what was measured at a step; True ends the run.
         defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
     """
 
@@ -94,7 +96,7 @@ class TrainingRun:
     checkpoint: CheckpointConfig
     identity: Mapping[str, Any]
     saver: Saver
-    validators: Sequence[Callable[[nn.Module], Mapping[str, float]]]
+    validators: Sequence[Validator]
     metrics: MetricsLog | SilentLog
     progress: TrainingProgress
     name_rows: Callable[[Sequence[int]], str]
@@ -111,11 +113,13 @@ class TrainingOutcome:
         reason: `finished`, `good enough`, the name of the signal that stopped it, or `already finished` when there was
             nothing left to do.
         checkpoint: the folder saved last; None when checkpoints are off.
+        best: the best evaluation by `checkpoint.best_metric`; None without one.
     """
 
     step: int
     reason: str
     checkpoint: Path | None
+    best: Best | None = None
 
 
 def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
@@ -127,7 +131,7 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
         CheckpointError: a checkpoint could not be saved.
     """
     if start.step >= run.total_steps:
-        return TrainingOutcome(start.step, "already finished", start.folder)
+        return TrainingOutcome(start.step, "already finished", start.folder, start.best)
     try:
         return _train(run, start)
     except BaseException:
@@ -136,11 +140,11 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
 
 
 def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
-    step, ranks, reason = start.step, run.runtime.ranks, "finished"
+    step, ranks, reason, best = start.step, run.runtime.ranks, "finished", start.best
     stream = iter(run.loader)
     with StopRequest() as stop, run.progress, contextlib.closing(stream):
         if run.steps.val_at_start and step == 0:
-            _validate(run, step)
+            evaluate(run, step, run.validators, best)
         while step < run.total_steps:
             began = time.perf_counter()
             try:
@@ -160,23 +164,25 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             if not result.finite:
                 raise _not_finite(run, step, result, batches)
             _record(run, step, rate, result, time.perf_counter() - began)
-            good = due(step, run.steps.val_every_steps) and _validate(run, step)
+            found = evaluate(run, step, due_after(run.validators, step), best)
+            best = found.best
             stopped = stop.agreed(ranks)
-            if good or stopped is not None:
+            if found.good or stopped is not None:
                 reason = stopped or "good enough"
                 break
-            if due(step, run.steps.ckpt_every_steps) and step < run.total_steps:
-                _save(run, step, last=False)
+            if step < run.total_steps and (found.is_best or due(step, run.steps.ckpt_every_steps)):
+                _save(run, step, best, last=False)
             _tell_saved(run)
-        if reason == "finished" and not due(step, run.steps.val_every_steps):
-            _validate(run, step)
+        if reason == "finished":
+            rest = [validator for validator in run.validators if not due(step, validator.every)]
+            best = evaluate(run, step, rest, best).best
         if step > start.step:
-            _save(run, step, last=reason in ("finished", "good enough"))
+            _save(run, step, best, last=reason in ("finished", "good enough"))
         run.saver.settle()
         _tell_saved(run)
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
-    return TrainingOutcome(step, reason, run.saver.newest)
+    return TrainingOutcome(step, reason, run.saver.newest, best)
 
 
 def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -214,22 +220,10 @@ def _record(run: TrainingRun, step: int, rate: float, result: StepResult, second
     run.progress.step(step, result.loss, rate, result.grad_norm, speed)
 
 
-def _validate(run: TrainingRun, step: int) -> bool:
-    """Run every validator, record the event, and say whether the run may end."""
-    if not run.validators:
-        return False
-    event: dict[str, Any] = {}
-    began = time.perf_counter()
-    for validator in run.validators:
-        event.update(validator(run.model))
-    run.metrics.write("validation", step=step, **event, seconds=round(time.perf_counter() - began, 3))
-    run.progress.say(f"step {step}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in event.items()))
-    return run.is_good_enough(event)
-
-
-def _save(run: TrainingRun, step: int, last: bool) -> None:
+def _save(run: TrainingRun, step: int, best: Best | None, last: bool) -> None:
     if run.checkpoint.enabled:
-        run.saver.save(step, {"loader": run.loader.state_dict(), "identity": dict(run.identity)}, last)
+        state = {"loader": run.loader.state_dict(), "identity": dict(run.identity)}
+        run.saver.save(step, {**state, "best": None if best is None else best.to_state()}, last)
 
 
 def _tell_saved(run: TrainingRun) -> None:

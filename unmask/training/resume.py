@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from unmask.distributed.ranks import ALONE, Ranks, from_first
 from unmask.report.metrics import cut_after
-from unmask.training.checkpoint import CheckpointConfig, find_checkpoint
+from unmask.training.best import LINK, Best, from_state
+from unmask.training.checkpoint import CheckpointConfig, find_checkpoint, point
 
 
 class Positioned(Protocol):
@@ -27,23 +28,33 @@ class ResumeParts:
     Attributes:
         loader: the data.
         restore: puts model and optimizer back from a checkpoint's folder; with several ranks all call it.
-        log: the run's metrics.jsonl.
+        logs: files of events, which are cut to match: metrics.jsonl and samples.jsonl.
         ranks: rank 0 looks for the checkpoint and checks it, and cuts the log.
     """
 
     loader: Positioned
     restore: Callable[[Path], None]
-    log: Path
+    logs: tuple[Path, ...]
     ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on: steps already made, the checkpoint they came from, and newer ones refused."""
+    """Where a run goes on.
+
+    Attributes:
+        step: steps already made.
+        folder: the checkpoint that they came from; None for a new run.
+        refused: newer checkpoints that could not be used.
+        best: the best evaluation so far.
+        notes: what else a person should know.
+    """
 
     step: int
     folder: Path | None
     refused: tuple[str, ...]
+    best: Best | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], parts: ResumeParts) -> ResumePoint:
@@ -57,11 +68,26 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     """
     found = from_first(parts.ranks, lambda: find_checkpoint(root, identity) if section.enabled else None)
     if found is None:
-        if parts.ranks.first:
-            cut_after(parts.log, -1)
+        _cut(parts, -1)
         return ResumePoint(0, None, ())
     parts.restore(found.folder)
     parts.loader.load_state_dict(found.state["loader"])
-    if parts.ranks.first:
-        cut_after(parts.log, found.state["step"])
-    return ResumePoint(found.state["step"], found.folder, found.refused)
+    _cut(parts, found.state["step"])
+    best, notes = from_first(parts.ranks, lambda: _restore_best(root, from_state(found.state, section.best_metric)))
+    return ResumePoint(found.state["step"], found.folder, found.refused, best, notes)
+
+
+def _cut(parts: ResumeParts, step: int) -> None:
+    for log in parts.logs if parts.ranks.first else ():
+        cut_after(log, step)
+
+
+def _restore_best(root: Path, best: Best | None) -> tuple[Best | None, tuple[str, ...]]:
+    """Put the link `best` where the checkpoint's state says; forget an evaluation whose checkpoint is gone."""
+    if best is None:
+        return None, ()
+    name = f"step_{best.step}"
+    if not (root / name).is_dir():
+        return None, (f"{root / name}, the best by {best.metric}, is gone; the next evaluation is the best anew",)
+    point(root, LINK, name)
+    return best, ()

@@ -6,7 +6,6 @@ hold whole matrices) and shards.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask import rng
-from unmask.distributed.load import allocate, load_folder, load_tensors
+from unmask.distributed.load import adapter_tensors, allocate, load_folder, load_tensors, whole_adapter
 from unmask.distributed.mesh import Meshes
 from unmask.distributed.runtime import DistributedConfig, Runtime, set_switches
 from unmask.distributed.shard import shard_model, whole_view
@@ -61,12 +60,12 @@ class SharedNetwork:
             load_folder(self.model, self.meshes, folder, self.layout)
             return
         read_adapter(self.adapter, folder)
-        load_tensors(self.model, self.meshes, _adapter_tensors(self.adapter))
+        load_tensors(self.model, self.meshes, adapter_tensors(self.adapter))
 
     def gather_adapter(self) -> None:
         """Bring the trained values of all ranks into the whole copy of the adapter."""
         assert self.adapter is not None
-        whole = dict(_adapter_tensors(self.adapter))
+        whole = dict(adapter_tensors(self.adapter))
         for name, tensor in self.trained():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
             whole[name].data.copy_(full)
@@ -111,20 +110,18 @@ def build_shared(
         from unmask.training.lora import attach
 
         config = attach(model, peft, plan.source)
-        adapter = copy.deepcopy(model)
-        for name, parameter in adapter.named_parameters():
-            if is_trained(name):
-                _replace_parameter(adapter, name, torch.zeros(parameter.shape, dtype=parameter.dtype))
+        adapter = whole_adapter(model)
         draw_adapter(adapter, seed)
     set_switches(model, section, runtime)
     shard_model(model, plan.family.model_type, section, meshes)
-    allocate(model, runtime, section.offload_policy is not None)
+    place = runtime.device if section.offload_policy is None else torch.device("cpu")
+    allocate(model, place, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
     if plan.folder is not None:
         load_folder(model, meshes, plan.folder, plan.family.layout)
     else:
         load_tensors(model, meshes, _fresh(plan, dtype, seed))
     if adapter is not None:
-        load_tensors(model, meshes, ((n, p) for n, p in _adapter_tensors(adapter) if ".lora_" in n))
+        load_tensors(model, meshes, ((n, p) for n, p in adapter_tensors(adapter) if ".lora_" in n))
     return SharedNetwork(model.train(), meshes, plan.folder, plan.family.layout, adapter, config)
 
 
@@ -135,12 +132,3 @@ def _fresh(plan: ModelPlan, dtype: str, seed: int) -> Iterator[tuple[str, Tensor
     whole.to_empty(device="cpu")
     plan.family.initialise(whole, torch.Generator().manual_seed(rng.key(seed, "model/init") % 2**32))
     yield from whole.to(getattr(torch, dtype)).state_dict().items()
-
-
-def _adapter_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, parameter) for name, parameter in adapter.named_parameters() if is_trained(name))
-
-
-def _replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, own = name.rpartition(".")
-    setattr(model.get_submodule(owner), own, nn.Parameter(value))

@@ -1,16 +1,20 @@
 """Checkpoints of several ranks: each writes its shards in the background, rank 0 commits.
 
-Training goes on as soon as torch.distributed.checkpoint has copied the shards to host memory. A thread on every rank
-waits until they are on the disk; when all are, rank 0 lists them in the manifest and renames the folder, so that here
-too a `step_N` is whole or not there. The thread has a process group of its own: it never takes part in the training
-loop's collectives.
+Training goes on at once: weights and moments change in the optimizer's step alone, so a thread on every rank copies the
+shards to host memory while the next step computes its gradients, and only the update waits for the copy. The thread
+then has torch.distributed.checkpoint write the copy; when all ranks' shards are on the disk, rank 0 lists them in the
+manifest and renames the folder, so that here too a `step_N` is whole or not there. The threads have a process group of
+their own: they never take part in the training loop's collectives.
 """
 
 from __future__ import annotations
 
+import copy
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,38 @@ from unmask.training.checkpoint import (
 from unmask.training.sharded_model import SharedNetwork
 from unmask.training.sharded_plain import write_carried, write_plain
 from unmask.training.sharded_state import run_tensors
+from unmask.training.sharded_write import disk_problem, write_shards
 
 _LAST_WAIT = 60.0  # seconds that a failed run gives to a save under way
-# How torch.save, whose writer drops the error of the system, reports that bytes did not reach their file.
-_UNWRITTEN = ("inline_container", "PytorchStreamWriter")
+
+
+@dataclass
+class _Underway:
+    """A save that has begun.
+
+    Attributes:
+        step: steps made.
+        temporary: the folder that becomes the checkpoint.
+        state: content of state.json.
+        own: files that this rank has written already.
+        tensors: what is saved, sharing the run's memory; None once it is copied.
+        ready: waits until the device has computed `tensors`.
+        began: when, by `time.perf_counter`.
+        pause: seconds that training was held up.
+        copied: set when `tensors` may change.
+        seconds: from the beginning until the checkpoint was complete.
+    """
+
+    step: int
+    temporary: Path
+    state: dict[str, Any]
+    own: list[Path]
+    tensors: dict[str, Any] | None
+    ready: Callable[[], None]
+    began: float
+    pause: float = 0.0
+    copied: threading.Event = field(default_factory=threading.Event)
+    seconds: float = 0.0
 
 
 class ShardedSaver:
@@ -66,43 +98,45 @@ class ShardedSaver:
 
         self.newest = newest
         self._root, self._section = root, section
-        self._network, self._optimizer, self._write_beside = network, optimizer, write_beside
+        self._network, self._optimizer = network, optimizer
         self._ranks = ranks
         self._background = Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
+        self._beside = _written_by(write_beside) if ranks.first else {}
         cuda = torch.cuda.is_available()
-        # Kept over saves, with its memory: taking that anew costs more than the copy.
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        # Kept over saves, with its memory: taking that anew costs more than the copy. On CUDA it has a stream of its
+        # own, beside the one that computes.
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
+            )
+        )
         self._thread: threading.Thread | None = None
-        self._news: list[dict[str, Any]] = []
+        self._underway: _Underway | None = None
+        self._complete: list[_Underway] = []
         self._problem: str | BaseException | None = None
+        optimizer.register_step_pre_hook(self._hold)
 
     def save(self, step: int, state: Mapping[str, Any], last: bool) -> None:
         """Begin to save a step; all ranks call it. It waits for the save before, if that is still under way.
 
+        The model may be used as soon as this returns, and may change in the optimizer's step.
+
         Raises:
             CheckpointError: the disk is full or read-only.
         """
-        from torch.distributed.checkpoint import async_save
-
-        self.settle()
         began = time.perf_counter()
-        temporary = Path(from_first(self._ranks, lambda: str(self._begin(step, state))))
+        self.settle()
+        temporary = Path(from_first(self._ranks, lambda: str(self._begin(step))))
         try:
             own = self._write_plain(temporary, last)
-            tensors = run_tensors(self._network.trained(), self._network.model, self._optimizer, self._network.meshes)
-            future = async_save(
-                tensors,
-                checkpoint_id=temporary / SHARDED,
-                process_group=self._background.group,
-                async_stager=self._stager,
-            )
         except OSError as error:
             raise cannot_save(self._root / f"step_{step}", error) from error
-        pause = time.perf_counter() - began
-        self._thread = threading.Thread(
-            target=self._finish, args=(step, temporary, own, future, began, pause), name="unmask-save", daemon=True
-        )
+        tensors = run_tensors(self._network.trained(), self._network.model, self._optimizer, self._network.meshes)
+        save = _Underway(step, temporary, copy.deepcopy(dict(state)), own, tensors, _device_is_ready(), began)
+        self._underway = save
+        self._thread = threading.Thread(target=self._finish, args=(save,), name="unmask-save", daemon=True)
         self._thread.start()
+        save.pause = time.perf_counter() - began
 
     def poll(self) -> list[dict[str, Any]]:
         """Return {step, folder, pause_seconds, seconds} of each save that has become complete since the last call.
@@ -111,7 +145,11 @@ class ShardedSaver:
             CheckpointError: it failed.
         """
         self._raise_problem()
-        news, self._news = self._news, []
+        news = []
+        while self._complete:
+            save = self._complete.pop(0)
+            times = {"pause_seconds": round(save.pause, 3), "seconds": round(save.seconds, 3)}
+            news.append({"step": save.step, "folder": self._root / f"step_{save.step}", **times})
         return news
 
     def abandon(self) -> None:
@@ -126,6 +164,14 @@ class ShardedSaver:
             self._thread = None
         self._raise_problem()
 
+    def _hold(self, *_: Any) -> None:
+        """Before an update: wait until the save under way has its copy of what the update changes."""
+        save = self._underway
+        if save is not None and not save.copied.is_set():
+            began = time.perf_counter()
+            save.copied.wait()
+            save.pause += time.perf_counter() - began
+
     def _raise_problem(self) -> None:
         problem, self._problem = self._problem, None
         if isinstance(problem, str):
@@ -133,15 +179,11 @@ class ShardedSaver:
         if problem is not None:
             raise problem
 
-    def _begin(self, step: int, state: Mapping[str, Any]) -> Path:
-        temporary = begin_checkpoint(self._root, step)
+    def _begin(self, step: int) -> Path:
         try:
-            self._write_beside(temporary)
-            write_state(temporary, step, state)
+            return begin_checkpoint(self._root, step)
         except OSError as error:
-            drop_checkpoint(temporary)
             raise cannot_save(self._root / f"step_{step}", error) from error
-        return temporary
 
     def _write_plain(self, folder: Path, last: bool) -> list[Path]:
         """Write what other tools read, where it is wanted; return the files that this rank has written."""
@@ -155,27 +197,52 @@ class ShardedSaver:
             write_carried(self._network, folder)
         return []
 
-    def _finish(self, step: int, temporary: Path, own: list[Path], future: Any, began: float, pause: float) -> None:
-        """Wait for the shards, then commit; runs in a thread of its own on every rank."""
-        final = self._root / f"step_{step}"
+    def _finish(self, save: _Underway) -> None:
+        """Copy, write, then commit; runs in a thread of its own on every rank."""
         try:
-            problem = _problem_of(future)
-            own += sorted((temporary / SHARDED).glob(f"__{self._ranks.rank}_*"))
-            listing = None if problem else list_files(temporary, own)
+            staged = self._copy(save)
+            problem = self._write_beside(save)
+            # All ranks take part, whatever befell one: the others would wait for it.
+            problem = write_shards(staged, save.temporary / SHARDED, self._background) or problem
+            own = [*save.own, *sorted((save.temporary / SHARDED).glob(f"__{self._ranks.rank}_*"))]
+            listing = None if problem else list_files(save.temporary, own)
             listings, problems = zip(*self._background.gather((listing, problem)), strict=True)
             found = {rank: text for rank, text in enumerate(problems) if text}
             said = [None]
             if self._ranks.first:
-                said = [self._commit(step, temporary, listings, found)]
+                said = [self._commit(save.step, save.temporary, listings, found)]
             said = self._background.gather(said[0])[0]
             if said is not None:
                 self._problem = said
             else:
-                self.newest = final
-                seconds = round(time.perf_counter() - began, 3)
-                self._news.append({"step": step, "folder": final, "pause_seconds": round(pause, 3), "seconds": seconds})
+                self.newest = self._root / f"step_{save.step}"
+                save.seconds = time.perf_counter() - save.began
+                self._complete.append(save)
         except BaseException as error:  # shown by the main thread: here nobody would see it
             self._problem = error
+
+    def _copy(self, save: _Underway) -> dict[str, Any]:
+        assert save.tensors is not None
+        try:
+            save.ready()
+            return self._stager.stage(save.tensors).result()  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            save.tensors = None
+            save.copied.set()
+
+    def _write_beside(self, save: _Underway) -> str | None:
+        """Write what belongs to a checkpoint beside tensors, on rank 0; return what the disk said against it."""
+        if not self._ranks.first:
+            return None
+        try:
+            for name, content in self._beside.items():
+                path = save.temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            write_state(save.temporary, save.step, save.state)
+        except OSError as error:
+            return f"rank 0: {disk_problem(error)}"
+        return None
 
     def _commit(self, step: int, temporary: Path, listings: Any, problems: Mapping[int, str]) -> str | None:
         """Put a complete checkpoint into its place; return what went wrong, if anything did."""
@@ -197,21 +264,20 @@ class ShardedSaver:
         return None
 
 
-def _problem_of(future: Any) -> str | None:
-    """Wait for a save's shards, which fail on all ranks or on none; return what the disk said against it, and where."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        future.result()
-    except CheckpointException as error:
-        return next(f"rank {rank}: {_disk_problem(cause)}" for rank, (cause, _) in error.failures.items())
-    return None
+def _written_by(write: Callable[[Path], None]) -> dict[str, bytes]:
+    """Return the content of the files that a function writes into a folder, by their paths in it."""
+    with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
+        folder = Path(name)
+        write(folder)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _disk_problem(error: BaseException) -> str:
-    """Say what a failed write means; raise what is no failed write."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _UNWRITTEN):
-        return "a file could not be written whole, so the disk is full or a limit is reached"
-    raise error
+def _device_is_ready() -> Callable[[], None]:
+    """Return what waits until a CUDA device has done what it was told so far: another stream may read then."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Position of a padding column: after everything, so that neither causal attention nor a canvas ever sees it.
@@ -61,6 +62,25 @@ class Encoded:
             torch.where(positions_S < lengths_B[:, None], positions_S, HIDDEN),
             lengths_B,
             True,
+        )
+
+    def join(self, more: Encoded) -> Encoded:
+        """Return these rows and those of `more` behind them; both `aligned`, the shorter padded on the right."""
+        columns = max(self.positions_BS.shape[1], more.positions_BS.shape[1])
+
+        def joined(old_BGSE: Tensor, new_BGSE: Tensor) -> Tensor:
+            return torch.cat([F.pad(part, (0, 0, 0, columns - part.shape[2])) for part in (old_BGSE, new_BGSE)])
+
+        positions = [
+            F.pad(part, (0, columns - part.shape[1]), value=HIDDEN) for part in (self.positions_BS, more.positions_BS)
+        ]
+        return Encoded(
+            tuple(joined(*pair) for pair in zip(self.keys, more.keys, strict=True)),
+            tuple(joined(*pair) for pair in zip(self.values, more.values, strict=True)),
+            self.hidden_BLD.new_empty(len(positions[0]) + len(positions[1]), 0, self.hidden_BLD.shape[-1]),
+            torch.cat(positions),
+            torch.cat((self.lengths_B, more.lengths_B)),
+            self.aligned and more.aligned,
         )
 
     def grown(self, rows: Sequence[int], more: Encoded, tokens: int, lengths: Sequence[int]) -> Encoded:

@@ -349,9 +349,18 @@ class DiffusionGemma(nn.Module):
         embedded_KCD = stack.self_conditioning(stack.embed(canvas_ids), self_conditioning)
         return stack(embedded_KCD, sights, encoded, rows, scalars)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned.
+
+        Args:
+            hidden: final hidden states; (M, D) with `out`.
+            out: (M, V) in the embedding's dtype, which is written; the logits lie in it where that is fp32. Without
+                gradients only.
+        """
         weight_VD = self.stack.embed_tokens.weight
+        if out is not None:
+            scores = torch.mm(hidden.to(weight_VD.dtype), weight_VD.T, out=out).float()
+            return scores.div_(self.softcap).tanh_().mul_(self.softcap)
         scores = F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
         return self.softcap * torch.tanh(scores / self.softcap)
 
@@ -368,10 +377,20 @@ class DiffusionGemma(nn.Module):
         Returns:
             (..., D) in the embedding's dtype.
         """
+        return self.mixed_embedding(logits.softmax(dim=-1, dtype=torch.float32))
+
+    def mixed_embedding(self, weights: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return weights / total @ embedding · √D, (..., D) in the embedding's dtype.
+
+        Args:
+            weights: (..., V), not negative.
+            total: (...), what the weights add up to; None = 1.
+        """
         weight_VD = self.stack.embed_tokens.weight
-        return (
-            logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD
-        ) * self.stack.embedding_scale
+        mixed = weights.to(weight_VD.dtype) @ weight_VD
+        if total is not None:
+            mixed = (mixed / total[..., None]).to(mixed.dtype)
+        return mixed * self.stack.embedding_scale
 
     def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
         """Return `soft_embedding(logits(hidden))` of (K, C, D), a slice of the vocabulary at a time.

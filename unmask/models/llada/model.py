@@ -9,6 +9,8 @@ Shapes: B rows, L positions, D d_model, H query heads, G key/value heads, E head
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from unmask.errors import ModelError
 from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.layers import RMSNorm, rotary_tables, rotate
+from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+# (keys, values) of some positions → (keys, values) of all that they attend to, each (B, G, ·, E).
+Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Block(nn.Module):
@@ -43,17 +49,41 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.ff_out = nn.Linear(config.hidden_size, width, bias=bias)
 
-    def forward(self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-        """Return the block's output, (B, L, D). `mask`: from `prepare_mask`."""
-        hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask)
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None,
+        exchange: Exchange | None = None,
+    ) -> Tensor:
+        """Return the block's output, (B, L, D).
+
+        Args:
+            hidden_BLD: its input.
+            cos, sin: from `rotary_tables`.
+            mask: from `prepare_mask`.
+            exchange: None, or what keeps this layer's keys and values: given those of the L positions, it returns
+                those to attend to.
+        """
+        hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask, exchange)
         normed_BLD = self.ff_norm(hidden_BLD)
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
-    def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    def attention(
+        self,
+        normed_BLD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None,
+        exchange: Exchange | None = None,
+    ) -> Tensor:
         """Bidirectional attention with rotary positions."""
         q_BHLE = rotate(self._heads(self.q_proj(normed_BLD)), cos, sin)
         k_BGLE = rotate(self._heads(self.k_proj(normed_BLD)), cos, sin)
         v_BGLE = self._heads(self.v_proj(normed_BLD))
+        if exchange is not None:
+            k_BGLE, v_BGLE = exchange(k_BGLE, v_BGLE)
         return self.attn_out(attend(q_BHLE, k_BGLE, v_BGLE, mask).transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BLD: Tensor) -> Tensor:
@@ -93,15 +123,26 @@ class Transformer(nn.Module):
             position_ids = torch.arange(length, device=input_ids.device)[None]
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         mask = prepare_mask(attention_mask_4d(attention_mask), self.attention_kernel, *input_ids.shape)
-        hidden_BLD = self.wte(input_ids)
-        if self.config.input_emb_norm:
-            hidden_BLD = hidden_BLD * math.sqrt(self.config.d_model)
+        hidden_BLD = self.embed(input_ids)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_BLD = checkpoint(block, hidden_BLD, cos, sin, mask, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
             else:
                 hidden_BLD = block(hidden_BLD, cos, sin, mask)
         return self.ln_f(hidden_BLD)
+
+    def forward_window(self, input_ids: Tensor, window: Window) -> Tensor:
+        """Return final hidden states (K, S, D) of a window, normed. Arguments as in `LLaDA.forward_window`."""
+        cos, sin = rotary_tables(window.positions_KS, self.config.head_dim, self.config.rope_theta)
+        hidden_KSD = self.embed(input_ids)
+        for layer, block in enumerate(self.blocks):
+            hidden_KSD = block(hidden_KSD, cos, sin, window.mask, partial(window.exchange, layer))
+        return self.ln_f(hidden_KSD)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return what the first block sees of tokens (..., L): (..., L, D)."""
+        hidden = self.wte(input_ids)
+        return hidden * math.sqrt(self.config.d_model) if self.config.input_emb_norm else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of final hidden states (..., D), all V rows."""
@@ -164,6 +205,29 @@ class LLaDA(nn.Module):
             final hidden states (B, L, D).
         """
         return self.transformer(input_ids, attention_mask, position_ids)
+
+    def new_store(self, rows: int, length: int) -> KeyValueStore:
+        """Return an empty store for `forward_window`: B `rows` of at most `length` positions."""
+        config = self.config
+        return KeyValueStore.zeros(
+            config.n_layers, (rows, config.kv_heads, length, config.head_dim), like=self.transformer.wte.weight
+        )
+
+    @torch.no_grad()
+    def forward_window(self, input_ids: Tensor, window: Window) -> Tensor:
+        """Run the network over a window of positions alone, all others as the window's store has them.
+
+        A window of all positions is `forward`, and fills the store. With any other the result is an approximation,
+        unless the store's keys and values are those of the very tokens that now stand at the other positions.
+
+        Args:
+            input_ids: int64 (K, S), the tokens of each row's window, right-padded to the widest.
+            window: where they stand; its store is written in place. Positions count from 0 and a row's are its columns.
+
+        Returns:
+            final hidden states (K, S, D); behind a row's own window they mean nothing.
+        """
+        return self.transformer.forward_window(input_ids, window)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D): all `embedding_size` rows, nothing banned."""

@@ -1,0 +1,218 @@
+"""Speed beside correctness: a LLaDA trained here with the quickstart's recipe solves held-out problems by each sampler.
+
+A row is a list of the quickstart's word problems, and its answer works out each in order, which takes about `NEW`
+tokens. An answer is right when its whole text is. Exact match is measured over all test problems with the network as it
+was trained, whose vocabulary has 384 rows; speed over a few of them, with the same network's vocabulary widened to
+LLaDA's 126,464 rows. The bias of those rows forbids them, so no answer changes, and logits cost what LLaDA's cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROBLEMS, NEW, BLOCK = 6, 128, 32  # problems a row, tokens of an answer and of a block
+ROWS, VALIDATION, TEST, TIMED = 24_000, 32, 100, 3
+SECONDS = 270  # training ends at the first validation after this; with its start and end it is under five minutes
+MODEL = {"d_model": 128, "n_heads": 4, "n_layers": 3, "mlp_hidden_size": 384, "include_bias": True}
+STEPS, BATCH, LEARNING_RATE, VALIDATE_EVERY = 1000, 32, 2e-3, 50
+WIDE = 126_464
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "exact": {"steps": NEW},
+    "dual": {"steps": NEW, "cache": "dual"},
+    "dual, threshold 0.9": {"cache": "dual", "threshold": 0.9},
+    "preset reference": {"preset": "reference", "steps": NEW},
+    "preset balanced": {"preset": "balanced"},
+    "preset fast": {"preset": "fast"},
+}
+# The bound that the project promises: speed of this sampler over the published one's, and points of exact match lost.
+BOUND = ("dual, threshold 0.9", 12.0, 0.01)
+
+
+def chained(problems: Sequence[Any], count: int) -> list[Any]:
+    """Join each `count` problems to one: a list of questions by letter, and their worked answers by the same letters."""
+    from unmask.data.arithmetic import Problem
+
+    found = []
+    for start in range(0, len(problems) - count + 1, count):
+        part = problems[start : start + count]
+        letters = [chr(ord("A") + i) for i in range(count)]
+        question = "\n".join(f"{letter}: {p.question}" for letter, p in zip(letters, part, strict=True))
+        lines = [p.answer.split("\n")[0] for p in part]
+        answer = "\n".join(f"{letter}: {line}" for letter, line in zip(letters, lines, strict=True))
+        found.append(Problem(part[0].key, question, answer))
+    return found
+
+
+def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
+    """Train with the quickstart's recipe; return the model, its tokenizer, held-out problems and the seconds it took."""
+    from rich.console import Console
+
+    from unmask.assemble import prepare, run_training
+    from unmask.config import config_from_mapping
+    from unmask.data.arithmetic import make_problems
+    from unmask.models.registry import load_model
+    from unmask.models.tokenizer import load_tokenizer
+    from unmask.quickstart import RUN, configuration, write_folder
+
+    began = time.monotonic()
+    # Held-out problems have keys of their own, so each is used in several rows of questions.
+    train_problems, held_out = make_problems(ROWS * PROBLEMS, 120, seed)
+    training = chained(train_problems, PROBLEMS)
+    shuffled = [held_out[(7 * i + 11 * (i // 120)) % 120] for i in range((VALIDATION + TEST) * PROBLEMS)]
+    rows = chained(shuffled, PROBLEMS)
+    validation, test = rows[:VALIDATION], rows[VALIDATION:]
+    write_folder(root, training, validation, seed)
+    values = configuration(root, seed)
+    values["model"]["config"] |= MODEL | {"max_sequence_length": 512}
+    for section in ("dataset", "validation_dataset"):
+        values[section]["seq_length"] = 288
+    values["step_scheduler"] |= {
+        "global_batch_size": BATCH, "local_batch_size": BATCH, "max_steps": STEPS, "val_every_steps": VALIDATE_EVERY,
+        "val_at_start": False,
+    }  # fmt: skip
+    values["optimizer"]["lr"] = LEARNING_RATE
+    run_training(
+        prepare(config_from_mapping(values)),
+        Console(highlight=False),
+        lambda parts: [lambda model: {"exact_match": solve(model, parts.tokenizer, validation, {"threshold": 0.9})[0]}],
+        lambda event: event["exact_match"] >= 0.99 or time.monotonic() - began > SECONDS,
+    )
+    model, tokenizer = load_model(str(root / RUN)), load_tokenizer(str(root / RUN))
+    return model.eval(), tokenizer, test, time.monotonic() - began
+
+
+def solve(model: Any, tokenizer: Any, problems: Sequence[Any], settings: dict[str, Any]) -> tuple[float, list[Any]]:
+    """Return the share of problems whose whole answer is right, and the answers."""
+    from unmask.sampling.generate import generate
+    from unmask.sampling.settings import SamplerConfig
+
+    sampler = SamplerConfig(**({"max_new_tokens": NEW, "block_size": BLOCK} | settings))
+    answers = generate(model, [p.question for p in problems], tokenizer=tokenizer, sampler=sampler, batch_size=16)
+    return share_right([a.text or "" for a in answers], problems), answers
+
+
+def solve_as_published(model: Any, tokenizer: Any, problems: Sequence[Any]) -> tuple[float, list[list[int]]]:
+    """Return the same for the published algorithm, whose batches have prompts of one length, and the tokens."""
+    import torch
+
+    from benchmarks.published_sampler import published
+
+    by_length: dict[int, list[int]] = defaultdict(list)
+    prompts = [_prompt(tokenizer, problem) for problem in problems]
+    for index, ids in enumerate(prompts):
+        by_length[len(ids)].append(index)
+    found: dict[int, list[int]] = {}
+    for indices in by_length.values():
+        out, _ = published(model, torch.tensor([prompts[index] for index in indices]), NEW, BLOCK, NEW)
+        found |= dict(zip(indices, out.tolist(), strict=True))
+    tokens = [_until_end(tokenizer, found[index]) for index in range(len(problems))]
+    return share_right([tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens], problems), tokens
+
+
+def share_right(texts: Sequence[str], problems: Sequence[Any]) -> float:
+    """Return the share of texts that are the whole answer."""
+    return sum(text.strip() == p.answer for text, p in zip(texts, problems, strict=True)) / len(texts)
+
+
+def widened(model: Any) -> Any:
+    """Return the same network with a vocabulary of `WIDE` rows; the further ones have a bias that forbids them."""
+    import torch
+
+    from unmask.models.llada.model import LLaDA
+
+    config = dataclasses.replace(model.config, vocab_size=WIDE, embedding_size=WIDE)
+    wide, state = LLaDA(config), model.state_dict()
+    head = "model.transformer.ff_out"
+    for name, fill in (("model.transformer.wte.weight", 0.0), (f"{head}.weight", 0.0), (f"{head}.bias", -1e4)):
+        rows = torch.full((WIDE, *state[name].shape[1:]), fill)
+        rows[: model.config.vocab_size] = state[name][: model.config.vocab_size]
+        state[name] = rows
+    wide.load_state_dict(state)
+    return wide.eval()
+
+
+def run(rounds: int = 3) -> dict[str, Any]:
+    """Train, then measure exact match over all test problems, and speed over a few in alternating rounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer, test, seconds = train(Path(folder) / "quickstart")
+    right, tokens = solve_as_published(model, tokenizer, test)
+    matches = {"published": right} | {name: solve(model, tokenizer, test, s)[0] for name, s in SAMPLERS.items()}
+    wide, timed = widened(model), test[:TIMED]
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in matches}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        found = [solve_as_published(wide, tokenizer, [problem])[1][0] for problem in timed]
+        rates["published"].append(_rate(sum(map(len, found)), NEW * TIMED, time.perf_counter() - began))
+        if found != tokens[:TIMED]:
+            raise RuntimeError("the widened vocabulary changed an answer, so its speed says nothing of the network")
+        for name, settings in SAMPLERS.items():
+            began = time.perf_counter()
+            answers = [solve(wide, tokenizer, [problem], settings)[1][0] for problem in timed]
+            seconds_taken = time.perf_counter() - began
+            calls = sum(answer.stats.nfe for answer in answers)
+            rates[name].append(_rate(sum(len(answer.token_ids) for answer in answers), calls, seconds_taken))
+    samplers = {
+        name: {key: statistics.median(one[key] for one in runs) for key in runs[0]}
+        | {
+            "exact_match": matches[name],
+            "speedup": statistics.median(
+                ours["tokens_per_second"] / plain["tokens_per_second"]
+                for ours, plain in zip(runs, rates["published"], strict=True)
+            ),
+        }
+        for name, runs in rates.items()
+    }
+    sizes = MODEL | {"problems": PROBLEMS, "new": NEW, "block": BLOCK, "trained_vocabulary": model.config.vocab_size}
+    lengths = [len(_prompt(tokenizer, problem)) for problem in test]
+    bound = dict(zip(("sampler", "speedup_at_least", "match_lost_at_most"), BOUND, strict=True))
+    return {
+        "training_seconds": seconds, "sizes": sizes | {"vocabulary": WIDE, "prompt": [min(lengths), max(lengths)]},
+        "test_problems": len(test), "samplers": samplers, "bound": bound,
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a table for people."""
+    sizes, bound = results["sizes"], results["bound"]
+    lines = [
+        f"trained {results['training_seconds']:.0f} s with the quickstart's recipe: d={sizes['d_model']}, "
+        f"{sizes['n_layers']} layers, {sizes['problems']} problems a row, prompt {sizes['prompt'][0]} to "
+        f"{sizes['prompt'][1]}, {sizes['new']} new tokens, block {sizes['block']}; vocabulary "
+        f"{sizes['trained_vocabulary']}, timed with {sizes['vocabulary']:,} rows; exact match of whole answers over "
+        f"{results['test_problems']} held-out problems",
+        f"{'sampler':<22}{'exact match':>12}{'tokens/s':>10}{'calls':>8}{'tokens/call':>12}{'speed-up':>10}",
+    ]
+    for name, found in results["samplers"].items():
+        lines.append(
+            f"{name:<22}{found['exact_match']:>12.1%}{found['tokens_per_second']:>10.1f}{found['calls']:>8.1f}"
+            f"{found['tokens_per_call']:>12.2f}{found['speedup']:>10.2f}"
+        )
+    lost = results["samplers"]["published"]["exact_match"] - results["samplers"][bound["sampler"]]["exact_match"]
+    lines.append(
+        f"{bound['sampler']}: bound ≥ {bound['speedup_at_least']}, exact match lost {lost:.1%} (bound ≤ "
+        f"{bound['match_lost_at_most']:.0%})"
+    )
+    return "\n".join(lines)
+
+
+def _rate(tokens: int, calls: int, seconds: float) -> dict[str, float]:
+    return {"tokens_per_second": tokens / seconds, "calls": calls / TIMED, "tokens_per_call": tokens / calls}
+
+
+def _prompt(tokenizer: Any, problem: Any) -> list[int]:
+    from unmask.sampling.prompts import encode_prompts
+
+    return encode_prompts([problem.question], tokenizer, False, None)[0]
+
+
+def _until_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return the tokens before the first that ends an answer."""
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]

@@ -1,0 +1,183 @@
+"""`unmask eval` from the command line: full models and adapters side by side, interrupted, refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unmask.cli import main
+from unmask.evaluation.exact_match import Asking
+
+SHORT = ["--max-new-tokens", "8", "--steps", "4", "--block-size", "8", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, train_tiny, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    values = tiny.config(tmp_path_factory.mktemp("adapter"), peft={"r": 2}, step_scheduler__max_steps=1)
+    values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
+    values["optimizer"]["lr"] = 1.0  # so that it changes something
+    return train_tiny(values).root
+
+
+@pytest.fixture
+def evaluate(tiny, tiny_base: Path, tmp_path: Path, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs `unmask eval` on ten rows; gives its status, what it printed, and its errors."""
+
+    def run(*words: str, checkpoint: str | None = None, data: str | None = None) -> tuple[int, str, str]:
+        path = data or str(tiny.folder / "train.jsonl")
+        if not (tmp_path / "model").exists():
+            (tmp_path / "model").symlink_to(tiny_base)
+        flags = ["--tasks", "gsm8k", "--data", path, "--limit", "10", "--output", str(tmp_path / "out"), *SHORT]
+        status = main(["eval", "--checkpoint", checkpoint or str(tmp_path / "model"), *flags, *words])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def answers(folder: Path, name: str = "gsm8k-model.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()[1:]]
+
+
+def test_a_base_and_its_adapter_stand_side_by_side(evaluate, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    second = ["--checkpoint", str(tiny_base), "--adapter", str(adapter)]
+    status, printed, _ = evaluate(*second, "--tasks", "gsm8k,likelihood", "--num-samples", "4")
+    assert status == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    labels = [model["label"] for model in results["models"]]
+    assert [model["adapter"] is None for model in results["models"]] == [True, False] and labels[0] != labels[1]
+    found = {(each["task"], each["model"]): each for each in results["results"]}
+    assert set(found) == {(task, label) for task in ("gsm8k", "likelihood") for label in labels}
+    base, tuned = (found["likelihood", label]["nats_per_token"] for label in labels)
+    assert base > 0 and abs(base - tuned) > 0.01
+    assert found["gsm8k", labels[1]]["compared"]["first"]["rows"] == 10
+    for words in ("exact match", "95 % interval", "bound, nats a token", "10 of 10"):
+        assert words in printed
+    for each in results["results"]:
+        assert len(answers(tmp_path / "out", each["file"])) == 10
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_it_would_have(evaluate, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("unmask.evaluation.exact_match.BATCHES_BETWEEN_SAVES", 2)
+    assert evaluate()[0] == 0
+    path = tmp_path / "out" / "gsm8k-model.jsonl"
+    whole = path.read_bytes()
+    path.unlink()
+    answer, calls = Asking.answer, []
+
+    def interrupted(self, chunk):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(chunk.rows)
+        return answer(self, chunk)
+
+    monkeypatch.setattr(Asking, "answer", interrupted)
+    assert evaluate()[0] == 130
+    assert len(answers(tmp_path / "out")) == 8
+    calls[:] = calls[:1]  # one more chunk may be answered
+    assert evaluate()[0] == 0
+    assert path.read_bytes() == whole
+    assert evaluate()[0] == 0  # nothing is left to do, so no chunk is answered
+
+
+def test_two_runs_leave_the_same_bytes_and_another_batch_size_the_same_answers(evaluate, tmp_path: Path) -> None:
+    first, second, third = (str(tmp_path / name) for name in "abc")
+    tasks = ["--tasks", "gsm8k", "likelihood", "--num-samples", "4", "--temperature", "0.7"]
+    for words in ([first], [second], [third, "--batch-size", "5", "--against", first]):
+        assert evaluate(*tasks, "--output", *words)[0] == 0
+    for name in ("gsm8k-model.jsonl", "likelihood-model.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    compared = json.loads((tmp_path / "c" / "results.json").read_text())["results"][0]["compared"]
+    assert compared == {"against": {"rows": 10, "differing": 0, "gained": 0, "lost": 0}}
+
+
+def test_another_evaluation_is_not_mixed_into_a_file(evaluate, tmp_path: Path) -> None:
+    assert evaluate()[0] == 0
+    before = (tmp_path / "out" / "gsm8k-model.jsonl").read_bytes()
+    status, _, errors = evaluate("--steps", "5")
+    assert status == 2 and "gsm8k-model.jsonl: holds another evaluation (sampler.steps 4, not 5)" in errors
+    assert evaluate("--steps", "5", "--seed", "1", "--output", str(tmp_path / "other"))[0] == 0
+    assert (tmp_path / "out" / "gsm8k-model.jsonl").read_bytes() == before
+
+
+def test_worked_examples_and_literal_text_reach_the_model(evaluate, tiny, tmp_path: Path) -> None:
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    said = {}
+    for name, words in {"none": [], "shot": ["--few-shot", "1", "--shots-file", str(shots)], "raw": ["--raw"]}.items():
+        assert evaluate("--output", str(tmp_path / name), "--limit", "2", *words)[0] == 0
+        said[name] = json.loads((tmp_path / name / "gsm8k-model.jsonl").read_text().splitlines()[0])["evaluation"]
+    assert len({each["questions"] for each in said.values()}) == 3
+    assert said["raw"]["stops"] == ["Question:", "\n\n\n"] and said["shot"]["stops"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", ","], "--tasks: names no task"),
+        (["--limit", "0"], "--limit: must be at least 1"),
+        (["--few-shot", "2"], "--shots_file: 2 worked examples"),
+        (["--shots-file", "x.jsonl"], "--shots_file: no worked examples are asked"),
+        (["--prompt-column", "q"], "--completion_column: give both"),
+        (["--prompt-column", "q", "--completion-column", "a"], "train.jsonl:1: no column 'q'"),
+        (["--include-path", "."], "--include_path: is of lm-evaluation-harness"),
+        (["--against", "nowhere"], "--against: nowhere is no folder"),
+        (["--adapter", "a", "--adapter", "b"], "--adapter: b belongs to no checkpoint"),
+        (["--data", "nowhere.jsonl"], "--data: "),
+        (["--entropy-bound", "0.1", "--threshold", "0.9"], "cannot be set together"),
+        (["--t-min", "0.1"], "t_min"),
+        (["--tasks", "likelihood", "--num-samples", "3", "--antithetic"], "--num_samples: must be even with"),
+        (["--num-samples", "3"], "--num_samples: is of likelihoods"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(evaluate, words: list[str], said: str) -> None:
+    status, _, errors = evaluate(*words)
+    assert status == 2
+    assert said in errors and errors.count("\n") == 1 and "Traceback" not in errors
+
+
+def test_an_unknown_task_gets_the_nearest_name_of_ours_and_theirs(evaluate, monkeypatch) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: argparse.Namespace(all_tasks=["hellaswag"]))
+    status, _, errors = evaluate("--tasks", "gsm9k")
+    assert status == 2 and "'gsm9k' is neither one of gsm8k, math, text, likelihood nor a task of lm-eval" in errors
+    assert "did you mean 'gsm8k'?" in errors and errors.count("\n") == 1
+    assert "did you mean 'hellaswag'?" in evaluate("--tasks", "helaswag")[2]
+
+
+def test_without_the_harness_the_install_command_is_named(evaluate, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, errors = evaluate("--tasks", "hellaswag")
+    assert status == 2 and "pip install 'unmask[eval]'" in errors and errors.count("\n") == 1
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_before_it_loads(evaluate, tiny_base: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(tiny_base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    status, _, errors = evaluate(checkpoint=str(bare))
+    assert status == 2 and "has no tokenizer" in errors and not (tmp_path / "out").exists()
+
+
+def test_rows_that_no_model_could_answer_are_refused_with_their_line(evaluate, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "How many?", "answer": "many"}\n')
+    status, _, errors = evaluate(data=str(path))
+    assert status == 2 and "rows.jsonl:2: the answer has no number in it" in errors
+    path.write_text('{"question": "1 + 1?"}\n')
+    status, _, errors = evaluate(data=str(path))
+    assert status == 2 and "rows.jsonl:1: neither messages nor a pair of columns" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_processes_share_the_rows_and_give_the_same_results(evaluate, tmp_path: Path) -> None:
+    """Batches of one row, so that not even rounding differs."""
+    tasks = ["--tasks", "gsm8k,likelihood", "--num-samples", "4", "--batch-size", "1"]
+    assert evaluate(*tasks)[0] == 0
+    assert evaluate(*tasks, "--output", str(tmp_path / "two"), "--nproc-per-node", "2")[0] == 0
+    for name in ("gsm8k-model.jsonl", "likelihood-model.jsonl"):
+        one, two = (sorted(answers(tmp_path / folder, name), key=lambda row: row["row"]) for folder in ("out", "two"))
+        assert one == two

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import unmask
+from unmask.errors import SamplingError
+from unmask.evaluation.likelihood import LogLikelihood, log_likelihood, log_likelihoods, spread_counts, standard_error
+
+PROMPT, ANSWER = [1, 2, 3], [4, 9, 4, 30, 7]
+DRAWS = 140
+
+
+@pytest.fixture(scope="module")
+def estimates(opinionated):
+    """Estimates of 16 masks each, independent and in pairs."""
+    return {
+        pairs: [log_likelihood(opinionated, PROMPT, ANSWER, 16, seed, antithetic=pairs) for seed in range(DRAWS)]
+        for pairs in (False, True)
+    }
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_mean_of_many_estimates_is_the_sum_over_all_masks(estimates, exact_bound, pairs) -> None:
+    values = np.array([float(each) for each in estimates[pairs]])
+    assert abs(values.mean() - exact_bound(PROMPT, ANSWER)) < 3 * values.std(ddof=1) / math.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_reported_error_is_that_of_repeated_estimates(estimates, pairs) -> None:
+    spread = np.std([each.value for each in estimates[pairs]], ddof=1)
+    reported = math.sqrt(np.mean([each.standard_error**2 for each in estimates[pairs]]))
+    assert reported == pytest.approx(spread, rel=0.2)
+
+
+def test_complementary_pairs_have_a_smaller_variance(estimates) -> None:
+    independent, paired = (np.var([each.value for each in estimates[pairs]]) for pairs in (False, True))
+    assert paired < 0.8 * independent
+
+
+def test_an_answer_with_few_masks_is_summed_exactly(opinionated, exact_bound) -> None:
+    found = log_likelihood(opinionated, PROMPT, ANSWER, 31, exact_if_cheaper=True)
+    assert found.value == pytest.approx(exact_bound(PROMPT, ANSWER), rel=1e-5)
+    assert (found.standard_error, found.num_samples) == (0.0, 31)
+    drawn = log_likelihood(opinionated, PROMPT, ANSWER, 30, exact_if_cheaper=True)
+    assert drawn.standard_error > 0 and drawn.num_samples == 30
+
+
+def test_one_token_needs_one_sample(opinionated, exact_bound) -> None:
+    found = log_likelihood(opinionated, PROMPT, [9])
+    assert found.value == pytest.approx(exact_bound(PROMPT, [9]), rel=1e-5)
+    assert (found.standard_error, found.num_samples) == (0.0, 1)
+
+
+def test_an_answer_without_a_prompt_has_a_likelihood(opinionated, exact_bound) -> None:
+    found = log_likelihood(opinionated, [], ANSWER, 31, exact_if_cheaper=True)
+    assert found.value == pytest.approx(exact_bound([], ANSWER), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_neither_batch_size_nor_neighbours_change_an_estimate(opinionated, size) -> None:
+    pairs = [(PROMPT, ANSWER), ([5], [6, 7]), ([1] * 20, list(range(8, 28)))]
+    together = log_likelihoods(opinionated, pairs, 8, batch_size=size)
+    for pair, found in zip(pairs, together, strict=True):
+        alone = log_likelihood(opinionated, *pair, 8)
+        assert found.value == pytest.approx(alone.value, rel=1e-5)
+        assert found.standard_error == pytest.approx(alone.standard_error, rel=1e-3)
+
+
+def test_the_same_call_gives_the_same_number_and_another_seed_another(opinionated) -> None:
+    first = log_likelihood(opinionated, PROMPT, ANSWER, 8)
+    assert log_likelihood(opinionated, PROMPT, ANSWER, 8) == first
+    assert log_likelihood(opinionated, PROMPT, ANSWER, 8, seed=1) != first
+
+
+def test_the_head_sees_masked_positions_only(opinionated, monkeypatch) -> None:
+    seen = []
+    whole = type(opinionated).head_inputs
+    monkeypatch.setattr(
+        type(opinionated), "head_inputs", lambda self, hidden: seen.append(len(hidden)) or whole(self, hidden)
+    )
+    log_likelihood(opinionated, [1] * 30, ANSWER, 31, exact_if_cheaper=True, batch_size=31)
+    assert seen == [sum(math.comb(5, count) * count for count in range(1, 6))]
+
+
+@given(answer=st.integers(1, 40), samples=st.integers(1, 60))
+def test_every_count_is_as_likely_in_every_sample(answer: int, samples: int) -> None:
+    drawn = np.stack([spread_counts(answer, samples, start) for start in range(1, answer + 1)])
+    assert (np.sort(drawn, axis=0) == np.arange(1, answer + 1)[:, None]).all()
+
+
+@given(answer=st.integers(1, 20), times=st.integers(1, 5), data=st.data())
+def test_counts_are_spread_evenly(answer: int, times: int, data) -> None:
+    start = data.draw(st.integers(1, answer))
+    counts = np.bincount(spread_counts(answer, answer * times, start), minlength=answer + 1)
+    assert (counts[1:] == times).all()
+
+
+def test_a_single_sample_says_nothing_of_its_error(opinionated) -> None:
+    assert math.isnan(log_likelihood(opinionated, PROMPT, ANSWER, 1).standard_error)
+    assert math.isnan(standard_error(np.ones(1)))
+
+
+def test_the_value_is_never_above_zero(opinionated) -> None:
+    found = log_likelihood(opinionated, PROMPT, ANSWER, 4)
+    assert found.value <= 0 and isinstance(found, LogLikelihood) and float(found) == found.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ((PROMPT, []), {}, "answer 0 is empty"),
+        ((PROMPT, ANSWER, 0), {}, "num_samples: must be at least 1"),
+        ((PROMPT, ANSWER, 7), {"antithetic": True}, "must be even"),
+        ((PROMPT, ANSWER), {"batch_size": 0}, "batch_size: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(opinionated, arguments, options, said) -> None:
+    with pytest.raises(SamplingError, match=said):
+        unmask.log_likelihood(opinionated, *arguments, **options)

@@ -1,0 +1,223 @@
+"""lm-evaluation-harness through our model: its three kinds of requests, from a local task file, without a network."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+import unmask
+from unmask import lm_eval as command
+from unmask.cli import main
+from unmask.errors import ConfigError
+from unmask.evaluation.greedy import greedily_written
+from unmask.evaluation.lm_eval import UnmaskLM
+from unmask.models.registry import ModelConfig, build_model, plan_model
+from unmask.models.tokenizer import load_tokenizer
+from unmask.sampling.settings import SamplerConfig
+
+SHORT = {"max_new_tokens": 8, "steps": 8, "block_size": 8}
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+metric_list:
+  - metric: {metric}
+    aggregation: {aggregation}
+    higher_is_better: true
+"""
+KINDS = {
+    "toy_write": ("exact_match", "mean", """output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 8
+"""),
+    "toy_choose": ("acc", "mean", """output_type: multiple_choice
+doc_to_text: "{{question}} "
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{gold}}"
+"""),
+    "toy_read": ("byte_perplexity", "weighted_perplexity", """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{answer}}"
+"""),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a task file of each kind over four rows."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": f"{n} plus {n}?", "answer": f"it is {2 * n}.", "choices": ["a", "bc"], "gold": 1} for n in range(4)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, (metric, aggregation, more) in KINDS.items():
+        head = TASK.format(name=name, data=data, metric=metric, aggregation=aggregation)
+        (folder / f"{name}.yaml").write_text(head + more)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(tiny_base: Path) -> Callable[..., UnmaskLM]:
+    return lambda **options: UnmaskLM(str(tiny_base), device="cpu", **(SHORT | options))
+
+
+def ask(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+def test_what_is_generated_is_what_the_sampler_writes_up_to_a_stop(make, tiny_base: Path) -> None:
+    lm = make()
+    contexts = ["3 plus 3?", "4 plus", "3 plus 3?"]
+    found = lm.generate_until(ask("generate_until", *((text, {"until": []}) for text in contexts)), disable_tqdm=True)
+    model, tokenizer = unmask.load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    answers = unmask.generate(model, contexts[:2], tokenizer=tokenizer, sampler=SamplerConfig(**SHORT), raw=True)
+    assert found == [answers[0].text, answers[1].text, answers[0].text]
+    stop = found[0][2]
+    cut = lm.generate_until(ask("generate_until", (contexts[0], {"until": [stop]})), disable_tqdm=True)
+    assert cut == [found[0].split(stop)[0]]
+
+
+def test_a_task_sets_the_answers_length_unless_model_args_do(make) -> None:
+    task = {"until": [], "max_gen_toks": 24, "do_sample": True, "temperature": 0.5}
+    wanted = make(max_new_tokens=None, block_size=None, steps=None)._sampler(task)
+    assert (wanted.max_new_tokens, wanted.temperature) == (24, 0.5)
+    assert make()._sampler(task).max_new_tokens == 8
+    assert make()._sampler({"temperature": 0.5}).temperature is None
+
+
+def test_the_likelihood_of_a_continuation_is_the_bound_of_its_tokens(make, tiny_base: Path) -> None:
+    lm = make(num_samples=16)
+    found = lm.loglikelihood(
+        ask("loglikelihood", ("2 plus 2? ", "4"), ("", "4."), ("x" * 200, "4.")), disable_tqdm=True
+    )
+    encode = functools.partial(lm.tokenizer.encode, add_special_tokens=False)
+    pairs = [(encode("2 plus 2?"), encode(" 4")), ([], encode("4.")), (encode("x" * 94), encode("4."))]
+    for pair, (value, _) in zip(pairs, found, strict=True):
+        expected = unmask.log_likelihood(lm.model, *pair, 16, exact_if_cheaper=True)
+        assert value == pytest.approx(expected.value, rel=1e-5)
+
+
+def test_a_continuation_is_greedy_when_the_sampler_would_write_it(make) -> None:
+    lm = make()
+    prompt = lm.tokenizer.encode("3 plus 3?")
+    sampler = SamplerConfig(max_new_tokens=6, steps=6, block_size=6)
+    written = unmask.generate(lm.model, [prompt], sampler=sampler)[0].token_ids
+    assert len(written) == 6
+    other = [*written[:5], (written[5] + 1) % 256]
+    assert greedily_written(lm.model, [(prompt, other), (prompt, written), (prompt[:2], written)], 2)[:2] == [
+        False,
+        True,
+    ]
+    assert [same for _, same in make(check_greedy=False)._scored([(tuple(prompt), tuple(written))], False)] == [False]
+
+
+def test_a_text_is_read_in_windows_that_cover_it_once(make) -> None:
+    lm = make(num_samples=8)
+    short, long = "it is 7.", "it is 7. " * 20
+    found = lm.loglikelihood_rolling(ask("loglikelihood_rolling", (short,), (long,)), disable_tqdm=True)
+    ids = lm.tokenizer.encode(short)
+    expected = unmask.log_likelihood(lm.model, [lm.tokenizer.bos_token_id], ids, 8).value
+    assert found[0] == pytest.approx(expected, rel=1e-5)
+    scored = []
+    lm._scored = lambda pairs, greedy: scored.extend(pairs) or [(-1.0, False)] * len(pairs)
+    lm.loglikelihood_rolling(ask("loglikelihood_rolling", (long,)), disable_tqdm=True)
+    assert [token for _, tokens in scored for token in tokens] == lm.tokenizer.encode(long)
+    assert len(scored) > 1 and all(len(prompt) + len(tokens) <= 96 for prompt, tokens in scored)
+
+
+def test_the_batch_size_changes_no_result(make) -> None:
+    pairs = [("2 plus 2?", " 4"), ("what is the sum of 3 and 3?", " it is 6"), ("?", "no")]
+    one, many = (
+        make(batch_size=size, num_samples=4).loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
+        for size in (1, "5")
+    )
+    for (value, same), (other, also) in zip(one, many, strict=True):
+        assert value == pytest.approx(other, rel=1e-5) and same == also
+
+
+def test_a_canvas_model_is_read_by_its_encoder(gemma_values, tiny) -> None:
+    model = build_model(plan_model(ModelConfig(config=gemma_values(vocab_size=264))), None).eval()
+    lm = UnmaskLM(model, tokenizer=load_tokenizer(str(tiny.folder / "tokenizer")))
+    found = lm.loglikelihood(ask("loglikelihood", ("2 plus 2?", " 4"), ("", "4")), disable_tqdm=True)
+    ids = lm.tokenizer.encode("4")
+    expected = unmask.ar_log_likelihood(model, [lm.tokenizer.bos_token_id], ids)
+    assert found[1] == (pytest.approx(expected.value), expected.greedy)
+    with torch.no_grad():
+        assert found[0][0] < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stepz": 3}, r"--model_args: 'stepz' is not one of .*did you mean 'steps'"),
+        ({"batch_size": "auto"}, "--batch_size: 'auto' is no number of rows"),
+        ({"max_batch_size": 8}, "--batch_size"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(make, options: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(**options)
+
+
+def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
+    tasks: Path, tiny_base: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    words = ["eval", "--checkpoint", str(tiny_base), "--tasks", ",".join(KINDS), "--include-path", str(tasks),
+             "--output", str(tmp_path), "--limit", "3", "--num-samples", "8", "--apply-chat-template",
+             "--max-new-tokens", "8", "--steps", "8", "--block-size", "8"]  # fmt: skip
+    assert main(words) == 0
+    assert "toy_choose" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    found = {each["task"]: each["metrics"] for each in results}
+    assert {name: list(metrics) for name, metrics in found.items()} == {
+        name: [metric] for name, (metric, _, _) in KINDS.items()
+    }
+    assert found["toy_read"]["byte_perplexity"]["value"] > 1
+    samples = [json.loads(line) for line in (tmp_path / results[0]["file"]).read_text().splitlines()]
+    assert len(samples) == 3 and "<|start_header_id|>assistant" in samples[0]["arguments"][0][0]
+
+    def asked_again(*_: object, **__: object) -> None:
+        raise AssertionError("this was answered before")
+
+    monkeypatch.setattr("unmask.evaluation.lm_eval.divide_rows", asked_again)
+    assert main(words) == 0
+    again = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert {each["task"]: each["metrics"] for each in again} == found
+
+
+def test_the_harness_own_command_line_knows_the_model(
+    tasks: Path, tiny_base: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # reading all of its tasks takes long
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", small)
+    arguments = f"pretrained={tiny_base},preset=reference,max_new_tokens=8,steps=8,block_size=8,num_samples=4"
+    words = ["--model", "unmask", "--model_args", arguments, "--tasks", "toy_write,toy_choose", "--limit", "2",
+             "--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tmp_path)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+    assert command.main() == 0
+    assert "toy_write" in capsys.readouterr().out
+    found = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
+    assert set(found["results"]) == {"toy_write", "toy_choose"}
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words[:3], f"{arguments},stepz=1", *words[4:]])
+    assert command.main() == 2
+    assert "unmask: error: --model_args: 'stepz'" in capsys.readouterr().err
+
+
+def test_without_the_harness_its_command_line_names_the_install_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command.main() == 2
+    assert "pip install 'unmask[eval]'" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""A conversation's turns, its commands and what of it fits, without a model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.data.conversation import Columns
+from unmask.data.files import FileRows
+from unmask.errors import SamplingError
+from unmask.sampling.conversation import COMMANDS, Conversation, as_turn, is_command, run_command
+from unmask.sampling.settings import SamplerConfig
+
+
+def talked(exchanges: int, system: bool = False) -> Conversation:
+    conversation = Conversation().say("system", "s") if system else Conversation()
+    for number in range(exchanges):
+        conversation = conversation.say("user", f"question {number}").say("assistant", f"answer {number}")
+    return conversation
+
+
+def count(turns) -> int:
+    return sum(len(turn["content"].split()) for turn in turns)
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_the_oldest_exchanges_are_left_out_when_the_context_is_full(system):
+    asked = talked(3, system).say("user", "and now this")
+    fitted = asked.fit(count, 11)
+    assert [turn["content"] for turn in fitted.seen] == ["s"] * system + [
+        "question 1", "answer 1", "question 2", "answer 2", "and now this",
+    ][0 if not system else 2 :]  # fmt: skip
+    assert fitted.turns == asked.turns  # what is saved is the whole conversation
+    assert fitted.say("assistant", "a").say("user", "b").fit(count, 11).forgotten >= fitted.forgotten
+
+
+@given(st.integers(0, 6), st.booleans(), st.integers(3, 40))
+def test_what_fits_is_the_longest_tail_that_does(exchanges, system, room):
+    asked = talked(exchanges, system).say("user", "c")
+    fitted = asked.fit(count, room)
+    assert count(fitted.seen) <= room and fitted.seen[-1]["content"] == "c"
+    assert fitted.seen[: len(fitted.system)] == asked.system
+    if fitted.forgotten:
+        more = asked.system + asked.turns[len(asked.system) + fitted.forgotten - 2 :]
+        assert count(more) > room
+
+
+def test_a_turn_that_does_not_fit_alone_is_refused():
+    with pytest.raises(SamplingError, match="this turn: 4 tokens.*room for 3.*--max_new_tokens"):
+        talked(2).say("user", "one two three four").fit(count, 3)
+
+
+def test_lines_are_turns_or_commands():
+    assert is_command("/help") and not is_command("//help") and not is_command("what is 1/2?")
+    assert as_turn("//help") == "/help" and as_turn(" /x") == " /x"
+
+
+def test_commands_change_the_conversation():
+    conversation = talked(2, system=True)
+    assert run_command(conversation, "/reset").conversation.turns == conversation.system
+    changed = run_command(run_command(conversation, "/steps 7").conversation, "/seed 9").conversation
+    assert (changed.sampler.steps, changed.seed, changed.turns) == (7, 9, conversation.turns)
+    assert run_command(conversation, "/quit").leave
+    text = run_command(conversation, "/help").note
+    assert all(command.usage in text for command in COMMANDS.values())
+    sure = Conversation(sampler=SamplerConfig(threshold=0.9))
+    assert "not used" in run_command(sure, "/steps 7").note
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/stps 4", ["'/stps'", "did you mean '/steps'", "/help"]),
+        ("/steps", ["/steps", "at least 1"]),
+        ("/steps 0", ["/steps", "at least 1", "'0'"]),
+        ("/seed x", ["/seed", "whole number", "'x'"]),
+        ("/save", ["/save FILE.jsonl"]),
+        ("/save notes.txt", ["notes.txt", ".jsonl"]),
+        ("/save nowhere/a.jsonl", ["nowhere/a.jsonl", "No such file"]),
+        ("/reset now", ["/reset", "'now'"]),
+    ],
+)
+def test_mistakes_in_commands_name_the_remedy(line, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SamplingError) as refused:
+        run_command(talked(1), line)
+    message = str(refused.value)
+    assert all(word in message for word in words) and "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_saved_before_an_answer(tmp_path):
+    with pytest.raises(SamplingError, match="nothing has been answered"):
+        run_command(Conversation().say("user", "hi"), f"/save {tmp_path / 'a.jsonl'}")
+
+
+def test_saved_conversations_are_rows_that_training_reads(tmp_path):
+    path = tmp_path / "a b.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "old\u2028"}]}', "utf-8")  # and no newline
+    odd = Conversation().say("user", 'é☃\u2028"\n').say("assistant", "</script>")
+    assert "row 2" in run_command(odd, f"/save {path}").note
+    assert "row 3" in run_command(talked(2, system=True), f"/save {path}").note
+    rows = FileRows(path, Columns(), "dataset")
+    assert len(rows) == 3 and [m.content for m in rows[1].messages] == ['é☃\u2028"\n', "</script>"]
+    assert [m.role for m in rows[2].messages] == ["system", *("user", "assistant") * 2]
+    assert json.loads(path.read_text("utf-8").split("\n")[1])["messages"] == list(odd.turns)

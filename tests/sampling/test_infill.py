@@ -1,0 +1,192 @@
+"""Infilling: what is given stays, blanks get exactly their tokens, and what comes after a blank is seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import unmask
+from unmask.errors import SamplingError
+from unmask.sampling.denoise import StepEvent
+from unmask.sampling.infill import infill
+from unmask.sampling.settings import SamplerConfig
+
+TEXT = "the {blank:3} sat on {blank:5}, twice"
+
+
+def fed_to(model) -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    return seen
+
+
+def test_given_text_stays_and_blanks_get_their_tokens(text_model, chat_tokenizer):
+    (found,) = infill(text_model, TEXT, tokenizer=chat_tokenizer)
+    assert [len(ids) for ids in found.fill_ids] == [3, 5]
+    assert found.fills == [chat_tokenizer.decode(ids) for ids in found.fill_ids]
+    assert found.text == f"the {found.fills[0]} sat on {found.fills[1]}, twice"
+    parts = [chat_tokenizer.encode(part) for part in ("the ", " sat on ", ", twice")]
+    assert found.token_ids == parts[0] + found.fill_ids[0] + parts[1] + found.fill_ids[1] + parts[2]
+    assert found.prompt_ids == [] and found.stats.nfe == 8 and found.stats.tokens_per_forward == 1
+    assert found.log_likelihood < 0
+
+
+def test_it_is_in_the_library_and_takes_lists(text_model, chat_tokenizer):
+    texts = [TEXT, "a {blank:2}", "{blank:1} b"]
+    together = unmask.infill(text_model, texts, tokenizer=chat_tokenizer, batch_size=2)
+    assert together[1].text.startswith("a ") and together[2].text.endswith(" b")
+    for text, found in zip(texts, together, strict=True):
+        assert infill(text_model, text, tokenizer=chat_tokenizer)[0].token_ids == found.token_ids
+
+
+def test_the_network_sees_the_text_after_a_blank(text_model, chat_tokenizer):
+    seen = fed_to(text_model)
+    infill(text_model, "ab{blank:2}cd", tokenizer=chat_tokenizer)
+    a, b, c, d = chat_tokenizer.encode("abcd")
+    assert seen[0].tolist() == [[a, b, 257, 257, c, d]]
+    assert all(ids[0, [0, 1, 4, 5]].tolist() == [a, b, c, d] for ids in seen)
+
+
+def test_a_spelt_mask_is_text_and_with_raw_it_is_a_token_that_is_given(text_model, chat_tokenizer):
+    (text,) = infill(text_model, "x<|mask|>{blank:2}<|mask|>y", tokenizer=chat_tokenizer)
+    assert 257 not in text.token_ids and text.text.count("<|mask|>") == 2
+    events: list[StepEvent] = []
+    (raw,) = infill(
+        text_model, "x<|mask|>{blank:2}<|mask|>y", tokenizer=chat_tokenizer, raw=True, on_event=events.append
+    )
+    x, y = chat_tokenizer.encode("xy")
+    assert raw.token_ids == [x, 257, *raw.fill_ids[0], 257, y] and 257 not in raw.fill_ids[0]
+    assert [int(event.open_BC.sum()) for event in events] == [1, 0]
+
+
+def test_stop_tokens_are_never_filled_in_and_given_ones_end_nothing(text_model, chat_tokenizer):
+    with torch.no_grad():
+        text_model.transformer.ff_out.bias[[258, 259]] = 50.0
+    (found,) = infill(text_model, "a{blank:2}<|eot_id|>b{blank:3}c", tokenizer=chat_tokenizer, raw=True)
+    assert [len(ids) for ids in found.fill_ids] == [2, 3]
+    assert found.token_ids.count(258) == 1 and 259 not in found.token_ids
+
+
+def test_a_chat_is_rendered_up_to_the_text_and_closed_behind_it(text_model, chat_tokenizer):
+    chat = [{"role": "user", "content": "say {blank:9}"}, {"role": "assistant", "content": "it is {blank:2}."}]
+    seen = fed_to(text_model)
+    (found,) = infill(text_model, [chat], tokenizer=chat_tokenizer)
+    shown = chat_tokenizer.decode(seen[0][0].tolist())
+    assert shown == ("<|start|>user\nsay {blank:9}<|eot_id|><|start|>assistant\nit is <|mask|><|mask|>.<|eot_id|>")
+    assert found.text == f"it is {found.fills[0]}."
+    assert chat_tokenizer.decode(found.prompt_ids).endswith("assistant\n")
+    assert found.token_ids[:6] == chat_tokenizer.encode("it is ") and found.token_ids[-1:] == chat_tokenizer.encode(".")
+    assert infill(text_model, chat, tokenizer=chat_tokenizer)[0].token_ids == found.token_ids
+
+
+def test_a_blank_of_unknown_length_takes_the_likeliest(text_model, chat_tokenizer):
+    (found,) = infill(text_model, "a {blank:1-4} b", tokenizer=chat_tokenizer)
+    each = [infill(text_model, f"a {{blank:{n}}} b", tokenizer=chat_tokenizer)[0] for n in (1, 2, 3, 4)]
+    best = max(each, key=lambda one: one.log_likelihood)
+    assert (found.token_ids, found.log_likelihood) == (best.token_ids, pytest.approx(best.log_likelihood, rel=1e-4))
+    assert found.stats.nfe == 1 + 2 + 3 + 4
+
+
+def test_the_log_likelihood_is_that_of_the_calls_that_settled(text_model, chat_tokenizer):
+    (found,) = infill(text_model, "a{blank:2}b", tokenizer=chat_tokenizer)
+    a, b = chat_tokenizer.encode("ab")
+    ids, logs = [a, 257, 257, b], []
+    for _ in range(2):
+        logits = text_model.logits(text_model(torch.tensor([ids])))[0].detach()
+        logits[:, [257, 258, 259]] = -torch.inf
+        sure, token = logits.log_softmax(-1).max(-1)
+        place = max((place for place in (1, 2) if ids[place] == 257), key=lambda place: sure[place])
+        ids[place] = int(token[place])
+        logs.append(float(sure[place]))
+    assert found.token_ids == ids
+    assert found.log_likelihood == pytest.approx(sum(logs) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_blocks_count_from_the_first_blank_and_given_blocks_cost_nothing(text_model, chat_tokenizer, cache):
+    events: list[StepEvent] = []
+    sampler = SamplerConfig(block_size=4, steps=2, cache=cache)
+    text = "before {blank:2}" + "x" * 17 + "{blank:6}."
+    (found,) = infill(text_model, text, tokenizer=chat_tokenizer, sampler=sampler, on_event=events.append)
+    # 25 columns: blanks at 0-1 and 19-24, in the blocks 0, 4 (one position), 5 (four) and 6 (one).
+    assert [int(event.block_B[0]) for event in events] == [0, 4, 5, 6]
+    assert [int(event.begun_B[0]) for event in events] == [4, 20, 24, 26]
+    assert "x" * 17 in found.text and found.stats.nfe == 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "says"),
+    [
+        ("nothing", {}, "text 0: there is no blank"),
+        (["{blank:1}", "{blank:0}"], {}, "text 1: {blank:0} needs a length"),
+        ([[{"role": "user", "content": "{blank:2}"}]], {}, "ends in the assistant's message"),
+        ("a {blank:200}", {}, "text 0: 202 tokens are over the model's max_sequence_length 128"),
+        ("{blank:2}", {"tokenizer": None}, "text 0: it needs a tokenizer"),
+        ("{blank:2}", {"sampler": SamplerConfig(max_new_tokens=3)}, "max_new_tokens: blanks are filled"),
+        ("{blank:2}", {"sampler": SamplerConfig(eos="suppress")}, "eos: blanks are filled"),
+        ("{blank:2}", {"batch_size": 0}, "batch_size: must be"),
+        ([7], {}, "expected a text or a chat"),
+    ],
+)
+def test_bad_calls_are_refused(text_model, chat_tokenizer, texts, options, says):
+    with pytest.raises(SamplingError) as error:
+        infill(text_model, texts, **({"tokenizer": chat_tokenizer} | options))
+    assert says in str(error.value)
+
+
+def test_a_canvas_keeps_what_is_given_and_sees_what_follows(gemma_model, chat_tokenizer):
+    events: list[StepEvent] = []
+    (found,) = infill(
+        gemma_model, 'a "{blank:3}" b {blank:2}.', tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=4),
+        on_event=events.append,
+    )  # fmt: skip
+    assert found.text == f'a "{found.fills[0]}" b {found.fills[1]}.'
+    assert [len(ids) for ids in found.fill_ids] == [3, 2]
+    given = chat_tokenizer.encode('" b ')
+    for event in events:
+        assert event.answer_BC.shape == (1, 16)
+        assert event.answer_BC[0, 3:7].tolist() == given
+        assert event.answer_BC[0, 10:].tolist() == [1] * 6  # filled with end of text, as in training
+    assert not {1, 7} & {token for ids in found.fill_ids for token in ids}
+    other = infill(gemma_model, 'a "{blank:3}" c {blank:2}.', tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=4))
+    assert other[0].fill_ids != found.fill_ids
+
+
+def test_a_text_longer_than_a_canvas_goes_on_in_further_ones(gemma_model, chat_tokenizer):
+    events: list[StepEvent] = []
+    text = "go {blank:4}" + "x" * 50 + "{blank:4} end" + "y" * 20
+    (found,) = infill(
+        gemma_model, text, tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=2), on_event=events.append
+    )
+    # The blanks lie in canvas 0 and at columns 54-57, so canvases 1 and 2 are given and the last one is not there.
+    assert {int(event.block_B[0]) for event in events} == {0, 3}
+    assert events[0].answer_BC.shape == (1, 64)
+    assert len(found.token_ids) == 3 + 4 + 50 + 4 + 4 + 20
+    assert found.token_ids[-24:] == chat_tokenizer.encode(" end" + "y" * 20)
+    assert chat_tokenizer.decode(found.token_ids[7:57]) == "x" * 50
+
+
+def test_a_canvas_among_others_is_filled_as_alone(gemma_model, chat_tokenizer):
+    texts = ["go {blank:4}" + "x" * 50 + "{blank:4}", "a {blank:2} b", "abc{blank:9}" + "z" * 30 + "{blank:1}"]
+    sampler = SamplerConfig(steps=3)
+    alone = [infill(gemma_model, text, tokenizer=chat_tokenizer, sampler=sampler)[0].token_ids for text in texts]
+    for size in (2, 3):
+        together = infill(gemma_model, texts, tokenizer=chat_tokenizer, sampler=sampler, batch_size=size)
+        assert [one.token_ids for one in together] == alone
+
+
+def test_a_canvas_needs_something_before_it(gemma_model, chat_tokenizer):
+    with pytest.raises(SamplingError, match="text 0: a canvas needs something before it"):
+        infill(gemma_model, "{blank:2} b", tokenizer=chat_tokenizer)
+
+
+def test_what_a_canvas_is_told_of_given_positions_is_their_embedding(gemma_model, chat_tokenizer, monkeypatch):
+    signals: list[torch.Tensor] = []
+    decode = gemma_model.decode
+    monkeypatch.setattr(gemma_model, "decode", lambda *a, **o: signals.append(a[2]) or decode(*a, **o))
+    infill(gemma_model, "a{blank:2}bc", tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=2))
+    assert not signals[0].any()
+    b, c = chat_tokenizer.encode("bc")
+    expected = gemma_model.stack.embed(torch.tensor([b, c, *[1] * 12]))
+    torch.testing.assert_close(signals[1][0, 2:], expected)
+    assert not torch.equal(signals[1][0, 0], gemma_model.stack.embed(torch.tensor(0)))

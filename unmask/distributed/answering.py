@@ -1,0 +1,102 @@
+"""A network that answers on one rank or several: whole on each of them, or one copy that all share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unmask.distributed.joint_calls import JointCalls
+from unmask.distributed.load import adapter_tensors, allocate, load_folder, load_tensors, whole_adapter
+from unmask.distributed.mesh import Degrees, build_meshes
+from unmask.distributed.ranks import Ranks
+from unmask.distributed.runtime import DistributedConfig
+from unmask.distributed.shard import shard_model
+from unmask.errors import ConfigError
+from unmask.models.folders import is_plain, read_generation, weight_files
+from unmask.models.registry import ModelPlan, load_model, plan_folder
+from unmask.models.sharded_folder import MODEL, stored_sizes
+
+
+def load_for_answers(
+    name: str, dtype: str | None, device: torch.device, adapter: str | None, ranks: Ranks, shard: bool
+) -> tuple[nn.Module, contextlib.AbstractContextManager]:
+    """Load a checkpoint for rows that are divided among ranks; all ranks call it.
+
+    Args:
+        name, dtype, device, adapter: as `registry.load_model`.
+        ranks: all of them.
+        shard: every rank keeps a part of the weights, read from the files as such, and gathers a block when it runs;
+            False loads the whole network on each.
+
+    Returns:
+        the network in eval mode, and the context in which ranks call it, for `rows.divide_rows`; it may be entered
+        again and again.
+
+    Raises:
+        ConfigError: `shard` on one rank.
+        ModelError, TrainingError: as loading does; no memory for a part.
+    """
+    if not shard:
+        return load_model(name, dtype, device, adapter), contextlib.nullcontext()
+    if ranks.size == 1:
+        raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
+    plan = plan_folder(name, "checkpoint")
+    model = load_shared(plan, dtype, device, adapter, ranks)
+    return model, JointCalls(model, plan.family.model_type, ranks)
+
+
+def load_shared(
+    plan: ModelPlan, dtype: str | None, device: torch.device, adapter: str | None, ranks: Ranks
+) -> nn.Module:
+    """Build, shard and fill a network that is not trained; all ranks call it. Arguments as `load_for_answers`."""
+    assert plan.folder is not None
+    with torch.device("meta"):
+        model = plan.family.build(plan.config)
+    model = _in_dtype(model, plan.folder, dtype)
+    whole = None
+    if adapter is not None:
+        from unmask.models.adapter import find_adapter, load_adapter, read_adapter
+
+        load_adapter(model, adapter)
+        whole = whole_adapter(model)
+        read_adapter(whole, find_adapter(adapter))
+    model.requires_grad_(False)
+    meshes = build_meshes(Degrees(ranks.size), device.type)
+    shard_model(model, plan.family.model_type, DistributedConfig(), meshes)
+    allocate(model, device, ranks, "use more processes")
+    load_folder(model, meshes, plan.folder, plan.family.layout)
+    if whole is not None:
+        load_tensors(model, meshes, adapter_tensors(whole))
+    model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
+    return model.eval()
+
+
+def _in_dtype(model: nn.Module, folder: Path, dtype: str | None) -> nn.Module:
+    """Return a network on the meta device with every tensor in a dtype, or in that of its file."""
+    if dtype is not None:
+        return model.to(getattr(torch, dtype))
+    own = model.state_dict()
+    for key, kind in _stored_dtypes(folder):
+        if key in own:
+            model.load_state_dict({key: own[key].to(kind)}, strict=False, assign=True)
+    return model
+
+
+def _stored_dtypes(folder: Path) -> Iterator[tuple[str, torch.dtype]]:
+    if not is_plain(folder):
+        yield from ((key.removeprefix(MODEL), kind) for key, (_, kind) in stored_sizes(folder).items())
+        return
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for key, file in weight_files(folder).items():
+        by_file.setdefault(file, []).append(key)
+    for file, keys in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for key in keys:
+                stored = opened.get_slice(key)
+                yield key, (stored[:0] if stored.get_shape() else stored[...]).dtype

@@ -1,0 +1,200 @@
+"""Exact match while training: answers to held-out rows, sampled as `unmask generate` would, and judged.
+
+The draws have seeds of their own and torch's global generator is not touched, so that a run learns the same with it and
+without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from unmask.errors import ConfigError, DataError, FieldError, SamplingError
+from unmask.evaluation.grade import check_grader
+from unmask.rng import key
+from unmask.sampling.settings import SamplerConfig, default_settings, resolve
+from unmask.sections import choice_problem
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unmask.data.sources import Rows
+    from unmask.distributed.runtime import Runtime
+    from unmask.evaluation.questions import Question
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Section `validation`: answer rows of `validation_dataset` during training and count the right ones.
+
+    Attributes:
+        generate_every_steps: how often, in optimizer steps, and at the end; None = at the end only.
+        max_samples: answer the first rows only; None answers all.
+        batch_size: rows denoised together; None = `unmask generate`'s.
+        grader: how an answer is compared with the row's: `number` (after `####`, or the last one), `text` or
+            `expression` (math-verify).
+        sampler: settings of the sampler by name, as `unmask generate` takes them; what is not there is the model's.
+        keep_samples: answers, to the first rows, written to samples.jsonl each time with how they were denoised.
+    """
+
+    generate_every_steps: int | None = None
+    max_samples: int | None = 64
+    batch_size: int | None = None
+    grader: Literal["number", "text", "expression"] = "number"
+    sampler: dict[str, Any] | None = None
+    keep_samples: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("generate_every_steps", "max_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FieldError(name, f"must be at least 1, or null, got {value}")
+        if self.keep_samples < 0:
+            raise FieldError("keep_samples", f"must not be negative, got {self.keep_samples}")
+        known = [field.name for field in fields(SamplerConfig)]
+        for name in self.sampler or {}:
+            if name not in known:
+                raise FieldError("sampler", choice_problem(name, known))
+        try:
+            self.settings()
+        except SamplingError as error:
+            raise FieldError("sampler", str(error)) from None
+
+    def settings(self) -> SamplerConfig:
+        """Return the sampler's settings."""
+        return SamplerConfig(**(self.sampler or {}))
+
+
+def check_answering(section: ValidationConfig | None, model_config: Any, generation: Mapping[str, Any]) -> None:
+    """Refuse what the model's family or this machine cannot do, before anything heavy loads.
+
+    Raises:
+        ConfigError: a setting that the family does not have.
+        MissingDependencyError: the grader's package is not installed.
+    """
+    if section is None:
+        return
+    check_grader(section.grader)
+    try:
+        resolve(section.settings(), default_settings(model_config, generation))
+    except SamplingError as error:
+        raise ConfigError(f"validation.sampler: {error}") from None
+
+
+def questions_of(rows: Rows, limit: int | None) -> list[Question]:
+    """Return the questions of the first rows: each row's turns before its last assistant turn, which is the answer.
+
+    Raises:
+        DataError: a row that asks nothing.
+    """
+    from unmask.evaluation.questions import Question
+
+    found = []
+    for index in range(len(rows) if limit is None else min(limit, len(rows))):
+        turns = list(rows[index].messages)
+        while turns and turns[-1].role != "assistant":
+            turns.pop()
+        if len(turns) < 2:
+            raise DataError(f"{rows.describe(index)}: nothing is asked before the assistant's turn; remove the row")
+        found.append(Question(tuple(turns[:-1]), turns[-1].content, rows.describe(index)))
+    return found
+
+
+def check_lengths(
+    questions: Sequence[Question], section: ValidationConfig, tokenizer: Any, model_config: Any,
+    generation: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Refuse a question that does not fit the model with its answer: now, and not after hours of training.
+
+    Raises:
+        ConfigError: naming the row.
+    """
+    from unmask.sampling.prompts import encode_prompts
+
+    room = (
+        model_config.max_sequence_length
+        - resolve(section.settings(), default_settings(model_config, generation)).length
+    )
+    mask = getattr(model_config, "mask_token_id", None)
+    encoded = encode_prompts([question.as_prompt() for question in questions], tokenizer, mask_id=mask)
+    for question, ids in zip(questions, encoded, strict=True):
+        if len(ids) > room:
+            raise ConfigError(
+                f"validation.sampler: {question.place} asks in {len(ids)} tokens, and with the answer's length only "
+                f"{room} fit the model's max_sequence_length {model_config.max_sequence_length}; lower max_new_tokens "
+                "or take the row out"
+            )
+
+
+def answer_validator(
+    questions: Sequence[Question],
+    section: ValidationConfig,
+    tokenizer: Any,
+    model_type: str,
+    runtime: Runtime,
+    seed: int,
+    root: Path,
+) -> Callable[[nn.Module, int], dict[str, Any]]:
+    """Return what measures exact match: it takes the network and the step and returns an event's fields.
+
+    Args:
+        questions: all of them; ranks divide them.
+        section: how they are asked.
+        tokenizer: with the chat template that training uses.
+        model_type: the network's family.
+        runtime: device and ranks.
+        seed: the run's.
+        root: the run directory, for samples.jsonl.
+    """
+    from unmask.evaluation.samples import sample_answers, write_samples
+
+    own_seed = key(seed, "validation/answers") % 2**63
+
+    def measure(model: nn.Module, step: int) -> dict[str, Any]:
+        from unmask.evaluation.exact_match import Asking, encode_questions
+
+        with runtime.autocast(), _in_eval(model):
+            together = nullcontext()
+            if runtime.meshes is not None:
+                from unmask.distributed.joint_calls import JointCalls
+
+                together = JointCalls(model, model_type, runtime.ranks)
+            asking = Asking(
+                model,
+                questions,
+                encode_questions(model, questions, tokenizer),
+                tokenizer,
+                section.settings(),
+                own_seed,
+                section.batch_size,
+                section.grader,
+                ranks=runtime.ranks,
+                together=together,
+            )
+            answers = [answer for chunk in asking.chunks() for answer in asking.answer(chunk)]
+            samples = sample_answers(asking, range(min(section.keep_samples, len(questions))))
+        if runtime.meshes is not None:
+            from unmask.distributed.shard import free_gathered
+
+            free_gathered(model)
+        if runtime.ranks.first:
+            write_samples(root / SAMPLES, step, questions, samples)
+        right = sum(answer.grade.correct for answer in answers)
+        return {"exact_match": right / len(answers), "right": right, "total": len(answers)}
+
+    return measure
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

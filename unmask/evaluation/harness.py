@@ -1,0 +1,131 @@
+"""lm-evaluation-harness from our side: is it there, which tasks has it, what came out. Imported in functions only."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from unmask.errors import ConfigError, MissingDependencyError
+from unmask.evaluation.tasks import HARNESS, TASKS
+from unmask.sections import choice_problem, nearest
+
+NAME = "unmask"
+_MODEL = "unmask.evaluation.lm_eval:UnmaskLM"
+
+
+def check_harness(what: str) -> None:
+    """Raise MissingDependencyError when lm-evaluation-harness is not installed; imports nothing of it.
+
+    Args:
+        what: what asked for it, as the beginning of the message.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            f"{what} needs lm-evaluation-harness, which is not installed; run: pip install 'unmask[eval]'"
+        )
+
+
+def register_model() -> None:
+    """Register the model `unmask` with the harness, which knows of no plugins; again and again if need be."""
+    check_harness("the model `unmask` of lm_eval")
+    from lm_eval.api.registry import model_registry
+
+    if NAME not in model_registry:
+        model_registry.register(NAME, target=_MODEL)
+
+
+def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:
+    """Return the harness's task manager that knows some tasks.
+
+    Args:
+        names: of tasks, groups or tags, without our prefix.
+        include_path: a folder with further task files.
+
+    Raises:
+        MissingDependencyError: no harness.
+        ConfigError: a task that neither the harness nor we have, with the nearest name.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            f"--tasks: {choice_problem(names[0], TASKS)}; lm-evaluation-harness has more: pip install 'unmask[eval]'"
+        )
+    from lm_eval.tasks import TaskManager
+
+    manager = None
+    if include_path is not None:
+        # The harness reads some 14,000 files of its own otherwise.
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ConfigError(f"--tasks: {_unknown(name, manager.all_tasks)}")
+    return manager
+
+
+def run_harness(
+    lm: Any,
+    manager: Any,
+    names: Sequence[str],
+    *,
+    limit: int | None,
+    few_shot: int | None,
+    chat: bool,
+    seed: int,
+    cache: str | None,
+) -> dict[str, Any]:
+    """Run tasks of the harness; return for each task and group its metrics, and the samples of each task.
+
+    Args:
+        lm: an `UnmaskLM`.
+        manager: from `task_manager`.
+        names: the tasks.
+        limit: documents of each task; None = all.
+        few_shot: worked examples before each question; None = as each task says.
+        chat: render prompts with the chat template.
+        seed: of the harness's own draws.
+        cache: path of its cache of answers, from which an interrupted evaluation goes on; None = none.
+
+    Returns:
+        `results`: name → metrics; `samples`: name → what was asked and answered; nothing of either on other ranks.
+    """
+    from lm_eval import simple_evaluate
+
+    found = simple_evaluate(
+        model=lm,
+        tasks=list(names),
+        num_fewshot=few_shot,
+        limit=limit,
+        task_manager=manager,
+        apply_chat_template=chat,
+        use_cache=cache,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return {key: {} if found is None else found.get(key, {}) for key in ("results", "samples")}
+
+
+def metrics(result: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """Return (metric, value, standard error or None) of one task's result."""
+    rows = []
+    for key, value in result.items():
+        metric, _, variant = key.partition(",")
+        if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not variant:
+            continue
+        error = result.get(f"{metric}_stderr,{variant}")
+        shown = metric if variant == "none" else f"{metric} ({variant})"
+        rows.append((shown, float(value), float(error) if isinstance(error, (int, float)) else None))
+    return rows
+
+
+def without_prefix(name: str) -> str:
+    """Return the harness's name of a task that we call by our prefix."""
+    return name.removeprefix(HARNESS)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    hint = nearest(name, [*TASKS, *known])
+    return f"{name!r} is neither one of {', '.join(TASKS)} nor a task of lm-evaluation-harness{hint}"

@@ -1,0 +1,284 @@
+"""How likely a masked diffusion model finds an answer: a Monte Carlo estimate of its bound on log p(answer | prompt).
+
+For an answer of A tokens the bound is
+
+    log p(y | x) ≥ − E_k E_M [ A/k · Σ_{i in M} CE_i(M) ],   k ~ U{1..A},  M ~ U{subsets of k tokens},
+
+CE_i(M) the cross-entropy of token i where the tokens of M are masked and all others are seen (Nie et al. 2025,
+arXiv 2502.09992, appendix B.5; Ou et al. 2024, arXiv 2406.03736). Masking exactly k tokens instead of each
+with a probability leaves the expectation as it is and takes away the variance of their number.
+
+Nothing is banned here: bans belong to sampling.
+
+Shapes: S samples, A answer tokens, U different masks, B rows, L positions, N masked positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from unmask import rng
+from unmask.errors import ModelError, SamplingError
+from unmask.objectives.token_loss import cross_entropies
+
+DEFAULT_SAMPLES = 128
+# Rows of the network's batch unless the caller says otherwise.
+DEFAULT_BATCH_SIZE = 16
+
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its answer
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """An estimate of the bound on log p(answer | prompt).
+
+    Attributes:
+        value: nats, summed over the answer's tokens, at most 0.
+        standard_error: of `value`, from the Monte Carlo noise, nats; 0 for an exact sum, nan for one sample of several
+            possible masks.
+        num_samples: masks that the value rests on.
+    """
+
+    value: float
+    standard_error: float
+    num_samples: int
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def log_likelihood(
+    model: Any,
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    num_samples: int = DEFAULT_SAMPLES,
+    seed: int = 42,
+    *,
+    batch_size: int | None = None,
+    antithetic: bool = False,
+    exact_if_cheaper: bool = False,
+) -> LogLikelihood:
+    """Estimate the bound on log p(answer | prompt) of a masked diffusion model.
+
+    The numbers k of masked tokens are spread evenly over 1..A from a random start, as in LLaDA's get_log_likelihood.py,
+    so that no estimate has only easy or only hard ones. Masks are a function of (seed, prompt and answer, sample): not
+    of the batch size or of what else is scored. An answer of one token has one mask, so one sample is exact.
+
+    With `antithetic`, samples come in pairs: a mask of k tokens and its complement of A − k (for k = A, the full mask
+    twice), each weighted by A over its own number. A − k, with A for A, is uniform over 1..A like k, so the estimate is
+    unbiased; a token that is hard to guess is in exactly one mask of a pair, so the two err in opposite directions and
+    the pair's variance is below that of two independent samples.
+
+    Args:
+        model: from `unmask.load_model`, of a family with a mask token.
+        prompt_ids: tokens before the answer; may be empty.
+        answer_ids: the A tokens that are scored, at least one; end-of-text counts only where it is given.
+        num_samples: masks, at least 1; even with `antithetic`. Equal masks are computed once.
+        seed: of the masks.
+        batch_size: rows that the network sees at once; None = 16.
+        antithetic: draw complementary pairs.
+        exact_if_cheaper: where an answer has no more than `num_samples` masks, 2^A − 1, sum over all of them: the bound
+            itself, with a standard error of 0.
+
+    Returns:
+        the estimate, in nats, at most 0.
+
+    Raises:
+        SamplingError: an empty answer, or a number out of range.
+        ModelError: a model without a mask token, or an input that is too long for it.
+    """
+    return log_likelihoods(
+        model,
+        [(prompt_ids, answer_ids)],
+        num_samples,
+        seed,
+        batch_size=batch_size,
+        antithetic=antithetic,
+        exact_if_cheaper=exact_if_cheaper,
+    )[0]
+
+
+def log_likelihoods(
+    model: Any,
+    pairs: Sequence[Pair],
+    num_samples: int = DEFAULT_SAMPLES,
+    seed: int = 42,
+    *,
+    batch_size: int | None = None,
+    antithetic: bool = False,
+    exact_if_cheaper: bool = False,
+) -> list[LogLikelihood]:
+    """As `log_likelihood`, for several pairs of a prompt and an answer, whose rows share the network's batches."""
+    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    _check_numbers(num_samples, size, antithetic)
+    pairs = [(_ids(prompt), _ids(answer)) for prompt, answer in pairs]
+    mask_id = mask_token_of(model)
+    plans = [_plan(index, *pair, num_samples, seed, antithetic, exact_if_cheaper) for index, pair in enumerate(pairs)]
+    sums = [np.zeros(len(plan.masks_UA)) for plan in plans]
+    for batch in _batches(pairs, plans, size):
+        for (index, mask), total in zip(batch, _masked_sums(model, pairs, plans, batch, mask_id), strict=True):
+            sums[index][mask] = total
+    return [plan.estimate(found_U) for plan, found_U in zip(plans, sums, strict=True)]
+
+
+def mask_token_of(model: Any) -> int:
+    """Return the id that hides a token; ModelError for a model that has none."""
+    mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
+    if mask_id is None:
+        raise ModelError(
+            f"log_likelihood: {type(model).__name__} has no mask token, so it has no such bound; use "
+            "unmask.denoising_cross_entropy or unmask.ar_log_likelihood"
+        )
+    return int(mask_id)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The masks of one answer and how their sums become an estimate.
+
+    Attributes:
+        masks_UA: bool, the different masks, True = masked.
+        sample_S: for each sample, the number of its mask; None for an exact sum over all masks.
+        antithetic: whether samples 2j and 2j + 1 are a pair.
+    """
+
+    masks_UA: np.ndarray
+    sample_S: np.ndarray | None
+    antithetic: bool
+
+    def estimate(self, sums_U: np.ndarray) -> LogLikelihood:
+        """Return the estimate from Σ_{i in M} CE_i(M) of each mask, nats."""
+        answer = self.masks_UA.shape[1]
+        counts_U = self.masks_UA.sum(axis=1)
+        values_U = -sums_U * answer / counts_U
+        if self.sample_S is None:
+            chances_U = np.array([1 / (answer * math.comb(answer, count)) for count in counts_U.tolist()])
+            return LogLikelihood(float(values_U @ chances_U), 0.0, len(values_U))
+        values_S, counts_S = values_U[self.sample_S], counts_U[self.sample_S]
+        error = 0.0
+        if answer > 1:
+            if self.antithetic:
+                pair_values, pair_counts = values_S.reshape(-1, 2).mean(axis=1), counts_S.reshape(-1, 2).max(axis=1)
+                error = standard_error(pair_values[np.argsort(pair_counts, kind="stable")])
+            else:
+                error = standard_error(values_S[np.argsort(counts_S, kind="stable")])
+        return LogLikelihood(float(values_S.mean()), error, len(values_S))
+
+
+def standard_error(ordered_S: np.ndarray) -> float:
+    """Return the standard error of the mean of evenly spread samples, from the differences of neighbours.
+
+    Samples spread evenly over k vary less in the mean than independent ones would, since what k explains is the same in
+    every draw; differences between neighbours leave it out (Wolter 2007, Introduction to Variance Estimation, ch. 8).
+    nan for fewer than two samples.
+
+    Args:
+        ordered_S: values in the order of what they are spread over.
+    """
+    if len(ordered_S) < 2:
+        return math.nan
+    steps = np.diff(ordered_S)
+    return math.sqrt(float(steps @ steps) / (2 * len(steps)) / len(ordered_S))
+
+
+def spread_counts(answer: int, samples: int, start: int) -> np.ndarray:
+    """Return how many tokens each sample masks: 1..A, spread evenly from `start` and around, int64 (S,).
+
+    The offsets do not depend on the start, so with a uniform start every count is uniform over 1..A.
+
+    Args:
+        answer: A.
+        samples: S.
+        start: 1..A.
+    """
+    offsets_S = (2 * np.arange(samples) * answer + samples) // (2 * samples)
+    return (start - 1 + offsets_S) % answer + 1
+
+
+def content_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
+    """Return the name under which the noise of a prompt and its answer is drawn."""
+    text = f"{','.join(map(str, prompt_ids))}|{','.join(map(str, answer_ids))}"
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _plan(
+    index: int, prompt: list[int], answer: list[int], samples: int, seed: int, antithetic: bool, exact: bool
+) -> Plan:
+    if not answer:
+        raise SamplingError(f"log_likelihood: answer {index} is empty; give at least one token to score")
+    length = len(answer)
+    if length == 1 or (exact and length < 64 and 2**length - 1 <= samples):
+        numbers_U = np.arange(1, 2**length)
+        masks_UA = (numbers_U[:, None] >> np.arange(length)) & 1 == 1
+        return Plan(masks_UA, None, antithetic)
+    name = f"likelihood/{content_key(prompt, answer)}"
+    start = int(rng.generator(seed, f"{name}/start").integers(1, length + 1))
+    drawn = samples // 2 if antithetic else samples
+    masks_SA = np.zeros((drawn, length), dtype=bool)
+    for sample, count in enumerate(spread_counts(length, drawn, start).tolist()):
+        masks_SA[sample, rng.generator(seed, name, 0, sample).permutation(length)[:count]] = True
+    if antithetic:
+        others_SA = np.where(masks_SA.all(axis=1)[:, None], masks_SA, ~masks_SA)
+        masks_SA = np.stack((masks_SA, others_SA), axis=1).reshape(-1, length)
+    masks_UA, sample_S = np.unique(masks_SA, axis=0, return_inverse=True)
+    return Plan(masks_UA, sample_S.reshape(-1), antithetic)
+
+
+def _batches(pairs: Sequence[Pair], plans: Sequence[Plan], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the rows of each batch as (pair, mask); rows of like length come together."""
+    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
+    batch: list[tuple[int, int]] = []
+    for index in order:
+        for mask in range(len(plans[index].masks_UA)):
+            batch.append((index, mask))
+            if len(batch) == size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _masked_sums(
+    model: Any, pairs: Sequence[Pair], plans: Sequence[Plan], batch: Sequence[tuple[int, int]], mask_id: int
+) -> np.ndarray:
+    """Return Σ CE over the masked tokens of each row, float64 (B,), nats; the head sees the masked positions alone."""
+    device = next(model.parameters()).device
+    clean = [[*pairs[index][0], *pairs[index][1]] for index, _ in batch]
+    width = max(map(len, clean))
+    ids_BL = torch.zeros(len(batch), width, dtype=torch.int64)
+    masked_BL = torch.zeros(len(batch), width, dtype=torch.bool)
+    attends_BL = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, (index, mask) in enumerate(batch):
+        end = len(clean[row])
+        ids_BL[row, :end] = torch.tensor(clean[row])
+        attends_BL[row, :end] = True
+        masked_BL[row, len(pairs[index][0]) : end] = torch.from_numpy(plans[index].masks_UA[mask])
+    positions_N = masked_BL.flatten().nonzero()[:, 0]
+    targets_N = ids_BL.flatten()[positions_N]
+    noisy_BL = ids_BL.masked_fill(masked_BL, mask_id).to(device)
+    hidden_BLD = model(noisy_BL, None if bool(attends_BL.all()) else attends_BL.to(device))
+    head = model.head_inputs(hidden_BLD.flatten(0, 1)[positions_N.to(device)])
+    losses_N = cross_entropies(*head, targets_N.to(device)).double().clamp(min=0).cpu()
+    sums_B = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, positions_N // width, losses_N)
+    return sums_B.numpy()
+
+
+def _ids(ids: Sequence[int]) -> list[int]:
+    return [int(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_numbers(samples: int, size: int, antithetic: bool) -> None:
+    if samples < 1:
+        raise SamplingError(f"num_samples: must be at least 1, got {samples}")
+    if antithetic and samples % 2:
+        raise SamplingError(f"num_samples: must be even with antithetic pairs, got {samples}")
+    if size < 1:
+        raise SamplingError(f"batch_size: must be at least 1, got {size}")

@@ -1,0 +1,68 @@
+"""Outcomes as a table: a row for each task and number, a column for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from unmask.evaluation.side_by_side import Outcome
+from unmask.evaluation.tasks import TASKS
+
+
+def outcome_table(labels: Sequence[str], outcomes: Sequence[Outcome]) -> Table:
+    """Return the table of all outcomes, models in the order of `labels`."""
+    table = Table(title=None, header_style="bold")
+    table.add_column("task")
+    table.add_column("measure")
+    for label in labels:
+        table.add_column(label, justify="right", overflow="fold")
+    for task in dict.fromkeys(outcome.task for outcome in outcomes):
+        found = {outcome.label: _rows(outcome) for outcome in outcomes if outcome.task == task}
+        measures = list(dict.fromkeys(measure for rows in found.values() for measure in rows))
+        for number, measure in enumerate(measures):
+            cells = [found.get(label, {}).get(measure, "") for label in labels]
+            table.add_row(task if number == 0 else "", measure, *cells, end_section=number == len(measures) - 1)
+    return table
+
+
+def _rows(outcome: Outcome) -> dict[str, str]:
+    """Return the lines of one outcome: what was measured and its value."""
+    result = outcome.result
+    if outcome.task not in TASKS:
+        return {name: _with_error(value["value"], value["standard_error"]) for name, value in result.items()}
+    if TASKS[outcome.task].kind == "answers":
+        return _answer_rows(result, outcome)
+    if "nats_per_token" in result:
+        rows = {
+            "bound, nats a token": _with_error(result["nats_per_token"], result["standard_error"]),
+            "perplexity, at most": f"{result['perplexity_bound']:.3f}",
+        }
+    else:
+        rows = {
+            "denoising cross-entropy": _with_error(result["denoising_nats_per_token"], result["standard_error"]),
+            "encoder, nats a token": f"{result['ar_nats_per_token']:.4f}",
+            "encoder's perplexity": f"{result['ar_perplexity']:.3f}",
+        }
+    return {**rows, "answers, tokens": f"{result['rows']}, {result['tokens']}", "seconds": f"{outcome.seconds:.1f}"}
+
+
+def _answer_rows(result: dict[str, Any], outcome: Outcome) -> dict[str, str]:
+    rows = {
+        "exact match": f"{100 * result['exact_match']:.1f} %",
+        "95 % interval": f"{100 * result['low']:.1f} to {100 * result['high']:.1f}",
+        "right": f"{result['right']} of {result['total']}",
+        "ended by themselves": f"{100 * result['ended']:.0f} %",
+        "network calls an answer": f"{result['network_calls']:.1f}",
+        "seconds": f"{outcome.seconds:.1f}",
+    }
+    for name, shown in (("first", "against the first model"), ("against", "against --against")):
+        if name in outcome.compared:
+            found = outcome.compared[name]
+            rows[shown] = f"+{found['gained']} −{found['lost']}, {found['differing']} answers differ"
+    return rows
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

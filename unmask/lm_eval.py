@@ -1,0 +1,29 @@
+"""`python -m unmask.lm_eval …`: lm-evaluation-harness's own command line, with the model `unmask` in its table.
+
+The harness finds models in its own package alone, so something has to add ours before it parses its arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the harness's command line; return its exit status, 2 after one line for a mistake of the user's."""
+    from unmask.errors import UnmaskError
+
+    try:
+        from unmask.evaluation.harness import register_model
+
+        register_model()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except UnmaskError as error:
+        print(f"unmask: error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

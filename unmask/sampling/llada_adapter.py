@@ -1,0 +1,238 @@
+"""LLaDA in the denoising loop: prompt and answer are seen at once, in both directions.
+
+Nothing that it computes stays true when a token changes, so by default every call is a full forward. The caches
+`prefix` and `dual` keep keys and values all the same: calls get much shorter, and answers are approximate.
+
+Shapes: B rows, P prompt columns, C answer columns, L columns of both, M scored positions, D width, V vocabulary rows,
+R network rows (a guided row is two, one behind the other), K some of them, S columns of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unmask.models.llada.cache import KeyValueStore, Window
+from unmask.sampling.adapters import Call, FamilySpec
+from unmask.sampling.settings import MaskSettings
+
+if TYPE_CHECKING:
+    from unmask.models.llada.model import LLaDA
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a batch, padded on the right.
+
+    Attributes:
+        ids_BP: int64 (B, P), on the CPU; padding holds token 0, which nothing attends to.
+        lengths: tokens of each prompt.
+    """
+
+    ids_BP: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> Prompts:
+        """Return prompts of any lengths, none included."""
+        lengths = tuple(len(prompt) for prompt in prompts)
+        width = max(lengths, default=0)
+        ids = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        return cls(torch.tensor(ids, dtype=torch.long).reshape(len(prompts), width), lengths)
+
+    def take(self, keep_B: Tensor) -> Prompts:
+        """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are then padding in all."""
+        lengths = tuple(length for length, keep in zip(self.lengths, keep_B.tolist(), strict=True) if keep)
+        return Prompts(self.ids_BP[keep_B][:, : max(lengths, default=0)], lengths)
+
+    def join(self, more: Prompts) -> Prompts:
+        """Return these and the rows of `more` behind them."""
+        width = max(self.ids_BP.shape[1], more.ids_BP.shape[1])
+        padded = [F.pad(ids_BP, (0, width - ids_BP.shape[1])) for ids_BP in (self.ids_BP, more.ids_BP)]
+        return Prompts(torch.cat(padded), self.lengths + more.lengths)
+
+    def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return ids (B, L), each answer right behind its prompt, and bool (B, L), False at padding; None = all True.
+
+        Args:
+            answer_BC: int64, on the CPU.
+            lengths: answer columns in use, a row.
+        """
+        prompts_B, answers_B = torch.tensor(self.lengths), torch.tensor(tuple(lengths))
+        ends_B = prompts_B + answers_B
+        ids_BL = self.ids_BP.new_zeros(len(ends_B), int(ends_B.max()))
+        columns_P = torch.arange(self.ids_BP.shape[1])
+        rows_N, columns_N = (columns_P < prompts_B[:, None]).nonzero(as_tuple=True)
+        ids_BL[rows_N, columns_N] = self.ids_BP[rows_N, columns_N]
+        rows_N, columns_N = (torch.arange(answer_BC.shape[1]) < answers_B[:, None]).nonzero(as_tuple=True)
+        ids_BL[rows_N, prompts_B[rows_N] + columns_N] = answer_BC[rows_N, columns_N]
+        if int(ends_B.min()) == ids_BL.shape[1]:
+            return ids_BL, None
+        return ids_BL, torch.arange(ids_BL.shape[1]) < ends_B[:, None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a batch carries from call to call.
+
+    Attributes:
+        prompts: the prompts.
+        store: keys and values, R rows; written in place by calls. None with `cache` none, and before the first call.
+    """
+
+    prompts: Prompts
+    store: KeyValueStore | None = None
+
+    def take(self, keep_B: Tensor) -> Rows:
+        """Return the rows where `keep_B` (bool, on the CPU) is True."""
+        if self.store is None or not keep_B.any():
+            return Rows(self.prompts.take(keep_B))
+        keep_R = keep_B.repeat_interleave(self.store.rows // len(keep_B))
+        return Rows(self.prompts.take(keep_B), self.store.take(keep_R.nonzero()[:, 0].tolist()))
+
+
+class LLaDAAdapter:
+    """LLaDA with a full forward a call, or with keys and values kept within a block, which is an approximation.
+
+    The first call of a block is a full forward whose keys and values are kept; the block's later calls compute with
+    cache `prefix` the block and all behind it, with `dual` the block alone, and take every other position's from the
+    store (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, section 3.2). The model is bidirectional, so what is kept is out
+    of date from the first token that settles. Rows of one batch may be at different calls of different blocks.
+
+    Args:
+        model: the network.
+        settings: `cache` and `refresh_interval`, after how many calls of a block a full forward renews the store (None
+            = never within a block, 1 = each call, which is exact); `cfg_scale`, s of classifier-free guidance,
+            u + (s + 1)(c - u), where 0 is off. The pair is one call of twice the rows.
+    """
+
+    signal = None
+
+    def __init__(self, model: LLaDA, settings: MaskSettings | None = None) -> None:
+        config, settings = model.config, MaskSettings() if settings is None else settings
+        self.model = model
+        self.cache, self.refresh_interval = settings.cache, settings.refresh_interval
+        self.cfg_scale = settings.cfg_scale
+        self.copies = 2 if self.cfg_scale else 1  # network rows a row
+        self.device = next(model.parameters()).device
+        padding = () if config.pad_token_id == config.eos_token_id else (config.pad_token_id,)
+        self.spec = FamilySpec(
+            noise="mask",
+            mask_id=config.mask_token_id,
+            banned_ids=(config.mask_token_id, *padding),
+            eos_ids=(config.eos_token_id,),
+            vocab_size=config.vocab_size,
+            rows=config.rows,
+            max_length=config.max_sequence_length,
+            attention="bidirectional",
+        )
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Rows:
+        """Pad the prompts on the right; the network is not called."""
+        return Rows(Prompts.of(prompts))
+
+    def join(self, context: Rows, more: Rows) -> Rows:
+        """As in `Adapter`; rows that no call has computed yet have an empty store."""
+        prompts = context.prompts.join(more.prompts)
+        if context.store is None and more.store is None:
+            return Rows(prompts)
+        columns = max(rows.store.columns for rows in (context, more) if rows.store is not None)
+        stores = (
+            rows.store or self.model.new_store(self.copies * len(rows.prompts.lengths), columns)
+            for rows in (context, more)
+        )
+        return Rows(prompts, next(stores).join(next(stores)))
+
+    @torch.no_grad()
+    def denoise(self, context: Rows, call: Call) -> tuple[Tensor, Rows]:
+        """Run the network; return (M, D), or with guidance (M, 2, D): with the prompt, and with it masked.
+
+        Rows that are due a full forward and rows that compute a window are two forwards within the one call.
+        """
+        ids_BL, attend_BL = context.prompts.with_answers(call.answer_BC, call.lengths)
+        prompts_B = torch.tensor(context.prompts.lengths)
+        columns_M = prompts_B[call.rows_M] + call.positions_M
+        ids_RL = self._with_blind(ids_BL, prompts_B)
+        if self.cache == "none":
+            hidden_RLD = self._full(ids_RL, attend_BL)
+            return self._scored(hidden_RLD, call.rows_M, columns_M), context
+        store = context.store or self.model.new_store(*ids_RL.shape)
+        store = store.widened(ids_RL.shape[1])
+        lengths_B = prompts_B + torch.tensor(call.lengths)
+        # The window holds the hidden states that predict the block, which a shifted model has a column earlier.
+        first_B = (prompts_B + call.first_B - self.spec.logit_shift).clamp(min=0)
+        end_B = lengths_B if self.cache == "prefix" else torch.minimum(prompts_B + call.end_B, lengths_B)
+        due_B = self._due(call)
+        hidden = self.model.transformer.wte.weight.new_empty(
+            len(columns_M), *((2,) if self.cfg_scale else ()), self.model.config.d_model
+        )
+        for chosen_B, begins_B, ends_B in ((due_B, torch.zeros_like(first_B), lengths_B), (~due_B, first_B, end_B)):
+            if chosen_B.any():
+                hidden_KSD = self._window(store, ids_RL, chosen_B, begins_B, ends_B, lengths_B)
+                mine_M = chosen_B[call.rows_M]
+                rows_M = call.rows_M[mine_M]
+                found = self._scored(hidden_KSD, (chosen_B.cumsum(0) - 1)[rows_M], columns_M[mine_M] - begins_B[rows_M])
+                if chosen_B.all():
+                    hidden = found
+                else:
+                    hidden[mine_M.to(self.device)] = found.to(hidden.dtype)
+        return hidden, Rows(context.prompts, store)
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """Return logits (M, V) in the model's dtype, guided where there are two hidden states a position."""
+        if not self.cfg_scale:
+            return self.model.logits(hidden_MD)
+        conditional_MV, unconditional_MV = (self.model.logits(hidden) for hidden in hidden_MD.unbind(dim=1))
+        return unconditional_MV + (self.cfg_scale + 1) * (conditional_MV - unconditional_MV)
+
+    def commit(self, context: Rows, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor) -> Rows:
+        """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
+        return context
+
+    def _due(self, call: Call) -> Tensor:
+        """Return bool (B,): rows whose call is a full forward."""
+        if self.refresh_interval is None:
+            return call.step_B == 0
+        return call.step_B % self.refresh_interval == 0
+
+    def _with_blind(self, ids_BL: Tensor, prompts_B: Tensor) -> Tensor:
+        """Return the network's rows (R, L): with guidance each row is followed by itself with its prompt masked."""
+        if not self.cfg_scale:
+            return ids_BL
+        in_prompt_BL = torch.arange(ids_BL.shape[1]) < prompts_B[:, None]
+        blind_BL = ids_BL.masked_fill(in_prompt_BL, self.model.config.mask_token_id)
+        return torch.stack((ids_BL, blind_BL), dim=1).flatten(0, 1)
+
+    def _full(self, ids_RL: Tensor, attend_BL: Tensor | None) -> Tensor:
+        # Positions count from each row's own first token, which stands in column 0, so they need no saying.
+        ids_RL = ids_RL.to(self.device)
+        if attend_BL is None:
+            return self.model(ids_RL)
+        return self.model(ids_RL, attend_BL.repeat_interleave(self.copies, dim=0).to(self.device))
+
+    def _window(
+        self, store: KeyValueStore, ids_RL: Tensor, chosen_B: Tensor, first_B: Tensor, end_B: Tensor, lengths_B: Tensor
+    ) -> Tensor:
+        """Compute the columns [first, end) of the chosen rows; return hidden states (K, S, D)."""
+        chosen_R = chosen_B.repeat_interleave(self.copies)
+        first_K, end_K, lengths_K = (
+            bound_B[chosen_B].repeat_interleave(self.copies) for bound_B in (first_B, end_B, lengths_B)
+        )
+        rows_K = chosen_R.nonzero()[:, 0]
+        rows = None if len(rows_K) == store.rows else rows_K.tolist()
+        window = Window(store, first_K.tolist(), end_K.tolist(), lengths_K.tolist(), rows)
+        # Queries behind a row's end are computed and used by nobody; any token will do.
+        columns_KS = (first_K[:, None] + torch.arange(window.width)).clamp(max=ids_RL.shape[1] - 1)
+        return self.model.forward_window(ids_RL[rows_K[:, None], columns_KS].to(self.device), window)
+
+    def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
+        """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""
+        rows_M, columns_M = rows_M.to(self.device), columns_M.to(self.device)
+        if not self.cfg_scale:
+            return hidden_KSD[rows_M, columns_M]
+        return torch.stack((hidden_KSD[2 * rows_M, columns_M], hidden_KSD[2 * rows_M + 1, columns_M]), dim=1)
