@@ -165,7 +165,8 @@ def _ours(model: Any, given: list[list[int]], settings: dict[str, Any], size: in
     from unmask.sampling.settings import SamplerConfig
 
     # Random networks write stop tokens anywhere, and both sides are to write all tokens.
-    sampler = SamplerConfig(**({"block_size": BLOCK, "eos": "suppress"} | settings))
+    values: dict[str, Any] = {"block_size": BLOCK, "eos": "suppress"}
+    sampler = SamplerConfig(**(values | settings))
     began, cpu = time.perf_counter(), time.process_time()
     answers = generate(model, given, sampler=sampler, batch_size=size)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu

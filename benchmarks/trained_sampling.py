@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 PROBLEMS, NEW, BLOCK = 6, 128, 32  # problems a row, tokens of an answer and of a block
-ROWS, VALIDATION, TEST, TIMED = 24_000, 32, 100, 3
+ROWS, VALIDATION, TEST, TIMED = 24_000, 32, 100, 3  # rows to train on, to watch, to grade and to time
 SECONDS = 270  # training ends at the first validation after this; with its start and end it is under five minutes
-MODEL = {"d_model": 128, "n_heads": 4, "n_layers": 3, "mlp_hidden_size": 384, "include_bias": True}
+MODEL = {"d_model": 128, "n_heads": 4, "n_layers": 3, "mlp_hidden_size": 384, "include_bias": True,
+         "bias_for_layer_norm": False}  # fmt: skip
 STEPS, BATCH, LEARNING_RATE, VALIDATE_EVERY = 1000, 32, 2e-3, 50
 WIDE = 126_464
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ BOUND = ("dual, threshold 0.9", 12.0, 0.01)
 
 
 def chained(problems: Sequence[Any], count: int) -> list[Any]:
-    """Join each `count` problems to one: a list of questions by letter, and their worked answers by the same letters."""
+    """Join each `count` problems to one: questions by letter, and their worked answers by the same letters."""
     from unmask.data.arithmetic import Problem
 
     found = []
@@ -51,7 +52,7 @@ def chained(problems: Sequence[Any], count: int) -> list[Any]:
 
 
 def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
-    """Train with the quickstart's recipe; return the model, its tokenizer, held-out problems and the seconds it took."""
+    """Train with the quickstart's recipe; return the model, its tokenizer, held-out problems and the seconds."""
     from rich.console import Console
 
     from unmask.assemble import prepare, run_training
@@ -93,7 +94,8 @@ def solve(model: Any, tokenizer: Any, problems: Sequence[Any], settings: dict[st
     from unmask.sampling.generate import generate
     from unmask.sampling.settings import SamplerConfig
 
-    sampler = SamplerConfig(**({"max_new_tokens": NEW, "block_size": BLOCK} | settings))
+    values: dict[str, Any] = {"max_new_tokens": NEW, "block_size": BLOCK}
+    sampler = SamplerConfig(**(values | settings))
     answers = generate(model, [p.question for p in problems], tokenizer=tokenizer, sampler=sampler, batch_size=16)
     return share_right([a.text or "" for a in answers], problems), answers
 

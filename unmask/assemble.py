@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,8 @@ from unmask.distributed.mesh import Degrees, resolve_degrees
 from unmask.distributed.ranks import ALONE, Ranks, world_size
 from unmask.errors import ConfigError
 from unmask.evaluation.answering import SAMPLES, answer_validator, check_answering, check_lengths, questions_of
-from unmask.models.folders import read_generation, weights_fingerprint
+from unmask.identity import agreement, run_identity
+from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model, most_padding
@@ -234,7 +233,7 @@ def assemble(
     measures = [] if validation is None else [_measure_loss(prepared, validation, runtime)]
     validators = _validators(prepared, parts, runtime, root, [*measures, *extra_validators(parts)])
     network = build_network(_network_settings(prepared, parts, root), runtime)
-    identity = _identity(prepared)
+    identity = run_identity(prepared)
     start = resume(
         root,
         config.checkpoint,
@@ -317,7 +316,7 @@ def run_training(
 
         runtime = build_runtime(prepared.config.distributed, prepared.degrees)
         if prepared.degrees.world > 1:
-            runtime.ranks.agree(_agreement(prepared))
+            runtime.ranks.agree(agreement(prepared))
             if runtime.ranks.first:
                 stack.enter_context(hold_run_dir(root, section))
             else:
@@ -346,29 +345,6 @@ def _draw_curve(root: Path) -> None:
 
     if any(event["event"] == "train" for event in read_metrics(root / FILE)):
         plot_runs([root], root / "loss.png")
-
-
-def _agreement(prepared: Prepared) -> dict[str, str]:
-    """Return what all ranks must have alike, by the name that a message shows."""
-    import platform
-
-    import torch
-    import transformers
-
-    config, plan = prepared.config, prepared.plan
-    validation = prepared.validation_rows
-    hashed = {
-        "configuration": dump_config(config),
-        "model": json.dumps([plan.config_json, None if plan.folder is None else weights_fingerprint(plan.folder)]),
-        "training data": prepared.rows.fingerprint,
-        "validation data": "" if validation is None else validation.fingerprint,
-    }
-    return {
-        **{name: hashlib.blake2b(str(text).encode(), digest_size=6).hexdigest() for name, text in hashed.items()},
-        "version of torch": torch.__version__,
-        "version of transformers": transformers.__version__,
-        "version of Python": ".".join(platform.python_version_tuple()[:2]),
-    }
 
 
 def _tokenizer_name(config: RunConfig, plan: ModelPlan) -> str:
@@ -432,18 +408,3 @@ def _measure_loss(prepared: Prepared, validation: ValidationSet, runtime: Runtim
     objective = build_objective(section, prepared.plan.config)
     noisy = fixed_noise(objective, validation.batches, prepared.config.seed, runtime.ranks)
     return lambda model: validation_losses(model, objective, noisy, runtime)
-
-
-def _identity(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint must share with a run to be resumed by it."""
-    config, folder = prepared.config, prepared.plan.folder
-    return {
-        "model": json.loads(json.dumps(dataclasses.asdict(prepared.plan.config))),
-        "torch_dtype": config.model.torch_dtype,
-        "peft": None if config.peft is None else to_mapping(config.peft),
-        "base": None if config.peft is None or folder is None else weights_fingerprint(folder),
-        "data": prepared.rows.fingerprint,
-        "global_batch_size": config.step_scheduler.global_batch_size,
-        "seed": [config.seed, config.dataset.shuffle_seed],
-        "order": [config.dataloader.shuffle, config.dataloader.group_by_length],
-    }

@@ -164,7 +164,7 @@ def load_peak(folder: str, trained: bool) -> dict[str, int]:
         model = load_shared(plan, None, runtime.device, None, runtime.ranks)
     done.set()
     thread.join()
-    local = [parameter.to_local() for parameter in model.parameters()]
+    local = [parameter.to_local() for parameter in model.parameters()]  # pyright: ignore[reportAttributeAccessIssue]
     total = sum(float(tensor.double().sum()) for tensor in local)
     return {
         "risen": peak - before,

@@ -16,7 +16,14 @@ from unmask.training.checkpoint import verify
 IDS = torch.tensor([[5, 17, 261, 40], [257, 3, 200, 261]])
 
 
-@pytest.mark.parametrize(("value", "plain"), [("every", {1, 2}), ("final", {2}), ("false", set())])
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ("every", {1, 2}),
+        pytest.param("final", {2}, marks=pytest.mark.slow),
+        pytest.param("false", set(), marks=pytest.mark.slow),
+    ],
+)
 def test_which_checkpoints_are_plain_folders(
     tiny, run_ranks: Callable[..., list], tmp_path: Path, value: str, plain: set[int]
 ) -> None:

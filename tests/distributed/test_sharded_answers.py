@@ -60,11 +60,13 @@ def test_a_shared_gemma_answers_as_a_whole_one(answers, gemma_base: Path) -> Non
     assert one == two and len(one) == 3
 
 
+@pytest.mark.slow
 def test_a_shared_network_with_an_adapter(answers, tiny_base: Path, adapter: Path) -> None:
     one, two = answers(tiny_base, "--adapter", str(adapter), "--block_size", "8", "--threshold", "0.03")
     assert one == two and len({record["nfe"] for record in one}) > 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_is_shared_again(tiny, answers, run_ranks, tmp_path: Path) -> None:
     values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1, checkpoint__save_consolidated=False)
     run_ranks(2, "train", values)

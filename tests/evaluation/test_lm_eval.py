@@ -55,6 +55,12 @@ doc_to_target: "{{answer}}"
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_report_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness asks pip for all packages, which takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a task file of each kind over four rows."""

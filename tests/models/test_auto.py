@@ -111,56 +111,62 @@ def test_the_tokenizer_comes_without_remote_code(fixtures: Path) -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 0)
 
 
-def test_an_export_names_no_code_that_is_not_there(fixtures: Path, tmp_path: Path) -> None:
-    """Without unmask, transformers must say what it lacks, not ask to run a file that nobody wrote."""
+# What a fresh process meets, in the order in which it meets it: imports cannot be undone.
+FRESH = """
+import sys
+exported, local, released = sys.argv[1:]
+from transformers import AutoConfig
+try:
+    AutoConfig.from_pretrained(exported)
+except ValueError as error:
+    print("does not recognize this architecture" in str(error), "trust_remote_code" in str(error))
+import unmask
+print(len(unmask.load_tokenizer(local)("a b").input_ids) > 0, "transformers.modeling_utils" in sys.modules)
+model, tokenizer = unmask.load_model(released), unmask.load_tokenizer(released)
+print(type(model).__name__, len(tokenizer))
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoTokenizer.from_pretrained(released)
+unmask.register()
+print(type(AutoModelForCausalLM.from_pretrained(released)).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(fixtures: Path, reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Lines that a process of its own printed, whose standard input nobody ever writes: a prompt would hang it."""
     from unmask.training.export import export
 
-    export(str(fixtures / "mdlm_step"), tmp_path / "plain")
-    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    script = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
-    words = [sys.executable, "-c", script, str(tmp_path / "plain")]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 1 and "does not recognize this architecture" in done.stderr
-    assert "trust_remote_code" not in done.stderr + done.stdout
-
-
-def test_nothing_asks_on_standard_input(fixtures: Path) -> None:
-    """The released config.json names remote code; unregistered, transformers would stop and ask."""
-    assert "auto_map" in json.loads((fixtures / "mdlm_step" / "config.json").read_text())
-    script = (
-        "import sys, unmask\n"
-        "model, tokenizer = unmask.load_model(sys.argv[1]), unmask.load_tokenizer(sys.argv[1])\n"
-        "print(type(model).__name__, len(tokenizer))\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "unmask.register()\n"
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)\n"
-    )
-    read, write = os.pipe()  # nobody ever writes: a prompt would wait until the timeout
+    root = tmp_path_factory.mktemp("fresh")
+    released, exported, local = fixtures / "mdlm_step", root / "exported", root / "local"
+    export(str(released), exported)
+    assert "auto_map" in json.loads((released / "config.json").read_text())
+    assert "auto_map" not in json.loads((exported / "config.json").read_text())
+    local.mkdir()
+    values = json.loads((reference_folder / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "configuration_llada.LLaDAConfig"}  # the remote code of a released folder
+    (local / "config.json").write_text(json.dumps(values))
+    shutil.copy(released / "tokenizer.json", local)
+    read, write = os.pipe()
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(fixtures / "mdlm_step")],
-            stdin=read,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        words = [sys.executable, "-c", FRESH, str(exported), str(local), str(released)]
+        done = subprocess.run(words, stdin=read, capture_output=True, text=True, timeout=100)
     finally:
         os.close(read)
         os.close(write)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["LLaDA", "4096", "LLaDAModelLM"]
     assert "trust_remote_code" not in done.stderr + done.stdout
+    return done.stdout.splitlines()
 
 
-def test_a_tokenizer_loads_without_the_model_classes(fixtures: Path, reference_folder: Path, tmp_path: Path) -> None:
-    values = json.loads((reference_folder / "config.json").read_text())
-    values["auto_map"] = {"AutoConfig": "configuration_llada.LLaDAConfig"}  # the remote code of a released folder
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    shutil.copy(fixtures / "mdlm_step" / "tokenizer.json", tmp_path)
-    code = (
-        "import sys, unmask; tokenizer = unmask.load_tokenizer(sys.argv[1]); "
-        "print(len(tokenizer('a b').input_ids) > 0, 'transformers.modeling_utils' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+def test_an_export_names_no_code_that_is_not_there(fresh: list[str]) -> None:
+    """Without unmask, transformers must say what it lacks, not ask to run a file that nobody wrote."""
+    assert fresh[0] == "True False"
+
+
+def test_a_tokenizer_loads_without_the_model_classes(fresh: list[str]) -> None:
+    assert fresh[1] == "True False"
+
+
+def test_nothing_asks_on_standard_input(fresh: list[str]) -> None:
+    """The released config.json names remote code; unregistered, transformers would stop and ask."""
+    assert fresh[2:] == ["LLaDA 4096", "LLaDAModelLM"]

@@ -13,8 +13,8 @@ from unmask.errors import ConfigError, DataError
 from unmask.evaluation.tasks import HARNESS, TASKS, split_names
 
 if TYPE_CHECKING:
+    from unmask.evaluation.contestant import Contestant
     from unmask.evaluation.questions import Question
-    from unmask.evaluation.side_by_side import Contestant
 
 _HELP = """\
 tasks on --data, a JSONL file of chats (messages) or of question/answer, prompt/completion or problem/answer columns:
@@ -205,7 +205,7 @@ def _questions(arguments: argparse.Namespace, own: Sequence[str]) -> list[Questi
 
 def _contestants(arguments: argparse.Namespace, sampler: Any, own: Sequence[str]) -> list[Contestant]:
     """Find every checkpoint, adapter and tokenizer, and check the sampler's flags against each family."""
-    from unmask.evaluation.side_by_side import Contestant
+    from unmask.evaluation.contestant import Contestant
     from unmask.models.adapter_folder import find_adapter
     from unmask.models.folders import find_folder, read_generation
     from unmask.models.registry import plan_folder

@@ -165,9 +165,10 @@ def _noisy(clean_C: Tensor, canvas: int, sample: int, samples: int, vocab_size: 
 def _losses(model: Any, hidden_ND: Tensor, scored_N: Tensor, targets_N: Tensor) -> Tensor:
     """Return the cross-entropy of the scored positions on the CPU, float64, nats."""
     positions = scored_N.nonzero()[:, 0]
-    head = model.head_inputs(hidden_ND[positions.to(hidden_ND.device)])
+    scored_ND, weight_VD, bias_V = model.head_inputs(hidden_ND[positions.to(hidden_ND.device)])
     targets = targets_N[positions].to(hidden_ND.device)
-    return cross_entropies(*head, targets, softcap=model.softcap).double().clamp(min=0).cpu()
+    losses_N = cross_entropies(scored_ND, weight_VD, bias_V, targets, softcap=model.softcap)
+    return losses_N.double().clamp(min=0).cpu()
 
 
 def _checked(

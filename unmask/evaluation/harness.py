@@ -90,7 +90,7 @@ def run_harness(
     Returns:
         `results`: name → metrics; `samples`: name → what was asked and answered; nothing of either on other ranks.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
 
     found = simple_evaluate(
         model=lm,

@@ -225,7 +225,7 @@ def _plan(
     for sample, count in enumerate(spread_counts(length, drawn, start).tolist()):
         masks_SA[sample, rng.generator(seed, name, 0, sample).permutation(length)[:count]] = True
     if antithetic:
-        others_SA = np.where(masks_SA.all(axis=1)[:, None], masks_SA, ~masks_SA)
+        others_SA = np.where(masks_SA.all(axis=1, keepdims=True), masks_SA, ~masks_SA)
         masks_SA = np.stack((masks_SA, others_SA), axis=1).reshape(-1, length)
     masks_UA, sample_S = np.unique(masks_SA, axis=0, return_inverse=True)
     return Plan(masks_UA, sample_S.reshape(-1), antithetic)
@@ -265,8 +265,8 @@ def _masked_sums(
     targets_N = ids_BL.flatten()[positions_N]
     noisy_BL = ids_BL.masked_fill(masked_BL, mask_id).to(device)
     hidden_BLD = model(noisy_BL, None if bool(attends_BL.all()) else attends_BL.to(device))
-    head = model.head_inputs(hidden_BLD.flatten(0, 1)[positions_N.to(device)])
-    losses_N = cross_entropies(*head, targets_N.to(device)).double().clamp(min=0).cpu()
+    hidden_ND, weight_VD, bias_V = model.head_inputs(hidden_BLD.flatten(0, 1)[positions_N.to(device)])
+    losses_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N.to(device)).double().clamp(min=0).cpu()
     sums_B = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, positions_N // width, losses_N)
     return sums_B.numpy()
 

@@ -154,7 +154,7 @@ class UnmaskLM(LM):
         """Return the text that the model writes after each context, up to the first stop string."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+            groups.setdefault(json.dumps(_second(request), sort_keys=True), []).append(index)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or not self.ranks.first, desc="generate_until") as bar:
             for key, indices in groups.items():
@@ -266,6 +266,11 @@ def _load(name: str, adapter: str | None, dtype: str | None, device: str | None)
     where = own_device(pick_device("auto" if device in (None, "cuda:0") else device))
     ranks = join(where)
     return load_model(name, dtype, where, adapter), tokenizer, ranks
+
+
+def _second(request: Instance) -> Any:
+    """Return a request's second argument, which the harness declares without a type."""
+    return tuple(request.args)[1]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _stops(options: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.distributed.ranks import Ranks, from_first
 from unmask.errors import CheckpointError
+from unmask.evaluation.contestant import Contestant
 from unmask.evaluation.exact_match import Asking, encode_questions
 from unmask.evaluation.harness import metrics, run_harness, without_prefix
 from unmask.evaluation.measure import (
@@ -34,33 +35,6 @@ if TYPE_CHECKING:
     from unmask.sampling.settings import SamplerConfig
 
 RESULTS = "results.json"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One model to be evaluated.
-
-    Attributes:
-        label: short name for tables and files, no two the same.
-        checkpoint: folder with its config.json.
-        adapter: folder of the adapter on top, or None.
-        tokenizer: folder of its tokenizer.
-    """
-
-    label: str
-    checkpoint: str
-    adapter: str | None
-    tokenizer: str
-
-    def fingerprint(self) -> dict[str, str | None]:
-        """Return what tells its weights from another's."""
-        from unmask.models.adapter_folder import WEIGHTS
-        from unmask.models.folders import weights_fingerprint
-
-        adapter = None
-        if self.adapter is not None:
-            adapter = blake2b((Path(self.adapter) / WEIGHTS).read_bytes(), digest_size=16).hexdigest()
-        return {"weights": weights_fingerprint(Path(self.checkpoint)), "adapter": adapter}
 
 
 @dataclass(frozen=True)
@@ -109,7 +83,7 @@ class Outcome:
         label: the model's.
         result: its numbers by name; of the harness, metric → value and standard error.
         records: its records; empty for the harness's tasks.
-        seconds: that this call spent on it; what was there before costs nothing.
+        seconds: that this call spent on it (on all of the harness's together); what was there before costs nothing.
         compared: how the answers differ from others: `first` model's, and those of an earlier evaluation (`against`).
     """
 
@@ -162,12 +136,13 @@ def _evaluate_one(
         asked = encode_questions(model, evaluation.questions, tokenizer)
     outcomes = []
     for name in evaluation.tasks:
-        began = time.perf_counter()
         if name in TASKS:
+            began = time.perf_counter()
             result, records = _own_task(name, contestant, evaluation, model, tokenizer, asked, ranks, together, console)
             outcomes.append(Outcome(name, contestant.label, result, records, time.perf_counter() - began))
-            continue
-        found = _harness_task(name, contestant, evaluation, model, tokenizer, ranks, together)
+    if evaluation.manager is not None:
+        began = time.perf_counter()
+        found = _harness_tasks(contestant, evaluation, model, tokenizer, ranks, together)
         for task, result in found["results"].items():
             values = {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)}
             outcomes.append(Outcome(task, contestant.label, values, [], time.perf_counter() - began))
@@ -221,8 +196,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _harness_task(
-    name: str,
+def _harness_tasks(
     contestant: Contestant,
     evaluation: Evaluation,
     model: Any,
@@ -254,7 +228,7 @@ def _harness_task(
     found = run_harness(
         lm,
         evaluation.manager,
-        [without_prefix(name)],
+        [without_prefix(name) for name in evaluation.tasks if name not in TASKS],
         limit=evaluation.limit,
         few_shot=evaluation.few_shot,
         chat=evaluation.chat,

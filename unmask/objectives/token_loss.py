@@ -27,6 +27,8 @@ CHUNK_LOGITS = 2**26
 # elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
 TILE_ROWS = 2**11
 DEVICE_TILE_ROWS = 2**16
+# Caps up to this leave exp(logit − cap) a normal fp32 number, whatever the logit: no maximum is needed.
+SMALL_CAP = 40.0
 
 
 def linear_cross_entropy(
@@ -59,7 +61,7 @@ def linear_cross_entropy(
     targets_N = torch.where(kept_N, targets_N, 0)
     if not torch.is_grad_enabled():
         # Nor are a Function's gradients: its needs_input_grad ignores no_grad, and they would be computed for nobody.
-        losses_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N, softcap=softcap)
+        losses_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N, chunk_logits, softcap)
         return torch.dot(losses_N, weights_N.to(losses_N.dtype))
     compute = _compute_dtype(hidden_ND)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap)
@@ -71,12 +73,13 @@ def cross_entropies(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_N: Tensor,
+    chunk_logits: int = CHUNK_LOGITS,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return CE(softmax(h_n Wᵀ + b), y_n) of each position, without gradient, a tile of the vocabulary at a time.
+    """Return CE(softmax(h_n Wᵀ + b), y_n) of each position, without gradient.
 
     Args:
-        hidden_ND, weight_VD, bias_V, targets_N, softcap: as in `linear_cross_entropy`.
+        hidden_ND, weight_VD, bias_V, targets_N, chunk_logits, softcap: as in `linear_cross_entropy`.
 
     Returns:
         (N,), nats; float32 (float64 for fp64 hidden states).
@@ -84,7 +87,7 @@ def cross_entropies(
     head = _Head(weight_VD, bias_V, _compute_dtype(hidden_ND), softcap)
     losses_N = torch.empty(len(hidden_ND), dtype=head.wide, device=hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        for part in _parts(len(hidden_ND), head.tile_rows):
+        for part in _parts(len(hidden_ND), max(1, chunk_logits // len(weight_VD))):
             logsum_R, scores_R = head.score(hidden_ND[part], targets_N[part], None)
             losses_N[part] = logsum_R - scores_R * head.scale
     return losses_N
@@ -99,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = {"dtype": head.wide, "device": hidden_ND.device}
         sums = _Gradients(
             torch.empty_like(hidden_ND) if needs_hidden else None,
-            torch.zeros(weight_VD.shape, **wide) if needs_weight else None,
+            (torch.empty if len(hidden_ND) else torch.zeros)(weight_VD.shape, **wide) if needs_weight else None,
             torch.zeros(len(weight_VD), **wide) if needs_bias else None,
         )
         loss = torch.zeros((), **wide)
@@ -109,10 +112,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for part in parts:
                 hidden_RD, targets_R, weights_R = hidden_ND[part], targets_N[part], weights_N[part].to(head.wide)
-                scores_VR = memory[: len(weight_VD) * len(hidden_RD)].view(len(weight_VD), len(hidden_RD))
-                logsum_R, own_R = head.score(hidden_RD, targets_R, scores_VR)
+                kept_VR = memory[: len(weight_VD) * len(hidden_RD)].view(len(weight_VD), len(hidden_RD))
+                logsum_R, own_R = head.score(hidden_RD, targets_R, kept_VR)
                 loss += torch.dot(logsum_R - own_R * head.scale, weights_R)
-                head.accumulate(sums, part, _Scored(hidden_RD, targets_R, weights_R, scores_VR, logsum_R, own_R))
+                if any(ctx.needs_input_grad):
+                    head.accumulate(sums, part, _Scored(hidden_RD, targets_R, weights_R, kept_VR, logsum_R, own_R))
         ctx.save_for_backward(
             sums.hidden_ND,
             None if sums.weight_VD is None else sums.weight_VD.to(weight_VD.dtype),
@@ -140,12 +144,12 @@ class _Gradients:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A chunk of rows: what they were given, the scores of all entries, log Σ exp(logits) and the targets' scores."""
+    """A chunk of rows: what they were given, what `score` kept, log Σ exp(logits) and the targets' scores."""
 
     hidden_RD: Tensor
     targets_R: Tensor
     weights_R: Tensor
-    scores_VR: Tensor
+    kept_VR: Tensor
     logsum_R: Tensor
     own_R: Tensor
 
@@ -155,7 +159,7 @@ class _Head:
     """One head: the linear map and what follows it, worked on in tiles of the vocabulary that stay in the cache.
 
     A score is z, or tanh(z / c) where there is a cap: from either, the logit (score · scale) and its slope follow
-    without another matmul.
+    without another matmul. Under a small cap what is kept of a row is finished but for a factor: exp(logit − c) · slope.
     """
 
     weight_VD: Tensor
@@ -174,6 +178,11 @@ class _Head:
         return 1.0 if self.softcap is None else self.softcap
 
     @property
+    def finished(self) -> bool:
+        """Whether `score` keeps finished products instead of scores."""
+        return self.softcap is not None and self.softcap <= SMALL_CAP and self.compute != torch.float16
+
+    @property
     def tile_rows(self) -> int:
         """Entries of the vocabulary that are worked on at a time."""
         return TILE_ROWS if self.weight_VD.device.type == "cpu" else DEVICE_TILE_ROWS
@@ -184,72 +193,88 @@ class _Head:
             tile = slice(start, min(start + self.tile_rows, len(self.weight_VD)))
             yield tile, self.weight_VD[tile].to(self.compute)
 
-    def score(self, hidden_RD: Tensor, targets_R: Tensor, scores_VR: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return log Σ exp(logits) and the target's score of R rows; write all scores where there is room for them."""
+    def score(self, hidden_RD: Tensor, targets_R: Tensor, kept_VR: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return log Σ exp(logits) and the target's score of R rows; keep what gradients need where there is room."""
         hidden_DR = hidden_RD.to(self.compute).t().contiguous()
-        shape = min(self.tile_rows, len(self.weight_VD)), hidden_DR.shape[1]
-        shares_WR = hidden_DR.new_empty(shape, dtype=self.wide)
-        room_WR = torch.empty_like(shares_WR) if scores_VR is None else None
-        top_R = hidden_DR.new_full(shape[1:], -math.inf, dtype=self.wide)
+        shares_WR = self._tile_of(hidden_DR)
+        room_WR = torch.empty_like(shares_WR) if kept_VR is None else None
+        top_R = torch.full_like(shares_WR[0], self.scale if self.finished else -math.inf)
         total_R, own_R = torch.zeros_like(top_R), torch.zeros_like(top_R)
         for tile, weight_WD in self.tiles():
-            here = slice(tile.stop - tile.start)
-            scores_WR = self._linear(tile, weight_WD, hidden_DR, room_WR[here] if scores_VR is None else scores_VR[tile])
-            if self.softcap is not None:
-                scores_WR.tanh_()
+            size = tile.stop - tile.start
+            scores_WR = room_WR[:size] if kept_VR is None else kept_VR[tile]  # pyright: ignore[reportOptionalSubscript]
+            self._score_tile(tile, weight_WD, hidden_DR, scores_WR)
             places_R = targets_R - tile.start
-            found_R = scores_WR.gather(0, places_R.clamp(0, here.stop - 1)[None])[0]
-            own_R = torch.where((places_R >= 0) & (places_R < here.stop), found_R, own_R)
-            # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum so far follows the maximum.
-            before_R, top_R = top_R, torch.maximum(top_R, scores_WR.amax(dim=0).mul_(self.scale))
-            torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR[here]).exp_()
-            total_R = total_R * (before_R - top_R).exp_() + shares_WR[here].sum(dim=0)
+            found_R = scores_WR.gather(0, places_R.clamp(0, size - 1)[None])[0]
+            own_R = torch.where((places_R >= 0) & (places_R < size), found_R, own_R)
+            if not self.finished:
+                # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum follows the maximum.
+                before_R, top_R = top_R, torch.maximum(top_R, scores_WR.amax(dim=0).mul_(self.scale))
+                total_R *= (before_R - top_R).exp_()
+            torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR[:size]).exp_()
+            total_R += shares_WR[:size].sum(dim=0)
+            if self.finished and kept_VR is not None:
+                torch.ops.aten.tanh_backward.grad_input(shares_WR[:size], scores_WR, grad_input=scores_WR)
         return total_R.log_().add_(top_R), own_R
 
-    def _linear(self, tile: slice, weight_WD: Tensor, hidden_DR: Tensor, out_WR: Tensor) -> Tensor:
-        """Write z, divided by the cap where there is one; return it."""
+    def _tile_of(self, hidden_DR: Tensor) -> Tensor:
+        """Return memory for a tile of R rows."""
+        size = min(self.tile_rows, len(self.weight_VD))
+        return torch.empty(size, hidden_DR.shape[1], dtype=self.wide, device=hidden_DR.device)
+
+    def _score_tile(self, tile: slice, weight_WD: Tensor, hidden_DR: Tensor, out_WR: Tensor) -> None:
+        """Write the scores of a tile."""
         if self.compute == out_WR.dtype:
             torch.addmm(out_WR, weight_WD, hidden_DR, beta=0, alpha=1 / self.scale, out=out_WR)
         else:
             torch.div(torch.mm(weight_WD, hidden_DR), self.scale, out=out_WR)
         if self.bias_V is not None:
             out_WR.add_(self.bias_V[tile, None], alpha=1 / self.scale)
-        return out_WR
+        if self.softcap is not None:
+            out_WR.tanh_()
 
     def accumulate(self, sums: _Gradients, part: slice, rows: _Scored) -> None:
         """Add R rows' gradients: w · (softmax − onehot) · slope, then through the linear map.
 
         The target's entry goes its own way in the wide dtype: its 1 − p would be lost beside the others' p in a narrow
-        one. In the tiles it is blanked by a score of no slope, or of no probability.
+        one. What was kept for it is blanked.
         """
-        hidden_RD, weights_R, targets_R = rows.hidden_RD.to(self.wide), rows.weights_R, rows.targets_R
-        own_R = torch.expm1(rows.own_R * self.scale - rows.logsum_R) * weights_R
+        hidden_RD, targets_R, kept_VR = rows.hidden_RD.to(self.wide), rows.targets_R, rows.kept_VR
+        own_R = torch.expm1(rows.own_R * self.scale - rows.logsum_R) * rows.weights_R
         if self.softcap is not None:
             own_R *= 1 - rows.own_R.square()
-        rows.scores_VR.scatter_(0, targets_R[None], -math.inf if self.softcap is None else -1.0)
-        # Weights go where they cost least: into the few numbers a row, not into its V logits.
-        weighted_RD = (hidden_RD * weights_R[:, None]).to(self.compute)
-        shares_WR = rows.scores_VR.new_empty(self.tile_rows, len(weights_R))
+        # What a row's entries share is multiplied where it costs least: into its few numbers, not into its V logits.
+        shared_R = rows.weights_R * (self.scale - rows.logsum_R).exp_() if self.finished else rows.weights_R
+        shared_RD = (hidden_RD * shared_R[:, None]).to(self.compute)
+        blank = 0.0 if self.finished else -math.inf if self.softcap is None else -1.0
+        kept_VR.scatter_(0, targets_R[None], blank)
+        room_WR = None if self.finished else self._tile_of(hidden_RD.t())
         grad_hidden_RD = torch.zeros_like(hidden_RD)
         for tile, weight_WD in self.tiles():
-            grad_WR, scores_WR = shares_WR[: tile.stop - tile.start], rows.scores_VR[tile]
-            torch.add(-rows.logsum_R, scores_WR, alpha=self.scale, out=grad_WR).exp_()
-            if self.softcap is not None:
-                torch.ops.aten.tanh_backward.grad_input(grad_WR, scores_WR, grad_input=grad_WR)
+            grad_WR = kept_VR[tile]
+            if room_WR is not None:
+                grad_WR = self._finish(grad_WR, rows.logsum_R, room_WR[: len(grad_WR)])
             if sums.bias_V is not None:
-                sums.bias_V[tile] += torch.mv(grad_WR, weights_R)
+                sums.bias_V[tile] += torch.mv(grad_WR, shared_R)
             grad_WR = grad_WR.to(self.compute)
             if sums.hidden_ND is not None:
                 _add_product(grad_hidden_RD, grad_WR.t(), weight_WD)
             if sums.weight_VD is not None:
-                _add_product(sums.weight_VD[tile], grad_WR, weighted_RD)
+                _add_product(sums.weight_VD[tile], grad_WR, shared_RD, first=part.start == 0)
         if sums.hidden_ND is not None:
-            grad_hidden_RD.mul_(weights_R[:, None]).addcmul_(own_R[:, None], self.weight_VD[targets_R].to(self.wide))
+            grad_hidden_RD.mul_(shared_R[:, None]).addcmul_(own_R[:, None], self.weight_VD[targets_R].to(self.wide))
             sums.hidden_ND[part] = grad_hidden_RD.to(sums.hidden_ND.dtype)
         if sums.weight_VD is not None:  # index_put_ adds in a fixed order on every device, index_add_ does not
             sums.weight_VD.index_put_((targets_R,), hidden_RD * own_R[:, None], accumulate=True)
         if sums.bias_V is not None:
             sums.bias_V.index_put_((targets_R,), own_R, accumulate=True)
+
+    def _finish(self, scores_WR: Tensor, logsum_R: Tensor, out_WR: Tensor) -> Tensor:
+        """Write softmax · slope of scores; return it."""
+        torch.add(-logsum_R, scores_WR, alpha=self.scale, out=out_WR).exp_()
+        if self.softcap is not None:
+            torch.ops.aten.tanh_backward.grad_input(out_WR, scores_WR, grad_input=out_WR)
+        return out_WR
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -265,9 +290,11 @@ def _parts(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right in place; the product is made in its own dtype, the sum kept in the total's."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+    """Add left @ right in place, or write it as the first; made in its own dtype, the sum kept in the total's."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(torch.mm(left, right))
     else:
         total += torch.mm(left, right)

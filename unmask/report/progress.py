@@ -67,6 +67,61 @@ class TrainingProgress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class AnswerProgress:
+    """Shows how many answers of many are there, on standard error, so that standard output holds results alone.
+
+    Args:
+        total: answers that this process makes.
+        shown: False shows nothing.
+        seconds_between: interval of the plain lines where the output is no terminal.
+    """
+
+    def __init__(self, total: int, shown: bool = True, seconds_between: float = 30.0) -> None:
+        self._total, self._shown, self._between = total, shown, seconds_between
+        self._done = self._tokens = 0
+        self._console = Console(stderr=True)
+        self._began = self._said = time.monotonic()
+        self._bar = None
+        if shown and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("answers"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> AnswerProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def answered(self, tokens: int) -> None:
+        """Count an answer of so many tokens."""
+        self._done += 1
+        self._tokens += tokens
+        now = time.monotonic()
+        speed = f"{self._tokens / max(now - self._began, 1e-9):,.1f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=speed)
+        elif self._shown and now - self._said >= self._between:
+            self._said = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            self._console.print(
+                f"answers {self._done}/{self._total}  {speed}  ETA {_clock(left)}", markup=False, highlight=False
+            )
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def infill(
     raw: bool = False,
     batch_size: int | None = None,
     on_event: Callable[[StepEvent], None] | None = None,
+    on_answer: Callable[[int, Infill], None] | None = None,
 ) -> list[Infill]:
     """Fill the blanks of each text: `{blank:N}` is N tokens, `{blank:A-B}` A to B; `{{blank:N}}` is text.
 
@@ -83,6 +85,7 @@ def infill(
         raw: control tokens that a plain text spells are tokens, and nothing is put before it.
         batch_size: rows denoised together, at least 1; None = 16.
         on_event: called after each network call; `rows` number the lengths tried, text by text.
+        on_answer: called with a text's place and its `Infill` as soon as all lengths are tried.
 
     Returns:
         an `Infill` for each text, in their order; a list of one for a single text.
@@ -113,6 +116,8 @@ def infill(
     ]
     requests.sort(key=lambda request: len(request.prompt_ids) + len(trials[request.index].template.answer_ids))
     found: dict[int, _Filled] = {}
+    waiting = Counter(trial.index for trial in trials)
+    results: dict[int, Infill] = {}
     stops, clock = stop_ids(adapter, tokenizer), RowClock()
     with evaluating(model):
         for event in denoise(adapter, requests, settings, stops, batch_size=size, banned_ids=stops):
@@ -122,10 +127,14 @@ def infill(
             for place, number in enumerate(event.rows):
                 filled = found.setdefault(number, _Filled(torch.zeros(len(trials[number].hashed))))
                 filled.take(event, place, clock.seconds(number))
-    return [
-        _best(text, [(trial, found[number]) for number, trial in enumerate(trials) if trial.index == index], tokenizer)
-        for index, text in enumerate(given)
-    ]
+                index = trials[number].index
+                waiting[index] -= bool(event.finished_B[place])
+                if not waiting[index]:
+                    tried = [(trial, found[n]) for n, trial in enumerate(trials) if trial.index == index]
+                    results[index] = _best(given[index], tried, tokenizer)
+                    if on_answer is not None:
+                        on_answer(index, results[index])
+    return [results[index] for index in range(len(given))]
 
 
 @dataclass(frozen=True)

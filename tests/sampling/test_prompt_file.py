@@ -1,0 +1,58 @@
+"""Files of prompts: what a line may hold, and how a bad one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unmask.errors import DataError
+from unmask.sampling.prompt_file import read_prompts
+
+CHAT = '{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]}'
+
+
+def test_a_line_is_a_text_a_chat_or_ids(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "so?", "id": 7}\n\n' + CHAT + '\n{"prompt_ids": [4, 5]}\n')
+    assert read_prompts(path) == ["so?", [{"role": "user", "content": "1?"}], [4, 5]]
+    path.write_text(CHAT)
+    assert len(read_prompts(path, infill=True)[0]) == 2  # the assistant's turn is what has the blanks
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", ":2: not JSON"),
+        ("[]", ":2: needs exactly one of prompt, messages, prompt_ids, and has none"),
+        ('{"text": "so?"}', "and has none"),
+        ('{"prompt": "so?", "prompt_ids": [1]}', "and has prompt and prompt_ids"),
+        ('{"prompt": " "}', "a text that is not empty"),
+        ('{"prompt_ids": []}', "list of token ids"),
+        ('{"prompt_ids": [1, true]}', "list of token ids"),
+        ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"messages": []}', "role and content"),
+        ('{"messages": [{"role": "assistant", "content": "2"}]}', "nothing is asked"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "so?"}\n' + line)
+    with pytest.raises(DataError, match="prompts.jsonl:2: ") as error:
+        read_prompts(path)
+    assert problem in str(error.value)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\n")
+    with pytest.raises(DataError, match="holds no prompt"):
+        read_prompts(path)
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(DataError, match="no UTF-8"):
+        read_prompts(path)
+    with pytest.raises(DataError, match="--input: .*: No such file"):
+        read_prompts(tmp_path / "none.jsonl")
+    path.write_text('{"prompt_ids": [1]}')
+    with pytest.raises(DataError, match="no blanks"):
+        read_prompts(path, infill=True)

@@ -1,0 +1,117 @@
+"""A JSONL file of records that are written as they come, so that an interrupted job goes on where it stopped.
+
+The first line says what the file is of: everything that decides the records. A file whose first line is another one
+belongs to another job and is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import CheckpointError, ConfigError
+
+Record = dict[str, Any]
+
+
+def read_records(path: Path, kind: str) -> tuple[dict[str, Any], list[Record]]:
+    """Return what a file is of and its records; a last line that was cut short is left out.
+
+    Args:
+        path: the file.
+        kind: what its first line is called, as `evaluation`.
+
+    Raises:
+        ConfigError: no such file, or one of another kind.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    whole = [line for line in lines[:-1] if line]  # what follows the last line break is empty or torn
+    try:
+        head, *records = (json.loads(line) for line in whole)
+        return dict(head[kind]), records
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: holds no unfinished {kind}; delete it or choose another --output") from None
+
+
+def resume_records(
+    path: Path, kind: str, identity: Mapping[str, Any], units: Iterable[Collection[int]], more: Sequence[Path] = ()
+) -> list[Record]:
+    """Return the records that can be kept, and leave the file with those alone; make it if there is none.
+
+    Args:
+        path: the file.
+        kind: what its first line is called.
+        identity: what this job is, as plain JSON values.
+        units: rows, by their numbers in the records' `row`, that belong together. The records of a unit that is not
+            complete are dropped: computed again together, they come out as they would have without an interruption.
+        more: files of the same job that other processes wrote; they are taken in and removed.
+
+    Raises:
+        ConfigError: a file is of another job; the message names the first difference.
+        CheckpointError: it cannot be written.
+    """
+    have: dict[int, Record] = {}
+    for file in (path, *more):
+        if file.exists() and file.stat().st_size:
+            found, records = read_records(file, kind)
+            _check_same(file, kind, found, identity)
+            have.update({record["row"]: record for record in records})
+    kept = [have[row] for unit in units if all(row in have for row in unit) for row in unit]
+    write_lines(path, [json.dumps({kind: dict(identity)}, ensure_ascii=False), *(as_line(record) for record in kept)])
+    for file in more:
+        file.unlink(missing_ok=True)
+    return kept
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Add records at the end of a file, on the disk before this returns; raises CheckpointError."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(as_line(record) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}); make room, and the same command goes on"
+        ) from None
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a file beside its place and rename it; raises CheckpointError."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of JSON."""
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _check_same(path: Path, kind: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in (*wanted, *found):
+        old, new = found.get(name), wanted.get(name)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            inner = next(key for key in (*new, *old) if old.get(key) != new.get(key))
+            name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
+        raise ConfigError(
+            f"{path}: holds another {kind} ({name} {_shown(old)}, not {_shown(new)}); choose another --output, or "
+            "delete the file"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
