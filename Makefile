@@ -11,6 +11,7 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
+# Without byte code, which Python writes when a module is first imported: most of torch and transformers never is.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # A stamp is touched only after pip has succeeded, so an interrupted installation is taken up again.
 VENV := .venv/.stamp-venv
@@ -18,7 +19,7 @@ TORCH := .venv/.stamp-torch
 RUNTIME := .venv/.stamp-runtime
 DEV := .venv/.stamp-dev
 PINS := pyproject.toml constraints.txt
-PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -85,7 +86,7 @@ $(TORCH): FORCE | $(VENV)
 		pin=$$(grep '^torch==' constraints.txt); \
 		echo "Installing $$pin from $(TORCH_INDEX)"; \
 		$(PIP) uninstall -qq --yes torch; \
-		$(PIP) install -qq --index-url "$(TORCH_INDEX)" "$$pin"; \
+		$(PIP) install -qq --no-compile --index-url "$(TORCH_INDEX)" "$$pin"; \
 		echo "$(TORCH_INDEX)" > $@; fi
 else
 $(TORCH): | $(VENV)
@@ -94,10 +95,10 @@ endif
 
 $(RUNTIME): $(PINS) $(TORCH) | $(VENV)
 	@echo "Installing unmask into .venv (once, a few minutes; torch may be a download of GBs)"
-	$(PIP) install -qq -c constraints.txt -e .
+	$(PIP) install -qq --no-compile -c constraints.txt -e .
 	@touch $@
 
 $(DEV): $(PINS) $(TORCH) | $(VENV)
 	@echo "Installing unmask and its development tools into .venv (once, a few minutes; torch may be a download of GBs)"
-	$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	$(PIP) install -qq --no-compile -c constraints.txt -e '.[dev]'
 	@touch $(RUNTIME) $@

@@ -22,7 +22,7 @@ ROWS, VALIDATION, TEST, TIMED = 24_000, 32, 100, 3  # rows to train on, to watch
 SECONDS = 270  # training ends at the first validation after this; with its start and end it is under five minutes
 MODEL = {"d_model": 128, "n_heads": 4, "n_layers": 3, "mlp_hidden_size": 384, "include_bias": True,
          "bias_for_layer_norm": False}  # fmt: skip
-STEPS, BATCH, LEARNING_RATE, VALIDATE_EVERY = 1000, 32, 2e-3, 50
+STEPS, BATCH, LEARNING_RATE, VALIDATE_EVERY = 500, 32, 2e-3, 50
 WIDE = 126_464
 SAMPLERS: dict[str, dict[str, Any]] = {
     "exact": {"steps": NEW},

@@ -1,4 +1,4 @@
-"""What every test stands on: no network, no cache of the user's, few threads, the same random examples each time.
+"""What every test stands on: no network, no cache of the user's, one thread, the same random examples each time.
 
 The environment is set before any test imports torch, transformers or matplotlib, and subprocesses inherit it.
 """
@@ -20,8 +20,6 @@ from unittest import mock
 import pytest
 from hypothesis import settings
 
-# One thread a worker when pytest-xdist shares the cores among several.
-_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 _HF_HOME = tempfile.mkdtemp(prefix="unmask-tests-hf-")
 
 os.environ.update(
@@ -32,8 +30,8 @@ os.environ.update(
     HF_HOME=_HF_HOME,
     MPLBACKEND="Agg",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS=_THREADS,
-    MKL_NUM_THREADS=_THREADS,
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
     OMP_WAIT_POLICY="PASSIVE",
     GOMP_SPINCOUNT="0",
 )
@@ -48,6 +46,16 @@ settings.load_profile("unmask")
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests that state the longest limits, so that no worker is left alone with one at the end."""
+
+    def limit(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return marker.args[0] if marker else 0.0
+
+    items.sort(key=limit, reverse=True)
 
 
 @pytest.fixture(scope="session")
@@ -231,13 +239,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
 
 @pytest.fixture(scope="session")
 def train_tiny() -> Callable[..., TinyRun]:
-    """Return a function that trains in this process, one thread, as `unmask train` does; options are run_training's.
+    """Return a function that trains in this process, as `unmask train` does; options are run_training's.
 
     Without `draw=True` no loss.png is drawn, which would take longer than the training.
     """
 
     def train(values: dict, draw: bool = False, **options: object) -> TinyRun:
-        import torch
         from rich.console import Console
 
         from unmask import assemble
@@ -245,16 +252,9 @@ def train_tiny() -> Callable[..., TinyRun]:
         from unmask.config import config_from_mapping
         from unmask.report.metrics import FILE, read_metrics
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         root, printed = Path(values["checkpoint"]["checkpoint_dir"]), io.StringIO()
-        try:
-            with contextlib.nullcontext() if draw else mock.patch.object(assemble, "_draw_curve"):
-                outcome = run_training(
-                    prepare(config_from_mapping(values)), Console(file=printed, width=400), **options
-                )
-        finally:
-            torch.set_num_threads(threads)
+        with contextlib.nullcontext() if draw else mock.patch.object(assemble, "_draw_curve"):
+            outcome = run_training(prepare(config_from_mapping(values)), Console(file=printed, width=400), **options)
         return TinyRun(outcome, read_metrics(root / FILE), root, printed.getvalue())
 
     return train

@@ -1,7 +1,7 @@
 """Mistakes of the user: exit status 2, one line that names what and where, nothing written, within two seconds.
 
-`refused` is a real process for one command line, `all_refused` one process for many. Where no model must load, the
-mistake must be reported before torch is imported.
+`refused` is a real process for one command line, `all_refused` one process for many; in both the mistake must be
+reported before torch is imported. `refused_here` is for what torch must load for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from unmask.cli import main
 
 SCRIPT = (
     "import sys\n"
@@ -48,7 +50,11 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(folder: Path, words: list[str], light: bool = True, **environment: str) -> str:
+def check_message(said: str) -> None:
+    assert said.startswith("unmask: error: ") and said.count("\n") == 1, said
+
+
+def refused(folder: Path, words: list[str], **environment: str) -> str:
     """Run `unmask WORDS` in `folder`, check that it is refused as it should be, and return its message."""
     before, started = listing(folder), cpu_seconds()
     done = subprocess.run(
@@ -60,12 +66,28 @@ def refused(folder: Path, words: list[str], light: bool = True, **environment: s
     )
     seconds = cpu_seconds() - started
     assert done.returncode == 2, (done.stdout, done.stderr)
-    assert done.stderr.startswith("unmask: error: ") and done.stderr.count("\n") == 1, done.stderr
+    check_message(done.stderr)
     assert listing(folder) == before
-    if light:
-        assert done.stdout == "False\n"
-        assert seconds < 2
+    assert done.stdout == "False\n" and seconds < 2
     return done.stderr
+
+
+@pytest.fixture
+def refused_here(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], str]:
+    """As `refused`, within this process, which has torch."""
+
+    def check(words: list[str]) -> str:
+        before = listing(place)
+        monkeypatch.chdir(place)
+        assert main(words) == 2
+        out, said = capsys.readouterr()
+        check_message(said)
+        assert out == "" and listing(place) == before
+        return said
+
+    return check
 
 
 def all_refused(folder: Path, cases: list[tuple[list[str], list[str]]]) -> None:
@@ -78,7 +100,7 @@ def all_refused(folder: Path, cases: list[tuple[list[str], list[str]]]) -> None:
     for (words, named), (status, out, said, torch_loaded, seconds) in zip(cases, results, strict=True):
         case = f"unmask {' '.join(words)}: {said}"
         assert (status, out) == (2, ""), case
-        assert said.startswith("unmask: error: ") and said.count("\n") == 1, case
+        check_message(said)
         assert [word for word in named if word not in said] == [], case
         assert not torch_loaded and seconds < 1.5, case
     assert listing(folder) == before
@@ -142,8 +164,8 @@ def test_train(place: Path) -> None:
     all_refused(place, [([*TRAIN, *overrides], named) for overrides, named in TRAIN_CASES])
 
 
-def test_a_hub_id_that_is_not_there(place: Path) -> None:
-    said = refused(place, [*TRAIN, "--dataset.path_or_dataset_id", "data/rows"], light=False)
+def test_a_hub_id_that_is_not_there(refused_here: Callable[[list[str]], str]) -> None:
+    said = refused_here([*TRAIN, "--dataset.path_or_dataset_id", "data/rows"])
     assert "dataset.path_or_dataset_id" in said and "data/rows" in said
 
 
@@ -154,6 +176,10 @@ ROWS: list[tuple[bytes, list[str]]] = [
     (b'{"messages": [{"role": "user", "content": "x"}]}\n', ["assistant"]),
     (b'{"messages": [{"role": "user", "content": "\xff"}]}\n', ["UTF-8"]),
     (b'{"messages": [{"role": "user"\n', []),
+    (
+        b'{"image": "x.png", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
+        ["image"],
+    ),
 ]
 
 
@@ -167,20 +193,13 @@ def test_malformed_rows(place: Path) -> None:
     all_refused(place, cases)
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        (None, "cannot be read"),
-        ("model: [", "not valid YAML"),
-        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
-        ("", "expected sections"),
-    ],
-)
-def test_a_configuration_file(place: Path, text: str | None, named: str) -> None:
-    if text is not None:
-        (place / "bad.yaml").write_text(text)
-    said = refused(place, ["train", "-c", "bad.yaml"])
-    assert "bad.yaml" in said and named in said
+def test_a_configuration_file(place: Path) -> None:
+    files = {"model: [": "not valid YAML", "seed: 1\nseed: 2\n": "'seed' is given twice", "": "expected sections"}
+    cases = [(["train", "-c", "missing.yaml"], ["missing.yaml", "cannot be read"])]
+    for number, (text, named) in enumerate(files.items()):
+        (place / f"bad{number}.yaml").write_text(text)
+        cases.append((["train", "-c", f"bad{number}.yaml"], [f"bad{number}.yaml", named]))
+    all_refused(place, cases)
 
 
 def test_variables_of_a_launcher_that_are_wrong(place: Path) -> None:
@@ -259,31 +278,37 @@ def test_files_cut_short(place: Path, checkpoint: Path) -> None:
     all_refused(place, [(words, ["config.json"]) for words in (GENERATE, export, start)])
 
 
-def test_a_device_that_is_not_there(place: Path, checkpoint: Path) -> None:
-    said = refused(place, [*GENERATE, "--device", "cuda"], light=False, CUDA_VISIBLE_DEVICES="")
+def test_a_device_that_is_not_there(checkpoint: Path, refused_here, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused_here([*GENERATE, "--device", "cuda"])
     assert "cuda" in said and "--device cpu" in said
-    said = refused(place, [*TRAIN, "--distributed.device", "cuda"], light=False, CUDA_VISIBLE_DEVICES="")
-    assert "distributed.device" in said
+    assert "distributed.device" in refused_here([*TRAIN, "--distributed.device", "cuda"])
 
 
-def test_no_checkpoint_that_can_be_used(place: Path, checkpoint: Path) -> None:
+def test_no_checkpoint_that_can_be_used(place: Path, checkpoint: Path, refused_here) -> None:
     (place / "run").mkdir()
     (checkpoint / "manifest.json").unlink()
     checkpoint.rename(place / "run" / "step_7")
-    said = refused(place, TRAIN, light=False)
+    said = refused_here(TRAIN)
     assert "step_7 is torn" in said and "checkpoint_dir" in said
 
 
-def test_a_plot_into_nowhere(place: Path) -> None:
+def test_a_plot_into_nowhere(place: Path, refused_here) -> None:
     (place / "old").mkdir()
     event = {"event": "train", "step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0}
     (place / "old" / "metrics.jsonl").write_text(json.dumps(event) + "\n")
-    assert "missing" in refused(place, ["plot", "old", "--output", "missing/loss.png"], light=False)
+    assert "missing" in refused_here(["plot", "old", "--output", "missing/loss.png"])
+
+
+def test_layers_to_adapt_that_are_not_there(checkpoint: Path, refused_here) -> None:
+    start = [*TRAIN, "--model.config", "null", "--model.pretrained_model_name_or_path", "model", "--dry-run"]
+    said = refused_here([*start, "--peft.target_modules", "[qproj]"])
+    assert "peft.target_modules: 'qproj' matches no linear layer" in said and "*.q_proj" in said
 
 
 def test_steps_that_do_not_divide_by_blocks_work(place: Path, checkpoint: Path) -> None:
-    from unmask.cli import main
-
     words = ["generate", "--checkpoint", str(checkpoint), "--prompt", "hi", "--output", str(place / "out.jsonl")]
     assert main([*words, "--steps", "5", "--max-new-tokens", "10", "--block-size", "4"]) == 0
     record = json.loads((place / "out.jsonl").read_text())

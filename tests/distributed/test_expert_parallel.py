@@ -122,21 +122,20 @@ def assert_same_steps(root: Path, reference: Path) -> None:
 
 @slow
 def test_the_recipes_options_together(gemma_run, alone: Path, run_ranks, tmp_path: Path) -> None:
-    """Weights that travel in bf16, autocast, checkpointing and spread experts: the same loss, to bf16's precision."""
-    options = {
-        "mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "float32"},
-        "autocast_dtype": "bfloat16",
-        "activation_checkpointing": True,
-        "ep_size": 2,
-        "defer_grad_sync": False,
-    }
-    run_ranks(2, "train", gemma_run(tmp_path, **{f"distributed__{name}": value for name, value in options.items()}))
-    ours, theirs = (
-        [e for e in read_metrics(folder / "metrics.jsonl") if e["event"] == "train"] for folder in (tmp_path, alone)
-    )
-    for one, other in zip(ours, theirs, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=0.01)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
-    assert all(
-        tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "latest" / "model.safetensors").values()
-    )
+    """Weights that travel in bf16, checkpointing and spread experts: the same loss, to bf16's precision.
+
+    In bf16 a router near a tie chooses otherwise than in fp32, so gradients are held against gathered experts in bf16.
+    """
+    narrow = {"mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "float32"}}
+    spread = {"autocast_dtype": "bfloat16", "activation_checkpointing": True, "ep_size": 2, "defer_grad_sync": False}
+    found = []
+    for name, options in (("spread", {**narrow, **spread}), ("gathered", narrow)):
+        run_ranks(2, "train", gemma_run(tmp_path / name, **{f"distributed__{k}": v for k, v in options.items()}))
+        events = read_metrics(tmp_path / name / "metrics.jsonl")
+        found.append([event for event in events if event["event"] == "train"])
+    exact = [event for event in read_metrics(alone / "metrics.jsonl") if event["event"] == "train"]
+    for one, other, reference in zip(*found, exact, strict=True):
+        assert one["loss"] == pytest.approx(reference["loss"], rel=0.01)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.01)
+    stored = load_file(tmp_path / "spread" / "latest" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())

@@ -89,4 +89,6 @@ def test_blocks_are_compiled_or_it_is_refused(monkeypatch: pytest.MonkeyPatch, f
     prepare_model(model, section, build_runtime(section))
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(torch.arange(12)[None]), plain)
-    assert len(compiled) == model.config.n_layers
+    assert len(compiled) == model.config.n_layers  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match="does not compile the experts of this network; set false"):
+        prepare_model(load_model(str(fixtures / "diffusion_gemma_step")), section, build_runtime(section))

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.models.registry import load_model
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def saved_numbers() -> Callable[[Callable[[], Tensor]], tuple[Tensor, int]]:
+    """Return a function that runs a forward pass and returns its result and how many numbers it saves for backward."""
+
+    def run(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        count = 0
+
+        def add(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
+            return forward(), count
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "dora and norms": {"use_dora": True, "modules_to_save": ["*norm", "*layernorm*"], "target_modules": ["*.q_proj"]},
     "self-conditioning": {"target_modules": ["*self_conditioning.*", "*.o_proj"]},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

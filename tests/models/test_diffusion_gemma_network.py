@@ -345,23 +345,21 @@ def test_detached_keys_and_values_let_no_gradient_through(model: DiffusionGemma)
     assert torch.equal(model.decode(canvases, detached), model.decode(canvases, encoded))
 
 
-def test_checkpointing_in_both_roles_changes_memory_not_gradients(network: Callable[..., DiffusionGemma]) -> None:
+def test_checkpointing_in_both_roles_changes_memory_not_gradients(
+    network: Callable[..., DiffusionGemma], saved_numbers: Callable
+) -> None:
     model = network()
     tokens, canvases, signal = padded([ids(11), ids(6)], "right"), ids(2, CANVAS, seed=1), normal(2, CANVAS, WIDTH)
+
+    def both_roles() -> Tensor:
+        encoded = model.encode(*tokens)
+        return model.decode(canvases, encoded, signal).sin().sum() + encoded.hidden_BLD[tokens[1]].cos().sum()
+
     saved, grads = [], []
     for on in (False, True):
         model.stack.activation_checkpointing = on
         model.zero_grad()
-        count = 0
-
-        def count_saved(tensor: Tensor) -> Tensor:
-            nonlocal count
-            count += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor):
-            encoded = model.encode(*tokens)
-            loss = model.decode(canvases, encoded, signal).sin().sum() + encoded.hidden_BLD[tokens[1]].cos().sum()
+        loss, count = saved_numbers(both_roles)
         loss.backward()
         saved.append(count)
         grads.append([parameter.grad.clone() for parameter in model.parameters()])  # type: ignore[union-attr]

@@ -264,6 +264,7 @@ def test_the_command_line_takes_the_familys_sampler_and_the_checkpoints_settings
     assert record["sampler"] == {
         "steps": 2, "max_new_tokens": 20, "block_size": 16, "eos": "allow", "entropy_bound": 0.2, "t_min": 0.3,
         "t_max": 0.8, "stability_threshold": 1, "confidence_threshold": 0.005, "cache": "block", "revise": "redraw",
+        "approximations": [],
     }  # fmt: skip
     assert 1 <= record["nfe"] <= 4 and len(record["token_ids"]) <= 20
 

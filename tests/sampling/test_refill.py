@@ -179,3 +179,21 @@ def test_a_settled_stop_token_cuts_the_blocks_behind_it_where_the_cache_is_appro
         settings = MaskSettings(steps=8, max_new_tokens=8, block_size=4, cache=cache, revise=revise)
         assert len(list(denoise(adapter, [Request(0, [0], 0)], settings))) == 3
         assert seen == lengths
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_cut_rows_alone_are_the_rows_in_any_refilled_batch(small_model, cache):
+    # The end of text is likely, so rows end in all blocks, and what is behind is cut while others go on.
+    model = small_model(favour={38: 1.5}, n_layers=2)
+    settings = MaskSettings(steps=24, max_new_tokens=24, block_size=8, cache=cache)
+    adapter, seen = LLaDAAdapter(model, settings), set()
+    inner = adapter.denoise
+    adapter.denoise = lambda context, call: seen.update(call.lengths) or inner(context, call)
+    prompts = prompts_of(3, 17, 1, 9, 2, 30, high=36)
+    requests = [
+        Request(i, prompt, key) for i, (prompt, key) in enumerate(zip(prompts, row_keys(0, prompts), strict=True))
+    ]
+    alone = {i: answer for request in requests for i, answer in answers(adapter, [request], settings, 1).items()}
+    assert seen & {8, 16} and len({calls for _, calls in alone.values()}) > 1
+    for size in (2, 6):
+        assert answers(adapter, requests, settings, size) == alone

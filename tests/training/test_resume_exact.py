@@ -26,8 +26,9 @@ Train = Callable[..., Any]
 # `fatal` is for the moments that a random kill meets by chance, met on purpose: SIGKILL in the n-th call of a function.
 SERVER = """
 import json, os, signal, sys
-import torch.optim, transformers, unmask.assemble, unmask.data.chat, unmask.data.loader
+import matplotlib.pyplot, torch._dynamo, unmask.assemble, unmask.data.chat, unmask.data.loader
 import unmask.training.loop, unmask.training.network, unmask.training.resume
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmask.cli import main
 from unmask.training import checkpoint
 
@@ -168,6 +169,7 @@ def test_killed_ten_times_in_one_run(tiny, server: Server, train_tiny: Train, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "calls"), [("_crc32", 0), ("_crc32", 12), ("_to_disk", 0), ("_to_disk", 15), ("_point_latest", 1)]
 )

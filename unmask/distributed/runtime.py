@@ -21,7 +21,8 @@ class MixedPrecisionConfig:
 
     Attributes:
         param_dtype: dtype in which a rank gathers the others' shards and multiplies them; None = that of the master
-            weights. On one process, which gathers nothing, bfloat16 means `autocast_dtype: bfloat16`.
+            weights. bfloat16 implies `autocast_dtype: bfloat16`, and means no more on one process, which gathers
+            nothing.
         reduce_dtype: dtype in which gradients are summed over ranks.
         output_dtype: dtype of the network's final hidden states; None = as computed.
     """
@@ -53,7 +54,8 @@ class DistributedConfig:
         attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and
             packed batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.
         compile: compile each block with torch.compile, whose kernels do several steps at once: faster after a start of
-            a minute or more, on CUDA devices with Triton.
+            a minute or more, on CUDA devices with Triton. Not of a network with experts, whose grouped matmul torch
+            does not compile.
         device: `auto` takes a CUDA device when there is one.
         timeout_minutes: how long a rank waits for the others before it gives up.
     """
@@ -178,8 +180,8 @@ def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) ->
 
     policy = section.mp_policy or MixedPrecisionConfig()
     degrees = degrees or Degrees()
-    narrow = section.autocast_dtype == "bfloat16" or (degrees.world == 1 and policy.param_dtype == "bfloat16")
-    compute = torch.bfloat16 if narrow else None
+    # A network whose weights are bf16 still has fp32 buffers: autocast brings what meets in a matmul to one dtype.
+    compute = torch.bfloat16 if "bfloat16" in (section.autocast_dtype, policy.param_dtype) else None
     device = pick_device(section.device)
     if degrees.world == 1:
         return Runtime(device, compute)
@@ -194,9 +196,10 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
     """Switch activation checkpointing and compilation and choose the attention kernel of a network.
 
     Raises:
-        ConfigError: `attention: flex` or `compile` on a device that cannot train with it.
+        ConfigError: `attention: flex` or `compile` on a device or for a network that cannot train with it.
     """
     from unmask.models.attention import flex_available
+    from unmask.models.moe import Experts
 
     if section.attention == "flex" and not flex_available(runtime.device):
         raise ConfigError(
@@ -207,6 +210,8 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
         raise ConfigError(
             f"distributed.compile: needs a CUDA device with Triton, and this run is on {runtime.device}; set false"
         )
+    if section.compile and any(isinstance(module, Experts) for module in model.modules()):
+        raise ConfigError("distributed.compile: torch does not compile the experts of this network; set false")
     for module in model.modules():
         if hasattr(module, "attention_kernel"):
             module.attention_kernel = section.attention  # pyright: ignore[reportArgumentType]

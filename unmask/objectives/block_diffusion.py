@@ -182,7 +182,8 @@ class BlockDiffusion:
         """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
         found = {}
         for name, scored in self._scored(model, noisy).items():
-            values_N = cross_entropies(*model.head_inputs(scored.hidden_ND), scored.targets_N, softcap=model.softcap)
+            hidden_ND, weight_VD, bias_V = model.head_inputs(scored.hidden_ND)
+            values_N = cross_entropies(hidden_ND, weight_VD, bias_V, scored.targets_N, softcap=model.softcap)
             found[name] = TokenLosses(values_N, scored.weights_N, scored.levels_N, noisy.counts[name], scored.weight)
         return found
 

@@ -159,7 +159,7 @@ class _Head:
     """One head: the linear map and what follows it, worked on in tiles of the vocabulary that stay in the cache.
 
     A score is z, or tanh(z / c) where there is a cap: from either, the logit (score · scale) and its slope follow
-    without another matmul. Under a small cap what is kept of a row is finished but for a factor: exp(logit − c) · slope.
+    without another matmul. Under a small cap what is kept is finished but for a factor a row: exp(logit − c) · slope.
     """
 
     weight_VD: Tensor

@@ -17,7 +17,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 270
 _LEFT, _TOP, _BOTTOM = 58, 14, 34
 _LABEL = 13.0  # pixels from one name to the next
-_CHARACTER = 6.3  # width of one in a name
+_CHARACTER = 7.6  # width of one in a name, the wide ones allowed for
 _MOST_POINTS = 400
 
 STYLES = 6

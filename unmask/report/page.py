@@ -18,11 +18,11 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-s
 h1{font-size:1.5rem;margin:0 0 .25rem;overflow-wrap:anywhere}
 h2{font-size:1.1rem;margin:2.5rem 0 .75rem;padding-bottom:.3rem;border-bottom:1px solid var(--rule)}
 h3{font-size:.95rem;margin:1.25rem 0 .4rem}
-p{margin:.3rem 0 .8rem;max-width:60rem}
+p{margin:.3rem 0 .8rem;max-width:60rem;overflow-wrap:anywhere}
 .soft,.unit{color:var(--soft)}.unit{font-weight:400;font-size:.85em}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1.25rem 2rem}
 figure{margin:0}figcaption{font-weight:600;font-size:.92rem;margin-bottom:.2rem}
-svg{display:block;width:100%;height:auto;overflow:visible}
+svg{display:block;width:100%;height:auto}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;fill:var(--soft);
 font-variant-numeric:tabular-nums}
 .grid{stroke:var(--grid);fill:none}.axis{stroke:var(--soft);fill:none;stroke-width:.8}

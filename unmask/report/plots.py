@@ -122,7 +122,7 @@ def _draw_levels(axis: Any, lines: Sequence[tuple[list[float], list[float]]], ti
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     bend, back = (math.log, math.exp) if curved else (float, float)
-    gap, last = (bend(max(values)) - bend(min(values))) / 9, -math.inf
+    gap, last = (bend(max(values)) - bend(min(values))) / 14, -math.inf
     for loss, steps, name in sorted(ends):
         last = max(bend(loss), last + gap)
         axis.text(steps[-1] + 0.03 * (steps[-1] - steps[0]), back(last), name, fontsize=8, va="center")

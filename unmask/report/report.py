@@ -110,9 +110,9 @@ def _charts(runs: Sequence[Run]) -> str:
         draw("Validation loss", _per_run(runs, "validation", "loss", markers=True), _unit(runs), log=True),
         *_level_charts(runs, draw),
         draw("Exact match", answered, "share of right answers", percent, bounds=(0.0, 1.0)),
-        draw("Gradient norm", _per_run(runs, "train", "grad_norm"), "before clipping", log=True),
+        draw("Gradient norm", _trained(runs, "grad_norm"), "before clipping", log=True),
         draw("Learning rate", _per_run(runs, "train", "lr")),
-        draw("Speed", _per_run(runs, "train", "tokens_per_second"), "tokens per second"),
+        draw("Speed", _trained(runs, "tokens_per_second"), "tokens per second"),
         draw("Peak memory", _per_run(runs, "train", "memory_gib"), "GiB"),
     ]
     drawn = "".join(charts)
@@ -161,8 +161,8 @@ def _trained(runs: Sequence[Run], field: str) -> list[Line]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Return a moving average over about a twentieth of the run, at most twenty steps: a short run bends quickly."""
-    return smooth(values, min(0.95, max(0.5, 1 - 20 / max(1, len(values)))))
+    """Return a moving average over about a fortieth of the run: two steps at least, twenty at most."""
+    return smooth(values, min(0.95, max(0.5, 1 - 40 / max(1, len(values)))))
 
 
 def _per_run(runs: Sequence[Run], kind: str, field: str, markers: bool = False) -> list[Line]:

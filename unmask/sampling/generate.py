@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,7 @@ def stream(
     seed: int = 42,
     raw: bool = False,
     batch_size: int | None = None,
-) -> Iterator[StepEvent]:
+) -> Generator[StepEvent]:
     """Sample an answer to each prompt and yield what each network call settled, as `generate` gives to `on_event`.
 
     The model is in eval mode until the iterator is used up or closed.
@@ -190,7 +190,7 @@ def _prepare(
     return _Job(adapter, settings, encoded, requests, stop_ids(adapter, tokenizer), size)
 
 
-def _events(model: nn.Module, job: _Job) -> Iterator[StepEvent]:
+def _events(model: nn.Module, job: _Job) -> Generator[StepEvent]:
     with evaluating(model):
         yield from denoise(job.adapter, job.requests, job.settings, job.stops, batch_size=job.batch_size)
 

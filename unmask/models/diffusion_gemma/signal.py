@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Vocabulary rows worked on at a time.
-SIGNAL_ROWS = 2**12
+SIGNAL_ROWS = 2**11
 
 
 def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Tensor:
@@ -44,9 +44,9 @@ class _SoftEmbedding(torch.autograd.Function):
         mixed_ND = torch.zeros(hidden_ND.shape, device=hidden_ND.device)
         top_N = torch.full_like(total_N, -softcap)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for _, part_RD, logits_NR in _slices(hidden_ND, weight_VD, softcap):
-                before_N, top_N = top_N, torch.maximum(top_N, logits_NR.amax(dim=1, keepdim=True))
-                shares_NR, kept_N = logits_NR.sub_(top_N).exp_(), before_N.sub_(top_N).exp_()
+            for _, part_RD, scores_NR in _slices(hidden_ND, weight_VD, softcap):
+                before_N, top_N = top_N, torch.maximum(top_N, scores_NR.amax(dim=1, keepdim=True).mul_(softcap))
+                shares_NR, kept_N = _shares(scores_NR, softcap, top_N), before_N.sub_(top_N).exp_()
                 total_N.mul_(kept_N).add_(shares_NR.sum(dim=1, keepdim=True))
                 mixed_ND.mul_(kept_N).add_(torch.mm(shares_NR.to(compute), part_RD))
         ctx.save_for_backward(hidden_ND, weight_VD, top_N.add_(total_N.log()))
@@ -60,16 +60,24 @@ class _SoftEmbedding(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
         grad_VD = torch.empty_like(weight_VD)
-        for part, _, logits_NR in _slices(hidden_ND, weight_VD, ctx.softcap):
-            shares_RN = logits_NR.sub_(logsum_N).exp_().to(hidden_ND.dtype).t()
-            grad_VD[part] = torch.mm(shares_RN, grad_ND.to(hidden_ND.dtype)).to(weight_VD.dtype)
+        grad_ND = grad_ND.to(hidden_ND.dtype)
+        for part, _, scores_NR in _slices(hidden_ND, weight_VD, ctx.softcap):
+            shares_RN = _shares(scores_NR, ctx.softcap, logsum_N).to(hidden_ND.dtype).t()
+            if shares_RN.dtype == grad_VD.dtype:
+                torch.mm(shares_RN, grad_ND, out=grad_VD[part])
+            else:
+                grad_VD[part] = torch.mm(shares_RN, grad_ND)
         return None, grad_VD, None, None
 
 
 def _slices(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield each slice of the vocabulary, its rows in the compute dtype and its logits (N, R) in fp32."""
+    """Yield each slice of the vocabulary, its rows in the compute dtype and tanh(z / c) of its z (N, R) in fp32."""
     for start in range(0, len(weight_VD), SIGNAL_ROWS):
         part = slice(start, start + SIGNAL_ROWS)
         part_RD = weight_VD[part].to(hidden_ND.dtype)
-        scores_NR = torch.mm(hidden_ND, part_RD.t()).float()
-        yield part, part_RD, scores_NR.div_(softcap).tanh_().mul_(softcap)
+        yield part, part_RD, torch.mm(hidden_ND, part_RD.t()).float().div_(softcap).tanh_()
+
+
+def _shares(scores_NR: Tensor, softcap: float, top_N: Tensor) -> Tensor:
+    """Return exp(c · score − top), in the memory of the scores."""
+    return torch.add(-top_N, scores_NR, alpha=softcap, out=scores_NR).exp_()

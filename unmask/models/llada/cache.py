@@ -118,13 +118,9 @@ class Window:
         keep_KL = None if equal else (torch.arange(self.columns) < lengths_K[:, None]).to(self.device)
         # bool (K, 1, 1, columns), True = attend; None where nothing is padding, which keeps the fast kernels.
         self.mask = None if keep_KL is None else keep_KL[:, None, None, :]
-
-    @property
-    def positions_KS(self) -> Tensor:
-        """Position of each query, int64 (K, S); (1, S) where all rows have the same. Padding counts on."""
-        same = self._span is not None
-        starts = self._first_K[:1] if same else self._first_K
-        return (starts[:, None] + torch.arange(self.width)).to(self.device)
+        starts = self._first_K if self._span is None else self._first_K[:1]
+        # Position of each query, int64 (K, S); (1, S) where all rows have the same. Padding counts on.
+        self.positions_KS = (starts[:, None] + torch.arange(self.width)).to(self.device)
 
     def exchange(self, layer: int, k_KGSE: Tensor, v_KGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values into the store; return those of all positions, (K, G, columns, E)."""
