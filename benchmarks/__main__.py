@@ -7,7 +7,7 @@ import json
 import platform
 from pathlib import Path
 
-from benchmarks import block_diffusion_step, generation, lora_experts, sampling, scaling, start_up, training_step
+from benchmarks import block_diffusion_step, evaluation, generation, lora_experts, sampling, scaling, start_up, training_step
 
 BENCHMARKS = {
     "training_step": training_step,
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "lora_experts": lora_experts,
     "generation": generation,
     "sampling": sampling,
+    "evaluation": evaluation,
     "scaling": scaling,
 }
 

@@ -10,6 +10,8 @@ import sys
 
 def main() -> int:
     """Run the harness's command line; return its exit status, 2 after one line for a mistake of the user's."""
+    from unmask.distributed.failures import report
+    from unmask.distributed.ranks import leave
     from unmask.errors import UnmaskError
 
     try:
@@ -20,8 +22,9 @@ def main() -> int:
 
         cli_evaluate()
     except UnmaskError as error:
-        print(f"unmask: error: {error}", file=sys.stderr)
-        return error.exit_status
+        return report(str(error), error.exit_status)
+    finally:
+        leave()
     return 0
 
 
