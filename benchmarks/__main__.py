@@ -7,7 +7,16 @@ import json
 import platform
 from pathlib import Path
 
-from benchmarks import block_diffusion_step, evaluation, generation, lora_experts, sampling, scaling, start_up, training_step
+from benchmarks import (
+    block_diffusion_step,
+    evaluation,
+    generation,
+    lora_experts,
+    sampling,
+    scaling,
+    start_up,
+    training_step,
+)
 
 BENCHMARKS = {
     "training_step": training_step,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from unmask.training.saver import Saver
 
 PROCESSES = (1, 2, 4)
-ROWS, LENGTH, STEPS, SAVES = 8, 128, 7, 3
+ROWS, LENGTH, STEPS, SAVES = 8, 128, 6, 3
 MODEL = {
     "model_type": "llada", "d_model": 384, "n_heads": 4, "n_layers": 4, "mlp_hidden_size": 1536, "vocab_size": 16384,
     "max_sequence_length": LENGTH, "mask_token_id": 16383, "eos_token_id": 16382, "pad_token_id": 16382,

@@ -15,6 +15,7 @@ from unmask.report.metrics import read_metrics
 Train = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_and_keep_what_one_does(tiny, train_tiny: Train, run_ranks, tmp_path: Path) -> None:
     def config(root: Path) -> dict:
         return tiny.config(
