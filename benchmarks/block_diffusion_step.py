@@ -28,7 +28,7 @@ CASES: dict[int, tuple[float, float | None]] = {256: (2.5, 0.40), 768: (3.5, Non
 VARIANTS = ("with self-conditioning", "without", "dense")
 
 
-def run(pairs: int = 2, steps: int = 3) -> dict[str, Any]:
+def run(pairs: int = 2, steps: int = 2) -> dict[str, Any]:
     """Measure all variants in turn; return medians, ratios and the counted floor of a step."""
     from benchmarks.machine import measure
 

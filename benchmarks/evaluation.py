@@ -1,7 +1,8 @@
 """Evaluation: rows in batches against rows one at a time, and what complementary masks save a likelihood estimate.
 
 Exact match through the sampling engine and the Monte Carlo bound, on GSM8K questions, with a random LLaDA of 10 M
-parameters in fp32. The two variants alternate in one process, on the same rows; ratios come from pairs.
+parameters in fp32, on a CUDA device where there is one. The two variants alternate in one process, on the same rows;
+ratios come from pairs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
-ROWS, STEPS, LENGTH, MASKS, BATCH = 32, 16, 32, 16, 16
-AT_LEAST = 3.0  # the project's promise: batched against one at a time
+ROWS, STEPS, LENGTH, MASKS, BATCH = 16, 8, 32, 8, 16
+# Batched against one at a time, where a single row leaves the device idle. On a CPU the matmuls of one row of 200 tokens
+# fill the cores already, and batching saves overhead alone.
+AT_LEAST_ON_GPU = 3.0
 SEEDS = 12
 
 
@@ -46,6 +49,7 @@ def run(pairs: int = 3) -> dict[str, Any]:
         "likelihood": lambda size: log_likelihoods(model, scored, MASKS, batch_size=size),
     }
     results: dict[str, Any] = {"machine": asdict(machine), "parameters": _parameters(model), "tasks": {}}
+    results["device"] = next(model.parameters()).device.type
     for name, task in work.items():
         seconds: dict[int, list[float]] = {BATCH: [], 1: []}
         for _ in range(pairs):
@@ -69,13 +73,13 @@ def table(results: dict[str, Any]) -> str:
     """Return the results as a table for people."""
     machine = results["machine"]
     lines = [
-        f"LLaDA of {results['parameters'] / 1e6:.1f} M parameters, fp32; {ROWS} GSM8K questions, {LENGTH} tokens in "
+        f"LLaDA of {results['parameters'] / 1e6:.1f} M parameters, fp32, {results['device']}; {ROWS} GSM8K questions, {LENGTH} tokens in "
         f"{STEPS} steps, {MASKS} masks; {machine['threads']} threads, {machine['flops'] / 1e9:.0f} GFLOP/s"
     ]
     for name, found in results["tasks"].items():
         lines.append(
             f"{name:<14}batches of {BATCH}: {found['batched_seconds']:6.1f} s, of 1: {found['single_seconds']:6.1f} s, "
-            f"{found['speedup']:.2f} times as fast (bound ≥ {AT_LEAST})"
+            f"{found['speedup']:.2f} times as fast (bound on a GPU ≥ {AT_LEAST_ON_GPU})"
         )
     errors = results["errors"]
     lines.append(
@@ -86,6 +90,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _model() -> Any:
+    from unmask.distributed.runtime import pick_device
     from unmask.models.folders import read_json
     from unmask.models.registry import ModelConfig, build_model, plan_model
 
@@ -95,7 +100,7 @@ def _model() -> Any:
         "model_type": "llada", "d_model": 320, "n_heads": 5, "n_layers": 7, "mlp_hidden_size": 800,
         "max_sequence_length": 1024, **{name: ids[name] for name in names},
     }  # fmt: skip
-    return build_model(plan_model(ModelConfig(config=values)), None).eval()
+    return build_model(plan_model(ModelConfig(config=values)), None, pick_device("auto")).eval()
 
 
 def _parameters(model: Any) -> int:

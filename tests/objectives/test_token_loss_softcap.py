@@ -47,7 +47,7 @@ def gradients(loss: Tensor, values: Inputs) -> tuple[Tensor, ...]:
 @given(
     rows=st.integers(1, 9),
     chunk=st.sampled_from([1, 30, 70, 10**6]),
-    cap=st.sampled_from([0.5, 3.0, 30.0]),
+    cap=st.sampled_from([0.5, 3.0, 30.0, 100.0]),
     tile=st.sampled_from([1, 4, 4096]),
     seed=st.integers(0, 999),
 )
@@ -128,6 +128,30 @@ def test_under_autocast_close_to_autocast_of_the_dense_loss(tile: int, monkeypat
     assert max(errors(theirs)) > 1e-4  # autocast does round
     assert all(one < max(2 * two, 1e-3) for one, two in zip(errors(ours), errors(theirs), strict=True))
     assert max(errors(ours)) < 0.02
+
+
+@pytest.mark.parametrize("cap", [30.0, 40.0, 41.0, 200.0])
+def test_logits_far_below_the_cap_are_exact_in_fp32(cap: float) -> None:
+    """Also where every logit of a row is −cap or nearly, and exp(logit − cap) is as small as it gets."""
+    hidden, matrix, targets, weights = inputs(5, width=8, vocabulary=40)
+    low = -hidden.detach().abs() * torch.tensor([[1.0], [10.0], [30.0], [100.0], [1000.0]])
+    values = (low.requires_grad_(), matrix.detach().abs().requires_grad_(), targets, weights)
+    wide = tuple(value.detach().double() for value in values)
+    exact = (wide[0].requires_grad_(), wide[1].requires_grad_(), targets, wide[3])
+    for ours, theirs in zip(gradients(fused(values, cap), values), gradients(dense(exact, cap), exact), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0, 100.0])
+def test_a_sure_prediction_keeps_its_small_gradient_under_autocast(cap: float | None) -> None:
+    """1 − p of the target is far below what bf16 resolves beside 1; its gradient must not be rounded away with p."""
+    matrix = torch.eye(4).requires_grad_()
+    values = (torch.tensor([[9.0, 0.0, 0.0, 0.0]]).requires_grad_(), matrix, torch.tensor([0]), torch.ones(1))
+    expected = gradients(dense(values, cap), values)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(fused(values, cap), values)[1]
+    assert 0 < float(expected.abs().max()) < 2**-9
+    torch.testing.assert_close(found, expected, rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
