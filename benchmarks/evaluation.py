@@ -16,7 +16,7 @@ from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 ROWS, STEPS, LENGTH, MASKS, BATCH = 16, 8, 32, 8, 16
-# Batched against one at a time, where a single row leaves the device idle. On a CPU the matmuls of one row of 200 tokens
+# Batched against one at a time, where a single row leaves the device idle. On a CPU the matmuls of a row of 200 tokens
 # fill the cores already, and batching saves overhead alone.
 AT_LEAST_ON_GPU = 3.0
 SEEDS = 12
@@ -73,8 +73,9 @@ def table(results: dict[str, Any]) -> str:
     """Return the results as a table for people."""
     machine = results["machine"]
     lines = [
-        f"LLaDA of {results['parameters'] / 1e6:.1f} M parameters, fp32, {results['device']}; {ROWS} GSM8K questions, {LENGTH} tokens in "
-        f"{STEPS} steps, {MASKS} masks; {machine['threads']} threads, {machine['flops'] / 1e9:.0f} GFLOP/s"
+        f"LLaDA of {results['parameters'] / 1e6:.1f} M parameters, fp32, {results['device']}; {ROWS} GSM8K questions, "
+        f"{LENGTH} tokens in {STEPS} steps, {MASKS} masks; {machine['threads']} threads, "
+        f"{machine['flops'] / 1e9:.0f} GFLOP/s"
     ]
     for name, found in results["tasks"].items():
         lines.append(

@@ -60,3 +60,21 @@ def test_smoothing_stays_within_the_values_and_starts_at_the_first(values: list[
 
 def test_smoothing_is_the_bias_corrected_mean() -> None:
     assert smooth([1.0, 2.0], 0.5) == pytest.approx([1.0, 5 / 3])
+
+
+def test_validation_by_noise_level_stands_below(tmp_path: Path) -> None:
+    from unmask.report.plots import by_level
+
+    plain, levelled = write_run(tmp_path / "plain"), write_run(tmp_path / "levelled")
+    events = [
+        {"event": "validation", "step": step, "loss": 1.0, "loss_by_noise_level": [0.1 / step, None, 1.0, 2.0, 3.0]}
+        for step in (2, 4)
+    ]
+    with (levelled / "metrics.jsonl").open("a") as log:
+        log.write("".join(json.dumps(event) + "\n" for event in events))
+    assert by_level(events) == [([2, 4], [0.05, 0.025]), ([], []), *[([2, 4], [n, n]) for n in (1.0, 2.0, 3.0)]]
+    heights = []
+    for runs in ([plain], [levelled], [plain, levelled], [levelled, levelled]):
+        drawn = plot_runs(runs, tmp_path / "out.png").read_bytes()
+        heights.append(int.from_bytes(drawn[20:24], "big"))
+    assert heights[0] < heights[1] == heights[2] == heights[3]

@@ -67,8 +67,9 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         _draw(top, middle, bottom, train, validation, number, label)
     if shown:
         panels = below[0].subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        _draw_levels(panels, [levels[number] for number in shown])
         for panel, number in zip(panels, shown, strict=True):
-            _draw_levels(panel, levels[number], "" if len(runs) == 1 else runs[number].resolve().name)
+            panel.set_title("" if len(runs) == 1 else runs[number].resolve().name, fontsize=9)
         panels[0].set_ylabel("validation loss\nby noise level (nats)")
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
@@ -104,32 +105,32 @@ def by_level(events: Sequence[Mapping[str, Any]]) -> list[tuple[list[float], lis
     return found
 
 
-def _draw_levels(axis: Any, lines: Sequence[tuple[list[float], list[float]]], title: str) -> None:
-    """Draw the five levels, each named at its end; heights of the names are moved apart where they would touch."""
+def _draw_levels(panels: Sequence[Any], runs: Sequence[Sequence[tuple[list[float], list[float]]]]) -> None:
+    """Draw the five levels of each run into its panel, to one scale, each named at its end."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-    ends = []
-    for number, ((steps, losses), name) in enumerate(zip(lines, LEVELS, strict=True)):
-        if steps:
+    values = [value for lines in runs for _, losses in lines for value in losses]
+    curved = min(values) > 0 and max(values) > 8 * min(values)
+    for axis, lines in zip(panels, runs, strict=True):
+        for number, (steps, losses) in enumerate(lines):
             grey, marker = str(0.7 - 0.17 * number), "os^Dv"[number]
             axis.plot(steps, losses, color=grey, marker=marker, markersize=3.5, linewidth=1.2)
-            ends.append((losses[-1], steps, name))
-    values = [value for _, losses in lines for value in losses]
-    curved = min(values) > 0 and max(values) > 8 * min(values)
-    if curved:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        if curved:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
     bend, back = (math.log, math.exp) if curved else (float, float)
-    gap, last = (bend(max(values)) - bend(min(values))) / 14, -math.inf
-    for loss, steps, name in sorted(ends):
-        last = max(bend(loss), last + gap)
-        axis.text(steps[-1] + 0.03 * (steps[-1] - steps[0]), back(last), name, fontsize=8, va="center")
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("optimizer step")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    low, high = map(bend, panels[0].get_ylim())
+    for axis, lines in zip(panels, runs, strict=True):
+        ends = sorted((losses[-1], steps, name) for (steps, losses), name in zip(lines, LEVELS, strict=True) if steps)
+        last = -math.inf
+        for loss, steps, name in ends:
+            last = max(bend(loss), last + (high - low) / 15)  # names that would touch are moved apart
+            axis.text(steps[-1] + 0.03 * (steps[-1] - steps[0]), back(last), name, fontsize=8, va="center")
 
 
 def _draw(

@@ -30,13 +30,15 @@ def read_records(path: Path, kind: str) -> tuple[dict[str, Any], list[Record]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a file of this kind: {kind}") from None
     whole = [line for line in lines[:-1] if line]  # what follows the last line break is empty or torn
     try:
         head, *records = (json.loads(line) for line in whole)
         return dict(head[kind]), records
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path}: holds no unfinished {kind}; delete it or choose another --output") from None
+        raise ConfigError(
+            f"{path}: is no file of records of this kind: {kind}; delete it or choose another --output"
+        ) from None
 
 
 def resume_records(
