@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixtures() -> Path:
     """Folder of the golden data that lies beside the tests."""
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def open_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Return a function that opens a page in Chromium and returns what it then is, as HTML.
+
+    Arguments: the page, what follows its address, and more of Chromium's flags.
+    """
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.fail("no Chromium; install it: apt-get install --no-install-recommends chromium-headless-shell")
+    folder = tmp_path_factory.mktemp("pages")
+
+    def show(page: str, address: str = "", *flags: str) -> str:
+        path = folder / "page.html"
+        path.write_text(page, "utf-8")
+        words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *flags]
+        words += ["--virtual-time-budget=10000", "--dump-dom", f"{path.as_uri()}{address}"]
+        done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return show
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_the_file_of_another_evaluation_is_refused_and_stays(tmp_path: Path, cha
 def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="is no file of answers"):
+    with pytest.raises(ConfigError, match="is no file of this kind: evaluation"):
         resume_records(path, WHO, UNITS)
     assert path.read_text() == text
 

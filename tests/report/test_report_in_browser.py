@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 
 from unmask.report.report import write_report
 
-CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # What a browser makes of the page, written into it so that --dump-dom returns it.
 LOOK = """<script>
 const found={wide:document.documentElement.scrollWidth-innerWidth,overlaps:[],outside:[],
@@ -35,22 +32,14 @@ document.body.dataset.found=JSON.stringify(found)</script>"""
 
 
 @pytest.fixture(scope="module")
-def look(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+def look(open_page: Callable[..., str]) -> Callable[..., dict]:
     """Return a function that opens a report in Chromium and returns what LOOK found."""
-    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if browser is None:
-        pytest.fail("no Chromium; install it: apt-get install --no-install-recommends chromium-headless-shell")
-    folder = tmp_path_factory.mktemp("pages")
 
     def show(report: Path, width: int) -> dict:
-        path = folder / "page.html"
-        path.write_text(report.read_text(encoding="utf-8").replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
-        words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-        words += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
-        done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        found = re.search(r'data-found="([^"]*)"', done.stdout)
-        assert found, done.stdout[-500:]
+        page = report.read_text(encoding="utf-8").replace("</body>", f"{LOOK}</body>")
+        shown = open_page(page, "", f"--window-size={width},900")
+        found = re.search(r'data-found="([^"]*)"', shown)
+        assert found, shown[-500:]
         return json.loads(unescape(found[1]))
 
     return show

@@ -6,10 +6,7 @@ import copy
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +22,6 @@ from unmask.sampling.trace import Trace, trace_for
 SAMPLER = SamplerConfig(steps=8, max_new_tokens=16, block_size=8, eos="suppress")
 EVIL = "</script><img src=x onerror=\"document.title='broken'\">{{data}}\u2028"
 MASK, STOP = 257, 259
-CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def event(
@@ -167,23 +163,9 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def browse(tmp_path_factory):
+def browse(open_page):
     """Return a function that opens a page in Chromium and returns what it shows."""
-    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if browser is None:
-        pytest.fail("no Chromium; install it: apt-get install --no-install-recommends chromium-headless-shell")
-    folder = tmp_path_factory.mktemp("pages")
-
-    def show(page: str, address: str = "") -> Page:
-        path: Path = folder / "page.html"
-        path.write_text(page, "utf-8")
-        words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-        words += ["--virtual-time-budget=10000", "--dump-dom", f"{path.as_uri()}{address}"]
-        done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return Page(done.stdout)
-
-    return show
+    return lambda page, address="": Page(open_page(page, address))
 
 
 @pytest.mark.slow

@@ -36,9 +36,7 @@ def read_records(path: Path, kind: str) -> tuple[dict[str, Any], list[Record]]:
         head, *records = (json.loads(line) for line in whole)
         return dict(head[kind]), records
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{path}: is no file of records of this kind: {kind}; delete it or choose another --output"
-        ) from None
+        raise ConfigError(f"{path}: is no file of this kind: {kind}; delete it or choose another --output") from None
 
 
 def resume_records(
