@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from unmask.report.progress import TrainingProgress
+from unmask.report.progress import AnswerProgress, TrainingProgress
 
 
 def show(terminal: bool, between: float = 10.0) -> str:
@@ -35,3 +35,16 @@ def test_elsewhere_the_interval_decides_how_many_lines() -> None:
 def test_in_a_terminal_it_is_a_live_line() -> None:
     written = show(terminal=True)
     assert "\x1b" in written and "100/100" in written and "loss 1.2500" in written and "[saved]" in written
+
+
+def test_answers_are_counted_on_standard_error(capsys) -> None:
+    with AnswerProgress(3, seconds_between=0.0) as progress:
+        for _ in range(3):
+            progress.answered(5)
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert not shown.out and [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert lines[2].endswith("ETA 0:00") and "tokens/s" in lines[2]
+    with AnswerProgress(3, shown=False, seconds_between=0.0) as progress:
+        progress.answered(5)
+    assert not capsys.readouterr().err

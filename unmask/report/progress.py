@@ -9,6 +9,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class _Bar:
+    """A live line of so many things done; where `console` is None, none."""
+
+    def __init__(self, name: str, total: int, console: Console | None, done: int = 0, transient: bool = False) -> None:
+        self._progress = None
+        if console is not None:
+            columns = (
+                TextColumn(name),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+            )
+            left = (TextColumn("ETA"), TimeRemainingColumn())
+            self._progress = Progress(*columns, *left, console=console, transient=transient)
+            self._task = self._progress.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> _Bar:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, done: int, text: str) -> bool:
+        """Show how many are done; return False where there is no line."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, description=text)
+        return self._progress is not None
+
+
 class TrainingProgress:
     """Shows loss, learning rate, gradient norm, speed and time left.
 
@@ -26,35 +60,21 @@ class TrainingProgress:
         self._between = seconds_between
         self._started = time.monotonic()
         self._shown = 0.0
-        self._bar = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+        self._bar = _Bar("step", total_steps, console if console.is_terminal else None, done=first_step)
 
     def __enter__(self) -> TrainingProgress:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def step(self, step: int, loss: float, lr: float, grad_norm: float, tokens_per_second: float) -> None:
         """Show one finished step."""
         line = f"loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=line)
+        if self._bar.update(step, line):
             return
         now = time.monotonic()
         if now - self._shown >= self._between or step in (self._first + 1, self._total):
@@ -81,30 +101,17 @@ class AnswerProgress:
         self._done = self._tokens = 0
         self._console = Console(stderr=True)
         self._began = self._said = time.monotonic()
-        self._bar = None
-        if shown and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("answers"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("", total=total)
+        live = shown and self._console.is_terminal
+        self._bar = _Bar("answers", total, self._console if live else None, transient=True)
 
     def __enter__(self) -> AnswerProgress:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def answered(self, tokens: int) -> None:
         """Count an answer of so many tokens."""
@@ -112,9 +119,7 @@ class AnswerProgress:
         self._tokens += tokens
         now = time.monotonic()
         speed = f"{self._tokens / max(now - self._began, 1e-9):,.1f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=speed)
-        elif self._shown and now - self._said >= self._between:
+        if not self._bar.update(self._done, speed) and self._shown and now - self._said >= self._between:
             self._said = now
             left = (now - self._began) / self._done * (self._total - self._done)
             self._console.print(
