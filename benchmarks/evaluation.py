@@ -16,7 +16,7 @@ from typing import Any
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 ROWS, STEPS, LENGTH, MASKS, BATCH = 16, 8, 32, 8, 16
-# Batched against one at a time, the project promises. On a CPU the matmuls of a row of 200 tokens of this network fill the
+# Batched against one at a time, the project promises. On a CPU the matmuls of a row of 200 tokens fill the
 # cores already, and batching saves overhead alone.
 AT_LEAST = 3.0
 SEEDS = 12

@@ -4,12 +4,19 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
 from unmask.errors import SamplingError
-from unmask.evaluation.likelihood import LogLikelihood, log_likelihood, log_likelihoods, spread_counts, standard_error
+from unmask.evaluation.likelihood import (
+    LogLikelihood,
+    _plan,
+    log_likelihood,
+    log_likelihoods,
+    standard_error,
+    stratified_counts,
+)
 
 PROMPT, ANSWER = [1, 2, 3], [4, 9, 4, 30, 7]
 DRAWS = 140
@@ -87,17 +94,63 @@ def test_the_head_sees_masked_positions_only(opinionated, monkeypatch) -> None:
     assert seen == [sum(math.comb(5, count) * count for count in range(1, 6))]
 
 
-@given(answer=st.integers(1, 40), samples=st.integers(1, 60))
-def test_every_count_is_as_likely_in_every_sample(answer: int, samples: int) -> None:
-    drawn = np.stack([spread_counts(answer, samples, start) for start in range(1, answer + 1)])
-    assert (np.sort(drawn, axis=0) == np.arange(1, answer + 1)[:, None]).all()
-
-
 @given(answer=st.integers(1, 20), times=st.integers(1, 5), data=st.data())
 def test_counts_are_spread_evenly(answer: int, times: int, data) -> None:
-    start = data.draw(st.integers(1, answer))
-    counts = np.bincount(spread_counts(answer, answer * times, start), minlength=answer + 1)
-    assert (counts[1:] == times).all()
+    where = data.draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=answer * times, max_size=answer * times))
+    counts = np.bincount(stratified_counts(answer, np.array(where)), minlength=answer + 1)
+    assert counts[0] == 0 and (np.abs(np.cumsum(counts) - times * np.arange(answer + 1)) <= 1).all()
+
+
+@pytest.mark.parametrize(("top", "samples"), [(23, 16), (23, 64), (5, 128), (11.5, 8), (11, 8), (0.5, 3)])
+def test_each_count_is_as_likely_as_its_share(top: float, samples: int) -> None:
+    fine = (np.arange(2000) + 0.5) / 2000
+    drawn = np.concatenate([stratified_counts(top, np.full(samples, at)) for at in fine])
+    shares = np.bincount(drawn)[1:] / len(drawn)
+    wanted = np.minimum(1, top - np.arange(math.ceil(top))) / top
+    np.testing.assert_allclose(shares, wanted, atol=2e-3)
+
+
+HARDNESS = np.random.default_rng(5).exponential(size=200)
+# Cross-entropy of each token in a context in which a share of the tokens is masked.
+SHAPES = {"smooth": lambda share: share, "steep": lambda share: share**4, "flat": lambda share: 0.5 + 0 * share}
+
+
+def synthetic(answer: int, masks: int, pairs: bool, shape: str, draws: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return values and errors of many estimates for made-up cross-entropies, and their exact bound."""
+    hard = HARDNESS[:answer]
+    found = []
+    for seed in range(draws):
+        plan = _plan(0, [1], list(range(answer)), masks, seed, pairs, False)
+        share_U = plan.masks_UA.mean(axis=1)
+        found.append(plan.estimate((plan.masks_UA @ hard) * SHAPES[shape](share_U)))
+    shares = np.arange(1, answer + 1) / answer
+    exact = -float(hard.sum() * SHAPES[shape](shares).mean())
+    return np.array([each.value for each in found]), np.array([each.standard_error for each in found]), exact
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("answer", "masks"), [(40, 16), (41, 16), (120, 32), (12, 48)])
+def test_errors_are_honest_also_with_fewer_masks_than_tokens(answer, masks, pairs, shape) -> None:
+    values, errors, exact = synthetic(answer, masks, pairs, shape, 150)
+    spread = values.std(ddof=1)
+    assert abs(values.mean() - exact) < 3.5 * spread / math.sqrt(len(values)) + 1e-9
+    reported = math.sqrt(np.mean(errors**2))
+    assert reported > 0.85 * spread
+    # Differences between strata may only add to it.
+    assert np.median(errors) > 0.6 * spread
+
+
+@given(answer=st.integers(2, 9), draws=st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_the_full_mask_of_pairs_counts_once_in_as_many_as_there_are_tokens(answer: int, draws: int) -> None:
+    plan = _plan(0, [1], list(range(answer)), 6, draws, True, False)
+    masks_SA = plan.masks_UA[plan.sample_S]
+    assert masks_SA[-1].all() and not masks_SA[:-1].all(axis=1).any()
+    assert (masks_SA[0:-1:2] ^ masks_SA[1:-1:2]).all()
+    full = plan.masks_UA.all(axis=1)
+    assert plan.estimate(np.where(full, 1.0, 0.0)).value == pytest.approx(-1 / answer)
+    assert plan.estimate(plan.masks_UA.sum(axis=1).astype(float)).value == pytest.approx(-answer)
 
 
 def test_a_single_sample_says_nothing_of_its_error(opinionated) -> None:

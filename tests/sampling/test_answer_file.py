@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,39 @@ def test_blanks_are_filled_from_a_file(tiny_base, tmp_path):
 
 
 def test_prompts_come_from_one_place(tiny_base, tmp_path, capsys):
-    for more in ([], ["--prompt", "so?", "--input", "x.jsonl"]):
-        assert main(["generate", "--checkpoint", str(tiny_base), *more]) == 2
-        assert "give --prompt TEXT, once or several times, or --input" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", str(tiny_base)]) == 2
+    assert "give --prompt TEXT, once or several times, or --input" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", str(tiny_base), "--prompt", "so?", "--input", "x.jsonl"]) == 2
+    assert "prompts come from one of them" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_not_replaced(tiny_base, tmp_path, capsys):
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"prompt": "so?"}\n')
+    flags = ["--checkpoint", str(tiny_base), "--input", str(path), "--output", str(path)]
+    assert main(["generate", *flags]) == 2
+    assert "is there already" in capsys.readouterr().err and path.read_text() == '{"prompt": "so?"}\n'
+
+
+def test_what_cannot_be_answered_is_told_before_the_weights_load(tiny_base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("unmask.distributed.answering.load_for_answers", lambda *_: pytest.fail("weights were loaded"))
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "so?"}\n{"prompt": "' + "so " * 90 + '"}\n')
+    base = ["generate", "--checkpoint", str(tiny_base), "--device", "cpu"]
+    output = ["--output", str(tmp_path / "out.jsonl")]
+    assert main([*base, "--input", str(source), "--max_new_tokens", "8", *output]) == 2
+    assert f"{source}:2: " in capsys.readouterr().err
+    assert main([*base, "--prompt", "no blank", "--infill"]) == 2
+    assert "no blank" in capsys.readouterr().err
+    assert main([*base, "--prompt", "{blank:2}", "--infill", "--max_new_tokens", "4"]) == 2
+    assert "leave it out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_job_is_of_its_weights(tiny_base, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_base.resolve(), copy, ignore=shutil.ignore_patterns("optimizer*"))
+    command = words(copy, tmp_path, "out.jsonl")
+    (tmp_path / "out.jsonl.part").write_text('{"generation": {"weights": "of another model"}}\n{"row": 0}\n')
+    assert main(command) == 2
+    assert "holds another generation (weights" in capsys.readouterr().err

@@ -15,9 +15,19 @@ CHAT = '{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "
 def test_a_line_is_a_text_a_chat_or_ids(tmp_path: Path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "so?", "id": 7}\n\n' + CHAT + '\n{"prompt_ids": [4, 5]}\n')
-    assert read_prompts(path) == ["so?", [{"role": "user", "content": "1?"}], [4, 5]]
+    assert read_prompts(path) == {
+        f"{path}:1": "so?",
+        f"{path}:3": [{"role": "user", "content": "1?"}],
+        f"{path}:4": [4, 5],
+    }
     path.write_text(CHAT)
-    assert len(read_prompts(path, infill=True)[0]) == 2  # the assistant's turn is what has the blanks
+    assert len(read_prompts(path, infill=True)[f"{path}:1"]) == 2  # the assistant's turn is what has the blanks
+
+
+def test_ends_of_lines_inside_a_text_are_text(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b\u0085c"}\r\n'.encode())
+    assert list(read_prompts(path).values()) == ["a\u2028b\u0085c"]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_settings_need_no_torch():
 
 class Canvas16:
     canvas_length = 16
+    max_sequence_length = 512
 
 
 RELEASED = json.loads(

@@ -69,10 +69,11 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.training.export import tokenizer_folder
 
     plan = plan_folder(folder, "--checkpoint")
-    settings = resolve(sampler, default_settings(plan.config, read_generation(Path(folder))))
+    defaults = default_settings(plan.config, read_generation(Path(folder)))
+    settings = resolve(sampler, defaults)
     device = own_device(pick_device(arguments.device))
     tokenizer = load_tokenizer(str(tokenizer_folder(folder, arguments.adapter)), "--checkpoint")
-    conversation = Conversation(sampler=sampler, seed=arguments.seed)
+    conversation = Conversation(sampler=sampler, seed=arguments.seed, defaults=defaults)
     if arguments.system is not None:
         conversation = conversation.say("system", arguments.system)
     _template(tokenizer, arguments.chat_template, None, conversation)  # refused before the weights load
@@ -162,9 +163,7 @@ class Talk:
 
     def _exchange(self, conversation: Conversation, question: str) -> Conversation:
         """Answer a turn; return the conversation with both, or as it was where the answer was interrupted."""
-        from unmask.sampling.adapters import settings_for
-
-        settings = settings_for(self.model, conversation.sampler)
+        settings = conversation.settings
         asked = conversation.say("user", question)
         fitted = asked.fit(lambda turns: len(self.template.encode_prompt(turns)), self.context - settings.length)
         left_out = fitted.forgotten - asked.forgotten

@@ -38,7 +38,13 @@ def add(commands: Any) -> None:
     flag(parser, "data", metavar="FILE.jsonl", help="questions and answers of our own tasks")
     flag(parser, "prompt_column", metavar="NAME", help="column of the questions, where rows are no chats")
     flag(parser, "completion_column", metavar="NAME", help="column of the answers")
-    flag(parser, "limit", type=int, metavar="N", help="the first N rows of each task")
+    flag(
+        parser,
+        "limit",
+        type=int,
+        metavar="N",
+        help="the first N rows of each task; another N is another evaluation, with its own --output",
+    )
     flag(parser, "few_shot", type=int, metavar="N", help="worked examples before each question (0)")
     flag(parser, "shots_file", metavar="FILE.jsonl", help="the first rows of this file are the worked examples")
     flag(parser, "raw", action="store_true", help="ask in literal text, without a chat template (base models)")
@@ -83,14 +89,18 @@ def run(arguments: argparse.Namespace) -> int | None:
     foreign = [name for name in names if name not in TASKS]
     sampler = sampler_from(arguments)
     _check_values(arguments)
-    manager = None
     if foreign:
+        from unmask.evaluation.harness import check_names
+
+        check_names(foreign, arguments.include_path)
+    _check_meaning(arguments, own, foreign)
+    questions = _questions(arguments, own) if own else {}
+    contestants = _contestants(arguments, sampler, own)
+    manager = None
+    if foreign:  # the last check, since the harness reads thousands of files for it
         from unmask.evaluation.harness import task_manager, without_prefix
 
         manager = task_manager([without_prefix(name) for name in foreign], arguments.include_path)
-    _check_meaning(arguments, own, foreign)
-    questions = _questions(arguments, own) if own else []
-    contestants = _contestants(arguments, sampler, own)
     if arguments.nproc_per_node not in (None, 1):
         from unmask.distributed.launch import relaunch
 
@@ -100,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.distributed.ranks import join
     from unmask.distributed.runtime import own_device, pick_device
     from unmask.evaluation.measure import Likelihoods
-    from unmask.evaluation.side_by_side import RESULTS, Evaluation, evaluate
+    from unmask.evaluation.results import RESULTS
+    from unmask.evaluation.side_by_side import Evaluation, evaluate
     from unmask.evaluation.table import outcome_table
 
     device = own_device(pick_device(arguments.device))
@@ -172,11 +183,11 @@ def _check_meaning(arguments: argparse.Namespace, own: Sequence[str], foreign: S
             check_grader(grader)
 
 
-def _questions(arguments: argparse.Namespace, own: Sequence[str]) -> list[Question]:
-    """Read the questions, put worked examples before them, and refuse answers that no model could match."""
+def _questions(arguments: argparse.Namespace, own: Sequence[str]) -> dict[str, list[Question]]:
+    """Read each task's questions, put worked examples before them, and refuse answers that no model could match."""
     from unmask.data.conversation import Columns
     from unmask.evaluation.grade import GRADERS
-    from unmask.evaluation.questions import as_text, read_questions, with_shots
+    from unmask.evaluation.questions import as_text, read_questions, refuse_leaks, with_shots
 
     columns = None
     if arguments.prompt_column is not None:
@@ -197,10 +208,10 @@ def _questions(arguments: argparse.Namespace, own: Sequence[str]) -> list[Questi
         shots = read_questions(arguments.shots_file, arguments.few_shot, columns, "--shots_file")
         if len(shots) < arguments.few_shot:
             raise DataError(f"--shots_file: {arguments.shots_file} has {len(shots)} rows, not {arguments.few_shot}")
+        refuse_leaks(questions, shots)
     if arguments.raw:
-        form = TASKS[own[0]]
-        return as_text(questions, shots, form.asks, form.answers)
-    return with_shots(questions, shots)
+        return {name: as_text(questions, shots, TASKS[name].asks, TASKS[name].answers) for name in own}
+    return dict.fromkeys(own, with_shots(questions, shots))
 
 
 def _contestants(arguments: argparse.Namespace, sampler: Any, own: Sequence[str]) -> list[Contestant]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,15 +58,14 @@ def run(arguments: argparse.Namespace) -> int | None:
 
     sampler = sampler_from(arguments)
     prompts = _prompts(arguments)
-    _check(arguments)
+    _check(arguments, sampler)
     from unmask.models.folders import find_folder, read_generation
 
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
     from unmask.distributed.ranks import join
     from unmask.distributed.runtime import own_device, pick_device
     from unmask.models.registry import plan_folder
-    from unmask.models.tokenizer import load_tokenizer
-    from unmask.training.export import tokenizer_folder
+    from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 
     plan = plan_folder(folder, "--checkpoint")
     settings = resolve(sampler, default_settings(plan.config, read_generation(Path(folder))))
@@ -78,42 +78,38 @@ def run(arguments: argparse.Namespace) -> int | None:
     ranks = join(device)
     if ranks.size > 1 and (arguments.watch or arguments.trace):
         raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
-    output = _output(arguments, prompts, settings, ranks)
     tokenizer = load_tokenizer(str(source), "--checkpoint")
+    rows = _rows(arguments, prompts, tokenizer, plan.config, settings)
+    job = _Job(arguments, list(prompts.values()), rows, tokenizer, sampler, settings)
+    output = job.output(folder, ranks)
     from unmask.distributed.answering import load_for_answers
 
     model, together = load_for_answers(folder, arguments.dtype, device, arguments.adapter, ranks, arguments.shard)
-    if arguments.watch or arguments.trace:
-        answers = _shown(arguments, model, prompts, tokenizer, sampler, settings)
-    else:
-        answers = _shared(arguments, model, prompts, tokenizer, sampler, settings, ranks, together, output)
+    answers = job.answer(model, ranks, together, output)
     if output is not None:
-        output.finish({row: _record(arguments, prompts[row], answers[row], settings) for row in answers})
-    if not ranks.first:
-        return 0
-    if output is not None:
-        kept = f", {len(output.kept)} of them from before" if output.kept else ""
-        print(f"wrote {len(prompts)} records to {arguments.output}{kept}")
-    elif not arguments.watch:
-        for row, answer in answers.items():
-            print(f"> {_title(prompts[row])}\n{answer.text}\n" if len(answers) > 1 else answer.text)
+        output.finish({row: job.record(row, answer) for row, answer in answers.items()})
+    if ranks.first:
+        _report(arguments, job, answers, output)
     return 0
 
 
-def _prompts(arguments: argparse.Namespace) -> list[Any]:
-    if (arguments.prompt is None) == (arguments.input is None):
+def _prompts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the prompts by what to call each."""
+    if arguments.input is None and arguments.prompt is None:
         raise ConfigError("give --prompt TEXT, once or several times, or --input FILE.jsonl")
-    for prompt in arguments.prompt or []:
-        if not prompt.strip():
-            raise SamplingError("--prompt: the text is empty; write what the model should answer")
+    if arguments.input is not None and arguments.prompt is not None:
+        raise ConfigError("--prompt and --input: prompts come from one of them; leave the other out")
     if arguments.input is not None:
         from unmask.sampling.prompt_file import read_prompts
 
         return read_prompts(Path(arguments.input), arguments.infill)
-    return list(arguments.prompt)
+    texts: list[str] = list(arguments.prompt or ())
+    if not all(text.strip() for text in texts):
+        raise SamplingError("--prompt: the text is empty; write what the model should answer")
+    return {f"prompt {index}": text for index, text in enumerate(texts)}
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, sampler: SamplerConfig) -> None:
     """Refuse what can be told before anything is loaded."""
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise SamplingError(f"--batch_size: must be at least 1, got {arguments.batch_size}")
@@ -123,103 +119,164 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}: {Path(value).absolute().parent} is no folder; create it first")
         if value is not None and Path(value).is_dir():
             raise ConfigError(f"--{name}: {value} is a folder; name a file in it")
+    if arguments.output is not None and Path(arguments.output).exists():
+        raise ConfigError(f"--output: {arguments.output} is there already; name another file, or remove it")
+    if arguments.infill:
+        from unmask.sampling.infill import check_sampler
+
+        check_sampler(sampler)
     if arguments.adapter is not None:
         from unmask.models.adapter_folder import find_adapter
 
         find_adapter(arguments.adapter)
 
 
-def _output(
-    arguments: argparse.Namespace, prompts: Sequence[Any], settings: Settings, ranks: Ranks
-) -> AnswerFile | None:
-    if arguments.output is None:
-        return None
-    from unmask.sampling.answer_file import AnswerFile
+def _rows(
+    arguments: argparse.Namespace, prompts: dict[str, Any], tokenizer: Any, config: Any, settings: Settings
+) -> list[str]:
+    """Return a text a prompt that says which tokens are asked for; refuse a prompt that cannot be answered."""
+    from unmask.sampling.generate import check_prompt
+    from unmask.sampling.prompts import encode_given, encode_prompts
 
-    given = {name: getattr(arguments, name) for name in ("checkpoint", "adapter", "dtype", "infill", "raw", "seed")}
-    return AnswerFile(Path(arguments.output), prompts, {**given, "sampler": _in_force(settings)}, ranks)
-
-
-def _sampled(arguments: argparse.Namespace, model: Any, tokenizer: Any, sampler: SamplerConfig) -> Callable[..., list]:
-    """Return `generate` or `infill` with everything but the prompts."""
-    from unmask.sampling.generate import generate
-    from unmask.sampling.infill import infill
-
-    options: dict[str, Any] = {"tokenizer": tokenizer, "sampler": sampler, "seed": arguments.seed, "raw": arguments.raw}
-
-    def sample(prompts: Sequence[Any], **more: Any) -> list:
-        return (infill if arguments.infill else generate)(model, list(prompts), **options, **more)
-
-    return sample
+    mask_id = getattr(config, "mask_token_id", None)
+    if arguments.infill:
+        return [
+            repr(encode_given(index, text, tokenizer, arguments.raw, mask_id))
+            for index, text in enumerate(prompts.values())
+        ]
+    rows = encode_prompts(list(prompts.values()), tokenizer, arguments.raw, mask_id)
+    for place, ids in zip(prompts, rows, strict=True):
+        check_prompt(place, ids, config.max_sequence_length, config.rows, settings)
+    return [str(ids) for ids in rows]
 
 
-def _shown(
-    arguments: argparse.Namespace, model: Any, prompts: list[Any], tokenizer: Any, sampler: SamplerConfig,
-    settings: Settings,
-) -> dict[int, Any]:  # fmt: skip
-    """Answer while the terminal or a trace follows; all prompts, an interrupted job's answers among them."""
-    from unmask.sampling.trace import trace_for
-    from unmask.sampling.view import watcher
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is to be answered, and how.
 
-    sample = _sampled(arguments, model, tokenizer, sampler)
-    checkpoint = arguments.checkpoint
-    trace = trace_for(model, tokenizer, settings, prompts, checkpoint=checkpoint, seed=arguments.seed)
-    titles = {row: _title(prompt) for row, prompt in enumerate(prompts)} if len(prompts) > 1 else {}
-    with watcher(model, tokenizer, sampler, titles=titles) if arguments.watch else nullcontext() as draw:
+    Attributes:
+        arguments: of the command.
+        prompts: as `generate` or `infill` takes them.
+        rows: for each, which tokens are asked for.
+        tokenizer: the checkpoint's.
+        sampler: the settings that were given.
+        settings: those in force.
+    """
 
-        def follow(event: Any) -> None:
-            for one in (draw, trace if arguments.trace else None):
-                if one is not None:
-                    one(event)
+    arguments: argparse.Namespace
+    prompts: list[Any]
+    rows: list[str]
+    tokenizer: Any
+    sampler: SamplerConfig
+    settings: Settings
 
-        try:
-            answers = sample(prompts, batch_size=1 if arguments.watch else arguments.batch_size, on_event=follow)
-        finally:
-            if arguments.trace:
-                trace.write(Path(arguments.trace))
-    if arguments.trace:
-        print(f"wrote {arguments.trace}")
-    return dict(enumerate(answers))
+    def output(self, folder: str, ranks: Ranks) -> AnswerFile | None:
+        """Return the file that the answers go to, if there is to be one; a collective."""
+        if self.arguments.output is None:
+            return None
+        from unmask.evaluation.contestant import Contestant
+        from unmask.models.adapter_folder import find_adapter
+        from unmask.sampling.answer_file import AnswerFile
+
+        adapter = None if self.arguments.adapter is None else str(find_adapter(self.arguments.adapter))
+        identity = {
+            **Contestant("", folder, adapter, folder).fingerprint(),
+            **{name: getattr(self.arguments, name) for name in ("dtype", "infill", "raw", "seed")},
+            "sampler": self._in_force(),
+        }
+        return AnswerFile(Path(self.arguments.output), self.rows, identity, ranks)
+
+    def answer(
+        self, model: Any, ranks: Ranks, together: AbstractContextManager, output: AnswerFile | None
+    ) -> dict[int, Any]:
+        """Answer what is not answered yet, divided among the ranks; each answer goes to the file as it comes."""
+        from unmask.distributed.rows import divide_rows, own_rows
+        from unmask.report.progress import AnswerProgress
+
+        todo = list(range(len(self.rows))) if output is None else output.open
+        rows = [self.rows[row] for row in todo]
+        mine = [todo[place] for place in own_rows(rows, ranks)]
+        own = [self.prompts[row] for row in mine]
+        shown = ranks.first and output is not None and not self.arguments.watch
+        with AnswerProgress(len(mine), shown) as progress, self._following(model, own) as follow:
+
+            def arrived(place: int, answer: Any) -> None:
+                if output is not None:
+                    output.add(mine[place], self.record(mine[place], answer))
+                progress.answered(len(answer.token_ids))
+
+            def sample(_: list[str]) -> list[Any]:
+                return self._sample(model, own, on_answer=arrived, **follow)
+
+            return dict(zip(todo, divide_rows(rows, ranks, sample, together), strict=True))
+
+    def record(self, row: int, answer: Any) -> dict[str, Any]:
+        """Return what is kept of an answer."""
+        from unmask.sampling.answer_file import record_of
+
+        return record_of(self.prompts[row], answer, self._in_force(), self.arguments.seed)
+
+    def title(self, row: int) -> str:
+        """Return what to print above an answer."""
+        prompt = self.prompts[row]
+        if isinstance(prompt, str):
+            return prompt
+        return prompt[-1]["content"] if isinstance(prompt[0], dict) else f"{len(prompt)} token ids"
+
+    def _in_force(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self.settings), "approximations": list(self.settings.approximations)}
+
+    def _sample(self, model: Any, prompts: list[Any], **more: Any) -> list[Any]:
+        from unmask.sampling.generate import generate
+        from unmask.sampling.infill import infill
+
+        arguments = self.arguments
+        batch_size = 1 if arguments.watch else arguments.batch_size
+        options = {"tokenizer": self.tokenizer, "sampler": self.sampler, "seed": arguments.seed, "raw": arguments.raw}
+        return (infill if arguments.infill else generate)(model, prompts, batch_size=batch_size, **options, **more)
+
+    @contextmanager
+    def _following(self, model: Any, prompts: list[Any]) -> Iterator[dict[str, Any]]:
+        """Give the callbacks of the terminal and the trace, and write the trace in the end, of an error too."""
+        arguments = self.arguments
+        if not (arguments.watch or arguments.trace):
+            yield {}
+            return
+        from unmask.sampling.trace import trace_for
+        from unmask.sampling.view import watcher
+
+        trace = trace_for(
+            model, self.tokenizer, self.settings, prompts, checkpoint=arguments.checkpoint, seed=arguments.seed
+        )
+        titles = dict(enumerate(map(self.title, range(len(prompts))))) if len(prompts) > 1 else {}
+        events = 0
+        with watcher(model, self.tokenizer, self.sampler, titles=titles) if arguments.watch else nullcontext() as draw:
+
+            def follow(event: Any) -> None:
+                nonlocal events
+                events += 1
+                for one in (draw, trace):
+                    if one is not None:
+                        one(event)
+
+            try:
+                yield {"on_event": follow}
+            finally:
+                if arguments.trace and events:
+                    trace.write(Path(arguments.trace))
+        if arguments.trace and events:
+            print(f"wrote {arguments.trace}")
 
 
-def _shared(
-    arguments: argparse.Namespace, model: Any, prompts: list[Any], tokenizer: Any, sampler: SamplerConfig,
-    settings: Settings, ranks: Ranks, together: AbstractContextManager, output: AnswerFile | None,
-) -> dict[int, Any]:  # fmt: skip
-    """Answer what is not answered yet, divided among the ranks; each answer goes to the file as it comes."""
-    from unmask.distributed.rows import divide_rows, own_rows
-    from unmask.report.progress import AnswerProgress
-    from unmask.sampling.answer_file import canonical
+def _report(arguments: argparse.Namespace, job: _Job, answers: dict[int, Any], output: AnswerFile | None) -> None:
+    from unmask.sampling.view import printable
 
-    sample = _sampled(arguments, model, tokenizer, sampler)
-    todo = list(range(len(prompts))) if output is None else output.open
-    rows = [canonical(prompts[row]) for row in todo]
-    mine = [todo[place] for place in own_rows(rows, ranks)]
-    with AnswerProgress(len(mine), shown=ranks.first and output is not None) as progress:
-
-        def arrived(place: int, answer: Any) -> None:
-            if output is not None:
-                output.add(mine[place], _record(arguments, prompts[mine[place]], answer, settings))
-            progress.answered(len(answer.token_ids))
-
-        def answer(_: list[str]) -> list[Any]:
-            own = [prompts[row] for row in mine]
-            return sample(own, batch_size=arguments.batch_size, on_answer=arrived)
-
-        return dict(zip(todo, divide_rows(rows, ranks, answer, together), strict=True))
-
-
-def _record(arguments: argparse.Namespace, prompt: Any, answer: Any, settings: Settings) -> dict[str, Any]:
-    from unmask.sampling.answer_file import record_of
-
-    return record_of(prompt, answer, _in_force(settings), arguments.seed)
-
-
-def _in_force(settings: Settings) -> dict[str, Any]:
-    return {**dataclasses.asdict(settings), "approximations": list(settings.approximations)}
-
-
-def _title(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return prompt[-1]["content"] if isinstance(prompt[0], dict) else f"{len(prompt)} token ids"
+    if not job.settings.exact:
+        print(f"approximate sampling: {'; '.join(job.settings.approximations)}", file=sys.stderr)
+    if output is not None:
+        kept = f", {len(output.kept)} of them from before" if output.kept else ""
+        print(f"wrote {len(job.rows)} records to {arguments.output}{kept}")
+    elif not arguments.watch or arguments.infill:
+        for row, answer in answers.items():
+            text = printable(answer.text) if sys.stdout.isatty() else answer.text
+            print(f"> {job.title(row)}\n{text}\n" if len(answers) > 1 else text)

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 def add_sampling_flags(parser: Any) -> None:
     """Declare the flags; none has a default, so that what is not given is left to the model."""
-    flag(parser, "preset", help="reference (the published sampler), balanced or fast; other flags win over it")
+    flag(
+        parser,
+        "preset",
+        help="reference (the published sampler), balanced or fast (fewer calls; LLaDA's with an approximate cache); "
+        "other flags win over it",
+    )
     flag(parser, "steps", type=int, help="denoising steps (LLaDA 128 an answer, DiffusionGemma 48 a canvas)")
-    flag(parser, "max_new_tokens", type=int, help="longest answer, in tokens (LLaDA 128, DiffusionGemma 256)")
+    flag(parser, "max_new_tokens", type=int, help="longest answer (LLaDA 128, DiffusionGemma 256; at most half the context)")
     flag(parser, "eos", help="end-of-text token: allow (default), suppress or (LLaDA) defer")
     flag(
         parser,

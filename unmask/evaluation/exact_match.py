@@ -116,6 +116,7 @@ def score_answers(
     check_grader(grader)
     asked = encode_questions(model, questions, tokenizer)
     asking = Asking(model, questions, asked, tokenizer, sampler, seed, batch_size, grader, tuple(stops), ranks)
+    asking.check_prompts()
     found = {answer.row: answer for chunk in asking.chunks() for answer in asking.answer(chunk)}
     return Scored([found[row] for row in range(len(questions))])
 
@@ -211,6 +212,16 @@ class Asking:
     stops: tuple[str, ...] = ()
     ranks: Ranks = ALONE
     together: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+    def check_prompts(self) -> None:
+        """Raise SamplingError, with the place of its row, for a prompt that does not fit the model."""
+        from unmask.sampling.adapters import adapter_for, settings_for
+        from unmask.sampling.generate import check_prompt
+
+        settings = settings_for(self.model, self.sampler)
+        spec = adapter_for(self.model, settings).spec
+        for question, ids in zip(self.questions, self.asked, strict=True):
+            check_prompt(question.place, ids, spec.max_length, spec.rows, settings)
 
     def chunks(self) -> list[Chunk]:
         """Divide the questions into chunks: the same ones, whatever was answered already."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unmask.errors import ConfigError, MissingDependencyError
-from unmask.evaluation.tasks import HARNESS, TASKS
+from unmask.evaluation.tasks import HARNESS, TASKS, near_miss
 from unmask.sections import choice_problem, nearest
 
 NAME = "unmask"
@@ -24,6 +24,31 @@ def check_harness(what: str) -> None:
         raise MissingDependencyError(
             f"{what} needs lm-evaluation-harness, which is not installed; run: pip install 'unmask[eval]'"
         )
+
+
+def check_names(names: Sequence[str], include_path: str | None) -> None:
+    """Refuse at once what needs no list of the harness's tasks, which takes long to read.
+
+    Args:
+        names: of tasks that are not ours, our prefix kept.
+        include_path: a folder with further task files, which may have any name.
+
+    Raises:
+        MissingDependencyError: no harness.
+        ConfigError: a misspelling of one of our tasks.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            f"--tasks: {choice_problem(without_prefix(names[0]), TASKS)}; lm-evaluation-harness has more: "
+            "pip install 'unmask[eval]'"
+        )
+    for name in names:
+        own = near_miss(name)
+        if own is not None and include_path is None:
+            raise ConfigError(
+                f"--tasks: {name!r} is not one of {', '.join(TASKS)} (did you mean {own!r}?); "
+                f"a task of lm-evaluation-harness of that name is {HARNESS}{name}"
+            )
 
 
 def register_model() -> None:
@@ -43,13 +68,8 @@ def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:
         include_path: a folder with further task files.
 
     Raises:
-        MissingDependencyError: no harness.
         ConfigError: a task that neither the harness nor we have, with the nearest name.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError(
-            f"--tasks: {choice_problem(names[0], TASKS)}; lm-evaluation-harness has more: pip install 'unmask[eval]'"
-        )
     from lm_eval.tasks import TaskManager
 
     manager = None

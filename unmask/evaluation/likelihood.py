@@ -43,7 +43,7 @@ class LogLikelihood:
         value: nats, summed over the answer's tokens, at most 0.
         standard_error: of `value`, from the Monte Carlo noise, nats; 0 for an exact sum, nan for one sample of several
             possible masks.
-        num_samples: masks that the value rests on.
+        num_samples: masks that the value rests on, not counting the full one of antithetic samples.
     """
 
     value: float
@@ -67,12 +67,16 @@ def log_likelihood(
 ) -> LogLikelihood:
     """Estimate the bound on log p(answer | prompt) of a masked diffusion model.
 
-    The numbers k of masked tokens are spread evenly over 1..A from a random start, as in LLaDA's get_log_likelihood.py,
-    so that no estimate has only easy or only hard ones. Masks are a function of (seed, prompt and answer, sample): not
-    of the batch size or of what else is scored. An answer of one token has one mask, so one sample is exact.
+    The numbers k of masked tokens are stratified: 1..A is cut into as many equal parts as there are samples, and each
+    sample draws its k from its own part, so that no estimate has only easy or only hard ones. LLaDA's
+    get_log_likelihood.py spreads them from one random start instead, which moves them all together: with fewer samples
+    than tokens its estimates vary by more than any one of them shows. Masks are a function of (seed, prompt and answer,
+    sample): not of the batch size or of what else is scored. An answer of one token has one mask, so one sample is
+    exact.
 
-    With `antithetic`, samples come in pairs: a mask of k tokens and its complement of A − k (for k = A, the full mask
-    twice), each weighted by A over its own number. A − k, with A for A, is uniform over 1..A like k, so the estimate is
+    With `antithetic`, samples come in pairs: a mask of k < A tokens and its complement of A − k, each weighted by A
+    over its own number; the pairs are stratified over min(k, A − k). The full mask has no complement: it is computed
+    once and counts 1/A, as often as it is drawn. k uniform on 1..A − 1 makes A − k so too, hence the estimate is
     unbiased; a token that is hard to guess is in exactly one mask of a pair, so the two err in opposite directions and
     the pair's variance is below that of two independent samples.
 
@@ -80,7 +84,8 @@ def log_likelihood(
         model: from `unmask.load_model`, of a family with a mask token.
         prompt_ids: tokens before the answer; may be empty.
         answer_ids: the A tokens that are scored, at least one; end-of-text counts only where it is given.
-        num_samples: masks, at least 1; even with `antithetic`. Equal masks are computed once.
+        num_samples: masks, at least 1; even with `antithetic`, where the full mask comes on top. Equal masks are
+            computed once.
         seed: of the masks.
         batch_size: rows that the network sees at once; None = 16.
         antithetic: draw complementary pairs.
@@ -145,8 +150,8 @@ class Plan:
 
     Attributes:
         masks_UA: bool, the different masks, True = masked.
-        sample_S: for each sample, the number of its mask; None for an exact sum over all masks.
-        antithetic: whether samples 2j and 2j + 1 are a pair.
+        sample_S: for each sample in the order of the strata, the number of its mask; None for an exact sum over all.
+        antithetic: whether samples 2j and 2j + 1 are a pair, and one more, the last, is the full mask.
     """
 
     masks_UA: np.ndarray
@@ -161,45 +166,46 @@ class Plan:
         if self.sample_S is None:
             chances_U = np.array([1 / (answer * math.comb(answer, count)) for count in counts_U.tolist()])
             return LogLikelihood(float(values_U @ chances_U), 0.0, len(values_U))
-        values_S, counts_S = values_U[self.sample_S], counts_U[self.sample_S]
-        error = 0.0
-        if answer > 1:
-            if self.antithetic:
-                pair_values, pair_counts = values_S.reshape(-1, 2).mean(axis=1), counts_S.reshape(-1, 2).max(axis=1)
-                error = standard_error(pair_values[np.argsort(pair_counts, kind="stable")])
-            else:
-                error = standard_error(values_S[np.argsort(counts_S, kind="stable")])
-        return LogLikelihood(float(values_S.mean()), error, len(values_S))
+        values_S = values_U[self.sample_S]
+        if not self.antithetic:
+            return LogLikelihood(float(values_S.mean()), standard_error(values_S), len(values_S))
+        pairs_P, share = values_S[:-1].reshape(-1, 2).mean(axis=1), 1 / answer
+        value = share * float(values_S[-1]) + (1 - share) * float(pairs_P.mean())
+        return LogLikelihood(value, (1 - share) * standard_error(pairs_P), len(values_S) - 1)
 
 
 def standard_error(ordered_S: np.ndarray) -> float:
-    """Return the standard error of the mean of evenly spread samples, from the differences of neighbours.
+    """Return the standard error of the mean of independent samples, one from each stratum, from neighbours' differences.
 
-    Samples spread evenly over k vary less in the mean than independent ones would, since what k explains is the same in
-    every draw; differences between neighbours leave it out (Wolter 2007, Introduction to Variance Estimation, ch. 8).
-    nan for fewer than two samples.
+    One sample says nothing of the variance in its stratum; half the squared difference of two neighbours is, in the
+    mean, that of both strata, and more where their means differ: it errs on the safe side (Wolter 2007, Introduction to
+    Variance Estimation, ch. 8). The first and the last stratum are in one difference only, which counts half as much
+    again, so that the weights of S equal strata are those of S samples. nan for fewer than two samples.
 
     Args:
-        ordered_S: values in the order of what they are spread over.
+        ordered_S: values in the order of their strata.
     """
-    if len(ordered_S) < 2:
+    samples = len(ordered_S)
+    if samples < 2:
         return math.nan
-    steps = np.diff(ordered_S)
-    return math.sqrt(float(steps @ steps) / (2 * len(steps)) / len(ordered_S))
+    squares = np.diff(ordered_S) ** 2
+    total = (float(squares.sum()) + float(squares[0] + squares[-1]) / 2) / 2
+    return math.sqrt(total) / samples
 
 
-def spread_counts(answer: int, samples: int, start: int) -> np.ndarray:
-    """Return how many tokens each sample masks: 1..A, spread evenly from `start` and around, int64 (S,).
+def stratified_counts(top: float, uniform_S: np.ndarray) -> np.ndarray:
+    """Return a number of tokens from each of S equal parts of (0, top], int64 (S,): floor of a point in the part, + 1.
 
-    The offsets do not depend on the start, so with a uniform start every count is uniform over 1..A.
+    Over all samples each number 1..⌈top⌉ is as likely as its part of (0, top] is long. For S a multiple of a whole
+    `top`, each comes up exactly S/top times.
 
     Args:
-        answer: A.
-        samples: S.
-        start: 1..A.
+        top: end of the range.
+        uniform_S: where in its part each point lies, in [0, 1).
     """
-    offsets_S = (2 * np.arange(samples) * answer + samples) // (2 * samples)
-    return (start - 1 + offsets_S) % answer + 1
+    samples = len(uniform_S)
+    points_S = (np.arange(samples) + uniform_S) * (top / samples)
+    return np.minimum(points_S.astype(np.int64) + 1, math.ceil(top))
 
 
 def content_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
@@ -219,14 +225,17 @@ def _plan(
         masks_UA = (numbers_U[:, None] >> np.arange(length)) & 1 == 1
         return Plan(masks_UA, None, antithetic)
     name = f"likelihood/{content_key(prompt, answer)}"
-    start = int(rng.generator(seed, f"{name}/start").integers(1, length + 1))
     drawn = samples // 2 if antithetic else samples
+    draws = [rng.generator(seed, name, 0, sample) for sample in range(drawn)]
+    # The smaller number of a pair, of which A/2 for an even A is half as likely as the others.
+    top = (length - 1) / 2 if antithetic else length
+    counts_S = stratified_counts(top, np.array([draw.random() for draw in draws]))
     masks_SA = np.zeros((drawn, length), dtype=bool)
-    for sample, count in enumerate(spread_counts(length, drawn, start).tolist()):
-        masks_SA[sample, rng.generator(seed, name, 0, sample).permutation(length)[:count]] = True
+    for sample, count in enumerate(counts_S.tolist()):
+        masks_SA[sample, draws[sample].permutation(length)[:count]] = True
     if antithetic:
-        others_SA = np.where(masks_SA.all(axis=1, keepdims=True), masks_SA, ~masks_SA)
-        masks_SA = np.stack((masks_SA, others_SA), axis=1).reshape(-1, length)
+        masks_SA = np.stack((masks_SA, ~masks_SA), axis=1).reshape(-1, length)
+        masks_SA = np.concatenate((masks_SA, np.ones((1, length), dtype=bool)))
     masks_UA, sample_S = np.unique(masks_SA, axis=0, return_inverse=True)
     return Plan(masks_UA, sample_S.reshape(-1), antithetic)
 

@@ -50,18 +50,10 @@ def measure_answers(asking: Asking, path: Path, model_identity: Mapping[str, Any
 
     Raises:
         ConfigError: the file is of another evaluation.
+        SamplingError: a prompt that does not fit the model; no file is made.
     """
-    from unmask.sampling.adapters import settings_for
-
-    identity = {
-        **model_identity,
-        "grader": asking.grader,
-        "seed": asking.seed,
-        "sampler": _plain(dataclasses.asdict(settings_for(asking.model, asking.sampler))),
-        "stops": list(asking.stops),
-        "rows": len(asking.questions),
-        "questions": _fingerprint(zip(asking.asked, (q.reference for q in asking.questions), strict=True)),
-    }
+    identity = answers_identity(asking, model_identity)
+    asking.check_prompts()
     chunks = asking.chunks()
     kept = from_first(asking.ranks, lambda: resume_records(path, identity, [chunk.rows for chunk in chunks]))
     records = {record["row"]: record for record in kept}
@@ -74,6 +66,21 @@ def measure_answers(asking: Asking, path: Path, model_identity: Mapping[str, Any
             records.update((record["row"], record) for record in new)
             progress(len(records), len(asking.questions), len(new))
     return [records[row] for row in sorted(records)]
+
+
+def answers_identity(asking: Asking, model_identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that decides the answers, as plain JSON values; of the model only its config is looked at."""
+    from unmask.sampling.adapters import settings_for
+
+    return {
+        **model_identity,
+        "grader": asking.grader,
+        "seed": asking.seed,
+        "sampler": _plain(dataclasses.asdict(settings_for(asking.model, asking.sampler))),
+        "stops": list(asking.stops),
+        "rows": len(asking.questions),
+        "questions": _fingerprint(zip(asking.asked, (q.reference for q in asking.questions), strict=True)),
+    }
 
 
 def measure_likelihood(
@@ -161,15 +168,20 @@ def sum_likelihoods(records: Sequence[Record]) -> dict[str, Any]:
         result["nats_per_token"] = -math.fsum(record["log_likelihood"] for record in records) / tokens
         error = _error_of_sum(records, per_token=False)
         result["standard_error"] = None if error is None else error / tokens
-        result["perplexity_bound"] = math.exp(result["nats_per_token"])
+        result["perplexity_bound"] = _perplexity(result["nats_per_token"])
         return result
     total = math.fsum(record["denoising_cross_entropy"] * record["tokens"] for record in records)
     result["denoising_nats_per_token"] = total / tokens
     error = _error_of_sum(records, per_token=True)
     result["standard_error"] = None if error is None else error / tokens
     result["ar_nats_per_token"] = -math.fsum(record["ar_log_likelihood"] for record in records) / tokens
-    result["ar_perplexity"] = math.exp(result["ar_nats_per_token"])
+    result["ar_perplexity"] = _perplexity(result["ar_nats_per_token"])
     return result
+
+
+def _perplexity(nats: float) -> float | None:
+    """Return e^nats, None where that is beyond all numbers, which JSON has no word for."""
+    return math.exp(nats) if nats < 700 else None
 
 
 def _error_of_sum(records: Sequence[Record], per_token: bool) -> float | None:

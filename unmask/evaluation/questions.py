@@ -73,6 +73,18 @@ def read_questions(
     return questions
 
 
+def refuse_leaks(questions: Sequence[Question], shots: Sequence[Question]) -> None:
+    """Raise DataError for a question that is also a worked example: its answer would stand in its prompt."""
+    shown = {" ".join(_asked(shot).split()): shot.place for shot in shots}
+    for question in questions:
+        place = shown.get(" ".join(_asked(question).split()))
+        if place is not None:
+            raise DataError(
+                f"--shots_file: {place} is the question of {question.place} too, so the model would be shown its answer; "
+                "take the examples from other data, as a training split"
+            )
+
+
 def with_shots(questions: Sequence[Question], shots: Sequence[Question]) -> list[Question]:
     """Put worked examples before each chat question, as earlier turns of the same conversation.
 

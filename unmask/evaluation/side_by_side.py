@@ -5,36 +5,38 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from unmask.distributed.ranks import Ranks, from_first
-from unmask.errors import CheckpointError
+from unmask.distributed.ranks import ALONE, Ranks, from_first
+from unmask.errors import ConfigError
 from unmask.evaluation.contestant import Contestant
 from unmask.evaluation.exact_match import Asking, encode_questions
 from unmask.evaluation.harness import metrics, run_harness, without_prefix
 from unmask.evaluation.measure import (
     Likelihoods,
+    answers_identity,
     measure_answers,
     measure_likelihood,
     sum_answers,
     sum_likelihoods,
 )
 from unmask.evaluation.questions import Question
-from unmask.evaluation.records import Record, append_records, compare, read_records
-from unmask.evaluation.tasks import TASKS
+from unmask.evaluation.records import compare, read_records
+from unmask.evaluation.results import RESULTS, Outcome, Results, check_models, read_results, write_results
+from unmask.evaluation.tasks import HARNESS, TASKS
+from unmask.report.resumable import first_difference, write_lines
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
     from unmask.sampling.settings import SamplerConfig
-
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Evaluation:
 
     Attributes:
         tasks: names; keys of TASKS, others are the harness's.
-        questions: of our own tasks.
+        questions: of each of our own tasks, by its name.
         raw: whether those are literal text.
         sampler: settings that were given.
         seed: of draws and masks.
@@ -58,7 +60,7 @@ class Evaluation:
     """
 
     tasks: Sequence[str]
-    questions: Sequence[Question]
+    questions: Mapping[str, Sequence[Question]]
     raw: bool
     sampler: SamplerConfig
     seed: int
@@ -74,27 +76,6 @@ class Evaluation:
     against: Path | None
 
 
-@dataclass
-class Outcome:
-    """One task of one model.
-
-    Attributes:
-        task: its name.
-        label: the model's.
-        result: its numbers by name; of the harness, metric → value and standard error.
-        records: its records; empty for the harness's tasks.
-        seconds: that this call spent on it (on all of the harness's together); what was there before costs nothing.
-        compared: how the answers differ from others: `first` model's, and those of an earlier evaluation (`against`).
-    """
-
-    task: str
-    label: str
-    result: dict[str, Any]
-    records: list[Record]
-    seconds: float
-    compared: dict[str, Any] = field(default_factory=dict)
-
-
 def evaluate(
     contestants: Sequence[Contestant], evaluation: Evaluation, device: torch.device, ranks: Ranks, console: Console
 ) -> list[Outcome]:
@@ -104,21 +85,59 @@ def evaluate(
         on the first rank all outcomes, by model and task; on the others nothing of use.
 
     Raises:
-        ConfigError: a file in the output folder is of another evaluation.
+        ConfigError: a file in the output folder, or one to compare with, is of another evaluation.
     """
+    earlier = from_first(ranks, lambda: _check_folders(contestants, evaluation))
     outcomes: list[Outcome] = []
     for contestant in contestants:
         outcomes += _evaluate_one(contestant, evaluation, device, ranks, console)
         gc.collect()
     if ranks.first:
+        for outcome in outcomes:
+            outcome.add_earlier(earlier.entries.get((outcome.task, outcome.label), {}))
         _compare(outcomes, evaluation)
-    from_first(ranks, lambda: write_results(contestants, outcomes, evaluation))
+    from_first(ranks, lambda: write_results(contestants, outcomes, earlier, evaluation.output / RESULTS))
     return outcomes
 
 
 def answers_file(output: Path, task: str, label: str) -> Path:
-    """Return the file of one task of one model."""
-    return output / f"{without_prefix(task).replace('/', '-')}-{label}.jsonl"
+    """Return the file of one task of one model; the harness's tasks are named with our prefix."""
+    return output / f"{task.replace('/', '-')}-{label}.jsonl"
+
+
+def _check_folders(contestants: Sequence[Contestant], evaluation: Evaluation) -> Results:
+    """Return the results that are there, and refuse before any model loads what could not be added or compared."""
+    from unmask.models.folders import read_generation
+    from unmask.models.registry import plan_folder
+    from unmask.models.tokenizer import load_tokenizer
+
+    earlier = read_results(evaluation.output)
+    check_models(contestants, earlier, evaluation.output)
+    names = [name for name in evaluation.tasks if name in TASKS and TASKS[name].kind == "answers"]
+    if evaluation.against is None:
+        return earlier
+    for contestant in contestants:
+        tokenizer = load_tokenizer(contestant.tokenizer, "--checkpoint")
+        config = plan_folder(contestant.checkpoint, "--checkpoint").config
+        unloaded = SimpleNamespace(config=config, generation=read_generation(Path(contestant.checkpoint)))
+        for name in names:
+            path = answers_file(evaluation.against, name, contestant.label)
+            if not path.is_file():
+                raise ConfigError(f"--against: {path} is not there; compare with an evaluation of the same command")
+            asked = encode_questions(unloaded, evaluation.questions[name], tokenizer)  # pyright: ignore[reportArgumentType]
+            asking = _asking(name, evaluation, unloaded, tokenizer, asked)
+            wanted = answers_identity(asking, _identity(name, contestant, evaluation))
+            different = first_difference(read_records(path)[0], wanted, ("dtype",))
+            if different is not None:
+                raise ConfigError(
+                    f"--against: {path} is of another evaluation ({different}); only the batch size, the number of "
+                    "processes and the dtype may differ"
+                )
+    return earlier
+
+
+def _identity(name: str, contestant: Contestant, evaluation: Evaluation) -> dict[str, Any]:
+    return {"task": name, **contestant.fingerprint(), "dtype": evaluation.dtype or "as stored"}
 
 
 def _evaluate_one(
@@ -131,39 +150,33 @@ def _evaluate_one(
     model, together = load_for_answers(
         contestant.checkpoint, evaluation.dtype, device, contestant.adapter, ranks, evaluation.shard
     )
-    asked: list[tuple[int, ...]] = []
-    if evaluation.questions:
-        asked = encode_questions(model, evaluation.questions, tokenizer)
+    encoded: dict[int, list[tuple[int, ...]]] = {}  # by list: the tasks share one unless they write literal text
     outcomes = []
     for name in evaluation.tasks:
         if name in TASKS:
-            began = time.perf_counter()
-            result, records = _own_task(name, contestant, evaluation, model, tokenizer, asked, ranks, together, console)
-            outcomes.append(Outcome(name, contestant.label, result, records, time.perf_counter() - began))
+            questions = evaluation.questions[name]
+            if id(questions) not in encoded:
+                encoded[id(questions)] = encode_questions(model, questions, tokenizer)
+            asking = _asking(name, evaluation, model, tokenizer, encoded[id(questions)], ranks, together)
+            outcomes.append(_own_task(name, contestant, evaluation, asking, console))
     if evaluation.manager is not None:
-        began = time.perf_counter()
-        found = _harness_tasks(contestant, evaluation, model, tokenizer, ranks, together)
-        for task, result in found["results"].items():
-            values = {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)}
-            outcomes.append(Outcome(task, contestant.label, values, [], time.perf_counter() - began))
+        outcomes += _harness_tasks(contestant, evaluation, model, tokenizer, ranks, together, console)
     return outcomes
 
 
-def _own_task(
+def _asking(
     name: str,
-    contestant: Contestant,
     evaluation: Evaluation,
     model: Any,
     tokenizer: Any,
     asked: Sequence[tuple[int, ...]],
-    ranks: Ranks,
-    together: AbstractContextManager[Any],
-    console: Console,
-) -> tuple[dict[str, Any], list[Record]]:
+    ranks: Ranks = ALONE,
+    together: AbstractContextManager[Any] | None = None,
+) -> Asking:
     task = TASKS[name]
-    asking = Asking(
+    return Asking(
         model,
-        evaluation.questions,
+        evaluation.questions[name],
         asked,
         tokenizer,
         evaluation.sampler,
@@ -172,24 +185,42 @@ def _own_task(
         task.grader or "text",
         task.stops if evaluation.raw else (),
         ranks,
-        together,
+        together or nullcontext(),
     )
-    path = answers_file(evaluation.output, name, contestant.label)
-    identity = {"task": name, **contestant.fingerprint(), "dtype": evaluation.dtype or "as stored"}
 
-    began, before = time.perf_counter(), [0]
+
+def _own_task(name: str, contestant: Contestant, evaluation: Evaluation, asking: Asking, console: Console) -> Outcome:
+    from unmask.sampling.generate import DEFAULT_BATCH_SIZE
+
+    path = answers_file(evaluation.output, name, contestant.label)
+    identity = _identity(name, contestant, evaluation)
+    began, answered = time.perf_counter(), 0
 
     def progress(done: int, total: int, new: int) -> None:
-        before[0] += new
-        left = (time.perf_counter() - began) / before[0] * (total - done)
+        nonlocal answered
+        answered += new
+        left = (time.perf_counter() - began) / answered * (total - done)
         rest = f", about {_duration(left)} left" if done < total else ""
         console.print(f"{name}, {contestant.label}: {done} of {total}{rest}", highlight=False)
 
-    if task.kind == "likelihood":
+    kind = TASKS[name].kind
+    size: int | list[int] = evaluation.batch_size or DEFAULT_BATCH_SIZE
+    if kind == "likelihood":
         records = measure_likelihood(asking, path, identity, evaluation.likelihoods, progress)
-        return (sum_likelihoods(records) if ranks.first else {}), records
-    records = measure_answers(asking, path, identity, progress)
-    return (sum_answers(records) if ranks.first else {}), records
+    else:
+        records = measure_answers(asking, path, identity, progress)
+    if not asking.ranks.first:
+        return Outcome(name, contestant.label, kind, {}, {}, path.name, size)
+    if not answered:
+        said = f"{name}, {contestant.label}: all {len(records)} were there already; nothing was computed"
+        console.print(said, highlight=False)
+    if kind == "answers":
+        sizes = sorted({record["batch_size"] for record in records})
+        size = sizes[0] if len(sizes) == 1 else sizes
+    result = sum_likelihoods(records) if kind == "likelihood" else sum_answers(records)
+    settings = {key: value for key, value in read_records(path)[0].items() if key not in ("task", "weights", "adapter")}
+    seconds = time.perf_counter() - began if answered else None
+    return Outcome(name, contestant.label, kind, result, settings, path.name, size, records, seconds, answered)
 
 
 def _duration(seconds: float) -> str:
@@ -203,9 +234,12 @@ def _harness_tasks(
     tokenizer: Any,
     ranks: Ranks,
     together: AbstractContextManager[Any],
-) -> dict[str, Any]:
+    console: Console,
+) -> list[Outcome]:
     from unmask.evaluation.lm_eval import UnmaskLM
+    from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 
+    began = time.perf_counter()
     options = {} if evaluation.likelihoods.num_samples is None else {"num_samples": evaluation.likelihoods.num_samples}
     lm = UnmaskLM(
         model,
@@ -235,18 +269,45 @@ def _harness_tasks(
         seed=evaluation.seed,
         cache=cache,
     )
-    for task, samples in found["samples"].items():
-        path = answers_file(evaluation.output, task, contestant.label)
-        path.unlink(missing_ok=True)
-        append_records(path, json.loads(json.dumps(samples, default=str)))
-    return found
+    from_first(ranks, lambda: _write_samples(contestant, evaluation, found["samples"]))
+    seconds = time.perf_counter() - began
+    results = found["results"]
+    if results:
+        said = f"lm-evaluation-harness, {contestant.label}: {len(results)} results in {_duration(seconds)}"
+        console.print(said, highlight=False)
+    settings = {**{key: value for key, value in identity.items() if key not in ("weights", "adapter")},
+                "few_shot": evaluation.few_shot, "limit": evaluation.limit, "chat": evaluation.chat}  # fmt: skip
+    outcomes = []
+    for task, result in results.items():
+        values = {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)}
+        file = answers_file(evaluation.output, HARNESS + task, contestant.label).name
+        outcomes.append(
+            Outcome(
+                HARNESS + task,
+                contestant.label,
+                "harness",
+                values,
+                settings,
+                file if task in found["samples"] else None,
+                evaluation.batch_size or DEFAULT_BATCH_SIZE,
+                # The harness answers all of its tasks together.
+                seconds=seconds if len(results) == 1 else None,
+            )
+        )
+    return outcomes
+
+
+def _write_samples(contestant: Contestant, evaluation: Evaluation, samples: Mapping[str, Any]) -> None:
+    for task, each in samples.items():
+        path = answers_file(evaluation.output, HARNESS + task, contestant.label)
+        write_lines(path, [json.dumps(sample, default=str, ensure_ascii=False) for sample in each])
 
 
 def _compare(outcomes: Sequence[Outcome], evaluation: Evaluation) -> None:
     """Fill in how each model's answers differ from the first model's and from those of an earlier evaluation."""
     firsts: dict[str, Outcome] = {}
     for outcome in outcomes:
-        if outcome.task not in TASKS or TASKS[outcome.task].kind != "answers":
+        if outcome.kind != "answers":
             continue
         first = firsts.setdefault(outcome.task, outcome)
         if first is not outcome:
@@ -254,40 +315,3 @@ def _compare(outcomes: Sequence[Outcome], evaluation: Evaluation) -> None:
         if evaluation.against is not None:
             old = read_records(answers_file(evaluation.against, outcome.task, outcome.label))[1]
             outcome.compared["against"] = vars(compare(old, outcome.records))
-
-
-def write_results(contestants: Sequence[Contestant], outcomes: Sequence[Outcome], evaluation: Evaluation) -> None:
-    """Write `results.json`: the models, the settings that were given, and a result for each task and model."""
-    values = {
-        "models": [
-            {"label": each.label, "checkpoint": each.checkpoint, "adapter": each.adapter} for each in contestants
-        ],
-        "settings": {
-            "seed": evaluation.seed,
-            "batch_size": evaluation.batch_size,
-            "dtype": evaluation.dtype,
-            "sampler": evaluation.sampler.given,
-            "raw": evaluation.raw,
-            "few_shot": evaluation.few_shot,
-            "limit": evaluation.limit,
-        },
-        "results": [
-            {
-                "task": outcome.task,
-                "model": outcome.label,
-                **({"metrics": outcome.result} if outcome.task not in TASKS else outcome.result),
-                "compared": outcome.compared,
-                "file": answers_file(evaluation.output, outcome.task, outcome.label).name,
-                "seconds": round(outcome.seconds, 3),
-            }
-            for outcome in outcomes
-        ],
-    }
-    path = evaluation.output / RESULTS
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None

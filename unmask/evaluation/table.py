@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from unmask.evaluation.side_by_side import Outcome
-from unmask.evaluation.tasks import TASKS
+from unmask.evaluation.results import Outcome
+from unmask.report.evaluations import shown
 
 
 def outcome_table(labels: Sequence[str], outcomes: Sequence[Outcome]) -> Table:
@@ -30,22 +30,31 @@ def outcome_table(labels: Sequence[str], outcomes: Sequence[Outcome]) -> Table:
 def _rows(outcome: Outcome) -> dict[str, str]:
     """Return the lines of one outcome: what was measured and its value."""
     result = outcome.result
-    if outcome.task not in TASKS:
-        return {name: _with_error(value["value"], value["standard_error"]) for name, value in result.items()}
-    if TASKS[outcome.task].kind == "answers":
-        return _answer_rows(result, outcome)
+    timed = _seconds(outcome)
+    if outcome.kind == "harness":
+        return timed | {name: _with_error(value["value"], value["standard_error"]) for name, value in result.items()}
+    if outcome.kind == "answers":
+        return _answer_rows(result, outcome) | timed
     if "nats_per_token" in result:
         rows = {
             "bound, nats a token": _with_error(result["nats_per_token"], result["standard_error"]),
-            "perplexity, at most": f"{result['perplexity_bound']:.3f}",
+            "perplexity, at most": _perplexity(result["perplexity_bound"]),
         }
     else:
         rows = {
             "denoising cross-entropy": _with_error(result["denoising_nats_per_token"], result["standard_error"]),
-            "encoder, nats a token": f"{result['ar_nats_per_token']:.4f}",
-            "encoder's perplexity": f"{result['ar_perplexity']:.3f}",
+            "encoder, nats a token": shown(result["ar_nats_per_token"]),
+            "encoder's perplexity": _perplexity(result["ar_perplexity"]),
         }
-    return {**rows, "answers, tokens": f"{result['rows']}, {result['tokens']}", "seconds": f"{outcome.seconds:.1f}"}
+    return {**rows, "answers, tokens": f"{result['rows']}, {result['tokens']}", **timed}
+
+
+def _seconds(outcome: Outcome) -> dict[str, str]:
+    """Return the line of the time, or none; answers of an interrupted run, whose time is not known, are left out."""
+    if outcome.seconds is None:
+        return {}
+    part = "" if outcome.timed_rows == len(outcome.records) else f" ({outcome.timed_rows} answers)"
+    return {"seconds": f"{outcome.seconds:.1f}{part}"}
 
 
 def _answer_rows(result: dict[str, Any], outcome: Outcome) -> dict[str, str]:
@@ -55,7 +64,6 @@ def _answer_rows(result: dict[str, Any], outcome: Outcome) -> dict[str, str]:
         "right": f"{result['right']} of {result['total']}",
         "ended by themselves": f"{100 * result['ended']:.0f} %",
         "network calls an answer": f"{result['network_calls']:.1f}",
-        "seconds": f"{outcome.seconds:.1f}",
     }
     for name, shown in (("first", "against the first model"), ("against", "against --against")):
         if name in outcome.compared:
@@ -65,4 +73,8 @@ def _answer_rows(result: dict[str, Any], outcome: Outcome) -> dict[str, str]:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{shown(value, error)} ± {shown(error, error)}" if error else shown(value)
+
+
+def _perplexity(value: float | None) -> str:
+    return "over 1e304" if value is None else shown(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -39,6 +40,12 @@ TASKS: dict[str, Task] = {
     "text": Task("answers", "exact match of the whole answer, runs of blanks as one", "text"),
     "likelihood": Task("likelihood", "nats a token of the given answers"),
 }  # fmt: skip
+
+
+def near_miss(name: str) -> str | None:
+    """Return the task of ours that a name is a misspelling of, one character or so away; None if of none."""
+    near = difflib.get_close_matches(name, [own for own in TASKS if abs(len(own) - len(name)) <= 1], n=1, cutoff=0.8)
+    return near[0] if near and name not in TASKS else None
 
 
 def split_names(words: Iterable[str]) -> list[str]:

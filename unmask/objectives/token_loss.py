@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^27 fp32 logits are 512 MiB.
-CHUNK_LOGITS = 2**27
+# Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^26 fp32 logits are 256 MiB.
+CHUNK_LOGITS = 2**26
 # Vocabulary rows worked on at a time. On a CPU a tile of logits stays in the cache through all that is done to it;
 # elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
 TILE_ROWS = 2**12

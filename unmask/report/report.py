@@ -176,7 +176,8 @@ def _lines(runs: Sequence[Run], points: Sequence[Points], markers: bool = False)
 
 
 def _evaluation(results: Sequence[Result]) -> str:
-    return table(["task", "of", "measured", "value", "95 % interval", "n"], [result.cells() for result in results])
+    names = ["task", "of", "measured", "value", "95 % interval", "n", "compared", "settings"]
+    return table(names, [result.cells() for result in results])
 
 
 def _samples(run: Run, number: int) -> str:

@@ -53,14 +53,19 @@ def resume_records(
         more: files of the same job that other processes wrote; they are taken in and removed.
 
     Raises:
-        ConfigError: a file is of another job; the message names the first difference.
+        ConfigError: a file has records of another job; the message names the first difference.
         CheckpointError: it cannot be written.
     """
     have: dict[int, Record] = {}
     for file in (path, *more):
         if file.exists() and file.stat().st_size:
             found, records = read_records(file, kind)
-            _check_same(file, kind, found, identity)
+            # A job that was refused before its first record must not be in the way of the next one.
+            different = first_difference(found, identity) if records else None
+            if different is not None:
+                raise ConfigError(
+                    f"{file}: holds another {kind} ({different}); choose another --output, or delete the file"
+                )
             have.update({record["row"]: record for record in records})
     kept = [have[row] for unit in units if all(row in have for row in unit) for row in unit]
     write_lines(path, [json.dumps({kind: dict(identity)}, ensure_ascii=False), *(as_line(record) for record in kept)])
@@ -98,18 +103,25 @@ def as_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def _check_same(path: Path, kind: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def first_difference(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], apart_from: Collection[str] = ()
+) -> str | None:
+    """Return the first field in which two jobs differ as `NAME OLD, not NEW`; None where they are the same.
+
+    Args:
+        found: what there is.
+        wanted: what it should be.
+        apart_from: fields that may differ.
+    """
     for name in (*wanted, *found):
         old, new = found.get(name), wanted.get(name)
-        if old == new:
+        if old == new or name in apart_from:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             inner = next(key for key in (*new, *old) if old.get(key) != new.get(key))
             name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
-        raise ConfigError(
-            f"{path}: holds another {kind} ({name} {_shown(old)}, not {_shown(new)}); choose another --output, or "
-            "delete the file"
-        )
+        return f"{name} {_shown(old)}, not {_shown(new)}"
+    return None
 
 
 def _shown(value: Any) -> str:

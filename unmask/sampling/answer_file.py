@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ class AnswerFile:
 
     Args:
         path: where the records go.
-        prompts: as in `generate`, in the order of the records.
-        identity: what decides the answers beside the prompts.
+        rows: a text for each record, in their order, equal where the tokens asked for are.
+        identity: what decides the answers beside the rows.
         ranks: the processes that share the job; all of them make one.
 
     Raises:
@@ -34,14 +35,13 @@ class AnswerFile:
         CheckpointError: it cannot be written.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[Any], identity: Mapping[str, Any], ranks: Ranks) -> None:
-        self.path, self.prompts, self.ranks = path, prompts, ranks
-        self.rows = [canonical(prompt) for prompt in prompts]
+    def __init__(self, path: Path, rows: Sequence[str], identity: Mapping[str, Any], ranks: Ranks) -> None:
+        self.path, self.rows, self.ranks = path, rows, ranks
         self._own = self._part(ranks.rank)
         kept: list[Record] = []
         problem: Exception | None = None
         if ranks.first:
-            others = sorted(set(path.parent.glob(f"{path.name}.part?*")) - {self._part(0)})
+            others = sorted(set(path.parent.glob(f"{escape(path.name)}.part?*")) - {self._part(0)})
             others = [file for file in others if file.suffix.removeprefix(".part").isdigit()]
             try:
                 kept = resume_records(self._part(0), KIND, self._identity(identity), self._units(), others)
@@ -68,6 +68,7 @@ class AnswerFile:
         if self.ranks.first:
             found = {**self.kept, **{row: {"row": row, **record} for row, record in records.items()}}
             write_lines(self.path, [as_line(found[row]) for row in range(len(self.rows))])
+        self.ranks.gather(None)  # a part is needed until the file is there
         self._own.unlink(missing_ok=True)
 
     def _part(self, rank: int) -> Path:
@@ -77,16 +78,11 @@ class AnswerFile:
         return {**identity, "prompts": sha256("\n".join(self.rows).encode()).hexdigest()[:16]}
 
     def _units(self) -> list[list[int]]:
-        """Return equal prompts together: what is drawn for one depends on how often it came before."""
+        """Return equal rows together: what is drawn for one depends on how often it came before."""
         units: dict[str, list[int]] = {}
         for row, text in enumerate(self.rows):
             units.setdefault(text, []).append(row)
         return list(units.values())
-
-
-def canonical(prompt: Any) -> str:
-    """Return a text that is equal for equal prompts."""
-    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
 def record_of(prompt: Any, answer: Generation | Infill, sampler: Mapping[str, Any], seed: int) -> Record:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.errors import SamplingError
-from unmask.sampling.settings import SamplerConfig
+from unmask.sampling.settings import CanvasSettings, MaskSettings, SamplerConfig, Settings, resolve
 from unmask.sections import choice_problem
 
 Turn = dict[str, str]  # {"role", "content"}
@@ -28,12 +28,19 @@ class Conversation:
         sampler: settings of the next answer.
         seed: its seed.
         forgotten: of the turns after the system's, how many of the oldest the model no longer sees.
+        defaults: what `sampler` is put into: the settings that the model has by itself.
     """
 
     turns: tuple[Turn, ...] = ()
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     seed: int = 42
     forgotten: int = 0
+    defaults: Settings = dataclasses.field(default_factory=MaskSettings)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force; raises SamplingError where `sampler` does not suit the model."""
+        return resolve(self.sampler, self.defaults)
 
     @property
     def system(self) -> tuple[Turn, ...]:
@@ -146,10 +153,17 @@ def _reset(conversation: Conversation, argument: str) -> Outcome:
 
 def _steps(conversation: Conversation, argument: str) -> Outcome:
     steps = _number("/steps", argument, 1)
-    sampler = dataclasses.replace(conversation.sampler, steps=steps)
-    rule = next((name for name in ("threshold", "factor") if getattr(sampler, name) is not None), None)
-    unused = "" if rule is None else f"; not used while --{rule} is set"
-    return Outcome(dataclasses.replace(conversation, sampler=sampler), f"steps: {steps}{unused}")
+    changed = dataclasses.replace(conversation, sampler=dataclasses.replace(conversation.sampler, steps=steps))
+    before, after = conversation.settings, changed.settings
+    if isinstance(after, CanvasSettings):
+        said = " a canvas at the most"
+    elif after.rule != "quota":
+        said = f"; not used while --{after.rule} is set"
+    elif before.rule != "quota":
+        said = f" an answer, in place of the preset's {before.rule} {getattr(before, before.rule)}"
+    else:
+        said = " an answer"
+    return Outcome(changed, f"steps: {steps}{said}")
 
 
 def _seed(conversation: Conversation, argument: str) -> Outcome:
@@ -183,7 +197,7 @@ def _refuse(name: str, argument: str) -> None:
 
 
 def _number(name: str, argument: str, least: int) -> int:
-    if not argument.isdecimal() or int(argument) < least:
+    if not (argument.isascii() and argument.isdecimal()) or int(argument) < least:
         raise SamplingError(f"{name}: write a whole number of at least {least} after it, got {argument!r}")
     return int(argument)
 

@@ -57,8 +57,24 @@ class StepEvent:
         score_BC: float32 (B, C), the score of each open position that the call weighed (the rule's: a probability, a
             random number, minus an entropy, …), otherwise -inf.
         confidence_BC: float32 (B, C), probability of the token that each of these positions would take, whatever the
-            score (of a canvas: of its most likely token, at the call's temperature); otherwise 0.
+            score (of a canvas: of its most likely token, at the call's temperature); and of the token that a settled
+            position was revised to; otherwise 0.
         finished_B: bool (B,), rows that are complete and leave: nothing is open, or nothing left of a stop token is.
+
+    Example:
+        >>> import torch, unmask
+        >>> from unmask.models.llada.config import LLaDAConfig
+        >>> from unmask.models.llada.model import LLaDA, initialise
+        >>> model = LLaDA(LLaDAConfig(
+        ...     d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, vocab_size=32, embedding_size=32,
+        ...     mask_token_id=31, eos_token_id=30, pad_token_id=30,
+        ... ))
+        >>> initialise(model, torch.Generator().manual_seed(0))
+        >>> sampler = unmask.SamplerConfig(steps=2, max_new_tokens=4, remasking="left_to_right", eos="suppress")
+        >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
+        ...     print(event.rows, event.committed_BC[0].tolist(), event.open_BC[0].tolist())
+        (0,) [True, True, False, False] [False, False, True, True]
+        (0,) [False, False, True, True] [False, False, False, False]
     """
 
     rows: tuple[int, ...]
@@ -97,6 +113,7 @@ def denoise(
     draws: Draws | None = None,
     batch_size: int | None = None,
     banned_ids: Sequence[int] = (),
+    untempered: bool = False,
 ) -> Iterator[StepEvent]:
     """Sample an answer to every request; yield an event after each network call.
 
@@ -111,12 +128,14 @@ def denoise(
         draws: where random numbers come from; None = the rows' own keys.
         batch_size: rows denoised together at the most; None = all.
         banned_ids: tokens that are never written, beside the model's own.
+        untempered: whether the events' confidence is at temperature 1 of a canvas, too, so that calls can be compared.
 
     Raises:
         SamplingError: logits that are not finite; names the block, the step and the prompts.
     """
     spec, tokens = adapter.spec, special_tokens(adapter, settings, stop_ids, banned_ids)
-    process = PROCESSES[spec.noise](settings, tokens, spec.vocab_size, draws if draws is not None else KeyedDraws())
+    draws = draws if draws is not None else KeyedDraws()
+    process = PROCESSES[spec.noise](settings, tokens, spec.vocab_size, draws, untempered)
     reviser = REVISERS[settings.revise]
     queue, state, context = iter(requests), None, None
     while True:
@@ -203,12 +222,10 @@ def _propose(
     size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
     for start in range(0, len(rows_M), size):
         part = slice(start, start + size)
-        logits_MV = adapter.logits(hidden_MD[part])
-        finite_M = logits_MV.sum(dim=-1, dtype=torch.float32).isfinite()  # one nan or inf makes the sum one
-        weighed = process.weigh(logits_MV, weighing[part])
+        weighed = process.weigh(adapter.logits(hidden_MD[part]), weighing[part])
         if adapter.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
             signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
-        columns.append((finite_M, *_columns(weighed)))
+        columns.append(_columns(weighed))
     finite_M, *found = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
     _require_finite(finite_M, state, rows_M)
     if signals:
@@ -231,7 +248,8 @@ def _columns(weighed: Weighed) -> tuple[Tensor, ...]:
     standing_M = nothing_M if weighed.standing_M is None else weighed.standing_M
     highest_M = nothing_M if weighed.highest_M is None else weighed.highest_M
     return (
-        weighed.candidate_M, weighed.likely_M, weighed.score_M, weighed.confidence_M, standing_M, highest_M
+        weighed.finite_M, weighed.candidate_M, weighed.likely_M, weighed.score_M, weighed.confidence_M,
+        standing_M, highest_M,
     )  # fmt: skip
 
 
@@ -268,6 +286,8 @@ def _cut(state: State, call: Call, stop: Sequence[int]) -> State:
 def _event(
     state: State, call: Call, settled_BC: Tensor, revised_BC: Tensor, proposal: Proposal, finished_B: Tensor
 ) -> StepEvent:
+    edited_BC = revised_BC & ~state.open_BC
+    confidence_BC = torch.where(edited_BC, proposal.highest_BC, proposal.confidence_BC)
     width = int(state.shown_B.max())  # whole canvases are denoised; what is over the answer's length is not shown
     return StepEvent(
         rows=state.rows,
@@ -281,6 +301,6 @@ def _event(
         committed_BC=settled_BC[:, :width],
         revised_BC=revised_BC[:, :width],
         score_BC=proposal.score_BC[:, :width],
-        confidence_BC=proposal.confidence_BC[:, :width],
+        confidence_BC=confidence_BC[:, :width],
         finished_B=finished_B,
     )

@@ -13,7 +13,7 @@ Cache = Literal["none", "prefix", "dual", "block"]
 Revise = Literal["none", "remask", "edit", "redraw"]
 
 # Scores in [0, 1], which a threshold or factor can be compared with.
-_PROBABILITIES = ("low_confidence", "margin")
+PROBABILITIES = ("low_confidence", "margin")
 
 
 def check_rule(
@@ -26,7 +26,7 @@ def check_rule(
         one, other = list(given)[:2]
         raise SamplingError(f"{one}: cannot be set together with {other}, since each is a rule; leave one out")
     for name, value in given.items():
-        fitting = ("entropy",) if name == "entropy_bound" else _PROBABILITIES
+        fitting = ("entropy",) if name == "entropy_bound" else PROBABILITIES
         if remasking is not None and remasking not in fitting:
             raise SamplingError(
                 f"remasking: {remasking} scores cannot be compared with {name} {value}; use {' or '.join(fitting)}, or "
@@ -41,7 +41,7 @@ class MaskSettings:
     Attributes:
         steps: network calls for the whole answer; shared out over the blocks, at least one each. Used where no other
             rule is set: `threshold`, `factor` or `entropy_bound`, at most one.
-        max_new_tokens: length of the answer.
+        max_new_tokens: length of the answer; the default of a model with a short context is less (`mask_defaults`).
         block_size: the answer is denoised in blocks of this length from left to right; the last may be shorter.
         temperature: 0 takes the most likely token; T > 0 samples from softmax(logits / T).
         remasking: which open positions are settled first: `low_confidence` those with the most probable token (the
@@ -59,8 +59,8 @@ class MaskSettings:
             the block. Both are approximate: in a bidirectional network they change with every token.
         refresh_interval: calls within a block after which the cache is computed anew; None = at block starts only,
             1 = at each call, which is exact.
-        revise: `none`, settled tokens never change; `remask` masks the current block's improbable ones again; `edit`
-            replaces them by tokens that have become probable.
+        revise: `none`, settled tokens never change; `remask` masks the current block's improbable ones again, fewer
+            than the call settles; `edit` replaces them by tokens that have become probable.
         revise_threshold: `remask` masks tokens with a probability below this, `edit` writes those of at least this.
 
     Raises:
@@ -121,7 +121,11 @@ class MaskSettings:
 
     @property
     def approximations(self) -> tuple[str, ...]:
-        """What makes answers differ from those of full forwards, in words; empty where nothing does."""
+        """What is not computed by full forwards, in words; empty where everything is.
+
+        The published algorithm is full forwards with the default settings. Other rules, scores, steps and ways to
+        revise are other algorithms, and show as the settings that they are; they are no approximation of the network.
+        """
         if not self._keeps_old:
             return ()
         often = "" if self.refresh_interval is None else f" and every {self.refresh_interval} calls"
@@ -130,7 +134,7 @@ class MaskSettings:
 
     @property
     def exact(self) -> bool:
-        """Whether answers are those of full forwards."""
+        """Whether every call is a full forward: there are no `approximations`."""
         return not self.approximations
 
 
@@ -140,7 +144,8 @@ class CanvasSettings:
 
     Attributes:
         steps: N, network calls for a canvas at the most.
-        max_new_tokens: length of the answer; whole canvases are denoised and the last is cut.
+        max_new_tokens: length of the answer; whole canvases are denoised and the last is cut. The default of a model
+            with a short context is less (`canvas_defaults`).
         block_size: the model's canvas.
         eos: `allow`; `suppress` never writes one of the model's end-of-text tokens.
         entropy_bound: positions are accepted in order of rising entropy while those before a position have at most this
@@ -196,7 +201,7 @@ class CanvasSettings:
 
     @property
     def approximations(self) -> tuple[str, ...]:
-        """What makes answers differ from those without a cache: nothing."""
+        """What is not computed as by full forwards: nothing, since what the cache keeps never changes."""
         return ()
 
     @property

@@ -100,6 +100,21 @@ def generate(
     Raises:
         SamplingError: a prompt that is empty, too long for the model or needs a tokenizer; a setting that the model's
             family does not have; a model of no known family; logits that are not finite.
+
+    Example:
+        >>> import torch, unmask
+        >>> from unmask.models.llada.config import LLaDAConfig
+        >>> from unmask.models.llada.model import LLaDA, initialise
+        >>> model = LLaDA(LLaDAConfig(
+        ...     d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, vocab_size=32, embedding_size=32,
+        ...     mask_token_id=31, eos_token_id=30, pad_token_id=30,
+        ... ))
+        >>> initialise(model, torch.Generator().manual_seed(0))
+        >>> sampler = unmask.SamplerConfig(steps=4, max_new_tokens=8, eos="suppress")
+        >>> for answer in unmask.generate(model, [[1, 2, 3], [4]], sampler=sampler):
+        ...     print(len(answer.token_ids), answer.finish_reason, answer.stats.nfe)
+        8 length 4
+        8 length 4
     """
     job = _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size)
     results: dict[int, Generation] = {}
@@ -183,7 +198,7 @@ def _prepare(
     adapter = adapter_for(model, settings)
     encoded = encode_prompts(prompts, tokenizer, raw, adapter.spec.mask_id)
     for index, ids in enumerate(encoded):
-        _check_prompt(index, ids, adapter, settings)
+        check_prompt(f"prompt {index}", ids, adapter.spec.max_length, adapter.spec.rows, settings)
     keyed = zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
     # Prompts of like length need little padding.
     requests = sorted((Request(*request) for request in keyed), key=lambda request: len(request.prompt_ids))
@@ -237,21 +252,32 @@ def stop_ids(adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> tup
     return tuple(sorted(ids))
 
 
-def _check_prompt(index: int, ids: Sequence[int], adapter: Adapter, settings: Settings) -> None:
-    spec = adapter.spec
+def check_prompt(place: str, ids: Sequence[int], max_length: int, rows: int, settings: Settings) -> None:
+    """Refuse a prompt that does not fit a model.
+
+    Args:
+        place: what to call it.
+        ids: its tokens.
+        max_length: longest prompt and answer together, in tokens.
+        rows: ids that the model accepts are below this.
+        settings: of the model's family.
+
+    Raises:
+        SamplingError: it is too long, or has a token that the model does not know.
+    """
     total = len(ids) + settings.length
-    if total > spec.max_length:
+    if total > max_length:
         whole = settings.length // settings.block_size
         rounded = "" if settings.length == settings.max_new_tokens else f" ({whole} whole canvases)"
         raise SamplingError(
-            f"prompt {index}: {len(ids)} tokens and max_new_tokens={settings.max_new_tokens}{rounded} make {total}, "
-            f"over the model's max_sequence_length {spec.max_length}; shorten the prompt or the answer"
+            f"{place}: {len(ids)} tokens and max_new_tokens={settings.max_new_tokens}{rounded} make {total}, over the "
+            f"model's max_sequence_length {max_length}; shorten the prompt or the answer"
         )
-    outside = [token for token in ids if not 0 <= token < spec.rows]
+    outside = [token for token in ids if not 0 <= token < rows]
     if outside:
         raise SamplingError(
-            f"prompt {index}: token id {outside[0]} is outside the model's vocabulary of {spec.rows}; "
-            "use the tokenizer that belongs to the checkpoint"
+            f"{place}: token id {outside[0]} is outside the model's vocabulary of {rows}; use the tokenizer that "
+            "belongs to the checkpoint"
         )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from unmask.sampling.family_settings import PROBABILITIES
+
 Preset = Literal["reference", "balanced", "fast"]
 
 # Family → preset → settings over the family's own.
@@ -33,7 +35,7 @@ def preset_settings(family: str, preset: str | None, given: Mapping[str, Any]) -
     """Return what a preset adds to the settings that are given, which win over it.
 
     A given rule (or, for masks, a number of steps or a score that is no probability) takes the place of the preset's
-    rule altogether: beside it, it would contradict it or mean nothing.
+    rule altogether: beside it, it would contradict it or mean nothing. A score that is one keeps the preset's rule.
 
     Args:
         family: a key of `PRESETS`.
@@ -41,6 +43,7 @@ def preset_settings(family: str, preset: str | None, given: Mapping[str, Any]) -
         given: settings by name.
     """
     values = {} if preset is None else dict(PRESETS[family][preset])
-    if family == "LLaDA" and any(name in given for name in (*_RULES, "steps", "remasking")):
+    replaced = any(name in given for name in (*_RULES, "steps"))
+    if family == "LLaDA" and (replaced or given.get("remasking", PROBABILITIES[0]) not in PROBABILITIES):
         values = {name: value for name, value in values.items() if name not in _RULES}
     return {name: value for name, value in values.items() if name not in given}

@@ -8,8 +8,8 @@ Shapes: B rows, C answer columns, M weighed positions, V vocabulary rows, K call
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from unmask.sampling.categorical import block_sums
 from unmask.sampling.draws import Draws, Places
 from unmask.sampling.revise import REVISERS
-from unmask.sampling.rules import SCORES, Candidates, ban_, choose, log_total, logit
+from unmask.sampling.rules import SCORES, Candidates, ban_, choose, likeliest, log_total, logit
 from unmask.sampling.schedule import quota
 from unmask.sampling.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings, MaskSettings
@@ -30,6 +30,8 @@ _NEVER = -1e30
 # uniform number (2^-53) to fall on one, or for fp32 to see; without it they underflow to subnormal numbers, with which
 # a CPU multiplies matrices ten times slower.
 _LOWEST = -60.0
+# Logits that a CPU weighs at a time under masks, 2 MiB in fp32: what it reads again is then still in its cache.
+_IN_CACHE = 2**19
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Weighed:
     """What the logits say of some positions, on their device.
 
     Attributes:
+        finite_M: bool, whether all logits are finite; where not, nothing else is of use.
         candidate_M: int64, the token that each would take.
         likely_M: int64, the most likely token.
         score_M: float32, how urgently it takes it, larger first.
@@ -67,6 +70,7 @@ class Weighed:
         total_M: float32, what the weights add up to.
     """
 
+    finite_M: Tensor
     candidate_M: Tensor
     likely_M: Tensor
     score_M: Tensor
@@ -75,6 +79,11 @@ class Weighed:
     highest_M: Tensor | None = None
     weights_MV: Tensor | None = None
     total_M: Tensor | None = None
+
+
+def _joined(parts: Sequence[Weighed]) -> Weighed:
+    columns = ([getattr(part, field.name) for part in parts] for field in fields(Weighed))
+    return Weighed(*(None if column[0] is None else torch.cat(column) for column in columns))  # pyright: ignore[reportArgumentType]
 
 
 class Process(Protocol):
@@ -100,9 +109,12 @@ class Process(Protocol):
 class MaskProcess:
     """Absorbing noise: open positions hold the mask."""
 
-    def __init__(self, settings: MaskSettings, tokens: Tokens, vocab_size: int, draws: Draws) -> None:
+    def __init__(
+        self, settings: MaskSettings, tokens: Tokens, vocab_size: int, draws: Draws, untempered: bool = False
+    ) -> None:
         self.settings, self.tokens, self.vocab_size, self.draws = settings, tokens, vocab_size, draws
         self.rereads = REVISERS[settings.revise].rereads
+        self._floats = Scratch()
 
     def begin(self, state: State) -> State:
         """Return the state: open positions are masks from the start."""
@@ -116,12 +128,21 @@ class MaskProcess:
         return torch.tensor([quota(*row) for row in zip(sizes, calls, state.step_B.tolist(), strict=True)])
 
     def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
-        """Draw only the noise that the settings need."""
-        settings, places = self.settings, weighing.places
-        logits_MV = ban_(logits_MV, self.tokens.banned, self.vocab_size)
+        """As in `Process`, on a CPU a few positions at a time."""
+        rows, width = logits_MV.shape
+        size = max(1, _IN_CACHE // width) if logits_MV.device.type == "cpu" else rows
+        parts = (slice(start, start + size) for start in range(0, rows, size))
+        return _joined([self._weigh_few(logits_MV[part], weighing[part]) for part in parts])
+
+    def _weigh_few(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
+        settings, places, score = self.settings, weighing.places, SCORES[self.settings.score]
+        if logits_MV.dtype != torch.float32:
+            floats_MV = self._floats.rows(*logits_MV.shape, like=logits_MV, dtype=torch.float32)
+            logits_MV = floats_MV.copy_(logits_MV)
+        finite_M = logits_MV.sum(dim=-1).isfinite()
+        ban_(logits_MV, self.tokens.banned, self.vocab_size)
         gumbel_MV = self.draws.gumbel(places, logits_MV) if settings.temperature else None
         token_M = choose(logits_MV, settings.temperature, gumbel_MV)
-        logits_MV, score = logits_MV.float(), SCORES[settings.score]
         candidate_M = logit(logits_MV, token_M)
         total_M = log_total(logits_MV, overwrite=not (score.reads_logits or self.rereads))
         confidence_M = (candidate_M - total_M).exp()
@@ -130,13 +151,13 @@ class MaskProcess:
         if self.tokens.deferred:
             score_M = score_M.masked_fill(self._deferred(token_M), -torch.inf)
         if not self.rereads:
-            return Weighed(token_M, token_M, score_M, confidence_M)
+            return Weighed(finite_M, token_M, token_M, score_M, confidence_M)
         likely_M = choose(logits_MV, 0.0, None)
         highest_M = (logit(logits_MV, likely_M) - total_M).exp()
         if self.tokens.deferred:
             highest_M = highest_M.masked_fill(self._deferred(likely_M), 0.0)  # no edit writes a stop token
         standing_M = (logit(logits_MV, weighing.standing_M) - total_M).exp()
-        return Weighed(token_M, likely_M, score_M, confidence_M, standing_M, highest_M)
+        return Weighed(finite_M, token_M, likely_M, score_M, confidence_M, standing_M, highest_M)
 
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
         """Return masks."""
@@ -150,7 +171,10 @@ class MaskProcess:
 class CanvasProcess:
     """Uniform noise: open positions hold random tokens, drawn anew until a candidate is accepted."""
 
-    def __init__(self, settings: CanvasSettings, tokens: Tokens, vocab_size: int, draws: Draws) -> None:
+    def __init__(
+        self, settings: CanvasSettings, tokens: Tokens, vocab_size: int, draws: Draws, untempered: bool = False
+    ) -> None:
+        self.untempered = untempered
         self.settings, self.tokens, self.vocab_size, self.draws = settings, tokens, vocab_size, draws
         self._weights = Scratch()
         self.temperature_K = torch.tensor([settings.temperature(step) for step in range(settings.steps)])
@@ -171,24 +195,34 @@ class CanvasProcess:
     def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
         """Weigh softmax(logits / T), overwriting the logits: this is the bulk of a step beside the matmuls."""
         self.temperature_K = self.temperature_K.to(logits_MV.device)
-        logits_MV = logits_MV.float().div_(self.temperature_K[weighing.step_M][:, None])
+        logits_MV = logits_MV.float()
+        highest_M = self._highest(logits_MV) if self.untempered else None
+        logits_MV = logits_MV.div_(self.temperature_K[weighing.step_M][:, None])
+        finite_M = logits_MV.sum(dim=-1).isfinite()
         logits_MV[:, self.vocab_size :] = _NEVER
         for token in self.tokens.banned:
             logits_MV[:, token : token + 1] = _NEVER
-        highest_M, likely_M = logits_MV.max(dim=-1)
-        logits_MV.sub_(highest_M[:, None]).clamp_(min=_LOWEST)
+        likely_M = likeliest(logits_MV)
+        logits_MV.sub_(logit(logits_MV, likely_M)[:, None]).clamp_(min=_LOWEST)
         weights_MV = torch.exp(logits_MV, out=self._weights.rows(*logits_MV.shape, like=logits_MV))
         total_M = block_sums(weights_MV).sum(dim=-1)
         # H = log Z − Σ p·x with x relative to the highest, so that a sure position's entropy keeps its digits.
         entropy_M = total_M.log() - logits_MV.mul_(weights_MV).sum(dim=-1) / total_M
         return Weighed(
+            finite_M,
             self.draws.category(weighing.places, weights_MV),
             likely_M,
             -entropy_M,
-            total_M.reciprocal(),  # the highest weight is 1
+            total_M.reciprocal() if highest_M is None else highest_M,  # the highest weight is 1
             weights_MV=weights_MV,
             total_M=total_M,
         )
+
+    def _highest(self, logits_MV: Tensor) -> Tensor:
+        """Return the highest probability at temperature 1, leaving the logits as they are."""
+        scratch_MV = self._weights.rows(*logits_MV.shape, like=logits_MV).copy_(logits_MV)
+        ban_(scratch_MV, self.tokens.banned, self.vocab_size)
+        return (scratch_MV.amax(dim=-1) - log_total(scratch_MV)).exp()
 
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
         """Return tokens drawn uniformly."""
@@ -198,8 +232,9 @@ class CanvasProcess:
         return torch.zeros_like(state.answer_BC).index_put((rows_M, position_M), noise_M)
 
 
-# Kind of noise, as a family's spec names it → its process: (settings, tokens, vocab_size, draws).
-PROCESSES: dict[str, Callable[[Any, Tokens, int, Draws], Process]] = {
+# Kind of noise, as a family's spec names it → its process: (settings, tokens, vocab_size, draws, untempered).
+# `untempered` asks for confidences at temperature 1; under masks they always are.
+PROCESSES: dict[str, Callable[[Any, Tokens, int, Draws, bool], Process]] = {
     "mask": MaskProcess,
     "uniform": CanvasProcess,
 }

@@ -11,8 +11,8 @@ from unmask.errors import DataError
 _KEYS = ("prompt", "messages", "prompt_ids")
 
 
-def read_prompts(path: Path, infill: bool = False) -> list[Any]:
-    """Return the prompts of a file, each as `generate` or `infill` takes it.
+def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
+    """Return the prompts of a file by their places, `FILE:LINE`, each as `generate` or `infill` takes it.
 
     A line holds one of `prompt` (a text), `messages` (a chat) or `prompt_ids` (token ids); other fields are not looked
     at, so that a file of answers or of training rows is a file of prompts. A chat that ends in an assistant's turn is
@@ -26,12 +26,14 @@ def read_prompts(path: Path, infill: bool = False) -> list[Any]:
         DataError: no such file, an empty one, or a line that is no prompt; names the file and the line.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # Not splitlines: a text may hold characters that it takes for ends of lines.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"--input: {path}: {error.strerror or error}; name a JSONL file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"--input: {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from None
-    prompts = [_prompt(f"{path}:{number}", line, infill) for number, line in enumerate(lines, 1) if line.strip()]
+    places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    prompts = {place: _prompt(place, line, infill) for place, line in places.items()}
     if not prompts:
         raise DataError(f"--input: {path} holds no prompt; write one JSON object a line, such as " + '{"prompt": "…"}')
     return prompts

@@ -63,11 +63,8 @@ def open_answer(settings: Settings) -> Template:
 
 def starting_state(requests: Sequence[Request], settings: Settings, mask_id: int | None) -> State:
     """Return the state before the first call: the mask (or, until its block begins, token 0) at open positions."""
-    states = [_row(request, settings, mask_id) for request in requests]
-    state = states[0]
-    for other in states[1:]:
-        state = state.join(other)
-    return state
+    first, *others = (_row(request, settings, mask_id) for request in requests)
+    return first.join(*others)
 
 
 def _row(request: Request, settings: Settings, mask_id: int | None) -> State:

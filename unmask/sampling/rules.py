@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.sampling.categorical import BLOCK
 from unmask.sampling.settings import MaskSettings, Settings
 
 
@@ -34,9 +35,26 @@ def choose(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> T
         temperature: T; 0 takes the argmax of the logits.
         gumbel_MV: float64 (M, V) of standard Gumbel noise; None at temperature 0.
     """
-    if gumbel_MV is None:
+    return likeliest(logits_MV if gumbel_MV is None else logits_MV + temperature * gumbel_MV)
+
+
+def likeliest(logits_MV: Tensor) -> Tensor:
+    """Return the column of each row's highest value, the first one where several are, int64 (M,).
+
+    Over a whole vocabulary a CPU's argmax takes ten times as long as its maximum. So it finds the block of columns that
+    has the maximum first, and then the column in it.
+    """
+    whole = logits_MV.shape[1] // BLOCK * BLOCK
+    if not logits_MV.device.type == "cpu" or not whole:
         return logits_MV.max(dim=-1).indices
-    return (logits_MV + temperature * gumbel_MV).max(dim=-1).indices
+    blocks_MJK = logits_MV[:, :whole].unflatten(1, (-1, BLOCK))
+    highest_M, block_M = blocks_MJK.amax(dim=-1).max(dim=-1)
+    inside_MK = blocks_MJK[torch.arange(len(block_M)), block_M]
+    column_M = block_M * BLOCK + inside_MK.max(dim=-1).indices
+    if whole == logits_MV.shape[1]:
+        return column_M
+    rest_M, rest_column_M = logits_MV[:, whole:].max(dim=-1)
+    return torch.where(rest_M > highest_M, whole + rest_column_M, column_M)
 
 
 def log_total(logits_MV: Tensor, overwrite: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -24,6 +24,7 @@ from unmask.sampling.family_settings import (
     check_rule,
 )
 from unmask.sampling.presets import Preset, preset_settings
+from unmask.sampling.schedule import planned_calls
 from unmask.sections import choice_problem
 
 # name → least value
@@ -42,7 +43,8 @@ class SamplerConfig:
 
     Attributes:
         steps: network calls, at least 1: LLaDA's for the whole answer, DiffusionGemma's for a canvas at the most.
-        max_new_tokens: length of the answer, at least 1.
+        max_new_tokens: length of the answer, at least 1. None: the checkpoint's, otherwise the family's, then at most
+            half of the model's max_sequence_length.
         block_size: LLaDA's blocks; DiffusionGemma's is the model's canvas, and no other value is taken.
         temperature: LLaDA's; 0 takes the most likely token.
         remasking, threshold, factor, cfg_scale, refresh_interval, revise_threshold: LLaDA's, see `MaskSettings`.
@@ -56,6 +58,15 @@ class SamplerConfig:
 
     Raises:
         SamplingError: a value outside its range, or two that exclude each other; the message names it.
+
+    Example:
+        >>> from unmask import SamplerConfig
+        >>> SamplerConfig(max_new_tokens=64, threshold=0.9).given
+        {'max_new_tokens': 64, 'threshold': 0.9}
+        >>> SamplerConfig(remasking="random", threshold=0.9)
+        Traceback (most recent call last):
+        unmask.errors.SamplingError: remasking: random scores cannot be compared with threshold 0.9; use \
+low_confidence or margin, or leave threshold out
     """
 
     steps: int | None = None
@@ -131,7 +142,36 @@ def resolve(sampler: SamplerConfig | None, defaults: _SettingsT) -> _SettingsT:
         raise SamplingError("refresh_interval: there is no cache to compute anew; set cache to prefix or dual")
     if "revise_threshold" in given and settings.revise == "none":
         raise SamplingError("revise_threshold: nothing is revised; set revise to remask or edit")
+    if isinstance(settings, MaskSettings):
+        sizes = [settings.block_size] * (settings.length // settings.block_size)
+        check_remask(settings, [*sizes, settings.length % settings.block_size])
     return settings
+
+
+def check_remask(settings: MaskSettings, sizes: Sequence[int]) -> None:
+    """Refuse to mask tokens again where every call settles one: fewer are taken back than a call settles, so none.
+
+    Args:
+        settings: of the answer.
+        sizes: open positions of each of its blocks.
+
+    Raises:
+        SamplingError: it would have no effect; names the remedy.
+    """
+    counted = settings.rule == "quota" and all(
+        calls == size for calls, size in zip(planned_calls(sizes, settings.steps), sizes, strict=True)
+    )
+    if settings.revise == "remask" and (counted or (settings.threshold is not None and settings.threshold > 1)):
+        why = f"{settings.steps} steps for {sum(sizes)} tokens" if counted else f"threshold {settings.threshold}"
+        raise SamplingError(
+            f"revise: remask takes back fewer tokens than a call settles, and with {why} that is one; "
+            "set threshold (0.9, say) or fewer steps"
+        )
+
+
+def _fitting(default: int, config: Any) -> int:
+    """Return a family's length of an answer, at most half of what the model can see at once."""
+    return max(1, min(default, config.max_sequence_length // 2))
 
 
 # Names in a generation_config.json → ours.
@@ -145,7 +185,7 @@ def canvas_defaults(config: Any, generation: Mapping[str, Any]) -> CanvasSetting
     """Return DiffusionGemma's settings of a checkpoint: its generation_config.json over the released values.
 
     Args:
-        config: the network's configuration; its `canvas_length` is read.
+        config: the network's configuration; `canvas_length` and `max_sequence_length` are read.
         generation: the file's values; an entry that is missing or null is the released value.
 
     Raises:
@@ -157,14 +197,20 @@ def canvas_defaults(config: Any, generation: Mapping[str, Any]) -> CanvasSetting
         raise ModelError(f"generation_config.json: sampler_config must hold entropy_bound alone, got {bound!r}")
     try:
         sampler = SamplerConfig(**values, entropy_bound=bound.get("entropy_bound"))
-        return resolve(sampler, CanvasSettings(block_size=config.canvas_length))
+        length = _fitting(CanvasSettings.max_new_tokens, config)
+        return resolve(sampler, CanvasSettings(block_size=config.canvas_length, max_new_tokens=length))
     except SamplingError as error:
         raise ModelError(f"generation_config.json: {error}") from None
 
 
 def mask_defaults(config: Any, generation: Mapping[str, Any]) -> MaskSettings:
-    """Return LLaDA's settings: the published ones, since its files hold none."""
-    return MaskSettings()
+    """Return LLaDA's settings: the published ones, since its files hold none; the answer no longer than there is room.
+
+    Args:
+        config: the network's configuration; its `max_sequence_length` is read.
+        generation: not used.
+    """
+    return MaskSettings(max_new_tokens=_fitting(MaskSettings.max_new_tokens, config))
 
 
 @dataclass(frozen=True)

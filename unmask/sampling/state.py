@@ -77,14 +77,15 @@ class State:
         kept = {name: value[keep_B] for name, value in self._tensors()}
         return State(rows, **{name: value[:, :width] if name in _PADDING else value for name, value in kept.items()})
 
-    def join(self, more: State) -> State:
+    def join(self, *more: State) -> State:
         """Return these rows and those of `more` behind them."""
-        width = max(self.answer_BC.shape[1], more.answer_BC.shape[1])
-        pairs = zip(self._tensors(), more._tensors(), strict=True)
+        states = (self, *more)
+        width = max(state.answer_BC.shape[1] for state in states)
         joined = {
-            name: torch.cat((_widen(name, old, width), _widen(name, new, width))) for (name, old), (_, new) in pairs
+            name: torch.cat([_widen(name, getattr(state, name), width) for state in states])
+            for name, _ in self._tensors()
         }
-        return State(self.rows + more.rows, **joined)
+        return State(tuple(row for state in states for row in state.rows), **joined)
 
     def opened(self, settled_BC: Tensor, reopened_BC: Tensor) -> State:
         """Return the state with some positions settled and others open again."""

@@ -53,7 +53,7 @@ class Trace:
         noise: what stands at open positions: masks, or random tokens (`FamilySpec.noise`).
         checkpoint: what the page calls the model.
         sampler: the settings in force, by name.
-        label: whether they compute what the published algorithm does: "exact", or what is approximate.
+        label: whether every call is a full forward: "exact", or what is approximate (`approximations`).
         seed: the run's seed.
         prompts: what to show as each prompt, in the order of their numbers.
     """
@@ -96,6 +96,8 @@ class Trace:
                 row = self._rows[index] = _Row([-1] * len(ids), was_open, given, start)
                 for position in given:
                     row.ids[position] = ids[position]
+            edited = event.revised_BC[place, :length] & ~event.open_BC[place, :length]
+            told = sorted({*weighed, *edited.nonzero()[:, 0].tolist()})
             call = {
                 "nfe": int(event.nfe_B[place]),
                 "block": int(event.block_B[place]),
@@ -103,12 +105,16 @@ class Trace:
                 "ids": _runs((i, token) for i, token in enumerate(ids) if token != row.ids[i]),
                 "settled": _runs((i, 1) for i, just in enumerate(settled) if just),
                 "reopened": _runs((i, 1) for i, now in enumerate(is_open) if now and not row.open[i]),
-                "sure": _runs((i, round(sure[i] * _SCALE)) for i in weighed),
+                "sure": _runs((i, round(sure[i] * _SCALE)) for i in told),
                 # Most scores are that probability itself.
                 "scores": _runs((i, round(score[i] * _SCALE)) for i in weighed if abs(score[i] - sure[i]) > 1e-6),
             }
             row.calls.append({name: value for name, value in call.items() if value != []})
             row.ids, row.open, row.finished = ids, is_open, bool(event.finished_B[place])
+
+    def entitle(self, titles: Sequence[str]) -> None:
+        """Set what to show as each prompt, in the order of their numbers, where it is known only later."""
+        self.prompts = list(titles)
 
     def write(self, path: Path) -> None:
         """Write the page, replacing one that is there.

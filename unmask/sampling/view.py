@@ -128,6 +128,10 @@ class Watcher:
         self._printed: dict[int, int] = {}
         self._given: dict[int, frozenset[int]] = {}
 
+    def entitle(self, titles: Sequence[str]) -> None:
+        """Set what to print above each answer, in the order of their numbers, where it is known only later."""
+        self.titles = dict(enumerate(titles))
+
     def __enter__(self) -> Watcher:
         if self._live is not None:
             self._live.start()

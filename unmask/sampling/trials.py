@@ -1,0 +1,149 @@
+"""A text with its blanks at certain lengths: what the denoising loop is asked for, and what its events say of it.
+
+Shapes: C answer columns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unmask.errors import SamplingError
+from unmask.sampling.adapters import Adapter, FamilySpec
+from unmask.sampling.blanks import Blank
+from unmask.sampling.denoise import StepEvent
+from unmask.sampling.prompts import GivenText
+from unmask.sampling.request import Template
+from unmask.sampling.settings import MaskSettings, Settings, check_remask
+from unmask.sampling.suffix import columns_behind, log_probabilities
+
+# Stands for an open position where a text is hashed; no token id is so large.
+_OPEN = 2**48
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A text with its blanks at certain lengths.
+
+    Attributes:
+        index: the text's place.
+        prompt_ids: all before the first blank.
+        template: from there on; its last canvas filled up.
+        spans: of each blank, its columns in the template.
+        columns: columns of the template that are the text's.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    template: Template
+    spans: list[tuple[int, int]]
+    columns: int
+
+    @property
+    def hashed(self) -> list[int]:
+        """The template's tokens with `_OPEN` at open positions."""
+        pairs = zip(self.template.answer_ids, self.template.open, strict=True)
+        return [_OPEN if is_open else token for token, is_open in pairs]
+
+
+@dataclass
+class Filled:
+    """What the events say of a trial: tokens, their log-probabilities, and calls so far.
+
+    `behind` has the log-probabilities of the tokens behind its blanks, once they are asked for.
+    """
+
+    logs_C: Tensor
+    answer: list[int] = field(default_factory=list)
+    nfe: int = 0
+    behind: list[float] = field(default_factory=list)
+
+    def take(self, event: StepEvent, place: int) -> None:
+        """Take in an event in which the trial is row `place`."""
+        length = event.lengths[place]
+        edited_C = event.revised_BC[place, :length] & ~event.open_BC[place, :length]
+        settled_C = event.committed_BC[place, :length] | edited_C
+        logs_C = event.confidence_BC[place, :length].clamp(min=torch.finfo(torch.float32).tiny).log()
+        self.logs_C = torch.where(settled_C, logs_C, self.logs_C)
+        self.nfe = int(event.nfe_B[place])
+        if event.finished_B[place]:
+            self.answer = event.answer_BC[place, :length].tolist()
+
+    def ask_behind(self, adapter: Adapter, trial: Trial, most: int) -> None:
+        """Ask how likely the text behind the blanks is, with what was written into them; a call, if there is any."""
+        columns = columns_behind(trial.spans, len(self.answer), most)
+        if columns:
+            self.behind = log_probabilities(adapter, trial.prompt_ids, self.answer, columns)
+            self.nfe += 1
+
+
+def lay_out(
+    index: int, text: GivenText, lengths: Sequence[int], settings: Settings, spec: FamilySpec, eos_id: int
+) -> Trial:
+    before, *rest = text.ids
+    ids: list[int] = []
+    is_open: list[bool] = []
+    spans: list[tuple[int, int]] = []
+    for length, piece in zip(lengths, rest, strict=True):
+        spans.append((len(ids), len(ids) + length))
+        ids += [0] * length + piece
+        is_open += [True] * length + [False] * len(piece)
+    columns = len(ids)
+    ids, is_open = ids + text.closing, is_open + [False] * len(text.closing)
+    size = settings.block_size
+    if spec.block_size is not None:
+        last = spans[-1][1] - 1
+        whole = (last // size + 1) * size  # nothing sees a canvas behind the last blank's
+        ids = [*ids, *[eos_id] * (whole - len(ids))][:whole]
+        is_open = [*is_open, *[False] * (whole - len(is_open))][:whole]
+    trial = Trial(
+        index,
+        [*text.prompt_ids, *before],
+        Template(ids, is_open, [place // size for place in range(len(ids))]),
+        spans,
+        columns,
+    )
+    _check(trial, spec)
+    return trial
+
+
+def _check(trial: Trial, spec: FamilySpec) -> None:
+    total = len(trial.prompt_ids) + len(trial.template.answer_ids)
+    if total > spec.max_length:
+        whole = "" if spec.block_size is None else ", in whole canvases from the first blank,"
+        raise SamplingError(
+            f"text {trial.index}: {total} tokens{whole} are over the model's max_sequence_length {spec.max_length}; "
+            "shorten the text or its blanks"
+        )
+    if not trial.prompt_ids and spec.attention == "block_causal":
+        raise SamplingError(
+            f"text {trial.index}: a canvas needs something before it; begin the text with a word, or give a chat"
+        )
+    outside = [token for token in (*trial.prompt_ids, *trial.template.answer_ids) if not 0 <= token < spec.rows]
+    if outside:
+        raise SamplingError(
+            f"text {trial.index}: token id {outside[0]} is outside the model's vocabulary of {spec.rows}; use the "
+            "tokenizer that belongs to the checkpoint"
+        )
+
+
+def check_revise(trials: Sequence[Trial], settings: MaskSettings) -> None:
+    """Refuse to revise where it can do nothing in any of the trials."""
+    for trial in trials:
+        pairs = zip(trial.template.block_of, trial.template.open, strict=True)
+        blocks = Counter(block for block, is_open in pairs if is_open)
+        try:
+            check_remask(settings, list(blocks.values()))
+            return
+        except SamplingError:
+            if trial is trials[-1]:
+                raise
+
+
+def title(text: GivenText, trial: Trial) -> str:
+    lengths = iter(end - start for start, end in trial.spans)
+    return "".join(f"{{blank:{next(lengths)}}}" if isinstance(piece, Blank) else piece for piece in text.pieces)
