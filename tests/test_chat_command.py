@@ -173,3 +173,9 @@ def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was(t
     path = tmp_path / "talk.jsonl"
     shown = typed("hi", "word " * 100, f"/save {path}")
     assert "error: this turn:" in shown and "2 turns added" in shown
+
+
+def test_without_a_length_the_answer_leaves_a_short_context_room_for_the_turn(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"hello\n"), isatty=lambda: False))
+    assert main(["chat", "--checkpoint", checkpoint, "--threshold", "0", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("> hello\n")

@@ -95,6 +95,56 @@ def test_two_runs_leave_the_same_bytes_and_another_batch_size_the_same_answers(e
     compared = json.loads((tmp_path / "c" / "results.json").read_text())["results"][0]["compared"]
     assert compared == {"against": {"rows": 10, "differing": 0, "gained": 0, "lost": 0}}
 
+    # What cannot be compared is refused before a model loads.
+    status, _, errors = evaluate("--output", third, "--against", first, "--temperature", "0.5")
+    assert status == 2 and "gsm8k-model.jsonl is of another evaluation (sampler.temperature 0.7, not 0.5)" in errors
+    status, _, errors = evaluate("--tasks", "text", "--output", third, "--against", first)
+    assert status == 2 and "text-model.jsonl is not there" in errors
+
+
+def test_a_second_command_adds_to_the_results(evaluate, tmp_path: Path) -> None:
+    def results() -> dict[str, dict]:
+        return {each["task"]: each for each in json.loads((tmp_path / "out" / "results.json").read_text())["results"]}
+
+    short = ["--limit", "3"]
+    assert evaluate(*short)[0] == 0
+    first = results()["gsm8k"]
+    assert first["settings"]["sampler"]["steps"] == 4 and first["timed_rows"] == 3 and first["batch_size"] == 2
+    assert evaluate(*short, "--tasks", "likelihood", "--num-samples", "4")[0] == 0
+    both = results()
+    assert list(both) == ["gsm8k", "likelihood"] and both["gsm8k"] == first
+    assert both["likelihood"]["settings"]["num_samples"] == 4
+    status, printed, _ = evaluate(*short, "--batch-size", "3")
+    assert status == 0 and "gsm8k, model: all 3 were there already" in printed
+    assert results()["gsm8k"] == first
+    values = json.loads((tmp_path / "out" / "results.json").read_text())
+    values["models"][0]["fingerprint"]["weights"] = "of another model"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(values))
+    status, _, errors = evaluate(*short)
+    assert status == 2 and "results.json: model is another model there" in errors
+
+
+def test_a_refused_command_leaves_no_file_behind(evaluate, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "why? " * 40, "answer": "3"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, errors = evaluate(data=str(path))
+    assert status == 2 and "rows.jsonl:2: " in errors and "over the model's max_sequence_length" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_literal_text_is_in_the_form_of_each_task(evaluate, tmp_path: Path, monkeypatch) -> None:
+    asked = {}
+
+    def answer(self, chunk):
+        asked.setdefault(self.stops[0], self.questions[0].prompt)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Asking, "answer", answer)
+    for task in ("gsm8k,math", "math,gsm8k"):
+        evaluate("--raw", "--tasks", task, "--output", str(tmp_path / task))
+    assert asked["Question:"].startswith("Question: ") and asked["Problem:"].startswith("Problem: ")
+
 
 def test_another_evaluation_is_not_mixed_into_a_file(evaluate, tmp_path: Path) -> None:
     assert evaluate()[0] == 0
@@ -143,10 +193,20 @@ def test_what_cannot_be_done_is_refused_in_one_line(evaluate, words: list[str], 
 
 def test_an_unknown_task_gets_the_nearest_name_of_ours_and_theirs(evaluate, monkeypatch) -> None:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: argparse.Namespace(all_tasks=["hellaswag"]))
+    status, _, errors = evaluate("--tasks", "gsm8k,helaswag")
+    assert status == 2 and "'helaswag' is neither one of gsm8k, math, text, likelihood nor a task of lm-eval" in errors
+    assert "did you mean 'hellaswag'?" in errors and errors.count("\n") == 1
+
+
+def test_what_is_wrong_is_said_before_the_harness_reads_its_tasks(evaluate, monkeypatch) -> None:
+    def slow(**_: object) -> None:
+        raise AssertionError("the harness was asked")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", slow)
     status, _, errors = evaluate("--tasks", "gsm9k")
-    assert status == 2 and "'gsm9k' is neither one of gsm8k, math, text, likelihood nor a task of lm-eval" in errors
-    assert "did you mean 'gsm8k'?" in errors and errors.count("\n") == 1
-    assert "did you mean 'hellaswag'?" in evaluate("--tasks", "helaswag")[2]
+    assert status == 2 and "did you mean 'gsm8k'?" in errors and errors.count("\n") == 1
+    assert "nowhere" in evaluate("--tasks", "gsm8k,hellaswag", "--data", "nowhere.jsonl")[2]
+    assert "--checkpoint" in evaluate("--tasks", "gsm8k,hellaswag", checkpoint="no/such/folder")[2]
 
 
 def test_without_the_harness_the_install_command_is_named(evaluate, monkeypatch) -> None:

@@ -80,7 +80,7 @@ def test_chunks_hold_every_row_once_and_no_prompt_twice(lengths: list[int], size
 def test_a_question_that_is_too_long_shows_first_with_its_place(asked) -> None:
     model, tokenizer, questions = asked
     long = Question((Message("user", "why? " * 30),), "so", "f:99")
-    with pytest.raises(SamplingError, match=r"f:99 .*over the model's max_sequence_length 96"):
+    with pytest.raises(SamplingError, match=r"f:99: .*over the model's max_sequence_length 96"):
         score_answers(model, [*questions, long], tokenizer=tokenizer, sampler=SHORT, batch_size=1)
 
 

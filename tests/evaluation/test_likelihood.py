@@ -112,7 +112,7 @@ def test_each_count_is_as_likely_as_its_share(top: float, samples: int) -> None:
 
 HARDNESS = np.random.default_rng(5).exponential(size=200)
 # Cross-entropy of each token in a context in which a share of the tokens is masked.
-SHAPES = {"smooth": lambda share: share, "steep": lambda share: share**4, "flat": lambda share: 0.5 + 0 * share}
+SHAPES = {"smooth": lambda share: share**0.5, "steep": lambda share: share**4, "flat": lambda share: 0.5 + 0 * share}
 
 
 def synthetic(answer: int, masks: int, pairs: bool, shape: str, draws: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -130,9 +130,9 @@ def synthetic(answer: int, masks: int, pairs: bool, shape: str, draws: int) -> t
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize(("answer", "masks"), [(40, 16), (41, 16), (120, 32), (12, 48)])
+@pytest.mark.parametrize(("answer", "masks"), [(40, 16), (41, 16), (96, 32), (12, 48)])
 def test_errors_are_honest_also_with_fewer_masks_than_tokens(answer, masks, pairs, shape) -> None:
-    values, errors, exact = synthetic(answer, masks, pairs, shape, 150)
+    values, errors, exact = synthetic(answer, masks, pairs, shape, 100)
     spread = values.std(ddof=1)
     assert abs(values.mean() - exact) < 3.5 * spread / math.sqrt(len(values)) + 1e-9
     reported = math.sqrt(np.mean(errors**2))

@@ -12,13 +12,16 @@ import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tokenizers.processors import TemplateProcessing
 
 import unmask
 from unmask import lm_eval as command
 from unmask.cli import main
 from unmask.errors import ConfigError
+from unmask.evaluation.exact_match import encode_questions
 from unmask.evaluation.greedy import greedily_written
 from unmask.evaluation.lm_eval import UnmaskLM
+from unmask.evaluation.questions import Question
 from unmask.models.registry import ModelConfig, build_model, plan_model
 from unmask.models.tokenizer import load_tokenizer
 from unmask.sampling.settings import SamplerConfig
@@ -166,6 +169,24 @@ def test_a_canvas_model_is_read_by_its_encoder(gemma_values, tiny) -> None:
         assert found[0][0] < 0
 
 
+def test_a_start_of_text_that_the_tokenizer_puts_by_itself_stands_before_every_context(gemma_values, tiny) -> None:
+    model = build_model(plan_model(ModelConfig(config=gemma_values(vocab_size=264))), None).eval()
+    tokenizer = load_tokenizer(str(tiny.folder / "tokenizer"))
+    plain = UnmaskLM(model, tokenizer=tokenizer)._pair("2 plus 2?", " 4")
+    bos, text = tokenizer.bos_token_id, tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert UnmaskLM(model, tokenizer=tokenizer)._pair("2 plus 2?", " 4") == plain
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
+    lm = UnmaskLM(model, tokenizer=tokenizer)
+    assert lm._pair("2 plus 2?", " 4") == ((bos, *plain[0]), plain[1])
+    assert lm._pair(f"{text}2 plus 2?", " 4") == ((bos, *plain[0]), plain[1])
+    assert lm._pair("", "4") == ((bos,), tuple(lm._encode("4")))
+    long, _ = lm._pair("x" * (2 * lm.max_length), "4")
+    assert len(long) == lm.max_length - 1 and long[0] == bos and long[1] != bos
+    questions = [Question("2 plus 2?", "4", "f:1")]
+    assert encode_questions(model, questions, tokenizer) == [(bos, *plain[0])]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -190,9 +211,9 @@ def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     found = {each["task"]: each["metrics"] for each in results}
     assert {name: list(metrics) for name, metrics in found.items()} == {
-        name: [metric] for name, (metric, _, _) in KINDS.items()
+        f"lm_eval/{name}": [metric] for name, (metric, _, _) in KINDS.items()
     }
-    assert found["toy_read"]["byte_perplexity"]["value"] > 1
+    assert found["lm_eval/toy_read"]["byte_perplexity"]["value"] > 1
     samples = [json.loads(line) for line in (tmp_path / results[0]["file"]).read_text().splitlines()]
     assert len(samples) == 3 and "<|start_header_id|>assistant" in samples[0]["arguments"][0][0]
 
@@ -203,6 +224,26 @@ def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
     assert main(words) == 0
     again = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {each["task"]: each["metrics"] for each in again} == found
+
+
+def test_a_task_of_the_harness_with_the_name_of_ours_leaves_ours_alone(
+    tasks: Path, tiny_base: Path, tiny, tmp_path: Path, capsys
+) -> None:
+    head = TASK.format(name="gsm8k", data=tasks / "rows.jsonl", metric="exact_match", aggregation="mean")
+    (tmp_path / "gsm8k.yaml").write_text(head + KINDS["toy_write"][2])
+    words = ["eval", "--checkpoint", str(tiny_base), "--include-path", str(tmp_path), "--limit", "2", "--data",
+             str(tiny.folder / "train.jsonl"), "--output", str(tmp_path / "out"), "--max-new-tokens", "8",
+             "--steps", "8", "--block-size", "8", "--tasks", "gsm8k,lm_eval/gsm8k"]  # fmt: skip
+    assert main(words) == 0
+    assert "lm_eval/gsm8k" in capsys.readouterr().out
+    found = {each["task"]: each for each in json.loads((tmp_path / "out" / "results.json").read_text())["results"]}
+    assert list(found) == ["gsm8k", "lm_eval/gsm8k"] and "exact_match" in found["lm_eval/gsm8k"]["metrics"]
+    ours, theirs = (tmp_path / "out" / found[name]["file"] for name in found)
+    assert theirs.name.startswith("lm_eval-gsm8k-") and len(theirs.read_text().splitlines()) == 2
+    assert (
+        found["lm_eval/gsm8k"]["settings"]["sampler"]["max_new_tokens"] == 8 and found["lm_eval/gsm8k"]["seconds"] > 0
+    )
+    assert len(ours.read_text().splitlines()) == 3 and found["gsm8k"]["total"] == 2
 
 
 def test_the_harness_own_command_line_knows_the_model(

@@ -7,7 +7,7 @@ import pytest
 
 from unmask.data.conversation import Columns, Message
 from unmask.errors import DataError
-from unmask.evaluation.questions import as_text, read_questions, with_shots
+from unmask.evaluation.questions import as_text, read_questions, refuse_leaks, with_shots
 
 CHAT = {"messages": [
     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
@@ -82,3 +82,12 @@ def test_literal_text_holds_the_examples_before_the_question(tmp_path: Path) -> 
     shots = read_questions(write(tmp_path, {"question": "3+3?", "answer": "6"}))
     prompt = as_text(questions, shots, "Question: ", "\nAnswer:")[0].prompt
     assert prompt == "Question: 3+3?\nAnswer: 6\n\nQuestion: 1+1?\nAnswer:"
+
+
+def test_a_question_that_is_an_example_too_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": "4"}\n')
+    questions = read_questions(path)
+    refuse_leaks(questions[:1], questions[1:])
+    with pytest.raises(DataError, match=r"rows.jsonl:2 is the question of .*rows.jsonl:2 too"):
+        refuse_leaks(questions, questions[1:])

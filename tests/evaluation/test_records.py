@@ -56,6 +56,13 @@ def test_the_file_of_another_evaluation_is_refused_and_stays(tmp_path: Path, cha
     assert path.read_bytes() == before
 
 
+def test_a_file_without_records_is_of_no_evaluation_yet(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    resume_records(path, WHO, UNITS)
+    assert resume_records(path, WHO | {"seed": 1}, UNITS) == []
+    assert read_records(path) == (WHO | {"seed": 1}, [])
+
+
 @pytest.mark.parametrize("text", ["notes\n", json.dumps({"row": 1}) + "\n", "\n"])
 def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.jsonl"

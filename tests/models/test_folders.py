@@ -7,11 +7,14 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from unmask.errors import ConfigError, ModelError
+from unmask.evaluation.contestant import Contestant
 from unmask.models import folders
-from unmask.models.folders import find_folder
+from unmask.models.folders import find_folder, weights_fingerprint
 from unmask.models.registry import FAMILIES, ModelConfig, load_model, plan_folder, plan_model
 from unmask.models.tokenizer import find_tokenizer, load_tokenizer
 from unmask.sections import read_section
@@ -180,3 +183,41 @@ def test_an_adapter_is_no_checkpoint(tmp_path: Path, base: str | None, named: st
         said = refused(place, "--checkpoint")
         assert "is an adapter" in said and f"`--checkpoint {named} --adapter {place}`" in said
         assert find_tokenizer(str(place)).samefile(folder)
+
+
+def test_a_change_of_any_tensor_changes_the_fingerprint_and_the_place_does_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {f"layer.{n}": rng.normal(size=(64, 512)).astype(np.float32) for n in range(5)}
+    weights["norm"] = np.ones(8, dtype=np.float32)
+    (tmp_path / "one").mkdir()
+    save_file(weights, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "one" / "config.json").write_text("{}")
+    whole = weights_fingerprint(shutil.copytree(tmp_path / "one", tmp_path / "two"))
+    assert whole == weights_fingerprint(tmp_path / "one")
+    for name in weights:
+        changed = {**weights, name: weights[name] * np.float32(1.01)}
+        save_file(changed, tmp_path / "two" / "model.safetensors", {"format": "pt"})
+        assert weights_fingerprint(tmp_path / "two") != whole, name
+    save_file(weights, tmp_path / "two" / "model.safetensors", {"format": "pt"})
+    assert weights_fingerprint(tmp_path / "two") == whole
+    (tmp_path / "two" / "config.json").write_text('{"rope_theta": 1}')
+    assert weights_fingerprint(tmp_path / "two") != whole
+
+
+def test_shards_of_ranks_are_sampled_throughout(tmp_path: Path) -> None:
+    (tmp_path / "sharded").mkdir()
+    shard = tmp_path / "sharded" / "__0_0.distcp"
+    shard.write_bytes(bytes(2**20))
+    whole = weights_fingerprint(tmp_path)
+    shard.write_bytes(bytes(2**19) + b"1" * 2**18 + bytes(2**18))
+    assert weights_fingerprint(tmp_path) != whole
+
+
+def test_the_same_adapter_of_another_scale_is_another_contestant(tmp_path: Path) -> None:
+    save_file({"a": np.ones(4, dtype=np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    found = []
+    for alpha in (8, 16):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        found.append(Contestant("", str(tmp_path), str(tmp_path), "").fingerprint())
+    assert found[0]["weights"] == found[1]["weights"] and found[0]["adapter"] != found[1]["adapter"]

@@ -14,7 +14,7 @@ import yaml
 
 from unmask.cli import main
 from unmask.errors import DataError
-from unmask.report.evaluations import find_results
+from unmask.report.evaluations import find_results, shown
 from unmask.report.report import write_report
 from unmask.report.runs import differing, distinct_names
 
@@ -156,10 +156,55 @@ def test_evaluations_are_found_and_can_be_named(tmp_path: Path) -> None:
     other = write_results(tmp_path / "elsewhere", 0.25)
     found = find_results([root], [other, root / "evaluation"])
     assert len(found) == 6
-    assert found[0].cells() == ["gsm8k", "after", "exact match", "25.0 %", "40.0 % to 60.0 %", "100"]
-    assert found[4].cells() == ["likelihood", "after", "bound, nats per token", "1.2500", "1.2304 to 1.2696", "9"]
+    label = f"after ({other})"  # two folders have results of that name
+    assert found[0].cells()[:6] == ["gsm8k", label, "exact match", "25.0 %", "40.0 % to 60.0 %", "100"]
+    found = find_results([root], [])
+    assert found[1].cells()[:6] == ["likelihood", "after", "bound, nats per token", "1.250", "1.230 to 1.270", "9"]
     assert main(["report", str(root), "-o", str(tmp_path / "r.html"), "--evaluation", str(other)]) == 0
     assert "25.0 %" in (tmp_path / "r.html").read_text()
+
+
+def test_an_evaluation_shows_its_settings_and_what_differs(tmp_path: Path) -> None:
+    entry = {"task": "gsm8k", "model": "run", "exact_match": 0.5, "low": 0.4, "high": 0.6, "total": 9, "batch_size": 4,
+             "compared": {"against": {"rows": 9, "differing": 2, "gained": 1, "lost": 0}},
+             "settings": {"seed": 42, "questions": "0af", "stops": [], "sampler": {"steps": 8}}}  # fmt: skip
+    harness = {"task": "lm_eval/x", "model": "run", "metrics": {"acc": {"value": 0.0, "standard_error": 0.0}}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"models": [], "results": [entry, harness]}))
+    found = [result.cells() for result in find_results([], [tmp_path])]
+    assert found[0][6:] == [
+        "+1 −0, 2 of 9 differ from an earlier evaluation", "seed 42, steps 8, batch_size 4",
+    ]  # fmt: skip
+    assert found[1][3:5] == ["0", ""]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [(0.0003, 0.00002, "0.000300"), (1.25, 0.02, "1.250"), (1e80, None, "1e+80"), (0.0003, 0.0, "0.0003"),
+     (250.0, 30.0, "250")],
+)  # fmt: skip
+def test_a_number_has_the_digits_that_it_is_known_to(value: float, error: float | None, said: str) -> None:
+    assert shown(value, error) == said
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [({"event": "train", "step": 31, "loss": 1.0, "time": 90_007.0}, "31 of 40, not ended"),
+     ({"event": "end", "step": 30, "reason": "loss is nan"}, "30, loss is nan")],
+)  # fmt: skip
+def test_a_resumed_run_ends_as_its_last_stretch_did_and_its_downtime_is_no_training(
+    tmp_path: Path, last: dict, said: str
+) -> None:
+    root = write_run(tmp_path / "one")
+    log = root / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events[-1] |= {"reason": "interrupted"}
+    events.append({"event": "run", "step": 30, "total_steps": 40})
+    more = [{"event": "train", "step": 30, "loss": 1.0, "time": 90_000.0}] * (last["event"] == "train")
+    lines(log, [*events, *more, last])
+    text = Page(write_report([root], tmp_path / "r.html").read_text()).text
+    assert said in text and "interrupted" not in text
+    assert ("0 min 36 s" if more else "0 min 29 s") in text  # 29 s of the first stretch and 7 s of the second
 
 
 def test_an_older_run_without_the_newer_fields_still_has_a_report(tmp_path: Path) -> None:

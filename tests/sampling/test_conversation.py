@@ -12,7 +12,7 @@ from unmask.data.conversation import Columns
 from unmask.data.files import FileRows
 from unmask.errors import SamplingError
 from unmask.sampling.conversation import COMMANDS, Conversation, as_turn, is_command, run_command
-from unmask.sampling.settings import SamplerConfig
+from unmask.sampling.settings import CanvasSettings, MaskSettings, SamplerConfig
 
 
 def talked(exchanges: int, system: bool = False) -> Conversation:
@@ -66,8 +66,23 @@ def test_commands_change_the_conversation():
     assert run_command(conversation, "/quit").leave
     text = run_command(conversation, "/help").note
     assert all(command.usage in text for command in COMMANDS.values())
-    sure = Conversation(sampler=SamplerConfig(threshold=0.9))
-    assert "not used" in run_command(sure, "/steps 7").note
+
+
+@pytest.mark.parametrize(
+    ("sampler", "defaults", "note"),
+    [
+        ({}, MaskSettings(), "steps: 7 an answer"),
+        ({"threshold": 0.9}, MaskSettings(), "steps: 7; not used while --threshold is set"),
+        ({"factor": 1.0}, MaskSettings(), "steps: 7; not used while --factor is set"),
+        ({"entropy_bound": 0.2}, MaskSettings(), "steps: 7; not used while --entropy_bound is set"),
+        ({"preset": "fast"}, MaskSettings(), "steps: 7 an answer, in place of the preset's threshold 0.9"),
+        ({"preset": "fast"}, CanvasSettings(), "steps: 7 a canvas at the most"),
+    ],
+)
+def test_a_number_of_steps_says_what_it_changes(sampler, defaults, note):
+    conversation = Conversation(sampler=SamplerConfig(**sampler), defaults=defaults)
+    outcome = run_command(conversation, "/steps 7")
+    assert (outcome.note, outcome.conversation.settings.steps) == (note, 7)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,7 @@ def test_commands_change_the_conversation():
     [
         ("/stps 4", ["'/stps'", "did you mean '/steps'", "/help"]),
         ("/steps", ["/steps", "at least 1"]),
+        ("/steps ٣", ["/steps", "whole number", "'٣'"]),
         ("/steps 0", ["/steps", "at least 1", "'0'"]),
         ("/seed x", ["/seed", "whole number", "'x'"]),
         ("/save", ["/save FILE.jsonl"]),

@@ -8,8 +8,9 @@ import torch
 import unmask
 from unmask.errors import SamplingError
 from unmask.sampling.denoise import StepEvent
-from unmask.sampling.infill import infill
+from unmask.sampling.infill import _added, infill
 from unmask.sampling.settings import SamplerConfig
+from unmask.sampling.suffix import columns_behind
 
 TEXT = "the {blank:3} sat on {blank:5}, twice"
 
@@ -82,9 +83,18 @@ def test_a_chat_is_rendered_up_to_the_text_and_closed_behind_it(text_model, chat
 def test_a_blank_of_unknown_length_takes_the_likeliest(text_model, chat_tokenizer):
     (found,) = infill(text_model, "a {blank:1-4} b", tokenizer=chat_tokenizer)
     each = [infill(text_model, f"a {{blank:{n}}} b", tokenizer=chat_tokenizer)[0] for n in (1, 2, 3, 4)]
-    best = max(each, key=lambda one: one.log_likelihood)
+    behind = chat_tokenizer.encode(" b")
+
+    def rank(one) -> float:
+        ids = one.token_ids[: -len(behind)] + [257] * len(behind)
+        logs = text_model.logits(text_model(torch.tensor([ids])))[0].detach().log_softmax(-1)[-len(behind) :]
+        filled = len(one.fill_ids[0])
+        total = one.log_likelihood * filled + float(logs[range(len(behind)), behind].sum())
+        return total / (filled + len(behind))
+
+    best = max(each, key=rank)
     assert (found.token_ids, found.log_likelihood) == (best.token_ids, pytest.approx(best.log_likelihood, rel=1e-4))
-    assert found.stats.nfe == 1 + 2 + 3 + 4
+    assert found.stats.nfe == (1 + 2 + 3 + 4) + 4
 
 
 def test_the_log_likelihood_is_that_of_the_calls_that_settled(text_model, chat_tokenizer):
@@ -190,3 +200,75 @@ def test_what_a_canvas_is_told_of_given_positions_is_their_embedding(gemma_model
     expected = gemma_model.stack.embed(torch.tensor([b, c, *[1] * 12]))
     torch.testing.assert_close(signals[1][0, 2:], expected)
     assert not torch.equal(signals[1][0, 0], gemma_model.stack.embed(torch.tensor(0)))
+
+
+def test_the_text_behind_a_blank_decides_its_length(text_model, chat_tokenizer, monkeypatch):
+    longest = {}
+
+    def sure_of_three(adapter, prompt_ids, answer, columns) -> list[float]:
+        longest[len(answer)] = columns
+        return [-0.001 if len(answer) == 3 + 2 else -50.0] * len(columns)
+
+    monkeypatch.setattr("unmask.sampling.trials.log_probabilities", sure_of_three)
+    (found,) = infill(text_model, "a{blank:1-5} b", tokenizer=chat_tokenizer)
+    assert len(found.fill_ids[0]) == 3
+    assert longest == {length + 2: [length, length + 1] for length in range(1, 6)}
+
+
+def test_what_is_asked_for_stands_right_behind_the_blanks():
+    assert columns_behind([(0, 2), (5, 6)], 9, 2) == [2, 3, 6, 7]
+    assert columns_behind([(0, 2), (3, 4)], 9, 32) == [2, 4, 5, 6, 7, 8]
+    assert columns_behind([(0, 2), (2, 4)], 4, 32) == []
+
+
+def test_a_blank_of_known_length_or_at_the_end_costs_no_call_more(text_model, chat_tokenizer):
+    assert infill(text_model, "a{blank:2} b", tokenizer=chat_tokenizer)[0].stats.nfe == 2
+    assert infill(text_model, "a{blank:1-2}", tokenizer=chat_tokenizer)[0].stats.nfe == 1 + 2
+
+
+def test_a_canvass_likelihood_does_not_depend_on_the_temperature_of_its_calls(gemma_model, chat_tokenizer):
+    found = [
+        infill(gemma_model, "a{blank:3} b", tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=1, t_min=t, t_max=t))
+        for t in (0.2, 0.8)
+    ]
+    assert found[0][0].token_ids == found[1][0].token_ids  # the noise of the only call is the same
+    assert found[0][0].log_likelihood == pytest.approx(found[1][0].log_likelihood, rel=1e-4)
+    assert found[0][0].log_likelihood < -1e-3
+
+
+def test_titles_are_there_before_the_first_event(text_model, chat_tokenizer):
+    said: list[object] = []
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "it is {blank:1-2}, {blank:1}."}]
+    texts = ["so {blank:2} {{blank:3}}", chat]
+    infill(
+        text_model, texts, tokenizer=chat_tokenizer, on_trials=said.append, on_event=lambda event: said.append(event)
+    )
+    assert said[0] == [
+        "so {blank:2} {blank:3}", "it is {blank:1}, {blank:1}.", "it is {blank:2}, {blank:1}.",
+    ]  # fmt: skip
+    assert {row for event in said[1:] for row in event.rows} == {0, 1, 2}
+
+
+def test_seconds_run_from_the_first_call_to_the_last(text_model, chat_tokenizer, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr("unmask.sampling.generate.time.perf_counter", lambda: float(next(now)))
+    (together,) = infill(text_model, "a{blank:1-4} b", tokenizer=chat_tokenizer)
+    assert together.stats.seconds == 4  # four calls, in which trials of one to four tokens go side by side
+
+
+def test_a_fill_is_what_its_tokens_add_to_the_text():
+    class Spaces:
+        """Drops the space that a text begins with, as SentencePiece does."""
+
+        def decode(self, ids, skip_special_tokens) -> str:
+            return "".join(f" w{id}" if id < 9 else "\N{REPLACEMENT CHARACTER}" for id in ids).lstrip(" ")
+
+    assert _added(Spaces(), [1, 2], [3, 4]) == " w3 w4"  # pyright: ignore[reportArgumentType]
+    assert _added(Spaces(), [], [3]) == "w3"  # pyright: ignore[reportArgumentType]
+
+
+def test_revising_that_can_do_nothing_is_refused(text_model, chat_tokenizer):
+    sampler = SamplerConfig(revise="remask", steps=40)
+    with pytest.raises(SamplingError, match="^revise: remask .* 40 steps for 4 tokens .* set threshold"):
+        infill(text_model, "a{blank:4}", tokenizer=chat_tokenizer, sampler=sampler)
+    infill(text_model, "a{blank:4}", tokenizer=chat_tokenizer, sampler=SamplerConfig(revise="remask", steps=2))

@@ -13,6 +13,7 @@ from unmask.sampling.request import Template
 from unmask.sampling.revise import REVISERS
 from unmask.sampling.rules import RULES, SCORES
 from unmask.sampling.settings import MaskSettings
+from unmask.sampling.trials import Filled
 
 MASK, EOS = 9, 8
 
@@ -72,6 +73,13 @@ def test_a_token_is_replaced_by_one_that_has_become_probable_and_the_call_count_
     events = run(script(answers), steps=3, max_new_tokens=3, block_size=3, revise="edit", revise_threshold=0.8)
     assert [marks(event.revised_BC) for event in events] == [[], [], [0]]
     assert events[2].answer_BC.tolist() == [[2, 3, 3]] and len(events) == 3
+    # Probabilities without the mask's share; that of the revised position is the new token's.
+    shares = [share / (1 - (1 - share) / 9) for share in (0.85, 0.7, 0.6)]
+    assert events[2].confidence_BC[0].tolist() == pytest.approx([shares[0], 0, shares[2]])
+    filled = Filled(torch.zeros(3))
+    for event in events:
+        filled.take(event, 0)
+    assert filled.logs_C.exp().tolist() == pytest.approx(shares)
     assert not any(event.open_BC[0, 0] for event in events)
 
 

@@ -14,6 +14,7 @@ from unmask.sampling.settings import (
     MaskSettings,
     SamplerConfig,
     canvas_defaults,
+    mask_defaults,
     resolve,
 )
 
@@ -105,6 +106,9 @@ def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made(
         ({"revise": "none"}, CanvasSettings(), "revise: DiffusionGemma's sampler has no none; use redraw"),
         ({"refresh_interval": 4}, MaskSettings(), "refresh_interval: there is no cache"),
         ({"revise_threshold": 0.5}, MaskSettings(), "revise_threshold: nothing is revised"),
+        ({"revise": "remask"}, MaskSettings(), "revise: remask takes .* 128 steps for 128 tokens .* set threshold"),
+        ({"revise": "remask", "steps": 10, "max_new_tokens": 10, "block_size": 5}, MaskSettings(), "revise: remask"),
+        ({"revise": "remask", "threshold": 1.5}, MaskSettings(), "revise: remask .* with threshold 1.5 that is one"),
         ({"refresh_interval": 4}, CanvasSettings(), "refresh_interval: DiffusionGemma's sampler has no such setting"),
         ({"factor": 1.0}, CanvasSettings(), "factor: DiffusionGemma's sampler has no such setting"),
     ],
@@ -112,6 +116,33 @@ def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made(
 def test_what_a_family_does_not_permit_is_refused_by_name(fields, defaults, says):
     with pytest.raises(SamplingError, match=f"^{says}"):
         resolve(SamplerConfig(**fields), defaults)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps": 64},
+        {"threshold": 0.9},
+        {"threshold": 1.0},
+        {"steps": 10, "max_new_tokens": 10, "block_size": 4},  # the blocks have 4, 3 and 3 calls
+    ],
+)
+def test_remask_is_taken_where_a_call_may_settle_several(fields):
+    assert resolve(SamplerConfig(revise="remask", **fields), MaskSettings()).revise == "remask"
+
+
+def test_by_default_an_answer_takes_at_most_half_the_context_and_an_explicit_length_stays():
+    class Short:
+        canvas_length = 16
+        max_sequence_length = 100
+
+    class Long(Short):
+        max_sequence_length = 4096
+
+    assert (mask_defaults(Short, {}).max_new_tokens, mask_defaults(Long, {}).max_new_tokens) == (50, 128)
+    assert (canvas_defaults(Short, {}).max_new_tokens, canvas_defaults(Long, {}).max_new_tokens) == (50, 256)
+    assert canvas_defaults(Short, {"max_new_tokens": 90}).max_new_tokens == 90
+    assert resolve(SamplerConfig(max_new_tokens=99), mask_defaults(Short, {})).max_new_tokens == 99
 
 
 def test_what_is_approximate_says_so():
@@ -142,6 +173,9 @@ def test_a_preset_is_the_families_own_and_what_is_given_wins_over_it():
         ({"factor": 1.0}, "factor"),
         ({"entropy_bound": 0.3}, "entropy_bound"),
         ({"remasking": "random"}, "quota"),
+        ({"remasking": "entropy"}, "quota"),
+        ({"remasking": "margin"}, "threshold"),
+        ({"remasking": "low_confidence"}, "threshold"),
         ({"threshold": 0.5}, "threshold"),
         ({"max_new_tokens": 8}, "threshold"),
     ],

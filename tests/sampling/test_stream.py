@@ -7,15 +7,15 @@ import torch
 
 import unmask
 from unmask.errors import SamplingError
-from unmask.sampling import generate as module
 from unmask.sampling.settings import SamplerConfig
 
 SHORT = SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
 
 
-def test_the_documented_example_runs_and_prints_what_it_says():
-    example = doctest.DocTestFinder(recurse=False).find(module.stream, "stream", globs={})[0]
-    assert len(example.examples) >= 5
+@pytest.mark.parametrize("documented", ["generate", "infill", "stream", "SamplerConfig", "StepEvent"])
+def test_the_documented_example_runs_and_prints_what_it_says(documented):
+    example = doctest.DocTestFinder(recurse=False).find(getattr(unmask, documented), documented, globs={})[0]
+    assert len(example.examples) >= 3
     assert doctest.DocTestRunner().run(example).failed == 0
 
 

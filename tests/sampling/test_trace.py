@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from unmask.errors import SamplingError
 from unmask.sampling.adapters import settings_for
 from unmask.sampling.denoise import StepEvent
 from unmask.sampling.generate import generate
+from unmask.sampling.infill import infill
 from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.token_text import byte_alphabet, token_text
 from unmask.sampling.trace import Trace, trace_for
@@ -235,3 +237,30 @@ def test_a_browser_shows_a_canvas_changing(browse, tokenizer):
     assert [text for text, _, _ in shown.tokens] == ["a", "b", "·", "·"]
     assert "noise" in shown.tokens[0][1] and "waiting" in shown.tokens[2][1]
     assert "still changing, confidence 0.100" in shown.tokens[0][2]
+
+
+def test_titles_that_are_known_only_later_are_in_the_page(text_model, tokenizer):
+    sampler = SamplerConfig(steps=2)
+    trace = trace_for(text_model, tokenizer, settings_for(text_model, sampler), ["?"], checkpoint="c", seed=1)
+    infill(text_model, "so{blank:1-3}", tokenizer=tokenizer, sampler=sampler, on_event=trace, on_trials=trace.entitle)
+    rows = data_of(trace.page())["rows"]
+    assert [row["prompt"] for row in rows] == [f"so{{blank:{length}}}" for length in (1, 2, 3)]
+
+
+def test_a_token_that_was_written_over_has_its_own_confidence(text_model, tokenizer):
+    sampler = SamplerConfig(steps=2, max_new_tokens=4, remasking="left_to_right", eos="suppress")
+    trace = trace_for(text_model, tokenizer, settings_for(text_model, sampler), ["a"], checkpoint="c", seed=1)
+    events: list[StepEvent] = []
+    generate(text_model, "a", tokenizer=tokenizer, sampler=sampler, on_event=events.append)
+    first, last = events
+    at = torch.tensor([[True, False, False, False]])
+    edited = dataclasses.replace(
+        last,
+        revised_BC=at,
+        answer_BC=last.answer_BC.masked_fill(at, 7),
+        confidence_BC=last.confidence_BC.masked_fill(at, 0.5),
+    )
+    trace(first)
+    trace(edited)
+    ((row,),) = (data_of(trace.page())["rows"],)
+    assert row["calls"][1]["sure"][0] == [0, 500] and row["calls"][1]["ids"][0] == [0, 7]

@@ -186,7 +186,7 @@ def _check_meaning(arguments: argparse.Namespace, own: Sequence[str], foreign: S
 def _questions(arguments: argparse.Namespace, own: Sequence[str]) -> dict[str, list[Question]]:
     """Read each task's questions, put worked examples before them, and refuse answers that no model could match."""
     from unmask.data.conversation import Columns
-    from unmask.evaluation.grade import GRADERS
+    from unmask.evaluation.grade import expected_answer
     from unmask.evaluation.questions import as_text, read_questions, refuse_leaks, with_shots
 
     columns = None
@@ -198,7 +198,7 @@ def _questions(arguments: argparse.Namespace, own: Sequence[str]) -> dict[str, l
         if task.grader is None:
             continue
         for question in questions:
-            if GRADERS[task.grader].extract(question.reference) is None:
+            if expected_answer(question.reference, task.grader) is None:
                 raise DataError(
                     f"{question.place}: the answer has no {task.grader} in it, so no model could be right under "
                     f"--tasks {name}; take another task or mend the row"

@@ -21,7 +21,12 @@ def add_sampling_flags(parser: Any) -> None:
         "other flags win over it",
     )
     flag(parser, "steps", type=int, help="denoising steps (LLaDA 128 an answer, DiffusionGemma 48 a canvas)")
-    flag(parser, "max_new_tokens", type=int, help="longest answer (LLaDA 128, DiffusionGemma 256; at most half the context)")
+    flag(
+        parser,
+        "max_new_tokens",
+        type=int,
+        help="longest answer (LLaDA 128, DiffusionGemma 256; at most half the context)",
+    )
     flag(parser, "eos", help="end-of-text token: allow (default), suppress or (LLaDA) defer")
     flag(
         parser,

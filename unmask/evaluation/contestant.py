@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from unmask.models.adapter_folder import WEIGHTS
+from unmask.models.adapter_folder import CONFIG, WEIGHTS
 from unmask.models.folders import weights_fingerprint
 
 
@@ -27,8 +27,9 @@ class Contestant:
     tokenizer: str
 
     def fingerprint(self) -> dict[str, str | None]:
-        """Return what tells its weights from another's."""
+        """Return what tells its weights, and the rank and scale of its adapter, from another's."""
         adapter = None
         if self.adapter is not None:
-            adapter = blake2b((Path(self.adapter) / WEIGHTS).read_bytes(), digest_size=16).hexdigest()
+            files = (Path(self.adapter) / name for name in (CONFIG, WEIGHTS))
+            adapter = blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
         return {"weights": weights_fingerprint(Path(self.checkpoint)), "adapter": adapter}

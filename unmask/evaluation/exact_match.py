@@ -129,13 +129,14 @@ def encode_questions(
     Raises:
         SamplingError: a prompt that the chat template cannot render, with the place of its row.
     """
-    from unmask.sampling.prompts import encode_prompts
+    from unmask.sampling.prompts import as_document, encode_prompts
 
     mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
 
     def encoded(some: Sequence[Question]) -> list[tuple[int, ...]]:
         raw = isinstance(some[0].prompt, str)  # literal text and chats do not share a file
-        return [tuple(ids) for ids in encode_prompts([one.as_prompt() for one in some], tokenizer, raw, mask_id)]
+        encoded = encode_prompts([one.as_prompt() for one in some], tokenizer, raw, mask_id)
+        return [tuple(as_document(ids, tokenizer) if raw else ids) for ids in encoded]
 
     try:
         return encoded(questions)

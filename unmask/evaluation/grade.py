@@ -17,6 +17,11 @@ from unmask.errors import MissingDependencyError
 _RESULT = re.compile(r"####\s*(-?[0-9.,]+)")
 # A sign counts where no digit stands before it: the last number of "7-3" is 3.
 _NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
+# How mathematics is set apart from prose; an escaped dollar is one of currency.
+_DELIMITERS = (r"\boxed", r"\fbox", r"\(", r"\[", "$")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
+_BARE_WORD = re.compile(r"(?:^|(?<=\s))[A-Za-z]{2,}(?=[\s.,;:!?]|$)")
+_ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
 
 
 def final_answer(text: str) -> str | None:
@@ -49,15 +54,55 @@ def plain_answer(text: str) -> str | None:
 
 
 def _expression(text: str) -> str | None:
-    """Return the expression that math-verify finds in a text, as it shows it; None when it finds none."""
+    """Return the expression that math-verify finds in a text, as it shows it; else a text of words; None for neither."""
     found = _parsed(text)
-    return str(found[-1]) if found else None
+    return str(found[-1]) if found else _words(text)
+
+
+def _reference_expression(text: str) -> str | None:
+    return _expression(_delimited(text))
 
 
 def _same_expression(answer: str, reference: str) -> bool:
     from math_verify import verify
 
-    return bool(verify(_parsed(reference), _parsed(answer)))
+    if verify(_parsed(_delimited(reference)), _parsed(answer)):
+        return True
+    words = _words(reference)
+    return words is not None and words == _words(answer)
+
+
+def _delimited(reference: str) -> str:
+    """Return a reference in which math-verify sees what is mathematics.
+
+    It reads bare LaTeX as prose, of which it takes a number: of 2\\sqrt{3} the 2. Benchmarks keep answers bare.
+    """
+    reference = reference.rpartition("####")[2].strip()
+    if any(mark in reference.replace(r"\$", "") for mark in _DELIMITERS):
+        return reference
+    words = _BARE_WORD.findall(_TEXT.sub("", reference))
+    prose = len(words) > 1 or (words and any(letter.isdigit() for letter in reference))
+    return reference if prose or not reference else rf"\boxed{{{reference}}}"
+
+
+def _words(text: str) -> str | None:
+    """Return the words that are all of an answer, the last boxed one of a text; None where it is more than words."""
+    inside = text.rpartition(r"\boxed{")[2].strip().strip("$.").strip()
+    if r"\boxed{" in text:
+        inside = inside[: _closing(inside)]
+    found = _TEXT.fullmatch(inside.strip())
+    words = " ".join((found[1] if found else inside).split())
+    return words if _ONLY_WORDS.fullmatch(words) else None
+
+
+def _closing(text: str) -> int:
+    """Return the place of the brace that closes a group whose opening one stands before the text; its end if none."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return place
+    return len(text)
 
 
 def _parsed(text: str) -> list[Any]:
@@ -72,6 +117,7 @@ class Grader:
 
     Attributes:
         extract: takes out of a text what is compared; None where there is nothing.
+        expect: takes it out of a reference, where that is another matter; None = as `extract`.
         same: whether an answer's text equals the reference's, given two texts; None compares what was extracted.
         package: a package that it needs and that the extra `eval` installs; None = none.
     """
@@ -79,13 +125,14 @@ class Grader:
     extract: Callable[[str], str | None]
     same: Callable[[str, str], bool] | None = None
     package: str | None = None
+    expect: Callable[[str], str | None] | None = None
 
 
 # name → how answers are judged. A new one is a function or two and a line here.
 GRADERS: dict[str, Grader] = {
     "number": Grader(number_answer),
     "text": Grader(plain_answer),
-    "expression": Grader(_expression, _same_expression, "math_verify"),
+    "expression": Grader(_expression, _same_expression, "math_verify", _reference_expression),
 }
 
 
@@ -117,11 +164,17 @@ def grade(text: str, reference: str, grader: str = "number") -> Grade:
     """
     judge = GRADERS[grader]
     check_grader(grader)
-    extracted, expected = judge.extract(text), judge.extract(reference)
+    extracted, expected = judge.extract(text), expected_answer(reference, grader)
     if extracted is None or expected is None:
         return Grade(False, extracted, expected)
     correct = extracted == expected if judge.same is None else judge.same(text, reference)
     return Grade(correct, extracted, expected)
+
+
+def expected_answer(reference: str, grader: str) -> str | None:
+    """Return what an answer is compared with; None where a reference has nothing to match."""
+    judge = GRADERS[grader]
+    return (judge.expect or judge.extract)(reference)
 
 
 def check_grader(grader: str) -> None:

@@ -24,6 +24,7 @@ from unmask.evaluation.canvas_likelihood import ar_log_likelihood, has_canvases
 from unmask.evaluation.exact_match import cut_at, divide, rows_between_saves
 from unmask.evaluation.greedy import greedily_written
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
+from unmask.sampling.prompts import as_document, start_of_text
 from unmask.sampling.settings import SamplerConfig
 from unmask.sections import choice_problem
 
@@ -97,6 +98,7 @@ class UnmaskLM(LM):
             self.model, self.tokenizer, self.ranks = _load(pretrained, adapter, dtype, device)
         else:
             self.name, self.model, self.tokenizer = type(pretrained).__name__, pretrained, tokenizer
+        self._start = start_of_text(self.tokenizer)
         self._device = next(self.model.parameters()).device
 
     @property
@@ -174,7 +176,7 @@ class UnmaskLM(LM):
                 f"max_gen_toks: an answer of {self.max_length - room} tokens leaves no room for the prompt in the "
                 f"model's {self.max_length} positions; give max_new_tokens in --model_args"
             )
-        asked = [tuple(self._encode(request.args[0])[-room:]) for request in requests]
+        asked = [tuple(self._cut(self._document(request.args[0]), room)) for request in requests]
         for chunk in divide(asked, self.ranks.size * rows_between_saves(self.batch_size)):
 
             def written(rows: list[int], seed: int = chunk.seed(self.seed)) -> list[str]:
@@ -237,6 +239,7 @@ class UnmaskLM(LM):
         whole = self._encode(context + continuation)
         start = len(self._encode(context)) if context else 0
         prompt, answer = whole[:start], whole[start:]
+        prompt = as_document(prompt, self.tokenizer)
         if not prompt and has_canvases(self.model):
             prompt = [self._prefix()]
         if len(answer) >= self.max_length:
@@ -244,10 +247,18 @@ class UnmaskLM(LM):
                 f"a continuation of {len(answer)} tokens does not fit the model's {self.max_length} positions; leave "
                 "the task out"
             )
-        return tuple(prompt[-(self.max_length - len(answer)) :]), tuple(answer)
+        return tuple(self._cut(prompt, self.max_length - len(answer))), tuple(answer)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _document(self, text: str) -> list[int]:
+        return as_document(self._encode(text), self.tokenizer)
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """Return a context cut on the left to `room` tokens, at least one; the start of text stays before the rest."""
+        kept = len(self._start) if ids[: len(self._start)] == self._start and room > len(self._start) else 0
+        return ids if len(ids) <= room else ids[:kept] + ids[kept - room :]
 
     def _prefix(self) -> int:
         """Return the token that stands before a text without context."""

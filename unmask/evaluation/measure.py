@@ -19,10 +19,15 @@ from unmask.data.conversation import Message
 from unmask.distributed.ranks import from_first
 from unmask.distributed.rows import divide_rows
 from unmask.errors import DataError, ModelError
-from unmask.evaluation.canvas_likelihood import ar_log_likelihood, denoising_cross_entropy, has_canvases
+from unmask.evaluation.canvas_likelihood import (
+    DEFAULT_LEVELS,
+    ar_log_likelihood,
+    denoising_cross_entropy,
+    has_canvases,
+)
 from unmask.evaluation.exact_match import Answer, Asking
 from unmask.evaluation.interval import wilson
-from unmask.evaluation.likelihood import log_likelihoods
+from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.evaluation.questions import Question
 from unmask.evaluation.records import Record, append_records, resume_records
 
@@ -76,7 +81,7 @@ def answers_identity(asking: Asking, model_identity: Mapping[str, Any]) -> dict[
         **model_identity,
         "grader": asking.grader,
         "seed": asking.seed,
-        "sampler": _plain(dataclasses.asdict(settings_for(asking.model, asking.sampler))),
+        "sampler": as_plain(dataclasses.asdict(settings_for(asking.model, asking.sampler))),
         "stops": list(asking.stops),
         "rows": len(asking.questions),
         "questions": _fingerprint(zip(asking.asked, (q.reference for q in asking.questions), strict=True)),
@@ -91,6 +96,8 @@ def measure_likelihood(
     canvases = has_canvases(asking.model)
     if canvases and options.antithetic:
         raise ModelError("--antithetic: pairs of complementary masks need a model with a mask token; leave it out")
+    if options.num_samples is None:
+        options = dataclasses.replace(options, num_samples=DEFAULT_LEVELS if canvases else DEFAULT_SAMPLES)
     identity = {
         **model_identity,
         "measure": "denoising cross-entropy, autoregressive log-likelihood" if canvases else "log-likelihood bound",
@@ -254,7 +261,7 @@ def _likelihood_records(
     return records
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Return a value as it comes back from a JSON file."""
     return json.loads(json.dumps(value, default=list))
 

@@ -80,7 +80,7 @@ def refuse_leaks(questions: Sequence[Question], shots: Sequence[Question]) -> No
         place = shown.get(" ".join(_asked(question).split()))
         if place is not None:
             raise DataError(
-                f"--shots_file: {place} is the question of {question.place} too, so the model would be shown its answer; "
+                f"--shots_file: {place} is the question of {question.place} too, so its answer would be shown; "
                 "take the examples from other data, as a training split"
             )
 

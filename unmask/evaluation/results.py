@@ -103,8 +103,8 @@ def check_models(contestants: Sequence[Contestant], earlier: Results, output: Pa
         different = first_difference({name: old.get(name) for name in names}, {name: new[name] for name in names})
         if different is not None:
             raise ConfigError(
-                f"{output / RESULTS}: {contestant.label} is another model there ({different}); choose another --output, "
-                "or delete the folder"
+                f"{output / RESULTS}: {contestant.label} is another model there ({different}); choose another "
+                "--output, or delete the folder"
             )
 
 

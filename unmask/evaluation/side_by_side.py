@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import time
@@ -21,6 +22,7 @@ from unmask.evaluation.harness import metrics, run_harness, without_prefix
 from unmask.evaluation.measure import (
     Likelihoods,
     answers_identity,
+    as_plain,
     measure_answers,
     measure_likelihood,
     sum_answers,
@@ -237,6 +239,7 @@ def _harness_tasks(
     console: Console,
 ) -> list[Outcome]:
     from unmask.evaluation.lm_eval import UnmaskLM
+    from unmask.sampling.adapters import settings_for
     from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 
     began = time.perf_counter()
@@ -275,8 +278,17 @@ def _harness_tasks(
     if results:
         said = f"lm-evaluation-harness, {contestant.label}: {len(results)} results in {_duration(seconds)}"
         console.print(said, highlight=False)
-    settings = {**{key: value for key, value in identity.items() if key not in ("weights", "adapter")},
-                "few_shot": evaluation.few_shot, "limit": evaluation.limit, "chat": evaluation.chat}  # fmt: skip
+    settings = {
+        "dtype": evaluation.dtype or "as stored",
+        "seed": evaluation.seed,
+        # A task may set the answer's length and the temperature, where these were not given.
+        "sampler": as_plain(dataclasses.asdict(settings_for(model, evaluation.sampler))),
+        "num_samples": lm.num_samples,
+        "antithetic": lm.antithetic,
+        "few_shot": evaluation.few_shot,
+        "limit": evaluation.limit,
+        "chat": evaluation.chat,
+    }
     outcomes = []
     for task, result in results.items():
         values = {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)}

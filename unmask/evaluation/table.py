@@ -38,7 +38,7 @@ def _rows(outcome: Outcome) -> dict[str, str]:
     if "nats_per_token" in result:
         rows = {
             "bound, nats a token": _with_error(result["nats_per_token"], result["standard_error"]),
-            "perplexity, at most": _perplexity(result["perplexity_bound"]),
+            "perplexity, bound's": _perplexity(result["perplexity_bound"], result["standard_error"]),
         }
     else:
         rows = {
@@ -65,10 +65,10 @@ def _answer_rows(result: dict[str, Any], outcome: Outcome) -> dict[str, str]:
         "ended by themselves": f"{100 * result['ended']:.0f} %",
         "network calls an answer": f"{result['network_calls']:.1f}",
     }
-    for name, shown in (("first", "against the first model"), ("against", "against --against")):
+    for name, said in (("first", "against the first model"), ("against", "against --against")):
         if name in outcome.compared:
             found = outcome.compared[name]
-            rows[shown] = f"+{found['gained']} −{found['lost']}, {found['differing']} answers differ"
+            rows[said] = f"+{found['gained']} −{found['lost']}, {found['differing']} answers differ"
     return rows
 
 
@@ -76,5 +76,6 @@ def _with_error(value: float, error: float | None) -> str:
     return f"{shown(value, error)} ± {shown(error, error)}" if error else shown(value)
 
 
-def _perplexity(value: float | None) -> str:
-    return "over 1e304" if value is None else shown(value)
+def _perplexity(value: float | None, error: float | None = None) -> str:
+    """Return exp of nats a token with its error, which is `error`, of the nats, times as large as the perplexity."""
+    return "over 1e304" if value is None else _with_error(value, error and error * value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from unmask.models.adapter_folder import CONFIG as ADAPTER_CONFIG
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDED = "sharded"  # folder of a checkpoint that several ranks have written, each its shards
-_SAMPLE = 2**16  # bytes read at each end of a shard
+_SAMPLE = 2**12  # bytes read at the start, middle and end of each tensor
+_STRIDE = 2**18  # bytes between two samples of a file whose tensors are not listed
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
 _LIGHT = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.jinja",
@@ -131,20 +133,47 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Return a hash that tells one model's weights from another's in milliseconds, wherever the folder lies.
+    """Return a hash that tells one model's weights from another's without reading them whole, wherever the folder lies.
 
-    It covers the size and the first and last 64 KiB of each shard, which training or another model changes.
+    It covers config.json, the name, shape and type of every tensor, and 4 KiB at the start, middle and end of each: what
+    training or merging an adapter changes shows there, whichever tensors it touches. Of shards that ranks have written,
+    whose tensors no header lists, 4 KiB in each 256 KiB.
+
+    Raises:
+        ModelError: as `weight_files`.
     """
     digest = hashlib.blake2b(digest_size=16)
-    shards = weight_files(folder).values() if is_plain(folder) else (folder / SHARDED).iterdir()
-    for shard in sorted(set(shards)):
+    if (folder / "config.json").is_file():
+        digest.update((folder / "config.json").read_bytes())
+    plain = is_plain(folder)
+    for shard in sorted(set(weight_files(folder).values() if plain else (folder / SHARDED).iterdir())):
         size = shard.stat().st_size
         digest.update(size.to_bytes(8, "little"))
-        with shard.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(file.read())
+        # Without a buffer, which would read on past every sample.
+        with shard.open("rb", buffering=0) as file:
+            for start, end in _tensor_samples(file) if plain else _spread_samples(size):
+                file.seek(start)
+                digest.update(file.read(end - start))
     return digest.hexdigest()
+
+
+def _tensor_samples(file: FileIO) -> list[tuple[int, int]]:
+    """Return which bytes of a safetensors file tell it from another: its header and parts of each tensor."""
+    data = 8 + int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(data - 8))
+    samples = [(0, data)]
+    for begin, end in sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"):
+        starts = (begin, (begin + end - _SAMPLE) // 2, end - _SAMPLE)
+        if end - begin <= len(starts) * _SAMPLE:
+            samples.append((data + begin, data + end))
+        else:
+            samples += [(data + start, data + start + _SAMPLE) for start in starts]
+    return samples
+
+
+def _spread_samples(size: int) -> list[tuple[int, int]]:
+    starts = {*range(0, size, _STRIDE), max(0, size - _SAMPLE)}
+    return [(start, min(start + _SAMPLE, size)) for start in sorted(starts)]
 
 
 def _keys(shard: Path) -> list[str]:

@@ -57,14 +57,14 @@ class Result:
     def _shown(self, value: float) -> str:
         if self.share:
             return f"{100 * value:.1f} %"
-        return shown(value, None if self.interval is None else (self.interval[1] - self.interval[0]) / 4)
+        return shown(value, None if self.interval is None else (self.interval[1] - self.interval[0]) / 3.92)
 
 
 def shown(value: float, error: float | None = None) -> str:
     """Return a number with two digits of its error, or four digits where there is none; 1e-05 for what is tiny."""
     if not error or not math.isfinite(error):
         return f"{value:.4g}"
-    places = max(0, 1 - math.floor(math.log10(error)))
+    places = max(0, 1 - math.floor(math.log10(error) + 1e-9))
     return f"{value:.{places}f}" if places <= 8 and abs(value) < 1e8 else f"{value:.4g}"
 
 

@@ -16,7 +16,7 @@ from unmask.report.chart import Line, line_chart
 from unmask.report.evaluations import Result, find_results
 from unmask.report.page import answer, folded, page, table
 from unmask.report.plots import LEVELS, by_level, smooth
-from unmask.report.runs import Points, Run, differing, read_runs
+from unmask.report.runs import Event, Points, Run, differing, read_runs
 
 Draw = Callable[..., str]  # `line_chart` with the x axis that all charts share
 _NOT_COMPARED = ("checkpoint.checkpoint_dir",)  # differs in every run and says nothing
@@ -241,11 +241,22 @@ def _mark(sample: Any) -> str:
 
 
 def _how_it_ended(run: Run) -> str:
-    ends = run.of("end")
+    # What ended before the run went on is not how it ended.
+    ends = [event for event in _stretches(run)[-1] if event["event"] == "end"]
     total = run.start().get("total_steps")
     if ends and ends[-1]["reason"] != "finished":
         return f", {ends[-1]['reason']}"
     return "" if ends or total is None else f" of {total:,}, not ended"
+
+
+def _stretches(run: Run) -> list[list[Event]]:
+    """Return the events of each time that a run was started or resumed; one stretch where nothing says so."""
+    stretches: list[list[Event]] = [[]]
+    for event in run.events:
+        if event["event"] == "run" and stretches[-1]:
+            stretches.append([])
+        stretches[-1].append(event)
+    return stretches
 
 
 def _best(run: Run) -> str:
@@ -275,10 +286,11 @@ def _extreme(points: Points, which: Any, show: Any = None, place: bool = True) -
 
 
 def _duration(run: Run) -> str:
-    times = [event["time"] for event in run.of("train") if "time" in event]
-    if len(times) < 2:
+    """Return the time from the first to the last step of each stretch, together: what lies between them is no work."""
+    times = [[e["time"] for e in part if e["event"] == "train" and "time" in e] for part in _stretches(run)]
+    if max(map(len, times)) < 2:
         return ""
-    minutes, seconds = divmod(int(times[-1] - times[0]), 60)
+    minutes, seconds = divmod(int(sum(part[-1] - part[0] for part in times if part)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 

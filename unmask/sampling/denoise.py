@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import SamplingError
 from unmask.sampling.adapters import Adapter, Call
 from unmask.sampling.draws import Draws, KeyedDraws, Places
-from unmask.sampling.process import PROCESSES, Process, Weighed, Weighing
+from unmask.sampling.process import PROCESSES, Process, Weighing
 from unmask.sampling.request import Request, starting_state
 from unmask.sampling.revise import REVISERS, Proposal
 from unmask.sampling.rules import RULES
@@ -31,9 +31,10 @@ from unmask.sampling.state import State, Tokens
 
 __all__ = ["Request", "StepEvent", "denoise", "special_tokens"]
 
-# Logits weighed at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
-# a call takes longer to start.
+# Logits made at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
+# a call takes longer to start. A CPU multiplies multiples of this many rows fastest.
 _LOGITS_AT_ONCE = 2**24
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,13 @@ def _propose(
     columns: list[tuple[Tensor, ...]] = []
     signals: list[Tensor] = []
     size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
+    size = size // _ROWS * _ROWS or size
     for start in range(0, len(rows_M), size):
         part = slice(start, start + size)
         weighed = process.weigh(adapter.logits(hidden_MD[part]), weighing[part])
         if adapter.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
             signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
-        columns.append(_columns(weighed))
+        columns.append(weighed.columns)
     finite_M, *found = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
     _require_finite(finite_M, state, rows_M)
     if signals:
@@ -241,16 +243,6 @@ def _propose(
         zeros_BC.index_put(at, highest_M),
     )
     return proposal, context
-
-
-def _columns(weighed: Weighed) -> tuple[Tensor, ...]:
-    nothing_M = torch.zeros_like(weighed.confidence_M)
-    standing_M = nothing_M if weighed.standing_M is None else weighed.standing_M
-    highest_M = nothing_M if weighed.highest_M is None else weighed.highest_M
-    return (
-        weighed.finite_M, weighed.candidate_M, weighed.likely_M, weighed.score_M, weighed.confidence_M,
-        standing_M, highest_M,
-    )  # fmt: skip
 
 
 def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor) -> None:

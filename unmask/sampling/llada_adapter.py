@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.sampling.adapters import Call, FamilySpec
+from unmask.sampling.length_groups import length_groups
 from unmask.sampling.settings import MaskSettings
 
 if TYPE_CHECKING:
@@ -56,24 +57,18 @@ class Prompts:
         padded = [F.pad(ids_BP, (0, width - ids_BP.shape[1])) for ids_BP in (self.ids_BP, more.ids_BP)]
         return Prompts(torch.cat(padded), self.lengths + more.lengths)
 
-    def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Return ids (B, L), each answer right behind its prompt, and bool (B, L), False at padding; None = all True.
+    def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return ids (B, L), each answer right behind its prompt; behind that, token 0.
 
         Args:
             answer_BC: int64, on the CPU.
             lengths: answer columns in use, a row.
         """
-        prompts_B, answers_B = torch.tensor(self.lengths), torch.tensor(tuple(lengths))
-        ends_B = prompts_B + answers_B
-        ids_BL = self.ids_BP.new_zeros(len(ends_B), int(ends_B.max()))
-        columns_P = torch.arange(self.ids_BP.shape[1])
-        rows_N, columns_N = (columns_P < prompts_B[:, None]).nonzero(as_tuple=True)
-        ids_BL[rows_N, columns_N] = self.ids_BP[rows_N, columns_N]
-        rows_N, columns_N = (torch.arange(answer_BC.shape[1]) < answers_B[:, None]).nonzero(as_tuple=True)
-        ids_BL[rows_N, prompts_B[rows_N] + columns_N] = answer_BC[rows_N, columns_N]
-        if int(ends_B.min()) == ids_BL.shape[1]:
-            return ids_BL, None
-        return ids_BL, torch.arange(ids_BL.shape[1]) < ends_B[:, None]
+        ids_BL = self.ids_BP.new_zeros(len(lengths), max(map(sum, zip(self.lengths, lengths, strict=True))))
+        for row, (prompt, answer) in enumerate(zip(self.lengths, lengths, strict=True)):
+            ids_BL[row, :prompt] = self.ids_BP[row, :prompt]
+            ids_BL[row, prompt : prompt + answer] = answer_BC[row, :answer]
+        return ids_BL
 
 
 @dataclass(frozen=True)
@@ -152,36 +147,38 @@ class LLaDAAdapter:
     def denoise(self, context: Rows, call: Call) -> tuple[Tensor, Rows]:
         """Run the network; return (M, D), or with guidance (M, 2, D): with the prompt, and with it masked.
 
-        Rows that are due a full forward and rows that compute a window are two forwards within the one call.
+        One call is several forwards where rows compute windows of unlike length.
         """
-        ids_BL, attend_BL = context.prompts.with_answers(call.answer_BC, call.lengths)
+        ids_BL = context.prompts.with_answers(call.answer_BC, call.lengths)
         prompts_B = torch.tensor(context.prompts.lengths)
+        lengths_B = prompts_B + torch.tensor(call.lengths)
         columns_M = prompts_B[call.rows_M] + call.positions_M
         ids_RL = self._with_blind(ids_BL, prompts_B)
-        if self.cache == "none":
-            hidden_RLD = self._full(ids_RL, attend_BL)
-            return self._scored(hidden_RLD, call.rows_M, columns_M), context
-        store = context.store or self.model.new_store(*ids_RL.shape)
-        store = store.widened(ids_RL.shape[1])
-        lengths_B = prompts_B + torch.tensor(call.lengths)
-        # The window holds the hidden states that predict the block, which a shifted model has a column earlier.
-        first_B = (prompts_B + call.first_B - self.spec.logit_shift).clamp(min=0)
-        end_B = lengths_B if self.cache == "prefix" else torch.minimum(prompts_B + call.end_B, lengths_B)
-        due_B = self._due(call)
-        hidden = self.model.transformer.wte.weight.new_empty(
-            len(columns_M), *((2,) if self.cfg_scale else ()), self.model.config.d_model
-        )
-        for chosen_B, begins_B, ends_B in ((due_B, torch.zeros_like(first_B), lengths_B), (~due_B, first_B, end_B)):
-            if chosen_B.any():
-                hidden_KSD = self._window(store, ids_RL, chosen_B, begins_B, ends_B, lengths_B)
-                mine_M = chosen_B[call.rows_M]
-                rows_M = call.rows_M[mine_M]
-                found = self._scored(hidden_KSD, (chosen_B.cumsum(0) - 1)[rows_M], columns_M[mine_M] - begins_B[rows_M])
-                if chosen_B.all():
-                    hidden = found
-                else:
-                    hidden[mine_M.to(self.device)] = found.to(hidden.dtype)
-        return hidden, Rows(context.prompts, store)
+        store = None
+        first_B, end_B = torch.zeros_like(lengths_B), lengths_B
+        if self.cache != "none":
+            store = (context.store or self.model.new_store(*ids_RL.shape)).widened(ids_RL.shape[1])
+            # The window holds the hidden states that predict the block, which a shifted model has a column earlier.
+            block_B = (prompts_B + call.first_B - self.spec.logit_shift).clamp(min=0)
+            due_B = self._due(call)
+            first_B = torch.where(due_B, first_B, block_B)
+            if self.cache == "dual":
+                end_B = torch.where(due_B, end_B, torch.minimum(prompts_B + call.end_B, lengths_B))
+        groups = length_groups(tuple((end_B - first_B).tolist()))
+        if len(groups) == 1:
+            hidden_RSD = self._forward(store, ids_RL, None, first_B, end_B, lengths_B)
+            return self._scored(hidden_RSD, call.rows_M, columns_M - first_B[call.rows_M]), Rows(context.prompts, store)
+        found, places = [], []
+        for group in groups:
+            rows_K = torch.tensor(group)
+            hidden_KSD = self._forward(store, ids_RL, rows_K, first_B[rows_K], end_B[rows_K], lengths_B[rows_K])
+            within_B = torch.full_like(lengths_B, -1).index_put((rows_K,), torch.arange(len(group)))
+            mine_N = (within_B[call.rows_M] >= 0).nonzero()[:, 0]
+            rows_N = call.rows_M[mine_N]
+            found.append(self._scored(hidden_KSD, within_B[rows_N], columns_M[mine_N] - first_B[rows_N]))
+            places.append(mine_N)
+        back_M = torch.cat(places).argsort().to(self.device)
+        return torch.cat(found)[back_M], Rows(context.prompts, store)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Return logits (M, V) in the model's dtype, guided where there are two hidden states a position."""
@@ -208,27 +205,36 @@ class LLaDAAdapter:
         blind_BL = ids_BL.masked_fill(in_prompt_BL, self.model.config.mask_token_id)
         return torch.stack((ids_BL, blind_BL), dim=1).flatten(0, 1)
 
-    def _full(self, ids_RL: Tensor, attend_BL: Tensor | None) -> Tensor:
-        # Positions count from each row's own first token, which stands in column 0, so they need no saying.
-        ids_RL = ids_RL.to(self.device)
-        if attend_BL is None:
-            return self.model(ids_RL)
-        return self.model(ids_RL, attend_BL.repeat_interleave(self.copies, dim=0).to(self.device))
-
-    def _window(
-        self, store: KeyValueStore, ids_RL: Tensor, chosen_B: Tensor, first_B: Tensor, end_B: Tensor, lengths_B: Tensor
+    def _forward(
+        self,
+        store: KeyValueStore | None,
+        ids_RL: Tensor,
+        rows_K: Tensor | None,
+        first_K: Tensor,
+        end_K: Tensor,
+        lengths_K: Tensor,
     ) -> Tensor:
-        """Compute the columns [first, end) of the chosen rows; return hidden states (K, S, D)."""
-        chosen_R = chosen_B.repeat_interleave(self.copies)
-        first_K, end_K, lengths_K = (
-            bound_B[chosen_B].repeat_interleave(self.copies) for bound_B in (first_B, end_B, lengths_B)
-        )
-        rows_K = chosen_R.nonzero()[:, 0]
-        rows = None if len(rows_K) == store.rows else rows_K.tolist()
+        """Compute the columns [first, end) of some rows, None = all; return hidden states (K, S, D), guided rows twice.
+
+        Positions count from each row's own first token, which stands in column 0.
+        """
+        if self.copies > 1:
+            first_K, end_K, lengths_K = (
+                bound_K.repeat_interleave(self.copies) for bound_K in (first_K, end_K, lengths_K)
+            )
+            if rows_K is not None:
+                rows_K = (rows_K[:, None] * self.copies + torch.arange(self.copies)).flatten()
+        if rows_K is not None:
+            ids_RL = ids_RL[rows_K]
+        ids_RL = ids_RL[:, : int(lengths_K.max())]
+        if store is None:
+            attend_KL = torch.arange(ids_RL.shape[1]) < lengths_K[:, None]
+            return self.model(ids_RL.to(self.device), None if attend_KL.all() else attend_KL.to(self.device))
+        rows = None if rows_K is None else rows_K.tolist()
         window = Window(store, first_K.tolist(), end_K.tolist(), lengths_K.tolist(), rows)
         # Queries behind a row's end are computed and used by nobody; any token will do.
         columns_KS = (first_K[:, None] + torch.arange(window.width)).clamp(max=ids_RL.shape[1] - 1)
-        return self.model.forward_window(ids_RL[rows_K[:, None], columns_KS].to(self.device), window)
+        return self.model.forward_window(ids_RL.gather(1, columns_KS).to(self.device), window)
 
     def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
         """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""

@@ -80,6 +80,13 @@ class Weighed:
     weights_MV: Tensor | None = None
     total_M: Tensor | None = None
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """What there is one of a position, in the order above; zeros for what is None."""
+        nothing_M = torch.zeros_like(self.confidence_M)
+        read_again = (nothing_M if read_M is None else read_M for read_M in (self.standing_M, self.highest_M))
+        return self.finite_M, self.candidate_M, self.likely_M, self.score_M, self.confidence_M, *read_again
+
 
 def _joined(parts: Sequence[Weighed]) -> Weighed:
     columns = ([getattr(part, field.name) for part in parts] for field in fields(Weighed))

@@ -42,7 +42,7 @@ def encode_prompts(
         prompts: a prompt or a list of prompts. A text is one user turn, or literal text with `raw`; a list of
             {"role", "content"} is a chat; a list of integers is token ids.
         tokenizer: needed for texts and chats.
-        raw: tokenize texts as they stand, control tokens spelt in them included.
+        raw: tokenize texts as they stand, control tokens spelt in them included. Nothing is put before them.
         mask_id: the model's mask, which the text of a chat cannot spell.
 
     Raises:
@@ -140,7 +140,7 @@ def encode_given(
             return GivenText([], pieces, ids, [])
         controls = _controls(tokenizer, mask_id)
         ids = [_literal_ids(tokenizer, part, controls) for part in pieces if isinstance(part, str)]
-        return GivenText(_start_of_text(tokenizer), pieces, ids, [])
+        return GivenText(start_of_text(tokenizer), pieces, ids, [])
     if not (isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)):
         raise SamplingError(f"{where}: expected a text or a chat with blanks, got {_shown(text)}")
     messages = _messages(index, text, raw) or []
@@ -170,10 +170,16 @@ def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pat
     return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
 
 
-def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token that the tokenizer puts before a document, if it does."""
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that the tokenizer puts before a document: a list of one, or empty when it puts none."""
     start = tokenizer.encode("")[:1]
     return start if start and start[0] == tokenizer.bos_token_id else []
+
+
+def as_document(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text with what the tokenizer puts before a document, where they do not begin with it."""
+    start = start_of_text(tokenizer)
+    return ids if ids[: len(start)] == start else start + ids
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> ChatTemplate:
