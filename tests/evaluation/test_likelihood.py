@@ -145,6 +145,7 @@ def test_errors_are_honest_also_with_fewer_masks_than_tokens(answer, masks, pair
 @settings(max_examples=15, deadline=None)
 def test_the_full_mask_of_pairs_counts_once_in_as_many_as_there_are_tokens(answer: int, draws: int) -> None:
     plan = _plan(0, [1], list(range(answer)), 6, draws, True, False)
+    assert plan.sample_S is not None
     masks_SA = plan.masks_UA[plan.sample_S]
     assert masks_SA[-1].all() and not masks_SA[:-1].all(axis=1).any()
     assert (masks_SA[0:-1:2] ^ masks_SA[1:-1:2]).all()

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
 import pytest
@@ -171,7 +172,7 @@ def test_a_canvas_model_is_read_by_its_encoder(gemma_values, tiny) -> None:
 
 def test_a_start_of_text_that_the_tokenizer_puts_by_itself_stands_before_every_context(gemma_values, tiny) -> None:
     model = build_model(plan_model(ModelConfig(config=gemma_values(vocab_size=264))), None).eval()
-    tokenizer = load_tokenizer(str(tiny.folder / "tokenizer"))
+    tokenizer: Any = load_tokenizer(str(tiny.folder / "tokenizer"))
     plain = UnmaskLM(model, tokenizer=tokenizer)._pair("2 plus 2?", " 4")
     bos, text = tokenizer.bos_token_id, tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])

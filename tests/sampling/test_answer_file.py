@@ -138,3 +138,14 @@ def test_a_job_is_of_its_weights(tiny_base, tmp_path, capsys):
     (tmp_path / "out.jsonl.part").write_text('{"generation": {"weights": "of another model"}}\n{"row": 0}\n')
     assert main(command) == 2
     assert "holds another generation (weights" in capsys.readouterr().err
+
+
+def test_lengths_that_are_tried_have_titles_of_their_own(tiny_base, tmp_path, capsys):
+    page = tmp_path / "trace.html"
+    flags = ["--checkpoint", str(tiny_base), "--device", "cpu", "--trace", str(page)]
+    assert main(["generate", "--infill", *flags, "--prompt", "it is {blank:1-2}.", "--prompt", "so {blank:1}"]) == 0
+    assert "it is {blank:2}." in page.read_text() and "prompt 3" not in page.read_text()
+    assert "> so {blank:1}" in capsys.readouterr().out
+    before = page.read_bytes()
+    assert main(["generate", *flags, "--prompt", "so " * 90]) == 2
+    assert page.read_bytes() == before

@@ -251,16 +251,20 @@ class _Job:
         titles = dict(enumerate(map(self.title, range(len(prompts))))) if len(prompts) > 1 else {}
         events = 0
         with watcher(model, self.tokenizer, self.sampler, titles=titles) if arguments.watch else nullcontext() as draw:
+            followers: list[Any] = [one for one in (draw, trace) if one is not None]
 
             def follow(event: Any) -> None:
                 nonlocal events
                 events += 1
-                for one in (draw, trace):
-                    if one is not None:
-                        one(event)
+                for one in followers:
+                    one(event)
+
+            def entitle(trials: list[str]) -> None:  # of a blank of unknown length there are several
+                for one in followers:
+                    one.entitle(trials)
 
             try:
-                yield {"on_event": follow}
+                yield {"on_event": follow, **({"on_trials": entitle} if arguments.infill else {})}
             finally:
                 if arguments.trace and events:
                     trace.write(Path(arguments.trace))

@@ -54,7 +54,7 @@ def plain_answer(text: str) -> str | None:
 
 
 def _expression(text: str) -> str | None:
-    """Return the expression that math-verify finds in a text, as it shows it; else a text of words; None for neither."""
+    """Return the expression that math-verify finds in a text, as it shows it; else plain words, or None."""
     found = _parsed(text)
     return str(found[-1]) if found else _words(text)
 

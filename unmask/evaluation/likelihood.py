@@ -175,7 +175,7 @@ class Plan:
 
 
 def standard_error(ordered_S: np.ndarray) -> float:
-    """Return the standard error of the mean of independent samples, one from each stratum, from neighbours' differences.
+    """Return the standard error of the mean of independent samples, one a stratum, from neighbours' differences.
 
     One sample says nothing of the variance in its stratum; half the squared difference of two neighbours is, in the
     mean, that of both strata, and more where their means differ: it errs on the safe side (Wolter 2007, Introduction to

@@ -133,11 +133,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Return a hash that tells one model's weights from another's without reading them whole, wherever the folder lies.
+    """Return a hash that tells one model's weights from another's in little time, wherever the folder lies.
 
-    It covers config.json, the name, shape and type of every tensor, and 4 KiB at the start, middle and end of each: what
-    training or merging an adapter changes shows there, whichever tensors it touches. Of shards that ranks have written,
-    whose tensors no header lists, 4 KiB in each 256 KiB.
+    It covers config.json, the name, shape and type of every tensor, and 4 KiB at the start, middle and end of each:
+    what training or merging an adapter changes shows there, whichever tensors it touches. Of shards that ranks have
+    written, whose tensors no header lists, it covers 4 KiB in each 256 KiB.
 
     Raises:
         ModelError: as `weight_files`.

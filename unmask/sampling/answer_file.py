@@ -91,8 +91,7 @@ def record_of(prompt: Any, answer: Generation | Infill, sampler: Mapping[str, An
     Args:
         prompt: what was asked, as in `generate` or `infill`.
         answer: what came out.
-        sampler: the settings in force, and under `approximations` what of them does not compute what the published
-            algorithm does.
+        sampler: the settings in force, and under `approximations` what of them is not computed by full forwards.
         seed: of the draws.
     """
     made: Record = {"text": answer.text, "token_ids": answer.token_ids}
