@@ -110,7 +110,9 @@ def answers(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     path = tmp_path / "answers.jsonl"
     prompts = ["--prompt", "How many apples?", "--prompt", "What is 2 + 2, and how did you find out?"]
     assert main(["generate", *prompts, "--max_new_tokens", "20", "--steps", "4", "--output", str(path), *words]) == 0
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()  # a file that is there is not replaced
+    return found
 
 
 def test_the_family_picks_its_own_sampler_and_the_adapter_changes_the_answer(

@@ -43,7 +43,9 @@ def answer(tmp_path: Path, *words: str) -> dict:
     path = tmp_path / "answers.jsonl"
     flags = ["--steps", "4", "--max_new_tokens", "8", "--block-size", "8", "--device", "cpu", "--output", str(path)]
     assert main(["generate", "--prompt", "1 plus 1?", *flags, *words]) == 0
-    return json.loads(path.read_text().splitlines()[0])
+    record = json.loads(path.read_text().splitlines()[0])
+    path.unlink()  # a file that is there is not replaced
+    return record
 
 
 def test_the_command_line_trains(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

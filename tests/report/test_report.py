@@ -178,6 +178,32 @@ def test_an_evaluation_shows_its_settings_and_what_differs(tmp_path: Path) -> No
     assert found[1][3:5] == ["0", ""]
 
 
+def test_models_stand_next_to_each_other_and_empty_columns_are_left_out(tmp_path: Path) -> None:
+    scores = [{"task": task, "model": model, "exact_match": 0.5, "low": 0.4, "high": 0.6, "total": 9}
+              for model in ("before", "after") for task in ("gsm8k", "text")]  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps({"models": [], "results": scores}))
+    run = write_run(tmp_path / "run")
+    page = write_report([run], tmp_path / "r.html", [tmp_path]).read_text()
+    section = page.split("<h2>Evaluation</h2>")[1].split("</section>")[0]
+    assert re.findall(r"<th>([^<]+)</th>", section) == ["task", "of", "measured", "value", "95 % interval", "n"]
+    rows = re.findall(r'<th scope="row">(\w+)</th><td>(\w+)</td>', section)
+    assert rows == [("gsm8k", "before"), ("gsm8k", "after"), ("text", "before"), ("text", "after")]
+
+
+def test_settings_are_said_once_for_the_models_that_share_them(tmp_path: Path) -> None:
+    scores = [{"task": task, "model": model, "exact_match": 0.5, "low": 0.4, "high": 0.6, "total": 9,
+               "batch_size": size, "settings": {"seed": 42, "questions": "0af", "stops": [], "sampler": {"steps": 8}}}
+              for task, model, size in (("gsm8k", "a", 4), ("gsm8k", "b", 4), ("text", "a", 4), ("text", "b", 8))
+              ]  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps({"models": [], "results": scores}))
+    page = write_report([write_run(tmp_path / "run")], tmp_path / "r.html", [tmp_path]).read_text()
+    assert re.findall(r'<p class="soft">([^<]*batch_size \d)</p>', page) == [
+        "gsm8k: seed 42, steps 8, batch_size 4",
+        "text of a: seed 42, steps 8, batch_size 4",
+        "text of b: seed 42, steps 8, batch_size 8",
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "error", "said"),
     [(0.0003, 0.00002, "0.000300"), (1.25, 0.02, "1.250"), (1e80, None, "1e+80"), (0.0003, 0.0, "0.0003"),

@@ -66,7 +66,7 @@ def test_an_interrupted_job_goes_on_and_its_file_is_that_of_one_run(tiny_base, t
 def test_the_part_of_another_job_is_not_touched(tiny_base, tmp_path, capsys):
     words_ = words(tiny_base, tmp_path, "out.jsonl")
     part = tmp_path / "out.jsonl.part"
-    part.write_text(json.dumps({"generation": {"seed": 1}}) + "\n")
+    part.write_text(json.dumps({"generation": {"seed": 1}}) + '\n{"row": 0}\n')
     before = part.read_bytes()
     assert main(words_) == 2
     assert "holds another generation" in capsys.readouterr().err
@@ -86,9 +86,9 @@ def test_parts_of_several_processes_are_taken_in(tmp_path):
     again.finish({0: {"text": "A"}, 2: {"text": "A2"}})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["A", "B", "A2", "C"]
     assert list(tmp_path.iterdir()) == [path]
-    AnswerFile(path, ["a"], {"seed": 1}, Ranks())
+    AnswerFile(path, ["a", "b"], {"seed": 1}, Ranks()).add(1, {"text": "B"})
     with pytest.raises(ConfigError, match=r"seed 1, not 2"):
-        AnswerFile(path, ["a"], {"seed": 2}, Ranks())
+        AnswerFile(path, ["a", "b"], {"seed": 2}, Ranks())
 
 
 def test_blanks_are_filled_from_a_file(tiny_base, tmp_path):

@@ -20,6 +20,19 @@ def test_choose_without_temperature_is_argmax():
     assert rules.choose(logits, 0.0, None).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("width", [40, 512, 1024, 1300])
+def test_the_likeliest_is_the_first_of_the_highest(width):
+    numbers = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 3, (50, width), generator=numbers).float() - 3
+    values[:, : width // 2] -= 3  # the highest values begin in the middle, and some rows have one only at the end
+    values[::5] = -4.0
+    values[::5, -1] = 1.0
+    expected = [row.index(max(row)) for row in values.tolist()]
+    assert rules.likeliest(values).tolist() == expected
+    assert rules.likeliest(values.bfloat16()).tolist() == expected
+    assert rules.likeliest(torch.full((2, width), OFF)).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_choose_samples_the_tempered_softmax(temperature):
     logits = torch.tensor([1.0, 0.0, -1.0, OFF]).expand(20000, 4)

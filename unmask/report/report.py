@@ -176,8 +176,28 @@ def _lines(runs: Sequence[Run], points: Sequence[Points], markers: bool = False)
 
 
 def _evaluation(results: Sequence[Result]) -> str:
-    names = ["task", "of", "measured", "value", "95 % interval", "n", "compared", "settings"]
-    return table(names, [result.cells() for result in results])
+    """Show what was measured, models next to each other in each task; columns that nothing fills are left out."""
+    names = ["task", "of", "measured", "value", "95 % interval", "n", "compared"]
+    order = list(dict.fromkeys((result.task, result.measure) for result in results))
+    together = sorted(results, key=lambda result: order.index((result.task, result.measure)))
+    rows = [result.cells() for result in together]
+    filled = [column for column in range(len(names)) if any(row[column] for row in rows)]
+    measured = table([names[column] for column in filled], [[row[column] for column in filled] for row in rows])
+    return measured + _settings(together)
+
+
+def _settings(results: Sequence[Result]) -> str:
+    """Say how each task was measured: once, or once for the models that differ in it."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if result.settings:
+            models.setdefault((result.task, result.settings), []).append(result.of)
+    tasks = [task for task, _ in models]
+    paragraphs = []
+    for (task, settings), of in models.items():
+        whose = "" if tasks.count(task) == 1 else f" of {', '.join(dict.fromkeys(of))}"
+        paragraphs.append(f'<p class="soft">{escape(f"{task}{whose}: {settings}")}</p>')
+    return "".join(paragraphs)
 
 
 def _samples(run: Run, number: int) -> str:
