@@ -239,7 +239,6 @@ def _harness_tasks(
     console: Console,
 ) -> list[Outcome]:
     from unmask.evaluation.lm_eval import UnmaskLM
-    from unmask.sampling.adapters import settings_for
     from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 
     began = time.perf_counter()
@@ -279,15 +278,9 @@ def _harness_tasks(
         said = f"lm-evaluation-harness, {contestant.label}: {len(results)} results in {_duration(seconds)}"
         console.print(said, highlight=False)
     settings = {
-        "dtype": evaluation.dtype or "as stored",
-        "seed": evaluation.seed,
-        # A task may set the answer's length and the temperature, where these were not given.
-        "sampler": as_plain(dataclasses.asdict(settings_for(model, evaluation.sampler))),
+        **_harness_settings(evaluation, model),
         "num_samples": lm.num_samples,
         "antithetic": lm.antithetic,
-        "few_shot": evaluation.few_shot,
-        "limit": evaluation.limit,
-        "chat": evaluation.chat,
     }
     outcomes = []
     for task, result in results.items():
@@ -307,6 +300,20 @@ def _harness_tasks(
             )
         )
     return outcomes
+
+
+def _harness_settings(evaluation: Evaluation, model: Any) -> dict[str, Any]:
+    from unmask.sampling.adapters import settings_for
+
+    return {
+        "dtype": evaluation.dtype or "as stored",
+        "seed": evaluation.seed,
+        # A task may set the answer's length and the temperature, where these were not given.
+        "sampler": as_plain(dataclasses.asdict(settings_for(model, evaluation.sampler))),
+        "few_shot": evaluation.few_shot,
+        "limit": evaluation.limit,
+        "chat": evaluation.chat,
+    }
 
 
 def _write_samples(contestant: Contestant, evaluation: Evaluation, samples: Mapping[str, Any]) -> None:

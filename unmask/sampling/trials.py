@@ -84,6 +84,19 @@ class Filled:
 def lay_out(
     index: int, text: GivenText, lengths: Sequence[int], settings: Settings, spec: FamilySpec, eos_id: int
 ) -> Trial:
+    """Return a text with its blanks at certain lengths.
+
+    Args:
+        index: the text's place among the caller's.
+        text: its pieces, with tokens before, between and behind the blanks.
+        lengths: tokens of each blank.
+        settings: blocks are `block_size` positions, counted from the first blank.
+        spec: of the family; with blocks of a fixed size the last one is filled up with `eos_id`.
+        eos_id: end of text.
+
+    Raises:
+        SamplingError: it does not fit the model, or begins with a blank where a canvas needs something before it.
+    """
     before, *rest = text.ids
     ids: list[int] = []
     is_open: list[bool] = []
