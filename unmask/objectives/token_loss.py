@@ -2,8 +2,9 @@
 
 The gradients with respect to hidden states, head and bias are computed in the forward pass, while a chunk's
 probabilities are at hand (the idea of Liger's FusedLinearCrossEntropy, arXiv 2410.10989, section 3.2), so backward is a
-multiplication by the incoming scalar. Matmuls run in autocast's dtype where it is on; softmax, loss and the sums of
-gradients over chunks are fp32 (fp64 for fp64 inputs).
+multiplication by the incoming scalar. One pass over the vocabulary makes the loss and the hidden states' gradient; a
+head that trains needs a chunk's probabilities once more, when their normaliser is known. Matmuls run in autocast's
+dtype where it is on; softmax, loss and the sums of gradients over chunks are fp32 (fp64 for fp64 inputs).
 
 What belongs to a chunk lies with the vocabulary first, so that a tile of the vocabulary is one piece of memory.
 
@@ -88,8 +89,8 @@ def cross_entropies(
     losses_N = torch.empty(len(hidden_ND), dtype=head.wide, device=hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         for part in _parts(len(hidden_ND), max(1, chunk_logits // len(weight_VD))):
-            logsum_R, scores_R = head.score(hidden_ND[part], targets_N[part], None)
-            losses_N[part] = logsum_R - scores_R * head.scale
+            scored = head.score(hidden_ND[part], targets_N[part], None, mixes=False)
+            losses_N[part] = scored.logsum_R - scored.own_R * head.scale
     return losses_N
 
 
@@ -108,15 +109,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), **wide)
         parts = _parts(len(hidden_ND), max(1, chunk_logits // len(weight_VD)))
         most = max((part.stop - part.start for part in parts), default=0)
-        memory = torch.empty(len(weight_VD) * most, **wide)
+        memory = None
+        if needs_weight or needs_bias:
+            memory = torch.empty(len(weight_VD) * most, dtype=compute, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for part in parts:
-                hidden_RD, targets_R, weights_R = hidden_ND[part], targets_N[part], weights_N[part].to(head.wide)
-                kept_VR = memory[: len(weight_VD) * len(hidden_RD)].view(len(weight_VD), len(hidden_RD))
-                logsum_R, own_R = head.score(hidden_RD, targets_R, kept_VR)
-                loss += torch.dot(logsum_R - own_R * head.scale, weights_R)
-                if any(ctx.needs_input_grad):
-                    head.accumulate(sums, part, _Scored(hidden_RD, targets_R, weights_R, kept_VR, logsum_R, own_R))
+                rows = _Rows(hidden_ND[part], targets_N[part], weights_N[part].to(head.wide))
+                size = len(weight_VD) * len(rows.targets_R)
+                kept_VR = None if memory is None else memory[:size].view(len(weight_VD), -1)
+                scored = head.score(rows.hidden_RD, rows.targets_R, kept_VR, needs_hidden)
+                loss += torch.dot(scored.logsum_R - scored.own_R * head.scale, rows.weights_R)
+                head.accumulate(sums, part, rows, scored)
         ctx.save_for_backward(
             sums.hidden_ND,
             None if sums.weight_VD is None else sums.weight_VD.to(weight_VD.dtype),
@@ -143,15 +146,32 @@ class _Gradients:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """A chunk of rows: what they were given, what `score` kept, log Σ exp(logits) and the targets' scores."""
+class _Rows:
+    """A chunk of rows: what they were given."""
 
     hidden_RD: Tensor
     targets_R: Tensor
     weights_R: Tensor
-    kept_VR: Tensor
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What one pass over the vocabulary says of R rows.
+
+    Attributes:
+        logsum_R: log Σ exp(logits).
+        own_R: the targets' scores.
+        top_R: their largest logits, or the cap.
+        kept: of each tile that the head's gradient needs: its place in the vocabulary, the largest logits so far (R,)
+            and exp(logit − that) · slope (W, R) in the compute dtype, the targets' blanked.
+        mixed_RD: Σ_v exp(logit − top) · slope · w_v, the targets' terms left out; None where nobody asked for it.
+    """
+
     logsum_R: Tensor
     own_R: Tensor
+    top_R: Tensor
+    kept: list[tuple[slice, Tensor, Tensor]]
+    mixed_RD: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -159,7 +179,8 @@ class _Head:
     """One head: the linear map and what follows it, worked on in tiles of the vocabulary that stay in the cache.
 
     A score is z, or tanh(z / c) where there is a cap: from either, the logit (score · scale) and its slope follow
-    without another matmul. Under a small cap what is kept is finished but for a factor a row: exp(logit − c) · slope.
+    without another matmul. What is kept of a logit is finished but for a factor a row and tile: exp(logit − top) ·
+    slope, where top is the row's largest logit so far.
     """
 
     weight_VD: Tensor
@@ -178,8 +199,8 @@ class _Head:
         return 1.0 if self.softcap is None else self.softcap
 
     @property
-    def finished(self) -> bool:
-        """Whether `score` keeps finished products instead of scores."""
+    def bounded(self) -> bool:
+        """Whether the cap itself serves as every row's top."""
         return self.softcap is not None and self.softcap <= SMALL_CAP and self.compute != torch.float16
 
     @property
@@ -187,35 +208,58 @@ class _Head:
         """Entries of the vocabulary that are worked on at a time."""
         return TILE_ROWS if self.weight_VD.device.type == "cpu" else DEVICE_TILE_ROWS
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each tile of the vocabulary and its rows of the head in the compute dtype."""
+    def tiles(self) -> Iterator[slice]:
+        """Yield each tile of the vocabulary."""
         for start in range(0, len(self.weight_VD), self.tile_rows):
-            tile = slice(start, min(start + self.tile_rows, len(self.weight_VD)))
-            yield tile, self.weight_VD[tile].to(self.compute)
+            yield slice(start, min(start + self.tile_rows, len(self.weight_VD)))
 
-    def score(self, hidden_RD: Tensor, targets_R: Tensor, kept_VR: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return log Σ exp(logits) and the target's score of R rows; keep what gradients need where there is room."""
+    def score(self, hidden_RD: Tensor, targets_R: Tensor, kept_VR: Tensor | None, mixes: bool) -> _Scored:
+        """Pass over the vocabulary once, everything that is done to a tile of logits done while it is in the cache.
+
+        The running maximum and what is summed relative to it follow each other as in Milakov & Gimelshein 2018 (arXiv
+        1805.02867). The target's entry is left out of what is kept and mixed: it goes its own way in the wide dtype,
+        since its 1 − p would be lost beside the others' p in a narrow one.
+
+        Args:
+            hidden_RD, targets_R: the rows.
+            kept_VR: where to keep what the head's gradient needs, in the compute dtype; None where it needs none.
+            mixes: whether to sum what the hidden states' gradient needs.
+        """
         hidden_DR = hidden_RD.to(self.compute).t().contiguous()
-        shares_WR = self._tile_of(hidden_DR)
-        room_WR = torch.empty_like(shares_WR) if kept_VR is None else None
-        top_R = torch.full_like(shares_WR[0], self.scale if self.finished else -math.inf)
-        total_R, own_R = torch.zeros_like(top_R), torch.zeros_like(top_R)
-        for tile, weight_WD in self.tiles():
-            size = tile.stop - tile.start
-            scores_WR = room_WR[:size] if kept_VR is None else kept_VR[tile]  # pyright: ignore[reportOptionalSubscript]
+        # Scores are written where products are kept, unless those are narrower; a cap's slope needs both at once.
+        in_place = kept_VR is not None and kept_VR.dtype == self.wide
+        room_WR = None if in_place else self._tile_of(hidden_DR)
+        other_WR = None if self.softcap is None else self._tile_of(hidden_DR)
+        top_R = torch.full_like(hidden_DR[0], self.scale if self.bounded else -math.inf, dtype=self.wide)
+        total_R, own_R, kept = torch.zeros_like(top_R), torch.zeros_like(top_R), []
+        mixed_RD = torch.zeros_like(hidden_RD, dtype=self.wide) if mixes else None
+        for tile in self.tiles():
+            size, weight_WD = tile.stop - tile.start, self.weight_VD[tile].to(self.compute)
+            scores_WR = kept_VR[tile] if room_WR is None else room_WR[:size]  # pyright: ignore[reportOptionalSubscript]
             self._score_tile(tile, weight_WD, hidden_DR, scores_WR)
             places_R = targets_R - tile.start
-            found_R = scores_WR.gather(0, places_R.clamp(0, size - 1)[None])[0]
-            own_R = torch.where((places_R >= 0) & (places_R < size), found_R, own_R)
-            if not self.finished:
-                # Running log-sum-exp (Milakov & Gimelshein 2018, arXiv 1805.02867): the sum follows the maximum.
+            inside_R, places_1R = (places_R >= 0) & (places_R < size), places_R.clamp(0, size - 1)[None]
+            own_R = torch.where(inside_R, scores_WR.gather(0, places_1R)[0], own_R)
+            if not self.bounded:
                 before_R, top_R = top_R, torch.maximum(top_R, scores_WR.amax(dim=0).mul_(self.scale))
-                total_R *= (before_R - top_R).exp_()
-            torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR[:size]).exp_()
-            total_R += shares_WR[:size].sum(dim=0)
-            if self.finished and kept_VR is not None:
-                torch.ops.aten.tanh_backward.grad_input(shares_WR[:size], scores_WR, grad_input=scores_WR)
-        return total_R.log_().add_(top_R), own_R
+                lower_R = (before_R - top_R).exp_()
+                total_R *= lower_R
+                if mixed_RD is not None:
+                    mixed_RD *= lower_R[:, None]
+            shares_WR = scores_WR if other_WR is None else other_WR[:size]
+            torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR).exp_()
+            total_R += shares_WR.sum(dim=0)
+            if kept_VR is None and mixed_RD is None:
+                continue
+            if self.softcap is not None:
+                torch.ops.aten.tanh_backward.grad_input(shares_WR, scores_WR, grad_input=scores_WR)
+            others_R = torch.where(inside_R, 0.0, scores_WR.gather(0, places_1R)[0])
+            products_WR = scores_WR.scatter_(0, places_1R, others_R[None]).to(self.compute)
+            if kept_VR is not None:
+                kept.append((tile, top_R, products_WR if in_place else kept_VR[tile].copy_(products_WR)))
+            if mixed_RD is not None:
+                _add_product(mixed_RD, products_WR.t(), weight_WD)
+        return _Scored(total_R.log_().add_(top_R), own_R, top_R, kept, mixed_RD)
 
     def _tile_of(self, hidden_DR: Tensor) -> Tensor:
         """Return memory for a tile of R rows."""
@@ -233,48 +277,30 @@ class _Head:
         if self.softcap is not None:
             out_WR.tanh_()
 
-    def accumulate(self, sums: _Gradients, part: slice, rows: _Scored) -> None:
+    def accumulate(self, sums: _Gradients, part: slice, rows: _Rows, scored: _Scored) -> None:
         """Add R rows' gradients: w · (softmax − onehot) · slope, then through the linear map.
 
-        The target's entry goes its own way in the wide dtype: its 1 − p would be lost beside the others' p in a narrow
-        one. What was kept for it is blanked.
+        What a row's entries share is multiplied where it costs least: into its few numbers, not into its V logits.
         """
-        hidden_RD, targets_R, kept_VR = rows.hidden_RD.to(self.wide), rows.targets_R, rows.kept_VR
-        own_R = torch.expm1(rows.own_R * self.scale - rows.logsum_R) * rows.weights_R
+        hidden_RD = rows.hidden_RD.to(self.wide)
+        own_R = torch.expm1(scored.own_R * self.scale - scored.logsum_R) * rows.weights_R
         if self.softcap is not None:
-            own_R *= 1 - rows.own_R.square()
-        # What a row's entries share is multiplied where it costs least: into its few numbers, not into its V logits.
-        shared_R = rows.weights_R * (self.scale - rows.logsum_R).exp_() if self.finished else rows.weights_R
-        shared_RD = (hidden_RD * shared_R[:, None]).to(self.compute)
-        blank = 0.0 if self.finished else -math.inf if self.softcap is None else -1.0
-        kept_VR.scatter_(0, targets_R[None], blank)
-        room_WR = None if self.finished else self._tile_of(hidden_RD.t())
-        grad_hidden_RD = torch.zeros_like(hidden_RD)
-        for tile, weight_WD in self.tiles():
-            grad_WR = kept_VR[tile]
-            if room_WR is not None:
-                grad_WR = self._finish(grad_WR, rows.logsum_R, room_WR[: len(grad_WR)])
-            if sums.bias_V is not None:
-                sums.bias_V[tile] += torch.mv(grad_WR, shared_R)
-            grad_WR = grad_WR.to(self.compute)
-            if sums.hidden_ND is not None:
-                _add_product(grad_hidden_RD, grad_WR.t(), weight_WD)
+            own_R *= 1 - scored.own_R.square()
+        if sums.hidden_ND is not None and scored.mixed_RD is not None:
+            shared_R = rows.weights_R * (scored.top_R - scored.logsum_R).exp_()
+            own_RD = own_R[:, None] * self.weight_VD[rows.targets_R].to(self.wide)
+            sums.hidden_ND[part] = own_RD.addcmul_(scored.mixed_RD, shared_R[:, None]).to(sums.hidden_ND.dtype)
+        for tile, top_R, products_WR in scored.kept:
+            shared_R = rows.weights_R * (top_R - scored.logsum_R).exp_()
             if sums.weight_VD is not None:
-                _add_product(sums.weight_VD[tile], grad_WR, shared_RD, first=part.start == 0)
-        if sums.hidden_ND is not None:
-            grad_hidden_RD.mul_(shared_R[:, None]).addcmul_(own_R[:, None], self.weight_VD[targets_R].to(self.wide))
-            sums.hidden_ND[part] = grad_hidden_RD.to(sums.hidden_ND.dtype)
+                shared_RD = (hidden_RD * shared_R[:, None]).to(self.compute)
+                _add_product(sums.weight_VD[tile], products_WR, shared_RD, first=part.start == 0)
+            if sums.bias_V is not None:
+                sums.bias_V[tile] += torch.mv(products_WR.to(self.wide), shared_R)
         if sums.weight_VD is not None:  # index_put_ adds in a fixed order on every device, index_add_ does not
-            sums.weight_VD.index_put_((targets_R,), hidden_RD * own_R[:, None], accumulate=True)
+            sums.weight_VD.index_put_((rows.targets_R,), hidden_RD * own_R[:, None], accumulate=True)
         if sums.bias_V is not None:
-            sums.bias_V.index_put_((targets_R,), own_R, accumulate=True)
-
-    def _finish(self, scores_WR: Tensor, logsum_R: Tensor, out_WR: Tensor) -> Tensor:
-        """Write softmax · slope of scores; return it."""
-        torch.add(-logsum_R, scores_WR, alpha=self.scale, out=out_WR).exp_()
-        if self.softcap is not None:
-            torch.ops.aten.tanh_backward.grad_input(out_WR, scores_WR, grad_input=out_WR)
-        return out_WR
+            sums.bias_V.index_put_((rows.targets_R,), own_R, accumulate=True)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

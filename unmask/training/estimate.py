@@ -60,14 +60,17 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     activations = plan.family.activation_bytes(
         plan.config, tokens, width, compute, config.distributed.activation_checkpointing
     )
+    head = head_gradients(config, model, width)
+    # A head that trains keeps a chunk of its logits, in the compute dtype, until their normaliser is known.
+    kept = compute * min(CHUNK_LOGITS, tokens * plan.config.rows) if head else 0
     return Estimate(
         parameters=sum(p.numel() * _packed(p) for p in parameters),
         trainable=sum(p.numel() for p in trainable),
         weights=_bytes(parameters),
         gradients=trained_bytes,
-        head=head_gradients(config, model, width),
+        head=head,
         optimizer=2 * trained_bytes,
-        activations=activations + 4 * min(CHUNK_LOGITS, tokens * plan.config.rows),
+        activations=activations + kept,
     )
 
 
