@@ -1,6 +1,7 @@
 """`python -m unmask.lm_eval …`: lm-evaluation-harness's own command line, with the model `unmask` in its table.
 
-The harness finds models in its own package alone, so something has to add ours before it parses its arguments.
+Where the package is installed, `lm_eval` itself has it there (`_unmask_lm_eval.py`). This is for a checkout
+on PYTHONPATH, where Python reads no `.pth` file.
 """
 
 from __future__ import annotations

@@ -62,6 +62,21 @@ def test_a_base_and_its_adapter_stand_side_by_side(evaluate, tiny_base: Path, ad
         assert len(answers(tmp_path / "out", each["file"])) == 10
 
 
+def test_a_table_that_goes_into_a_file_is_as_wide_as_it_needs_to_be(evaluate, tiny_base, tmp_path, monkeypatch) -> None:
+    names = [tmp_path / (letter * 40) for letter in "ab"]
+    for name in names:
+        name.symlink_to(tiny_base)
+    words = ["--checkpoint", str(names[1]), "--limit", "2"]
+    status, printed, _ = evaluate(*words, checkpoint=str(names[0]))
+    lines = printed.splitlines()
+    head = next(line for line in lines if "measure" in line)
+    assert status == 0 and all(name.name in head for name in names) and len({len(line) for line in lines[2:-1]}) == 1
+    assert any(line.startswith(f"gsm8k, {names[0].name}: 2 of 2") for line in lines)
+    monkeypatch.setenv("COLUMNS", "100")
+    status, printed, _ = evaluate(*words, checkpoint=str(names[0]))
+    assert status == 0 and max(map(len, printed.splitlines()[2:-1])) == 100
+
+
 def test_an_interrupted_evaluation_goes_on_and_ends_as_it_would_have(evaluate, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("unmask.evaluation.exact_match.BATCHES_BETWEEN_SAVES", 2)
     assert evaluate()[0] == 0
@@ -83,6 +98,43 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_it_would_have(evaluate, t
     assert evaluate()[0] == 0
     assert path.read_bytes() == whole
     assert evaluate()[0] == 0  # nothing is left to do, so no chunk is answered
+
+
+def test_a_larger_limit_goes_on_from_a_smaller_one(evaluate, tmp_path: Path, monkeypatch) -> None:
+    """Also when it is interrupted; ten rows in one go are the reference."""
+    monkeypatch.setattr("unmask.evaluation.exact_match.BATCHES_BETWEEN_SAVES", 2)
+    whole, grown, resumed = (tmp_path / name for name in ("whole", "grown", "resumed"))
+    tasks = ["--tasks", "gsm8k,likelihood", "--num-samples", "4", "--temperature", "0.7", "--output"]
+    assert evaluate(*tasks, str(whole))[0] == 0
+    for folder in (grown, resumed):
+        assert evaluate(*tasks, str(folder), "--limit", "3")[0] == 0
+    answer, asked, stops = Asking.answer, [], []
+
+    def answered(self, chunk):
+        if len(asked) == stops[-1]:
+            raise KeyboardInterrupt
+        asked.append(chunk.rows)
+        return answer(self, chunk)
+
+    monkeypatch.setattr(Asking, "answer", answered)
+    for stop, folder, status in ((9, grown, 0), (3, resumed, 130), (9, resumed, 0)):
+        stops.append(stop)
+        assert evaluate(*tasks, str(folder), "--against", str(whole))[0] == status
+    assert sorted(row for rows in asked[:2] for row in rows) == list(range(3, 10)) and asked[:2] == asked[2:]
+    for name in ("gsm8k-model.jsonl", "likelihood-model.jsonl"):
+        assert (grown / name).read_bytes() == (resumed / name).read_bytes()
+    assert sorted(record["row"] for record in answers(grown)[:3]) == [0, 1, 2]
+    results = [json.loads((folder / "results.json").read_text())["results"] for folder in (whole, grown)]
+    for one, two in zip(*results, strict=True):
+        assert two["settings"] == one["settings"] and two["timed_rows"] == 10
+        for number in one.keys() & {"right", "total", "tokens", "nats_per_token"}:
+            assert two[number] == pytest.approx(one[number], rel=1e-5)
+    assert results[1][0]["compared"]["against"]["differing"] == 0
+
+    status, _, errors = evaluate(*tasks, str(grown), "--limit", "9")
+    assert status == 2 and errors.count("\n") == 1
+    assert "gsm8k-model.jsonl: holds the first 10 rows, more than the 9 asked for; give --limit 10 or more" in errors
+    assert (grown / "gsm8k-model.jsonl").read_bytes() == (resumed / "gsm8k-model.jsonl").read_bytes()
 
 
 def test_two_runs_leave_the_same_bytes_and_another_batch_size_the_same_answers(evaluate, tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_chunks_hold_every_row_once_and_no_prompt_twice(lengths: list[int], size
         assert all(prompt in [asked[row] for row in range(chunk.rows[0])] for prompt in prompts[:1] if chunk.repeat)
 
 
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=30), size=st.integers(1, 8), end=st.integers(1, 30))
+def test_the_first_rows_are_divided_as_they_are_alone(lengths: list[int], size: int, end: int) -> None:
+    asked = [tuple(range(length)) for length in lengths]
+    alone, chunks = divide(asked[:end], size), divide(asked, size, [end])
+    assert chunks[: len(alone)] == alone
+    assert sorted(row for chunk in chunks for row in chunk.rows) == list(range(len(asked)))
+    repeats = {row: chunk.repeat for chunk in divide(asked, size) for row in chunk.rows}
+    assert all(repeats[row] == chunk.repeat for chunk in chunks for row in chunk.rows)
+
+
 def test_a_question_that_is_too_long_shows_first_with_its_place(asked) -> None:
     model, tokenizer, questions = asked
     long = Question((Message("user", "why? " * 30),), "so", "f:99")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import ConfigError
-from unmask.evaluation.records import Comparison, append_records, compare, read_records, resume_records
+from unmask.evaluation.records import Comparison, append_records, compare, grow_records, read_records, resume_records
 
 WHO = {"task": "gsm8k", "sampler": {"steps": 8, "cache": "none"}, "seed": 42}
 UNITS = [(3, 1), (0, 2)]
@@ -61,6 +61,46 @@ def test_a_file_without_records_is_of_no_evaluation_yet(tmp_path: Path) -> None:
     resume_records(path, WHO, UNITS)
     assert resume_records(path, WHO | {"seed": 1}, UNITS) == []
     assert read_records(path) == (WHO | {"seed": 1}, [])
+
+
+def first(rows: int) -> dict:
+    return WHO | {"rows": rows, "questions": f"of the first {rows}"}
+
+
+def test_an_evaluation_of_more_rows_goes_on_from_one_of_fewer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert grow_records(path, first, 2) == [] and not path.exists()
+    resume_records(path, first(2), [(1, 0)])
+    assert grow_records(path, first, 4) == []  # there is nothing to go on from
+    append_records(path, rows(1, 0))
+    before = path.read_bytes()
+    assert grow_records(path, first, 2) == [] and path.read_bytes() == before
+    assert grow_records(path, first, 4) == [2]
+    assert read_records(path) == (first(4) | {"grown_from": [2]}, rows(1, 0))
+    assert grow_records(path, first, 4) == [2]
+    assert grow_records(path, first, 9) == [2, 4]
+    assert resume_records(path, first(9) | {"grown_from": [2, 4]}, [(1, 0), (3, 2)]) == rows(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "change", "said"),
+    [
+        (2, {}, r"a.jsonl: holds the first 4 rows, more than the 2 asked for; give --limit 4 or more"),
+        (2, {"seed": 1}, r"holds another evaluation \(seed 42, not 1\)"),
+        (9, {"seed": 1}, r"holds another evaluation \(seed 42, not 1\)"),
+        (9, {"questions": "others"}, r"holds another evaluation \(questions of the first 4, not others\)"),
+    ],
+)
+def test_fewer_rows_and_other_rows_are_refused_and_the_file_stays(
+    tmp_path: Path, wanted: int, change: dict, said: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    resume_records(path, first(4), [])
+    append_records(path, rows(3, 1))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        grow_records(path, lambda rows: first(rows) | change, wanted)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["notes\n", json.dumps({"row": 1}) + "\n", "\n"])

@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
         "limit",
         type=int,
         metavar="N",
-        help="the first N rows of each task; another N is another evaluation, with its own --output",
+        help="the first N rows of each task; a larger N goes on from the answers of a smaller one",
     )
     flag(parser, "few_shot", type=int, metavar="N", help="worked examples before each question (0)")
     flag(parser, "shots_file", metavar="FILE.jsonl", help="the first rows of this file are the worked examples")
@@ -105,18 +105,16 @@ def run(arguments: argparse.Namespace) -> int | None:
         from unmask.distributed.launch import relaunch
 
         return relaunch(arguments.words, arguments.nproc_per_node)
-    from rich.console import Console
-
     from unmask.distributed.ranks import join
     from unmask.distributed.runtime import own_device, pick_device
     from unmask.evaluation.measure import Likelihoods
     from unmask.evaluation.results import RESULTS
     from unmask.evaluation.side_by_side import Evaluation, evaluate
-    from unmask.evaluation.table import outcome_table
+    from unmask.evaluation.table import outcome_table, output_console
 
     device = own_device(pick_device(arguments.device))
     ranks = join(device)
-    console = Console(quiet=not ranks.first)
+    console = output_console(quiet=not ranks.first)
     against = None if arguments.against is None else Path(arguments.against).expanduser()
     evaluation = Evaluation(
         names, questions, arguments.raw, sampler, arguments.seed, arguments.batch_size, arguments.dtype,

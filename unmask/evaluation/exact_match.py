@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -166,21 +167,21 @@ class Chunk:
         return seed if self.repeat == 0 else rng.key(seed, "evaluation/repeat", self.repeat) % 2**63
 
 
-def divide(asked: Sequence[tuple[int, ...]], size: int) -> list[Chunk]:
+def divide(asked: Sequence[tuple[int, ...]], size: int, ends: Sequence[int] = ()) -> list[Chunk]:
     """Divide prompts into chunks of at most `size`.
 
     Prompts of like length come together, which saves padding, and long ones first, so that one that is too long for the
-    model or the memory shows at once. No prompt is in a chunk twice.
+    model or the memory shows at once. No prompt is in a chunk twice, and no chunk goes beyond one of `ends`, numbers of
+    first rows (ascending): those are divided as they would be alone.
     """
     times: dict[tuple[int, ...], int] = {}
-    rounds: list[list[int]] = []
+    rounds: dict[tuple[int, int], list[int]] = {}
     for row, ids in enumerate(asked):
         repeat = times.get(ids, 0)
         times[ids] = repeat + 1
-        rounds += [[]] if repeat == len(rounds) else []
-        rounds[repeat].append(row)
+        rounds.setdefault((bisect_right(ends, row), repeat), []).append(row)
     found = []
-    for repeat, rows in enumerate(rounds):
+    for (_, repeat), rows in sorted(rounds.items()):
         rows.sort(key=lambda row: (-len(asked[row]), row))
         found += [Chunk(tuple(rows[start : start + size]), repeat) for start in range(0, len(rows), size)]
     return found
@@ -224,9 +225,9 @@ class Asking:
         for question, ids in zip(self.questions, self.asked, strict=True):
             check_prompt(question.place, ids, spec.max_length, spec.rows, settings)
 
-    def chunks(self) -> list[Chunk]:
-        """Divide the questions into chunks: the same ones, whatever was answered already."""
-        return divide(self.asked, self.ranks.size * rows_between_saves(self.batch_size))
+    def chunks(self, ends: Sequence[int] = ()) -> list[Chunk]:
+        """Divide the questions into chunks: the same ones, whatever was answered already; `ends` as in `divide`."""
+        return divide(self.asked, self.ranks.size * rows_between_saves(self.batch_size), ends)
 
     def answer(self, chunk: Chunk) -> list[Answer]:
         """Answer and judge the questions of a chunk, in the order of its rows; a collective."""

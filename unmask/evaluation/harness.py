@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
 from typing import Any
 
-from unmask.errors import ConfigError, MissingDependencyError
+from unmask.distributed.failures import report
+from unmask.distributed.ranks import leave
+from unmask.errors import ConfigError, MissingDependencyError, UnmaskError
 from unmask.evaluation.tasks import HARNESS, TASKS, near_miss
 from unmask.sections import choice_problem, nearest
-
-NAME = "unmask"
-_MODEL = "unmask.evaluation.lm_eval:UnmaskLM"
 
 
 def check_harness(what: str) -> None:
@@ -52,12 +55,37 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
 
 
 def register_model() -> None:
-    """Register the model `unmask` with the harness, which knows of no plugins; again and again if need be."""
-    check_harness("the model `unmask` of lm_eval")
-    from lm_eval.api.registry import model_registry
+    """Register the model `unmask` with the harness, where no finder did; again and again if need be.
 
-    if NAME not in model_registry:
-        model_registry.register(NAME, target=_MODEL)
+    Raises:
+        MissingDependencyError: no harness.
+    """
+    check_harness("the model `unmask` of lm_eval")
+    import lm_eval.models  # noqa: F401 - the harness's own models, which it adds to an empty table only
+
+    from _unmask_lm_eval import register
+
+    register()
+
+
+def end_readably() -> None:
+    """Let the harness's command line end with one line and status 2 for a mistake of the user's, as our commands do.
+
+    `lm_eval` itself prints a traceback. A program that calls the harness is left alone.
+    """
+    hook = sys.excepthook
+    if "lm_eval._cli" not in sys.modules or (isinstance(hook, partial) and hook.func is _report_uncaught):
+        return
+    sys.excepthook = partial(_report_uncaught, hook)
+    atexit.register(leave)
+
+
+def _report_uncaught(
+    otherwise: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if isinstance(error, UnmaskError):
+        raise SystemExit(report(str(error), error.exit_status))
+    otherwise(kind, error, trace)
 
 
 def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:

@@ -23,6 +23,7 @@ from unmask.errors import ConfigError
 from unmask.evaluation.canvas_likelihood import ar_log_likelihood, has_canvases
 from unmask.evaluation.exact_match import cut_at, divide, rows_between_saves
 from unmask.evaluation.greedy import greedily_written
+from unmask.evaluation.harness import end_readably
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.sampling.prompts import as_document, start_of_text
 from unmask.sampling.settings import SamplerConfig
@@ -59,12 +60,12 @@ class UnmaskLM(LM):
         sampler: fields of `SamplerConfig`.
 
     Raises:
-        ConfigError: an argument that is not known, or a batch size that is no number.
+        ConfigError: no checkpoint, an argument that is not known, or a batch size that is no number.
     """
 
     def __init__(
         self,
-        pretrained: Any,
+        pretrained: Any = None,
         *,
         tokenizer: Any = None,
         adapter: str | None = None,
@@ -81,6 +82,9 @@ class UnmaskLM(LM):
         **sampler: Any,
     ) -> None:
         super().__init__()
+        end_readably()
+        if pretrained is None:
+            raise ConfigError("--model_args: pretrained is missing; give a folder, a run directory or a hub id")
         known = [field.name for field in dataclasses.fields(SamplerConfig)]
         for name in sampler:
             if name not in known:
@@ -269,14 +273,16 @@ class UnmaskLM(LM):
 def _load(name: str, adapter: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any, Ranks]:
     from unmask.distributed.ranks import join
     from unmask.distributed.runtime import own_device, pick_device
+    from unmask.models.folders import find_folder
     from unmask.models.registry import load_model
     from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 
-    tokenizer = load_tokenizer(str(tokenizer_folder(name, adapter)), "pretrained")
+    folder = str(find_folder(name, "--model_args: pretrained"))
+    tokenizer = load_tokenizer(str(tokenizer_folder(folder, adapter)), "--model_args: pretrained")
     # The harness's command line says cuda:0 when nobody said anything.
     where = own_device(pick_device("auto" if device in (None, "cuda:0") else device))
     ranks = join(where)
-    return load_model(name, dtype, where, adapter), tokenizer, ranks
+    return load_model(folder, dtype, where, adapter), tokenizer, ranks
 
 
 def _second(request: Instance) -> Any:

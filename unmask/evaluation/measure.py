@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from unmask.evaluation.exact_match import Answer, Asking
 from unmask.evaluation.interval import wilson
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.evaluation.questions import Question
-from unmask.evaluation.records import Record, append_records, resume_records
+from unmask.evaluation.records import GROWN_FROM, Record, append_records, grow_records, resume_records
 
 # Answers between two saves of a likelihood evaluation.
 PAIRS_BETWEEN_SAVES = 64
@@ -54,12 +55,16 @@ def measure_answers(asking: Asking, path: Path, model_identity: Mapping[str, Any
         progress: called on the first rank after each save.
 
     Raises:
-        ConfigError: the file is of another evaluation.
+        ConfigError: the file is of another evaluation, or of more rows.
         SamplingError: a prompt that does not fit the model; no file is made.
     """
-    identity = answers_identity(asking, model_identity)
     asking.check_prompts()
-    chunks = asking.chunks()
+    total = len(asking.questions)
+    grown = from_first(
+        asking.ranks, lambda: grow_records(path, lambda rows: answers_identity(asking, model_identity, rows), total)
+    )
+    identity = answers_identity(asking, model_identity) | ({GROWN_FROM: grown} if grown else {})
+    chunks = asking.chunks(grown)
     kept = from_first(asking.ranks, lambda: resume_records(path, identity, [chunk.rows for chunk in chunks]))
     records = {record["row"]: record for record in kept}
     for chunk in chunks:
@@ -69,22 +74,26 @@ def measure_answers(asking: Asking, path: Path, model_identity: Mapping[str, Any
         if asking.ranks.first:
             append_records(path, new)
             records.update((record["row"], record) for record in new)
-            progress(len(records), len(asking.questions), len(new))
+            progress(len(records), total, len(new))
     return [records[row] for row in sorted(records)]
 
 
-def answers_identity(asking: Asking, model_identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that decides the answers, as plain JSON values; of the model only its config is looked at."""
+def answers_identity(asking: Asking, model_identity: Mapping[str, Any], rows: int | None = None) -> dict[str, Any]:
+    """Return everything that decides the answers to the first rows (None = all), as plain JSON values.
+
+    Of the model only its config is looked at.
+    """
     from unmask.sampling.adapters import settings_for
 
+    references = (question.reference for question in asking.questions[:rows])
     return {
         **model_identity,
         "grader": asking.grader,
         "seed": asking.seed,
         "sampler": as_plain(dataclasses.asdict(settings_for(asking.model, asking.sampler))),
         "stops": list(asking.stops),
-        "rows": len(asking.questions),
-        "questions": _fingerprint(zip(asking.asked, (q.reference for q in asking.questions), strict=True)),
+        "rows": len(asking.questions[:rows]),
+        "questions": _fingerprint(zip(asking.asked[:rows], references, strict=True)),
     }
 
 
@@ -98,17 +107,20 @@ def measure_likelihood(
         raise ModelError("--antithetic: pairs of complementary masks need a model with a mask token; leave it out")
     if options.num_samples is None:
         options = dataclasses.replace(options, num_samples=DEFAULT_LEVELS if canvases else DEFAULT_SAMPLES)
-    identity = {
-        **model_identity,
-        "measure": "denoising cross-entropy, autoregressive log-likelihood" if canvases else "log-likelihood bound",
-        "seed": asking.seed,
-        **dataclasses.asdict(options),
-        "rows": len(pairs),
-        "questions": _fingerprint(pairs),
-    }
-    order = sorted(range(len(pairs)), key=lambda row: (-len(pairs[row][0]) - len(pairs[row][1]), row))
-    size = PAIRS_BETWEEN_SAVES * asking.ranks.size
-    units = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def identity_of(rows: int) -> dict[str, Any]:
+        return {
+            **model_identity,
+            "measure": "denoising cross-entropy, autoregressive log-likelihood" if canvases else "log-likelihood bound",
+            "seed": asking.seed,
+            **dataclasses.asdict(options),
+            "rows": rows,
+            "questions": _fingerprint(pairs[:rows]),
+        }
+
+    grown = from_first(asking.ranks, lambda: grow_records(path, identity_of, len(pairs)))
+    identity = identity_of(len(pairs)) | ({GROWN_FROM: grown} if grown else {})
+    units = _units(pairs, PAIRS_BETWEEN_SAVES * asking.ranks.size, grown)
     kept = from_first(asking.ranks, lambda: resume_records(path, identity, units))
     records = {record["row"]: record for record in kept}
     for unit in units:
@@ -122,6 +134,15 @@ def measure_likelihood(
             records.update((record["row"], record) for record in new)
             progress(len(records), len(pairs), len(new))
     return [records[row] for row in sorted(records)]
+
+
+def _units(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], size: int, ends: Sequence[int]) -> list[list[int]]:
+    """Return the rows that are saved together, at most `size`, the longest first; none goes beyond one of `ends`."""
+    found = []
+    for start, end in pairwise([0, *ends, len(pairs)]):
+        order = sorted(range(start, end), key=lambda row: (-len(pairs[row][0]) - len(pairs[row][1]), row))
+        found += [order[first : first + size] for first in range(0, len(order), size)]
+    return found
 
 
 def answer_pairs(asking: Asking) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -1,17 +1,26 @@
-"""The file of an evaluation: a line that says what it is of, then one for each answer (`report/resumable.py`)."""
+"""The file of an evaluation: a line that says what it is of, then one for each answer (`report/resumable.py`).
+
+An evaluation of more rows goes on from one of the first of them. Its first line then says under GROWN_FROM how many it
+had before: those were divided into batches by themselves, and after an interruption they must be so again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unmask.errors import ConfigError
 from unmask.report import resumable
 from unmask.report.resumable import Record as Record
 from unmask.report.resumable import append_records as append_records
 
 HEAD = "evaluation"
+GROWN_FROM = "grown_from"
+# Fields of the first line that are of the rows, beside those of how each row is answered.
+_OF_ROWS = ("rows", "questions", GROWN_FROM)
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
@@ -22,6 +31,43 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
 def resume_records(path: Path, identity: Mapping[str, Any], units: Iterable[Collection[int]]) -> list[Record]:
     """Return the records that can be kept; arguments and errors as in `resumable.resume_records`."""
     return resumable.resume_records(path, HEAD, identity, units)
+
+
+def grow_records(path: Path, identity_of: Callable[[int], Mapping[str, Any]], rows: int) -> list[int]:
+    """Make the file of an evaluation of the first rows one of more of them; leave every other file as it is.
+
+    Args:
+        path: the file; there may be none.
+        identity_of: returns what an evaluation of the first N rows is, N at most `rows`.
+        rows: number of rows that are wanted.
+
+    Returns:
+        how many rows the evaluation had before it had this many, ascending; empty for one that never grew.
+
+    Raises:
+        ConfigError: the file is of another evaluation, or of more rows.
+        CheckpointError: it cannot be written.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return []
+    found, records = read_records(path)
+    if not records:
+        return []
+    had = found.get("rows", 0)
+    grown = [*found.get(GROWN_FROM, []), *([had] if had < rows else [])]
+    wanted = {**identity_of(min(had, rows)), GROWN_FROM: found.get(GROWN_FROM)}
+    different = resumable.first_difference(found, wanted, _OF_ROWS if had > rows else ())
+    if different is not None:
+        raise ConfigError(f"{path}: holds another {HEAD} ({different}); choose another --output, or delete the file")
+    if had > rows:
+        raise ConfigError(
+            f"{path}: holds the first {had} rows, more than the {rows} asked for; give --limit {had} or more, or "
+            "choose another --output"
+        )
+    if had < rows:
+        head = json.dumps({HEAD: {**identity_of(rows), GROWN_FROM: grown}}, ensure_ascii=False)
+        resumable.write_lines(path, [head, *(resumable.as_line(record) for record in records)])
+    return grown
 
 
 @dataclass(frozen=True)

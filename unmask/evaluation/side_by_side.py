@@ -29,7 +29,7 @@ from unmask.evaluation.measure import (
     sum_likelihoods,
 )
 from unmask.evaluation.questions import Question
-from unmask.evaluation.records import compare, read_records
+from unmask.evaluation.records import GROWN_FROM, compare, read_records
 from unmask.evaluation.results import RESULTS, Outcome, Results, check_models, read_results, write_results
 from unmask.evaluation.tasks import HARNESS, TASKS
 from unmask.report.resumable import first_difference, write_lines
@@ -129,7 +129,7 @@ def _check_folders(contestants: Sequence[Contestant], evaluation: Evaluation) ->
             asked = encode_questions(unloaded, evaluation.questions[name], tokenizer)  # pyright: ignore[reportArgumentType]
             asking = _asking(name, evaluation, unloaded, tokenizer, asked)
             wanted = answers_identity(asking, _identity(name, contestant, evaluation))
-            different = first_difference(read_records(path)[0], wanted, ("dtype",))
+            different = first_difference(read_records(path)[0], wanted, ("dtype", GROWN_FROM))
             if different is not None:
                 raise ConfigError(
                     f"--against: {path} is of another evaluation ({different}); only the batch size, the number of "
@@ -220,7 +220,8 @@ def _own_task(name: str, contestant: Contestant, evaluation: Evaluation, asking:
         sizes = sorted({record["batch_size"] for record in records})
         size = sizes[0] if len(sizes) == 1 else sizes
     result = sum_likelihoods(records) if kind == "likelihood" else sum_answers(records)
-    settings = {key: value for key, value in read_records(path)[0].items() if key not in ("task", "weights", "adapter")}
+    not_set = ("task", "weights", "adapter", GROWN_FROM)
+    settings = {key: value for key, value in read_records(path)[0].items() if key not in not_set}
     seconds = time.perf_counter() - began if answered else None
     return Outcome(name, contestant.label, kind, result, settings, path.name, size, records, seconds, answered)
 

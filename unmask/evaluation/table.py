@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from unmask.evaluation.results import Outcome
 from unmask.report.evaluations import shown
+
+_NO_TERMINAL = 10_000  # columns of a file or a pipe
+
+
+def output_console(quiet: bool = False) -> Console:
+    """Return a console on standard output; in a file or a pipe, lines are as long as they need, or as COLUMNS says."""
+    console = Console(quiet=quiet)
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        console.width = _NO_TERMINAL
+    return console
 
 
 def outcome_table(labels: Sequence[str], outcomes: Sequence[Outcome]) -> Table:
