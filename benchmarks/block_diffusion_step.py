@@ -132,7 +132,7 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
     import torch
 
     from unmask.batch import Batch
-    from unmask.distributed.runtime import DistributedConfig, build_runtime
+    from unmask.distributed.runtime import Runtime
     from unmask.models.diffusion_gemma.config import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.block_diffusion import BlockDiffusion
@@ -161,7 +161,7 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
         )
         objective = BlockDiffusion(CANVAS, VOCABULARY, 1, self_conditioning_p=float(conditioned))
         optimizer = build_optimizer(OptimizerConfig(lr=1e-4), model)
-        runtime = build_runtime(DistributedConfig(device="cpu"))
+        runtime = Runtime(torch.device("cpu"), None)
         return lambda: train_step(model, objective, [batch], NoiseStream(0), optimizer, runtime, 1.0)
 
     return before, build

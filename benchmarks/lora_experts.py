@@ -61,7 +61,7 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     import torch
 
     import unmask.models.adapter  # noqa: F401  (before PEFT, which else warns of bitsandbytes's kernels)
-    from unmask.distributed.runtime import DistributedConfig, build_runtime
+    from unmask.distributed.runtime import Runtime
     from unmask.models.diffusion_gemma.config import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.block_diffusion import BlockDiffusion
@@ -85,7 +85,7 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     attach(model, PeftConfig(r=RANK, **VARIANTS[variant]), "")
     optimizer = build_optimizer(OptimizerConfig(lr=1e-4), model)
     objective = BlockDiffusion(CANVAS, vocabulary, config.eos_token_id, self_conditioning_p=1.0)
-    batch, runtime = _batch(vocabulary, rows), build_runtime(DistributedConfig(device="cpu"))
+    batch, runtime = _batch(vocabulary, rows), Runtime(torch.device("cpu"), None)
     for _ in range(steps):
         train_step(model.train(), objective, [batch], NoiseStream(0), optimizer, runtime, 1.0)
     return {"peak_gib": peak_resident_gib() - after_imports}

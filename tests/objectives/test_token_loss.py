@@ -197,6 +197,26 @@ def test_under_autocast_close_to_autocast_of_the_dense_loss(cast_rows: int, monk
     assert max(error(ours)) < 0.02
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_fp16_sums_over_a_vocabulary_neither_overflow_nor_vanish(softcap: float | None) -> None:
+    hidden, matrix, _, targets, _ = inputs(8, 16, 4096, bias=False)
+    with torch.no_grad():
+        hidden *= 0.1
+        matrix *= 0.05
+        matrix[:, 0] += 20  # a column's sum over the vocabulary is above fp16's largest number
+        hidden[:, 0] = 0.001
+    values = (hidden, matrix, None, targets, torch.full((8,), 1 / 2048))
+    theirs = gradients(lambda *v: linear_cross_entropy(*v, softcap=softcap), values)
+    with torch.autocast("cpu", torch.float16):
+        ours = gradients(lambda *v: linear_cross_entropy(*v, softcap=softcap), values)
+    for one, two in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+        assert float((one - two).norm() / two.norm()) < 2e-3
+    # Each entry but the targets' is small: 1 / 4096 of a weight of 1 / 2048.
+    others = torch.ones(4096, dtype=torch.bool)
+    others[targets] = False
+    assert float((ours[1][1] - theirs[1][1])[others].norm() / theirs[1][1][others].norm()) < 2e-3
+
+
 @pytest.mark.parametrize("chunk", [50, 10**6])
 def test_bf16_weights_sum_their_gradients_in_fp32(chunk: int) -> None:
     hidden, matrix, bias, targets, weights = inputs(300, 32, 50)

@@ -46,11 +46,16 @@ def run(arguments: argparse.Namespace) -> int | None:
         return 0
     from rich.console import Console
 
+    from unmask.distributed.host_memory import keep_freed_memory
+    from unmask.distributed.runtime import pick_device
+
     if arguments.dry_run:
         from unmask.preview import show_plan
 
         show_plan(prepared, Console())
         return 0
+    if pick_device(prepared.config.distributed.device).type == "cpu":
+        keep_freed_memory()
     outcome = run_training(prepared, Console())
     if process_rank() > 0:
         return 0

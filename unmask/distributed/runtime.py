@@ -6,7 +6,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from unmask.distributed.host_memory import keep_freed_memory
 from unmask.distributed.mesh import Degrees, Meshes, build_meshes
 from unmask.distributed.ranks import ALONE, Ranks, join, local_rank, world_size
 from unmask.errors import ConfigError, FieldError
@@ -172,7 +171,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) -> Runtime:
-    """Pick the device and compute dtype of a run, join the other processes if there are any, keep a CPU's memory.
+    """Pick the device and compute dtype of a run, and join the other processes if there are any.
 
     Raises:
         ConfigError: no such device, or the processes cannot meet.
@@ -184,8 +183,6 @@ def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) ->
     # A network whose weights are bf16 still has fp32 buffers: autocast brings what meets in a matmul to one dtype.
     compute = torch.bfloat16 if "bfloat16" in (section.autocast_dtype, policy.param_dtype) else None
     device = pick_device(section.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     if degrees.world == 1:
         return Runtime(device, compute)
     device = own_device(device)

@@ -94,6 +94,23 @@ def cross_entropies(
     return losses_N
 
 
+def working_bytes(positions: int, vocabulary: int, compute_bytes: int, head_trains: bool, device: str) -> int:
+    """Return the bytes that `linear_cross_entropy` works in beside inputs and gradients.
+
+    Args:
+        positions: scored positions.
+        vocabulary: rows of the head.
+        compute_bytes: bytes of a number of the compute dtype.
+        head_trains: whether the head's gradient is wanted, for which a chunk of logits is kept.
+        device: `cpu` or `cuda`.
+    """
+    rows = min(positions, max(1, CHUNK_LOGITS // vocabulary))
+    tile = min(vocabulary, TILE_ROWS if device == "cpu" else DEVICE_TILE_ROWS)
+    # A tile's scores in fp32, and in a narrower dtype the product that they come from and the one that they become.
+    room = tile * rows * (4 + (2 * compute_bytes if compute_bytes < 4 else 0))
+    return room + (compute_bytes * vocabulary * rows if head_trains else 0)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap):  # noqa: ANN001
@@ -111,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         most = max((part.stop - part.start for part in parts), default=0)
         memory = None
         if needs_weight or needs_bias:
-            memory = torch.empty(len(weight_VD) * most, dtype=compute, device=hidden_ND.device)
+            memory = torch.empty(len(weight_VD) * most, dtype=head.products, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for part in parts:
                 rows = _Rows(hidden_ND[part], targets_N[part], weights_N[part].to(head.wide))
@@ -163,7 +180,7 @@ class _Scored:
         own_R: the targets' scores.
         top_R: their largest logits, or the cap.
         kept: of each tile that the head's gradient needs: its place in the vocabulary, the largest logits so far (R,)
-            and exp(logit − that) · slope (W, R) in the compute dtype, the targets' blanked.
+            and exp(logit − that) · slope (W, R) in the dtype of `products`, the targets' blanked.
         mixed_RD: Σ_v exp(logit − top) · slope · w_v, the targets' terms left out; None where nobody asked for it.
     """
 
@@ -194,6 +211,11 @@ class _Head:
         return torch.promote_types(self.compute, torch.float32)
 
     @property
+    def products(self) -> torch.dtype:
+        """The dtype of the gradients' matmuls: fp16, which ends at 65,504, does not hold sums over a vocabulary."""
+        return torch.float32 if self.compute == torch.float16 else self.compute
+
+    @property
     def scale(self) -> float:
         """Logit of a score of one."""
         return 1.0 if self.softcap is None else self.softcap
@@ -201,7 +223,7 @@ class _Head:
     @property
     def bounded(self) -> bool:
         """Whether the cap itself serves as every row's top."""
-        return self.softcap is not None and self.softcap <= SMALL_CAP and self.compute != torch.float16
+        return self.softcap is not None and self.softcap <= SMALL_CAP
 
     @property
     def tile_rows(self) -> int:
@@ -222,7 +244,7 @@ class _Head:
 
         Args:
             hidden_RD, targets_R: the rows.
-            kept_VR: where to keep what the head's gradient needs, in the compute dtype; None where it needs none.
+            kept_VR: where to keep what the head's gradient needs, in the dtype of `products`; None where it needs none.
             mixes: whether to sum what the hidden states' gradient needs.
         """
         hidden_DR = hidden_RD.to(self.compute).t().contiguous()
@@ -254,11 +276,11 @@ class _Head:
             if self.softcap is not None:
                 torch.ops.aten.tanh_backward.grad_input(shares_WR, scores_WR, grad_input=scores_WR)
             others_R = torch.where(inside_R, 0.0, scores_WR.gather(0, places_1R)[0])
-            products_WR = scores_WR.scatter_(0, places_1R, others_R[None]).to(self.compute)
+            products_WR = scores_WR.scatter_(0, places_1R, others_R[None]).to(self.products)
             if kept_VR is not None:
                 kept.append((tile, top_R, products_WR if in_place else kept_VR[tile].copy_(products_WR)))
             if mixed_RD is not None:
-                _add_product(mixed_RD, products_WR.t(), weight_WD)
+                _add_product(mixed_RD, products_WR.t(), weight_WD.to(self.products))
         return _Scored(total_R.log_().add_(top_R), own_R, top_R, kept, mixed_RD)
 
     def _tile_of(self, hidden_DR: Tensor) -> Tensor:
@@ -293,7 +315,7 @@ class _Head:
         for tile, top_R, products_WR in scored.kept:
             shared_R = rows.weights_R * (top_R - scored.logsum_R).exp_()
             if sums.weight_VD is not None:
-                shared_RD = (hidden_RD * shared_R[:, None]).to(self.compute)
+                shared_RD = (hidden_RD * shared_R[:, None]).to(self.products)
                 _add_product(sums.weight_VD[tile], products_WR, shared_RD, first=part.start == 0)
             if sums.bias_V is not None:
                 sums.bias_V[tile] += torch.mv(products_WR.to(self.wide), shared_R)

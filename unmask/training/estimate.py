@@ -49,7 +49,8 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         plan: the model's plan.
         model: its network, on the meta device, in its dtypes, adapters attached.
     """
-    from unmask.objectives.token_loss import CHUNK_LOGITS
+    from unmask.distributed.runtime import pick_device
+    from unmask.objectives.token_loss import working_bytes
 
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
@@ -61,8 +62,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         plan.config, tokens, width, compute, config.distributed.activation_checkpointing
     )
     head = head_gradients(config, model, width)
-    # A head that trains keeps a chunk of its logits, in the compute dtype, until their normaliser is known.
-    kept = compute * min(CHUNK_LOGITS, tokens * plan.config.rows) if head else 0
+    device = pick_device(config.distributed.device).type
     return Estimate(
         parameters=sum(p.numel() * _packed(p) for p in parameters),
         trainable=sum(p.numel() for p in trainable),
@@ -70,7 +70,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         gradients=trained_bytes,
         head=head,
         optimizer=2 * trained_bytes,
-        activations=activations + kept,
+        activations=activations + working_bytes(tokens, plan.config.rows, compute, head > 0, device),
     )
 
 
