@@ -23,6 +23,9 @@ from typing import Any
 NEW, BLOCK = 24, 8  # tokens of an answer, as in the quickstart, and of a block
 TIMED = 6  # problems to time; all test problems are graded
 WIDE = 126_464
+# Bias of rows that no answer has: they are never the likeliest, and exp of it is a normal number, with which a CPU
+# computes as fast as with others.
+FORBIDS = -60.0
 SAMPLERS: dict[str, dict[str, Any]] = {
     "exact": {"steps": NEW},
     "dual": {"steps": NEW, "cache": "dual"},
@@ -101,13 +104,11 @@ def widened(model: Any) -> Any:
 
     from unmask.models.llada.model import LLaDA
 
-    config = dataclasses.replace(
-        model.config, vocab_size=WIDE, embedding_size=WIDE, include_bias=True, bias_for_layer_norm=False
-    )
+    config = dataclasses.replace(model.config, vocab_size=WIDE, embedding_size=WIDE, include_bias=True)
     wide, narrow = LLaDA(config), model.state_dict()
     state = {name: narrow.get(name, torch.zeros_like(value)) for name, value in wide.state_dict().items()}
     head = "model.transformer.ff_out"
-    for name, fill in (("model.transformer.wte.weight", 0.0), (f"{head}.weight", 0.0), (f"{head}.bias", -1e4)):
+    for name, fill in (("model.transformer.wte.weight", 0.0), (f"{head}.weight", 0.0), (f"{head}.bias", FORBIDS)):
         rows = torch.full((WIDE, *state[name].shape[1:]), fill)
         rows[: model.config.rows] = narrow[name] if name in narrow else 0.0
         state[name] = rows
