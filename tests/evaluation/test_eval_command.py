@@ -133,8 +133,28 @@ def test_a_larger_limit_goes_on_from_a_smaller_one(evaluate, tmp_path: Path, mon
 
     status, _, errors = evaluate(*tasks, str(grown), "--limit", "9")
     assert status == 2 and errors.count("\n") == 1
-    assert "gsm8k-model.jsonl: holds the first 10 rows, more than the 9 asked for; give --limit 10 or more" in errors
+    assert "gsm8k-model.jsonl: is of 10 rows, and 9 are asked for: fewer of the same, or other data; for the" in errors
     assert (grown / "gsm8k-model.jsonl").read_bytes() == (resumed / "gsm8k-model.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "likelihood"])
+def test_a_larger_limit_that_answered_nothing_gives_the_smaller_one_back(
+    task: str, evaluate, tmp_path: Path, monkeypatch
+) -> None:
+    words = ["--tasks", task, *(["--num-samples", "2"] if task == "likelihood" else []), "--limit"]
+    assert evaluate(*words, "2")[0] == 0
+    path = tmp_path / "out" / f"{task}-model.jsonl"
+    before = path.read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Asking, "answer", interrupted)
+        patch.setattr("unmask.evaluation.measure.divide_rows", interrupted)
+        assert evaluate(*words, "10")[0] == 130
+        status, printed, _ = evaluate(*words, "2")  # nothing is left to do, so nothing is asked
+    assert status == 0 and "all 2 were there already" in printed and path.read_bytes() == before
 
 
 def test_two_runs_leave_the_same_bytes_and_another_batch_size_the_same_answers(evaluate, tmp_path: Path) -> None:

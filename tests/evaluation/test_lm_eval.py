@@ -194,11 +194,29 @@ def test_a_start_of_text_that_the_tokenizer_puts_by_itself_stands_before_every_c
         ({"stepz": 3}, r"--model_args: 'stepz' is not one of .*did you mean 'steps'"),
         ({"batch_size": "auto"}, "--batch_size: 'auto' is no number of rows"),
         ({"max_batch_size": 8}, "--batch_size"),
+        ({"batch_size": 0}, "--batch_size: 0 is no number of rows"),
+        ({"num_samples": "many"}, "--model_args.num_samples: expected an integer, got 'many'"),
+        ({"num_samples": 0}, "--model_args.num_samples: must be at least 1, got 0"),
+        ({"num_samples": 7, "antithetic": True}, "num_samples: must be even with antithetic=True, got 7"),
+        ({"seed": "x"}, "--model_args.seed: expected an integer, got 'x'"),
+        ({"seed": None}, "--model_args.seed: expected an integer, got None"),
+        ({"antithetic": "no"}, "--model_args.antithetic: expected true or false, got 'no'"),
+        ({"check_greedy": 0}, "--model_args.check_greedy: expected true or false, got 0"),
+        ({"adapter": 3}, "--model_args.adapter: expected text, got 3"),
+        ({"dtype": "half"}, "--model_args.dtype: 'half' is not one of float32, bfloat16, float16"),
+        ({"device": "gpu"}, "--model_args.device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"pretrained": 7}, r"--model_args: pretrained: 7 is a number; write a folder as \./7"),
+        ({"tokenizer": "x"}, "--model_args: 'tokenizer' is not one of"),
+        ({"ranks": 2}, "--model_args: 'ranks' is not one of"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(make, options: dict, said: str) -> None:
+def test_arguments_that_mean_nothing_are_refused_before_a_model_loads(
+    tiny_base: Path, options: dict, said: str, monkeypatch
+) -> None:
+    monkeypatch.setattr("unmask.evaluation.lm_eval._load", lambda *_: pytest.fail("it loaded"))
+    arguments: Any = {"pretrained": str(tiny_base)} | options
     with pytest.raises(ConfigError, match=said):
-        make(**options)
+        UnmaskLM(**arguments)
 
 
 def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
@@ -225,6 +243,14 @@ def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
     assert main(words) == 0
     again = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {each["task"]: each["metrics"] for each in again} == found
+
+    # Fewer documents would take the place of the better result.
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    monkeypatch.setattr("unmask.evaluation.side_by_side.run_harness", asked_again)
+    assert main([*words, "--limit", "2"]) == 2
+    said = f"results.json: holds lm_eval/toy_write, {results[0]['model']}, of 3 documents, more than the 2 asked for"
+    assert said in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
 
 
 def test_a_task_of_the_harness_with_the_name_of_ours_leaves_ours_alone(

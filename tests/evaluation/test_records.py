@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import ConfigError
-from unmask.evaluation.records import Comparison, append_records, compare, grow_records, read_records, resume_records
+from unmask.evaluation.records import (
+    Comparison,
+    append_records,
+    compare,
+    grown_identity,
+    read_records,
+    resize_records,
+    resume_records,
+)
 
 WHO = {"task": "gsm8k", "sampler": {"steps": 8, "cache": "none"}, "seed": 42}
 UNITS = [(3, 1), (0, 2)]
@@ -67,25 +75,61 @@ def first(rows: int) -> dict:
     return WHO | {"rows": rows, "questions": f"of the first {rows}"}
 
 
+def sizes(*rows: int) -> list[list]:
+    return [[number, f"of the first {number}"] for number in rows]
+
+
 def test_an_evaluation_of_more_rows_goes_on_from_one_of_fewer(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert grow_records(path, first, 2) == [] and not path.exists()
+    assert resize_records(path, first, 2) == [] and not path.exists()
     resume_records(path, first(2), [(1, 0)])
-    assert grow_records(path, first, 4) == []  # there is nothing to go on from
+    assert resize_records(path, first, 4) == []  # there is nothing to go on from
     append_records(path, rows(1, 0))
     before = path.read_bytes()
-    assert grow_records(path, first, 2) == [] and path.read_bytes() == before
-    assert grow_records(path, first, 4) == [2]
-    assert read_records(path) == (first(4) | {"grown_from": [2]}, rows(1, 0))
-    assert grow_records(path, first, 4) == [2]
-    assert grow_records(path, first, 9) == [2, 4]
-    assert resume_records(path, first(9) | {"grown_from": [2, 4]}, [(1, 0), (3, 2)]) == rows(1, 0)
+    assert resize_records(path, first, 2) == [] and path.read_bytes() == before
+    assert resize_records(path, first, 4) == sizes(2)
+    assert read_records(path) == (first(4) | {"grown_from": sizes(2)}, rows(1, 0))
+    assert resize_records(path, first, 4) == sizes(2)
+    assert resize_records(path, first, 9) == sizes(2, 4)
+    assert resume_records(path, grown_identity(first(9), sizes(2, 4)), [(1, 0), (3, 2)]) == rows(1, 0)
+
+
+def test_growth_can_be_undone_until_a_row_beyond_it_is_answered(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    resume_records(path, first(2), [(1, 0)])
+    append_records(path, rows(1, 0))
+    before = path.read_bytes()
+    for more in ([9], [4, 9]):
+        for wanted in more:
+            resize_records(path, first, wanted)
+        assert resize_records(path, first, 2) == [] and path.read_bytes() == before
+    resize_records(path, first, 9)
+    assert resize_records(path, first, 5) == sizes(2)  # back to 2, and on to 5
+    assert read_records(path)[0] == first(5) | {"grown_from": sizes(2)}
+    append_records(path, rows(4))
+    after = path.read_bytes()
+    with pytest.raises(ConfigError, match="holds answers beyond the first 2 of its 5 rows; give --limit 5 or more"):
+        resize_records(path, first, 2)
+    assert path.read_bytes() == after
+
+
+def test_growth_is_undone_for_the_same_questions_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    resume_records(path, first(2), [(1, 0)])
+    append_records(path, rows(1, 0))
+    resize_records(path, first, 9)
+    before = path.read_bytes()
+    for change, said in (({"questions": "others"}, "questions of the first 2, not others"), ({"seed": 1}, "seed 42")):
+        with pytest.raises(ConfigError, match=said):
+            resize_records(path, lambda rows, change=change: first(rows) | change, 2)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("wanted", "change", "said"),
     [
-        (2, {}, r"a.jsonl: holds the first 4 rows, more than the 2 asked for; give --limit 4 or more"),
+        (2, {}, r"is of 4 rows, and 2 are asked for: fewer of the same, or other data; for the same --data give"),
+        (2, {"questions": "others"}, r"fewer of the same, or other data; .*--limit 4 or more, or choose another --o"),
         (2, {"seed": 1}, r"holds another evaluation \(seed 42, not 1\)"),
         (9, {"seed": 1}, r"holds another evaluation \(seed 42, not 1\)"),
         (9, {"questions": "others"}, r"holds another evaluation \(questions of the first 4, not others\)"),
@@ -99,7 +143,7 @@ def test_fewer_rows_and_other_rows_are_refused_and_the_file_stays(
     append_records(path, rows(3, 1))
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=said):
-        grow_records(path, lambda rows: first(rows) | change, wanted)
+        resize_records(path, lambda rows: first(rows) | change, wanted)
     assert path.read_bytes() == before
 
 

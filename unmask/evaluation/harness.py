@@ -61,7 +61,7 @@ def register_model() -> None:
         MissingDependencyError: no harness.
     """
     check_harness("the model `unmask` of lm_eval")
-    import lm_eval.models  # noqa: F401 - the harness's own models, which it adds to an empty table only
+    import lm_eval.models  # noqa: F401 - the harness imports its own models only where the table is still empty
 
     from _unmask_lm_eval import register
 

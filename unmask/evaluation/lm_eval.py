@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.distributed.rows import divide_rows
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, FieldError
 from unmask.evaluation.canvas_likelihood import ar_log_likelihood, has_canvases
 from unmask.evaluation.exact_match import cut_at, divide, rows_between_saves
 from unmask.evaluation.greedy import greedily_written
@@ -27,7 +29,7 @@ from unmask.evaluation.harness import end_readably
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.sampling.prompts import as_document, start_of_text
 from unmask.sampling.settings import SamplerConfig
-from unmask.sections import choice_problem
+from unmask.sections import choice_problem, read_section
 
 # Requests between two steps of the progress bar, and of the harness's own cache.
 _PAIRS_AT_ONCE = 64
@@ -35,6 +37,27 @@ _OWN = ("pretrained", "adapter", "dtype", "device", "batch_size", "max_batch_siz
         "check_greedy")  # fmt: skip
 
 Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The harness's `--model_args` that are no sampler's, as `UnmaskLM` has them; it infers their types from text."""
+
+    adapter: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    seed: int = 42
+    num_samples: int = DEFAULT_SAMPLES
+    antithetic: bool = False
+    check_greedy: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device is not None and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+            raise FieldError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.num_samples < 1:
+            raise FieldError("num_samples", f"must be at least 1, got {self.num_samples}")
+        if self.antithetic and self.num_samples % 2:
+            raise FieldError("num_samples", f"must be even with antithetic=True, got {self.num_samples}")
 
 
 class UnmaskLM(LM):
@@ -60,7 +83,8 @@ class UnmaskLM(LM):
         sampler: fields of `SamplerConfig`.
 
     Raises:
-        ConfigError: no checkpoint, an argument that is not known, or a batch size that is no number.
+        ConfigError: no checkpoint, an argument that is not known or of another type, or a batch size that is no number.
+        SamplingError: a sampler's setting out of range.
     """
 
     def __init__(
@@ -85,17 +109,26 @@ class UnmaskLM(LM):
         end_readably()
         if pretrained is None:
             raise ConfigError("--model_args: pretrained is missing; give a folder, a run directory or a hub id")
+        if isinstance(pretrained, (bool, int, float)):
+            raise ConfigError(f"--model_args: pretrained: {pretrained!r} is a number; write a folder as ./{pretrained}")
         known = [field.name for field in dataclasses.fields(SamplerConfig)]
-        for name in sampler:
+        beside_a_model = {"tokenizer": tokenizer, "together": together, "ranks": None if ranks is ALONE else ranks}
+        strange = [name for name, value in beside_a_model.items() if value is not None]
+        for name in (*sampler, *(strange if isinstance(pretrained, str) else ())):
             if name not in known:
                 raise ConfigError(f"--model_args: {choice_problem(name, [*_OWN, *known])}")
-        if max_batch_size is not None or not str(batch_size or 1).isdecimal():
+        size = "1" if batch_size is None else str(batch_size)
+        if max_batch_size is not None or not size.isdecimal() or int(size) < 1:
             raise ConfigError(
                 f"--batch_size: {batch_size!r} is no number of rows, and none is searched for; give one, such as 16"
             )
+        values = {"adapter": adapter, "dtype": dtype, "device": device, "seed": seed, "num_samples": num_samples,
+                  "antithetic": antithetic, "check_greedy": check_greedy}  # fmt: skip
+        given = read_section(ModelArguments, values, "--model_args")
         self.sampler = SamplerConfig(**sampler)
         self.batch_size = None if batch_size is None else int(batch_size)
-        self.seed, self.num_samples, self.antithetic, self.check_greedy = seed, num_samples, antithetic, check_greedy
+        self.seed, self.num_samples = given.seed, given.num_samples
+        self.antithetic, self.check_greedy = given.antithetic, given.check_greedy
         self.ranks, self.together = ranks, together or nullcontext()
         if isinstance(pretrained, str):
             self.name = pretrained if adapter is None else f"{pretrained}+{adapter}"

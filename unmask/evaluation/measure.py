@@ -30,7 +30,7 @@ from unmask.evaluation.exact_match import Answer, Asking
 from unmask.evaluation.interval import wilson
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.evaluation.questions import Question
-from unmask.evaluation.records import GROWN_FROM, Record, append_records, grow_records, resume_records
+from unmask.evaluation.records import Record, append_records, grown_identity, resize_records, resume_records
 
 # Answers between two saves of a likelihood evaluation.
 PAIRS_BETWEEN_SAVES = 64
@@ -61,10 +61,10 @@ def measure_answers(asking: Asking, path: Path, model_identity: Mapping[str, Any
     asking.check_prompts()
     total = len(asking.questions)
     grown = from_first(
-        asking.ranks, lambda: grow_records(path, lambda rows: answers_identity(asking, model_identity, rows), total)
+        asking.ranks, lambda: resize_records(path, lambda rows: answers_identity(asking, model_identity, rows), total)
     )
-    identity = answers_identity(asking, model_identity) | ({GROWN_FROM: grown} if grown else {})
-    chunks = asking.chunks(grown)
+    identity = grown_identity(answers_identity(asking, model_identity), grown)
+    chunks = asking.chunks([rows for rows, _ in grown])
     kept = from_first(asking.ranks, lambda: resume_records(path, identity, [chunk.rows for chunk in chunks]))
     records = {record["row"]: record for record in kept}
     for chunk in chunks:
@@ -118,9 +118,9 @@ def measure_likelihood(
             "questions": _fingerprint(pairs[:rows]),
         }
 
-    grown = from_first(asking.ranks, lambda: grow_records(path, identity_of, len(pairs)))
-    identity = identity_of(len(pairs)) | ({GROWN_FROM: grown} if grown else {})
-    units = _units(pairs, PAIRS_BETWEEN_SAVES * asking.ranks.size, grown)
+    grown = from_first(asking.ranks, lambda: resize_records(path, identity_of, len(pairs)))
+    identity = grown_identity(identity_of(len(pairs)), grown)
+    units = _units(pairs, PAIRS_BETWEEN_SAVES * asking.ranks.size, [rows for rows, _ in grown])
     kept = from_first(asking.ranks, lambda: resume_records(path, identity, units))
     records = {record["row"]: record for record in kept}
     for unit in units:

@@ -108,6 +108,31 @@ def check_models(contestants: Sequence[Contestant], earlier: Results, output: Pa
             )
 
 
+def check_limits(
+    names: Sequence[str], labels: Sequence[str], limit: int | None, earlier: Results, output: Path
+) -> None:
+    """Refuse a task of the harness whose result is there for more documents, and would be replaced; raises ConfigError.
+
+    Args:
+        names: the harness's tasks as results have them, with our prefix.
+        labels: the models'.
+        limit: documents of each task that are asked for; None = all.
+        earlier: the results that are there.
+        output: their folder.
+    """
+    for name in names:
+        for label in labels:
+            entry = earlier.entries.get((name, label))
+            had = None if entry is None else entry["settings"]["limit"]
+            if entry is None or limit is None or (had is not None and had <= limit):
+                continue
+            held, remedy = ("all", "leave --limit out") if had is None else (had, f"give --limit {had} or more")
+            raise ConfigError(
+                f"{output / RESULTS}: holds {name}, {label}, of {held} documents, more than the {limit} asked for; "
+                f"{remedy}, or choose another --output"
+            )
+
+
 def write_results(contestants: Sequence[Contestant], outcomes: Sequence[Outcome], earlier: Results, path: Path) -> None:
     """Write a results file: what was there, and in their places or after it the outcomes; raises CheckpointError."""
     models = earlier.models | {contestant.label: _model(contestant) for contestant in contestants}

@@ -30,7 +30,15 @@ from unmask.evaluation.measure import (
 )
 from unmask.evaluation.questions import Question
 from unmask.evaluation.records import GROWN_FROM, compare, read_records
-from unmask.evaluation.results import RESULTS, Outcome, Results, check_models, read_results, write_results
+from unmask.evaluation.results import (
+    RESULTS,
+    Outcome,
+    Results,
+    check_limits,
+    check_models,
+    read_results,
+    write_results,
+)
 from unmask.evaluation.tasks import HARNESS, TASKS
 from unmask.report.resumable import first_difference, write_lines
 
@@ -115,6 +123,9 @@ def _check_folders(contestants: Sequence[Contestant], evaluation: Evaluation) ->
 
     earlier = read_results(evaluation.output)
     check_models(contestants, earlier, evaluation.output)
+    foreign = [HARNESS + without_prefix(name) for name in evaluation.tasks if name not in TASKS]
+    labels = [contestant.label for contestant in contestants]
+    check_limits(foreign, labels, evaluation.limit, earlier, evaluation.output)
     names = [name for name in evaluation.tasks if name in TASKS and TASKS[name].kind == "answers"]
     if evaluation.against is None:
         return earlier
