@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import main
+from unmask.distributed.answering import load_for_answers
 from unmask.distributed.ranks import Ranks
 from unmask.errors import ConfigError
 from unmask.sampling.answer_file import AnswerFile
@@ -149,3 +150,100 @@ def test_lengths_that_are_tried_have_titles_of_their_own(tiny_base, tmp_path, ca
     before = page.read_bytes()
     assert main(["generate", *flags, "--prompt", "so " * 90]) == 2
     assert page.read_bytes() == before
+
+
+def stopped_after(answers: int, command: list[str], monkeypatch) -> list[int]:
+    """Run a command, interrupt it when it has written some answers, and return their rows."""
+    real, added = AnswerFile.add, []
+
+    def stop(self, row, record):
+        if len(added) == answers:
+            raise KeyboardInterrupt
+        added.append(row)
+        real(self, row, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "add", stop)
+        assert main(command) == 130
+    return added
+
+
+@pytest.fixture
+def interrupted(tiny_base, tmp_path, monkeypatch, capsys) -> list[str]:
+    """The command of a job that has answered its second prompt."""
+    command = words(tiny_base, tmp_path, "cut.jsonl", "--batch_size", "1")
+    answered = stopped_after(1, command, monkeypatch)
+    capsys.readouterr()
+    assert answered == [1]  # the shortest, so the numbers of those that are left are not those in the file
+    return command
+
+
+def test_a_job_that_goes_on_calls_its_rows_as_the_file_does(interrupted, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        model, together = load_for_answers(*arguments)
+        model.transformer.ff_out.weight.data.fill_(float("nan"))
+        return model, together
+
+    monkeypatch.setattr("unmask.distributed.answering.load_for_answers", broken)
+    assert main([*interrupted, "--batch_size", "4"]) == 2
+    message = capsys.readouterr().err
+    assert all(f"{tmp_path / 'prompts.jsonl'}:{line} (" in message for line in (1, 3, 4, 5)) and ":2 (" not in message
+
+
+def test_watching_a_job_that_goes_on_shows_the_prompts_that_are_asked(interrupted, capsys):
+    assert main([*interrupted, "--watch"]) == 0
+    shown = [line.removeprefix("> ") for line in capsys.readouterr().out.splitlines() if line.startswith("> ")]
+    assert sorted(shown) == sorted(PROMPTS[:1] + PROMPTS[2:])
+
+
+@pytest.mark.parametrize("flags", [[], ["--infill"], ["--raw"]])
+def test_half_a_surrogate_pair_is_refused_by_its_place(tiny_base, tmp_path, capsys, flags):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "so {blank:1}"}\n{"prompt": "so {blank:1} \\ud83d"}\n')
+    base = ["generate", "--checkpoint", str(tiny_base), "--device", "cpu", *flags]
+    assert main([*base, "--input", str(source), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert f"{source}:2: prompt holds half a surrogate pair" in capsys.readouterr().err
+    assert main([*base, "--prompt", "so {blank:1} \ud83d"]) == 2
+    assert "prompt 0 holds half a surrogate pair" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "says"),
+    [
+        ('{"prompt": "so {blank:900}"}', ["--infill"], "tokens are over the model's max_sequence_length"),
+        ('{"prompt": "so"}', ["--infill"], "there is no blank"),
+        ('{"messages": [{"role": "user", "content": "so"}]}', ["--raw"], "goes through the chat template"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_named_before_the_weights_load(
+    tiny_base, tmp_path, capsys, monkeypatch, line, flags, says
+):
+    monkeypatch.setattr("unmask.distributed.answering.load_for_answers", lambda *_: pytest.fail("weights were loaded"))
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('\n{"prompt": "so {blank:1}"}\n' + line)
+    flags = [*flags, "--checkpoint", str(tiny_base), "--device", "cpu", "--input", str(source)]
+    assert main(["generate", *flags, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert f"{source}:3: " in (message := capsys.readouterr().err) and says in message
+
+
+def test_a_file_of_answers_is_a_file_of_prompts(tiny_base, tmp_path):
+    chat = {"prompt": [{"role": "user", "content": "so?"}]}
+    source, first, second = (tmp_path / f"{name}.jsonl" for name in ("prompts", "first", "second"))
+    source.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "so?"}, chat, {"prompt_ids": [1, 2]})))
+    flags = ["--checkpoint", str(tiny_base), "--device", "cpu", "--max_new_tokens", "2"]
+    assert main(["generate", *flags, "--input", str(source), "--output", str(first)]) == 0
+    assert main(["generate", *flags, "--input", str(first), "--output", str(second)]) == 0
+    assert records(first) == records(second)
+
+
+def test_an_interrupted_infill_of_texts_that_share_a_length_goes_on_as_one_run(tiny_base, tmp_path, monkeypatch):
+    texts = ["it is {blank:3} so", "it is {blank:4} so", "it is {blank:3-4} so", "it is {blank:3-4} so"]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    flags = ["--checkpoint", str(tiny_base), "--input", str(source), "--device", "cpu", "--temperature", "1"]
+    command = ["generate", "--infill", *flags, "--batch_size", "1", "--output"]
+    assert main([*command, str(tmp_path / "whole.jsonl")]) == 0
+    assert stopped_after(2, [*command, str(tmp_path / "cut.jsonl")], monkeypatch) == [0, 1]
+    assert main([*command, str(tmp_path / "cut.jsonl")]) == 0
+    assert records(tmp_path / "cut.jsonl") == records(tmp_path / "whole.jsonl")

@@ -196,6 +196,21 @@ def test_settings_of_a_long_vocabulary_are_weighed_in_pieces(small_model, monkey
     assert tokens(generate(small_model(), [[1], [2, 3]], sampler=HOT)) == whole
 
 
+def test_messages_call_a_prompt_what_the_caller_does(small_model):
+    def ask(*prompts: list[int]) -> None:
+        generate(model, list(prompts), sampler=SamplerConfig(steps=2, max_new_tokens=4), places=["f:3", "f:8"])
+
+    model = small_model(favour={5: torch.nan})
+    with pytest.raises(SamplingError, match=r"^f:8: token id 900 is outside"):
+        ask([1], [900])
+    with pytest.raises(SamplingError, match=r"^f:8: the list is empty"):
+        ask([1], [])
+    with pytest.raises(SamplingError, match=r"not finite at f:3 \(block 1, step 1\), f:8 \(block 1, step 1\)"):
+        ask([1], [2])
+    with pytest.raises(SamplingError, match="places: 2 for 1 prompts"):
+        ask([1])
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "says"),
     [

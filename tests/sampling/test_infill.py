@@ -7,7 +7,8 @@ import torch
 
 import unmask
 from unmask.errors import SamplingError
-from unmask.sampling.denoise import StepEvent
+from unmask.sampling.denoise import StepEvent, denoise
+from unmask.sampling.draws import row_keys
 from unmask.sampling.infill import _added, infill
 from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.suffix import columns_behind
@@ -136,6 +137,10 @@ def test_blocks_count_from_the_first_blank_and_given_blocks_cost_nothing(text_mo
         ("{blank:2}", {"sampler": SamplerConfig(eos="suppress")}, "eos: blanks are filled"),
         ("{blank:2}", {"batch_size": 0}, "batch_size: must be"),
         ([7], {}, "expected a text or a chat"),
+        ("{blank:2} \ud83d", {}, "text 0 holds half a surrogate pair"),
+        (["{blank:2}", "a {blank:200}"], {"places": ["f:1", "f:9"]}, "f:9: 202 tokens are over"),
+        (["{blank:2}", "nothing"], {"places": ["f:1", "f:9"]}, "f:9: there is no blank"),
+        ("{blank:2}", {"places": []}, "places: 0 for 1 prompts"),
     ],
 )
 def test_bad_calls_are_refused(text_model, chat_tokenizer, texts, options, says):
@@ -272,3 +277,49 @@ def test_revising_that_can_do_nothing_is_refused(text_model, chat_tokenizer):
     with pytest.raises(SamplingError, match="^revise: remask .* 40 steps for 4 tokens .* set threshold"):
         infill(text_model, "a{blank:4}", tokenizer=chat_tokenizer, sampler=sampler)
     infill(text_model, "a{blank:4}", tokenizer=chat_tokenizer, sampler=SamplerConfig(revise="remask", steps=2))
+
+
+def test_what_is_not_finite_is_called_by_its_text_not_by_the_length_tried(text_model, chat_tokenizer):
+    with torch.no_grad():
+        text_model.transformer.ff_out.bias[5] = torch.nan
+    with pytest.raises(SamplingError, match=r"not finite at f:9 \(block 1, step 1\); "):
+        infill(text_model, ["a{blank:1-4}", "{blank:1}"], tokenizer=chat_tokenizer, batch_size=1, places=["f:1", "f:9"])
+    with pytest.raises(SamplingError, match=r"not finite at text 0 \(block 1, step 1\); "):
+        infill(text_model, "a{blank:1-2}", tokenizer=chat_tokenizer)
+
+
+def test_the_lengths_of_a_text_are_tried_together_and_it_is_answered_before_the_next_begins(text_model, chat_tokenizer):
+    said: list[str] = []
+    infill(
+        text_model, ["one {blank:1-3}", "two {blank:1-3}", "{blank:3}"], tokenizer=chat_tokenizer, batch_size=1,
+        on_event=lambda event: said.extend(f"length {row}" for row in event.rows if event.nfe_B[0] == 1),
+        on_answer=lambda index, _: said.append(f"answer {index}"),
+    )  # fmt: skip
+    assert said == [
+        "length 6", "answer 2",
+        "length 0", "length 1", "length 2", "answer 0",
+        "length 3", "length 4", "length 5", "answer 1",
+    ]  # fmt: skip
+
+
+def test_fills_depend_on_the_whole_text_and_its_repeats_not_on_texts_that_share_a_length(text_model, chat_tokenizer):
+    sampler = SamplerConfig(temperature=1.0)
+
+    def fill(*texts: str) -> list[tuple[list[int], float]]:
+        found = infill(text_model, list(texts), tokenizer=chat_tokenizer, sampler=sampler, batch_size=1)
+        return [(one.token_ids, one.log_likelihood) for one in found]
+
+    known, ranged = "cat {blank:3} the", "cat {blank:3-4} the"
+    (first,), (second, third) = fill(known), fill(ranged, ranged)
+    assert second != third
+    assert fill(known, ranged, ranged) == [first, second, third]
+    assert fill(ranged, known, ranged) == [second, first, third]
+
+
+def test_the_key_of_a_text_of_known_length_is_that_of_its_tokens(text_model, chat_tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr("unmask.sampling.infill.denoise", lambda *a, **o: asked.extend(a[1]) or denoise(*a, **o))
+    infill(text_model, ["a{blank:2}b", "a{blank:2}b"], tokenizer=chat_tokenizer)
+    (a,), (b,) = chat_tokenizer.encode("a"), chat_tokenizer.encode("b")
+    tokens = [a, 2**48, 2**48, b]
+    assert [request.key for request in asked] == row_keys(42, [tokens, tokens])

@@ -30,6 +30,27 @@ def test_ends_of_lines_inside_a_text_are_text(tmp_path: Path):
     assert list(read_prompts(path).values()) == ["a\u2028b\u0085c"]
 
 
+@pytest.mark.parametrize("infill", [False, True])
+def test_prompt_may_be_messages_and_is_then_what_they_are(tmp_path: Path, infill: bool):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(CHAT)
+    expected = read_prompts(path, infill)
+    path.write_text(CHAT.replace("messages", "prompt"))
+    assert read_prompts(path, infill) == expected
+
+
+def test_prompt_may_be_token_ids_as_in_a_record_of_theirs(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"row": 0, "prompt": [4, 5], "text": "so", "token_ids": [6]}')
+    assert list(read_prompts(path).values()) == [[4, 5]]
+
+
+def test_of_messages_and_a_prompt_the_messages_are_asked(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one", ' + CHAT[1:])
+    assert list(read_prompts(path).values()) == [[{"role": "user", "content": "1?"}]]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -40,6 +61,11 @@ def test_ends_of_lines_inside_a_text_are_text(tmp_path: Path):
         ('{"prompt": " "}', "a text that is not empty"),
         ('{"prompt_ids": []}', "list of token ids"),
         ('{"prompt_ids": [1, true]}', "list of token ids"),
+        ('{"prompt": [4, true]}', "prompt must be a list of token ids"),
+        ('{"prompt": []}', "a text that is not empty, or a list"),
+        ('{"prompt": [{"role": "user"}]}', "prompt must be a list of objects with the texts role and content"),
+        ('{"prompt": "hello \\ud83d"}', "prompt holds half a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "1?", "x": ["\\ud83d"]}]}', "messages holds half a surrogate pair"),
         ('{"messages": [{"role": "user"}]}', "role and content"),
         ('{"messages": []}', "role and content"),
         ('{"messages": [{"role": "assistant", "content": "2"}]}', "nothing is asked"),

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
     tokenizer = load_tokenizer(str(source), "--checkpoint")
     rows = _rows(arguments, prompts, tokenizer, plan.config, settings)
-    job = _Job(arguments, list(prompts.values()), rows, tokenizer, sampler, settings)
+    job = _Job(arguments, list(prompts), list(prompts.values()), rows, tokenizer, sampler, settings)
     output = job.output(folder, ranks)
     from unmask.distributed.answering import load_for_answers
 
@@ -137,14 +137,14 @@ def _rows(
     """Return a text a prompt that says which tokens are asked for; refuse a prompt that cannot be answered."""
     from unmask.sampling.generate import check_prompt
     from unmask.sampling.prompts import encode_given, encode_prompts
+    from unmask.sampling.trials import trials_of, whole_text
 
     mask_id = getattr(config, "mask_token_id", None)
     if arguments.infill:
-        return [
-            repr(encode_given(index, text, tokenizer, arguments.raw, mask_id))
-            for index, text in enumerate(prompts.values())
-        ]
-    rows = encode_prompts(list(prompts.values()), tokenizer, arguments.raw, mask_id)
+        texts = [encode_given(place, text, tokenizer, arguments.raw, mask_id) for place, text in prompts.items()]
+        trials_of(texts, list(prompts), settings, config.max_sequence_length, config.rows, config.eos_token_id)
+        return [str(whole_text(text)) for text in texts]
+    rows = encode_prompts(list(prompts.values()), tokenizer, arguments.raw, mask_id, list(prompts))
     for place, ids in zip(prompts, rows, strict=True):
         check_prompt(place, ids, config.max_sequence_length, config.rows, settings)
     return [str(ids) for ids in rows]
@@ -156,6 +156,7 @@ class _Job:
 
     Attributes:
         arguments: of the command.
+        places: what messages call each prompt.
         prompts: as `generate` or `infill` takes them.
         rows: for each, which tokens are asked for.
         tokenizer: the checkpoint's.
@@ -164,6 +165,7 @@ class _Job:
     """
 
     arguments: argparse.Namespace
+    places: list[str]
     prompts: list[Any]
     rows: list[str]
     tokenizer: Any
@@ -196,9 +198,8 @@ class _Job:
         todo = list(range(len(self.rows))) if output is None else output.open
         rows = [self.rows[row] for row in todo]
         mine = [todo[place] for place in own_rows(rows, ranks)]
-        own = [self.prompts[row] for row in mine]
         shown = ranks.first and output is not None and not self.arguments.watch
-        with AnswerProgress(len(mine), shown) as progress, self._following(model, own) as follow:
+        with AnswerProgress(len(mine), shown) as progress, self._following(model, mine) as follow:
 
             def arrived(place: int, answer: Any) -> None:
                 if output is not None:
@@ -206,7 +207,7 @@ class _Job:
                 progress.answered(len(answer.token_ids))
 
             def sample(_: list[str]) -> list[Any]:
-                return self._sample(model, own, on_answer=arrived, **follow)
+                return self._sample(model, mine, on_answer=arrived, **follow)
 
             return dict(zip(todo, divide_rows(rows, ranks, sample, together), strict=True))
 
@@ -226,18 +227,20 @@ class _Job:
     def _in_force(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self.settings), "approximations": list(self.settings.approximations)}
 
-    def _sample(self, model: Any, prompts: list[Any], **more: Any) -> list[Any]:
+    def _sample(self, model: Any, rows: list[int], **more: Any) -> list[Any]:
         from unmask.sampling.generate import generate
         from unmask.sampling.infill import infill
 
         arguments = self.arguments
         batch_size = 1 if arguments.watch else arguments.batch_size
         options = {"tokenizer": self.tokenizer, "sampler": self.sampler, "seed": arguments.seed, "raw": arguments.raw}
+        options["places"] = [self.places[row] for row in rows]
+        prompts = [self.prompts[row] for row in rows]
         return (infill if arguments.infill else generate)(model, prompts, batch_size=batch_size, **options, **more)
 
     @contextmanager
-    def _following(self, model: Any, prompts: list[Any]) -> Iterator[dict[str, Any]]:
-        """Give the callbacks of the terminal and the trace, and write the trace in the end, of an error too."""
+    def _following(self, model: Any, rows: list[int]) -> Iterator[dict[str, Any]]:
+        """Give the callbacks of the terminal and the trace for rows; write the trace in the end, of an error too."""
         arguments = self.arguments
         if not (arguments.watch or arguments.trace):
             yield {}
@@ -245,10 +248,11 @@ class _Job:
         from unmask.sampling.trace import trace_for
         from unmask.sampling.view import watcher
 
+        prompts = [self.prompts[row] for row in rows]
         trace = trace_for(
             model, self.tokenizer, self.settings, prompts, checkpoint=arguments.checkpoint, seed=arguments.seed
         )
-        titles = dict(enumerate(map(self.title, range(len(prompts))))) if len(prompts) > 1 else {}
+        titles = dict(enumerate(map(self.title, rows))) if len(self.rows) > 1 else {}
         events = 0
         with watcher(model, self.tokenizer, self.sampler, titles=titles) if arguments.watch else nullcontext() as draw:
             followers: list[Any] = [one for one in (draw, trace) if one is not None]

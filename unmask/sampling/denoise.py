@@ -115,6 +115,7 @@ def denoise(
     batch_size: int | None = None,
     banned_ids: Sequence[int] = (),
     untempered: bool = False,
+    places: Sequence[str] | None = None,
 ) -> Iterator[StepEvent]:
     """Sample an answer to every request; yield an event after each network call.
 
@@ -130,9 +131,10 @@ def denoise(
         batch_size: rows denoised together at the most; None = all.
         banned_ids: tokens that are never written, beside the model's own.
         untempered: whether the events' confidence is at temperature 1 of a canvas, too, so that calls can be compared.
+        places: what messages call the requests, by their indices; None = `prompt INDEX`.
 
     Raises:
-        SamplingError: logits that are not finite; names the block, the step and the prompts.
+        SamplingError: logits that are not finite; names the block, the step and the requests.
     """
     spec, tokens = adapter.spec, special_tokens(adapter, settings, stop_ids, banned_ids)
     draws = draws if draws is not None else KeyedDraws()
@@ -152,7 +154,7 @@ def denoise(
         active_BC = state.active_BC
         weighed_BC = active_BC | state.revisable_BC if reviser.rereads else active_BC
         call = _call(state, weighed_BC, spec.logit_shift)
-        proposal, context = _propose(adapter, context, call, state, active_BC, weighed_BC, process)
+        proposal, context = _propose(adapter, context, call, state, active_BC, weighed_BC, process, places)
         accept_BC = RULES[settings.rule](proposal.score_BC, active_BC, process.quota(state), settings)
         revision = reviser.apply(state, accept_BC, proposal, settings, process.noise)
 
@@ -209,6 +211,7 @@ def _propose(
     active_BC: Tensor,
     weighed_BC: Tensor,
     process: Process,
+    places: Sequence[str] | None,
 ) -> tuple[Proposal, Any]:
     """Call the network; return what it says of the weighed positions, and the context with what it is told next."""
     at = rows_M, positions_M = weighed_BC.nonzero(as_tuple=True)
@@ -229,7 +232,7 @@ def _propose(
             signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
         columns.append(weighed.columns)
     finite_M, *found = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
-    _require_finite(finite_M, state, rows_M)
+    _require_finite(finite_M, state, rows_M, places)
     if signals:
         context = context.told(torch.cat(signals))
     candidate_M, likely_M, score_M, confidence_M, standing_M, highest_M = found
@@ -245,15 +248,16 @@ def _propose(
     return proposal, context
 
 
-def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor) -> None:
+def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor, places: Sequence[str] | None) -> None:
     if not finite_M.all():
         rows = rows_M[~finite_M].unique().tolist()
-        places = ", ".join(
-            f"prompt {state.rows[row]} (block {int(state.block_B[row]) + 1}, step {int(state.step_B[row]) + 1})"
-            for row in rows
-        )
+        names = [f"prompt {index}" if places is None else places[index] for index in state.rows]
+        found = [
+            f"{names[row]} (block {int(state.block_B[row]) + 1}, step {int(state.step_B[row]) + 1})" for row in rows
+        ]
+        where = ", ".join(dict.fromkeys(found))  # several requests may be of one place
         raise SamplingError(
-            f"logits are not finite at {places}; check the checkpoint for nan or inf, or load it with dtype float32"
+            f"logits are not finite at {where}; check the checkpoint for nan or inf, or load it with dtype float32"
         )
 
 

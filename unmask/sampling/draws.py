@@ -9,7 +9,8 @@ Shapes: M open positions, N numbers a position.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -110,13 +111,24 @@ def row_keys(seed: int, prompts: Iterable[list[int]]) -> list[int]:
 
     So a prompt draws the same numbers alone and in any batch and order, and one given twice gets two answers.
     """
-    seen: dict[str, int] = {}
-    keys = []
-    for prompt in prompts:
-        name = blake2b(b"".join(token.to_bytes(8, "little") for token in prompt), digest_size=16).hexdigest()
-        count = seen[name] = seen.get(name, -1) + 1
-        keys.append(_signed(rng.key(seed, f"sampling/{name}", sample=count)))
-    return keys
+    prompts = list(prompts)
+    return [row_key(seed, *pair) for pair in zip(prompts, repeats(prompts), strict=True)]
+
+
+def row_key(seed: int, tokens: Iterable[int], count: int) -> int:
+    """Return the key of a row that came `count` times before."""
+    name = blake2b(b"".join(token.to_bytes(8, "little") for token in tokens), digest_size=16).hexdigest()
+    return _signed(rng.key(seed, f"sampling/{name}", sample=count))
+
+
+def repeats(rows: Iterable[Sequence[int]]) -> list[int]:
+    """Return for each row how often an equal one came before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    counts = []
+    for row in map(tuple, rows):
+        counts.append(seen[row])
+        seen[row] += 1
+    return counts
 
 
 def position_keys(keys_M: Tensor, stream: int, calls_M: Tensor, positions_M: Tensor) -> Tensor:

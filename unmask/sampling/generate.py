@@ -14,7 +14,7 @@ from unmask.errors import SamplingError
 from unmask.sampling.adapters import Adapter, adapter_for, settings_for
 from unmask.sampling.denoise import Request, StepEvent, denoise
 from unmask.sampling.draws import row_keys
-from unmask.sampling.prompts import encode_prompts
+from unmask.sampling.prompts import as_list, encode_prompts, places_of
 from unmask.sampling.settings import SamplerConfig, Settings
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def generate(
     batch_size: int | None = None,
     on_event: Callable[[StepEvent], None] | None = None,
     on_answer: Callable[[int, Generation], None] | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[Generation]:
     """Sample an answer to each prompt.
 
@@ -92,7 +93,8 @@ def generate(
         raw: tokenize texts as they stand, without a chat template.
         batch_size: rows denoised together, at least 1; None = 16. A finished row's place goes to the next prompt.
         on_event: called after each network call.
-        on_answer: called with a prompt's place and its answer as soon as that is finished.
+        on_answer: called with a prompt's number and its answer as soon as that is finished.
+        places: what messages call each prompt; None = `prompt NUMBER`, from 0.
 
     Returns:
         a `Generation` for each prompt, in their order; a list of one for a single prompt.
@@ -116,7 +118,7 @@ def generate(
         8 length 4
         8 length 4
     """
-    job = _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size)
+    job = _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size, places)
     results: dict[int, Generation] = {}
     clock = RowClock()
     for event in _events(model, job):
@@ -182,6 +184,7 @@ class _Job:
     requests: list[Request]
     stops: tuple[int, ...]
     batch_size: int
+    places: Sequence[str]
 
 
 def _prepare(
@@ -192,22 +195,27 @@ def _prepare(
     seed: int,
     raw: bool,
     batch_size: int | None,
+    places: Sequence[str] | None = None,
 ) -> _Job:
     size = checked_batch_size(batch_size)
     settings = settings_for(model, sampler)
     adapter = adapter_for(model, settings)
-    encoded = encode_prompts(prompts, tokenizer, raw, adapter.spec.mask_id)
-    for index, ids in enumerate(encoded):
-        check_prompt(f"prompt {index}", ids, adapter.spec.max_length, adapter.spec.rows, settings)
+    items = as_list(prompts)
+    called = places_of(len(items), "prompt", places)
+    encoded = encode_prompts(items, tokenizer, raw, adapter.spec.mask_id, called)
+    for place, ids in zip(called, encoded, strict=True):
+        check_prompt(place, ids, adapter.spec.max_length, adapter.spec.rows, settings)
     keyed = zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
     # Prompts of like length need little padding.
     requests = sorted((Request(*request) for request in keyed), key=lambda request: len(request.prompt_ids))
-    return _Job(adapter, settings, encoded, requests, stop_ids(adapter, tokenizer), size)
+    return _Job(adapter, settings, encoded, requests, stop_ids(adapter, tokenizer), size, called)
 
 
 def _events(model: nn.Module, job: _Job) -> Generator[StepEvent]:
     with evaluating(model):
-        yield from denoise(job.adapter, job.requests, job.settings, job.stops, batch_size=job.batch_size)
+        yield from denoise(
+            job.adapter, job.requests, job.settings, job.stops, batch_size=job.batch_size, places=job.places
+        )
 
 
 class RowClock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from unmask.errors import SamplingError
 from unmask.sampling.adapters import adapter_for, settings_for
-from unmask.sampling.blanks import Blank, lengths_to_try
+from unmask.sampling.blanks import Blank
 from unmask.sampling.denoise import StepEvent, denoise
-from unmask.sampling.draws import row_keys
+from unmask.sampling.draws import repeats, row_key
 from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating, stop_ids
-from unmask.sampling.prompts import GivenText, as_list, encode_given
+from unmask.sampling.prompts import GivenText, as_list, encode_given, places_of
 from unmask.sampling.request import Request
 from unmask.sampling.settings import MaskSettings, SamplerConfig
-from unmask.sampling.trials import Filled, Trial, check_revise, lay_out, title
+from unmask.sampling.trials import Filled, Trial, check_revise, title, trials_of, whole_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +61,7 @@ def infill(
     on_event: Callable[[StepEvent], None] | None = None,
     on_answer: Callable[[int, Infill], None] | None = None,
     on_trials: Callable[[list[str]], None] | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[Infill]:
     """Fill the blanks of each text: `{blank:N}` is N tokens, `{blank:A-B}` A to B; `{{blank:N}}` is text.
 
@@ -85,13 +86,14 @@ def infill(
             chat, a list of {"role", "content"} whose last message is the assistant's and has the blanks.
         tokenizer: the model's.
         sampler: settings; lengths and end of text are the blanks', so `max_new_tokens` and `eos` are not taken.
-        seed: with equal seed and text the fills are the same.
+        seed: with equal seed and text the fills are the same; a text given twice draws other numbers the second time.
         raw: control tokens that a plain text spells are tokens, and nothing is put before it.
         batch_size: rows denoised together, at least 1; None = 16.
         on_event: called after each network call; `rows` number the lengths tried, text by text.
-        on_answer: called with a text's place and its `Infill` as soon as all lengths are tried.
+        on_answer: called with a text's number and its `Infill` as soon as all lengths are tried.
         on_trials: called once, before the first event, with a title for each number that `rows` may have: the text (of
             a chat, its last message) with the length tried in each blank.
+        places: what messages call each text; None = `text NUMBER`, from 0.
 
     Returns:
         an `Infill` for each text, in their order; a list of one for a single text.
@@ -122,25 +124,20 @@ def infill(
     size = checked_batch_size(batch_size)
     settings = settings_for(model, sampler)
     adapter = adapter_for(model, settings)
+    items = as_list(texts)
+    called = places_of(len(items), "text", places)
     given = [
-        encode_given(index, text, tokenizer, raw, adapter.spec.mask_id) for index, text in enumerate(as_list(texts))
+        encode_given(place, text, tokenizer, raw, adapter.spec.mask_id)
+        for place, text in zip(called, items, strict=True)
     ]
     eos_id = int(model.config.eos_token_id)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    trials = [
-        lay_out(index, text, lengths, settings, adapter.spec, eos_id)
-        for index, text in enumerate(given)
-        for lengths in lengths_to_try([piece for piece in text.pieces if isinstance(piece, Blank)])
-    ]
+    trials = trials_of(given, called, settings, adapter.spec.max_length, adapter.spec.rows, eos_id)
     if isinstance(settings, MaskSettings):
         check_revise(trials, settings)
     if on_trials is not None:
         on_trials([title(given[trial.index], trial) for trial in trials])
-    keys = row_keys(seed, [[*trial.prompt_ids, *trial.hashed] for trial in trials])
-    requests = [
-        Request(number, trial.prompt_ids, key, trial.template)
-        for number, (trial, key) in enumerate(zip(trials, keys, strict=True))
-    ]
-    requests.sort(key=lambda request: len(request.prompt_ids) + len(trials[request.index].template.answer_ids))
+    requests = _requests(given, trials, seed)
+    names = [called[trial.index] for trial in trials]
     found: dict[int, Filled] = {}
     tried: dict[int, list[int]] = {}
     for number, trial in enumerate(trials):
@@ -149,7 +146,7 @@ def infill(
     results: dict[int, Infill] = {}
     stops, clock = stop_ids(adapter, tokenizer), RowClock()
     with evaluating(model):
-        for event in denoise(adapter, requests, settings, stops, None, size, stops, untempered=True):
+        for event in denoise(adapter, requests, settings, stops, None, size, stops, untempered=True, places=names):
             clock.tick(event.rows)
             if on_event is not None:
                 on_event(event)
@@ -178,6 +175,24 @@ def check_sampler(sampler: SamplerConfig | None) -> None:
     for name in ("max_new_tokens", "eos"):
         if sampler is not None and getattr(sampler, name) is not None:
             raise SamplingError(f"{name}: blanks are filled to the lengths that they name; leave it out")
+
+
+def _requests(given: list[GivenText], trials: list[Trial], seed: int) -> list[Request]:
+    """Return what to ask for, in an order in which a text is answered early and its neighbours are of like length."""
+    counts = repeats(whole_text(text) for text in given)
+    requests = []
+    for number, trial in enumerate(trials):
+        key = row_key(seed, trial.hashed(given[trial.index]), counts[trial.index])
+        requests.append(Request(number, trial.prompt_ids, key, trial.template))
+    longest = [0] * len(given)
+    for trial in trials:
+        longest[trial.index] = max(longest[trial.index], trial.length)
+
+    def order(request: Request) -> tuple[int, int, int]:
+        trial = trials[request.index]
+        return longest[trial.index], trial.index, trial.length
+
+    return sorted(requests, key=order)
 
 
 def _best(

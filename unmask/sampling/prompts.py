@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from unmask.data.chat import ChatTemplate
+
+# What a JSON escape such as \ud83d without its other half decodes to, and no tokenizer or UTF-8 file takes.
+HALF_A_PAIR = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -33,8 +36,25 @@ def as_list(prompts: Any) -> list[Any]:
     return [items] if single else list(items)
 
 
+def places_of(count: int, kind: str, places: Sequence[str] | None = None) -> Sequence[str]:
+    """Return what messages call each of some prompts: what the caller does, or `KIND NUMBER`, from 0.
+
+    Raises:
+        SamplingError: another number of places.
+    """
+    if places is None:
+        return [f"{kind} {index}" for index in range(count)]
+    if len(places) != count:
+        raise SamplingError(f"places: {len(places)} for {count} prompts; give one each, or leave them out")
+    return places
+
+
 def encode_prompts(
-    prompts: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool = False, mask_id: int | None = None
+    prompts: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    raw: bool = False,
+    mask_id: int | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each prompt.
 
@@ -44,22 +64,23 @@ def encode_prompts(
         tokenizer: needed for texts and chats.
         raw: tokenize texts as they stand, control tokens spelt in them included. Nothing is put before them.
         mask_id: the model's mask, which the text of a chat cannot spell.
+        places: what messages call each prompt; None = `prompt NUMBER`, from 0.
 
     Raises:
-        SamplingError: no tokenizer for a text, an empty prompt, one of another kind, or a tokenizer whose chat template
-            cannot render it.
+        SamplingError: no tokenizer for a text, an empty prompt, half a surrogate pair, a prompt of another kind, or a
+            tokenizer whose chat template cannot render it.
     """
     items = [_plain(prompt) for prompt in as_list(prompts)]
     template: ChatTemplate | None = None
     encoded = []
-    for index, prompt in enumerate(items):
+    for where, prompt in zip(places_of(len(items), "prompt", places), items, strict=True):
         if _is_ids(prompt):
             encoded.append(list(prompt))
             continue
-        messages = _messages(index, prompt, raw)
+        messages = _messages(where, prompt, raw)
         if tokenizer is None:
             raise SamplingError(
-                f"prompt {index}: text needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...) or give token ids"
+                f"{where}: text needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...) or give token ids"
             )
         if messages is None:
             ids = list(tokenizer.encode(prompt, add_special_tokens=False))
@@ -68,33 +89,43 @@ def encode_prompts(
                 template = template or _template(tokenizer, mask_id)
                 ids = template.encode_prompt(messages)
             except DataError as error:
-                raise SamplingError(f"prompt {index}: {error}; or give literal text with raw") from None
+                raise SamplingError(f"{where}: {error}; or give literal text with raw") from None
         if not ids:
-            raise SamplingError(f"prompt {index}: the tokenizer makes no tokens of it; write some text")
+            raise SamplingError(f"{where}: the tokenizer makes no tokens of it; write some text")
         encoded.append(ids)
     return encoded
 
 
-def _messages(index: int, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:
+def _messages(where: str, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:
     """Return a prompt's chat messages, or None for literal text; refuse what is neither."""
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise SamplingError(f"prompt {index}: the text is empty; write what the model should answer")
+            raise SamplingError(f"{where}: the text is empty; write what the model should answer")
+        _require_characters(prompt, where)
         return None if raw else [{"role": "user", "content": prompt}]
     if isinstance(prompt, (list, tuple)) and not prompt:
-        raise SamplingError(f"prompt {index}: the list is empty; give at least one token id or message")
+        raise SamplingError(f"{where}: the list is empty; give at least one token id or message")
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in prompt):
-        raise SamplingError(f"prompt {index}: expected text, messages or token ids, got {_shown(prompt)}")
+        raise SamplingError(f"{where}: expected text, messages or token ids, got {_shown(prompt)}")
     if raw:
-        raise SamplingError(f"prompt {index}: a chat goes through the chat template; leave raw out, or give text")
+        raise SamplingError(f"{where}: a chat goes through the chat template; leave raw out, or give text")
     for number, turn in enumerate(prompt):
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise SamplingError(
-                f"prompt {index}: message {number} needs the texts 'role' and 'content', got {_shown(turn)}"
-            )
+            raise SamplingError(f"{where}: message {number} needs the texts 'role' and 'content', got {_shown(turn)}")
     if not any(turn["content"].strip() for turn in prompt):
-        raise SamplingError(f"prompt {index}: every message is empty; write what the model should answer")
+        raise SamplingError(f"{where}: every message is empty; write what the model should answer")
+    for number, turn in enumerate(prompt):
+        for key, value in turn.items():
+            if isinstance(value, str):
+                _require_characters(value, f"{where}: message {number}.{key}")
     return [dict(turn) for turn in prompt]
+
+
+def _require_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SamplingError(f"{where} holds {HALF_A_PAIR}; mend the text") from None
 
 
 @dataclass(frozen=True)
@@ -113,14 +144,19 @@ class GivenText:
     ids: list[list[int]]
     closing: list[int]
 
+    @property
+    def blanks(self) -> list[Blank]:
+        """The blanks among the pieces."""
+        return [piece for piece in self.pieces if isinstance(piece, Blank)]
+
 
 def encode_given(
-    index: int, text: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool = False, mask_id: int | None = None
+    where: str, text: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool = False, mask_id: int | None = None
 ) -> GivenText:
     """Return the tokens of a text with blanks (`blanks.parse`), its pieces tokenized apart.
 
     Args:
-        index: the text's place, for messages.
+        where: what messages call it.
         text: a plain text, or a chat whose last message is the assistant's and has the blanks.
         tokenizer: needed.
         raw: control tokens that a plain text spells are tokens, and nothing is put before it. Otherwise what spells
@@ -128,12 +164,12 @@ def encode_given(
         mask_id: the model's mask.
 
     Raises:
-        SamplingError: no blank, no tokenizer, or something else than a text or such a chat.
+        SamplingError: no blank, no tokenizer, half a surrogate pair, or something else than a text or such a chat.
     """
-    where = f"text {index}"
     if tokenizer is None:
         raise SamplingError(f"{where}: it needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...)")
     if isinstance(text, str):
+        _require_characters(text, where)
         pieces = parse(text, where)
         if raw:
             ids = [list(tokenizer.encode(part, add_special_tokens=False)) for part in pieces if isinstance(part, str)]
@@ -143,7 +179,7 @@ def encode_given(
         return GivenText(start_of_text(tokenizer), pieces, ids, [])
     if not (isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)):
         raise SamplingError(f"{where}: expected a text or a chat with blanks, got {_shown(text)}")
-    messages = _messages(index, text, raw) or []
+    messages = _messages(where, text, raw) or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise SamplingError(f"{where}: a chat with blanks ends in the assistant's message, after at least one other")
     pieces = parse(messages[-1]["content"], where)

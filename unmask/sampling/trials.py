@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import Adapter, FamilySpec
-from unmask.sampling.blanks import Blank
+from unmask.sampling.adapters import Adapter
+from unmask.sampling.blanks import Blank, lengths_to_try
 from unmask.sampling.denoise import StepEvent
 from unmask.sampling.prompts import GivenText
 from unmask.sampling.request import Template
 from unmask.sampling.settings import MaskSettings, Settings, check_remask
 from unmask.sampling.suffix import columns_behind, log_probabilities
 
-# Stands for an open position where a text is hashed; no token id is so large.
-_OPEN = 2**48
+# Stand for an open position and for a blank where a text is hashed; no token id is so large.
+_OPEN, _BLANK = 2**48, 2**49
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,19 @@ class Trial:
     columns: int
 
     @property
-    def hashed(self) -> list[int]:
-        """The template's tokens with `_OPEN` at open positions."""
+    def length(self) -> int:
+        """All its tokens, given and open, with what the last canvas is filled up with."""
+        return len(self.prompt_ids) + len(self.template.answer_ids)
+
+    def hashed(self, text: GivenText) -> list[int]:
+        """Return all tokens with `_OPEN` at open positions, and behind them the blanks where a length is unknown.
+
+        So lengths of one text draw numbers of their own, whatever other text has a trial of the same tokens.
+        """
         pairs = zip(self.template.answer_ids, self.template.open, strict=True)
-        return [_OPEN if is_open else token for token, is_open in pairs]
+        tokens = [*self.prompt_ids, *(_OPEN if is_open else token for token, is_open in pairs)]
+        unknown = any(blank.low < blank.high for blank in text.blanks)
+        return [*tokens, *(_marked(text.blanks) if unknown else ())]
 
 
 @dataclass
@@ -81,22 +90,43 @@ class Filled:
             self.nfe += 1
 
 
-def lay_out(
-    index: int, text: GivenText, lengths: Sequence[int], settings: Settings, spec: FamilySpec, eos_id: int
-) -> Trial:
-    """Return a text with its blanks at certain lengths.
+def whole_text(text: GivenText) -> list[int]:
+    """Return a text as numbers, equal where texts ask for the same: its tokens, and of each blank the lengths."""
+    first, *rest = text.ids
+    pairs = zip(text.blanks, rest, strict=True)
+    behind = [number for blank, ids in pairs for number in (*_marked([blank]), *ids)]
+    return [*text.prompt_ids, *first, *behind, *text.closing]
+
+
+def _marked(blanks: Sequence[Blank]) -> list[int]:
+    return [number for blank in blanks for number in (_BLANK, blank.low, blank.high)]
+
+
+def trials_of(
+    texts: Sequence[GivenText], places: Sequence[str], settings: Settings, max_length: int, rows: int, eos_id: int
+) -> list[Trial]:
+    """Return each text at each combination of lengths that is tried, text by text.
 
     Args:
-        index: the text's place among the caller's.
-        text: its pieces, with tokens before, between and behind the blanks.
-        lengths: tokens of each blank.
-        settings: blocks are `block_size` positions, counted from the first blank.
-        spec: of the family; with blocks of a fixed size the last one is filled up with `eos_id`.
-        eos_id: end of text.
+        texts: their pieces, with tokens before, between and behind the blanks.
+        places: what messages call each.
+        settings: of the model's family; blocks are `block_size` positions, counted from the first blank.
+        max_length: longest text, in tokens.
+        rows: ids that the model accepts are below this.
+        eos_id: end of text, with which the last canvas is filled up.
 
     Raises:
-        SamplingError: it does not fit the model, or begins with a blank where a canvas needs something before it.
+        SamplingError: a text does not fit the model, or begins with a blank where a canvas needs something before it.
     """
+    trials: list[Trial] = []
+    for index, (text, place) in enumerate(zip(texts, places, strict=True)):
+        for lengths in lengths_to_try(text.blanks):
+            trials.append(_lay_out(index, text, lengths, settings, eos_id))
+            _check(trials[-1], place, settings, max_length, rows)
+    return trials
+
+
+def _lay_out(index: int, text: GivenText, lengths: Sequence[int], settings: Settings, eos_id: int) -> Trial:
     before, *rest = text.ids
     ids: list[int] = []
     is_open: list[bool] = []
@@ -108,39 +138,35 @@ def lay_out(
     columns = len(ids)
     ids, is_open = ids + text.closing, is_open + [False] * len(text.closing)
     size = settings.block_size
-    if spec.block_size is not None:
+    if not isinstance(settings, MaskSettings):
         last = spans[-1][1] - 1
         whole = (last // size + 1) * size  # nothing sees a canvas behind the last blank's
         ids = [*ids, *[eos_id] * (whole - len(ids))][:whole]
         is_open = [*is_open, *[False] * (whole - len(is_open))][:whole]
-    trial = Trial(
+    return Trial(
         index,
         [*text.prompt_ids, *before],
         Template(ids, is_open, [place // size for place in range(len(ids))]),
         spans,
         columns,
     )
-    _check(trial, spec)
-    return trial
 
 
-def _check(trial: Trial, spec: FamilySpec) -> None:
-    total = len(trial.prompt_ids) + len(trial.template.answer_ids)
-    if total > spec.max_length:
-        whole = "" if spec.block_size is None else ", in whole canvases from the first blank,"
+def _check(trial: Trial, place: str, settings: Settings, max_length: int, rows: int) -> None:
+    total, canvases = trial.length, not isinstance(settings, MaskSettings)
+    if total > max_length:
+        whole = ", in whole canvases from the first blank," if canvases else ""
         raise SamplingError(
-            f"text {trial.index}: {total} tokens{whole} are over the model's max_sequence_length {spec.max_length}; "
+            f"{place}: {total} tokens{whole} are over the model's max_sequence_length {max_length}; "
             "shorten the text or its blanks"
         )
-    if not trial.prompt_ids and spec.attention == "block_causal":
-        raise SamplingError(
-            f"text {trial.index}: a canvas needs something before it; begin the text with a word, or give a chat"
-        )
-    outside = [token for token in (*trial.prompt_ids, *trial.template.answer_ids) if not 0 <= token < spec.rows]
+    if not trial.prompt_ids and canvases:
+        raise SamplingError(f"{place}: a canvas needs something before it; begin the text with a word, or give a chat")
+    outside = [token for token in (*trial.prompt_ids, *trial.template.answer_ids) if not 0 <= token < rows]
     if outside:
         raise SamplingError(
-            f"text {trial.index}: token id {outside[0]} is outside the model's vocabulary of {spec.rows}; use the "
-            "tokenizer that belongs to the checkpoint"
+            f"{place}: token id {outside[0]} is outside the model's vocabulary of {rows}; use the tokenizer that "
+            "belongs to the checkpoint"
         )
 
 
