@@ -301,20 +301,25 @@ def run_training(
     console: Console,
     extra_validators: Callable[[Parts], Sequence[Measure]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+    own_process: bool = False,
 ) -> TrainingOutcome:
     """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here.
 
-    With several processes each of them calls this; rank 0 alone talks and writes logs.
+    With several processes each of them calls this; rank 0 alone talks and writes logs. `own_process` says that this
+    process does nothing else, so that on a CPU it may keep the memory that it frees.
     """
     section = prepared.config.checkpoint
     root = Path(section.checkpoint_dir).expanduser()
     with contextlib.ExitStack() as stack:
         if prepared.degrees.world == 1:
             stack.enter_context(hold_run_dir(root, section))
+        from unmask.distributed.host_memory import keep_freed_memory
         from unmask.distributed.runtime import build_runtime
         from unmask.training.loop import train
 
         runtime = build_runtime(prepared.config.distributed, prepared.degrees)
+        if own_process and runtime.device.type == "cpu":
+            keep_freed_memory()
         if prepared.degrees.world > 1:
             runtime.ranks.agree(agreement(prepared))
             if runtime.ranks.first:

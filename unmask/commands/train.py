@@ -46,17 +46,12 @@ def run(arguments: argparse.Namespace) -> int | None:
         return 0
     from rich.console import Console
 
-    from unmask.distributed.host_memory import keep_freed_memory
-    from unmask.distributed.runtime import pick_device
-
     if arguments.dry_run:
         from unmask.preview import show_plan
 
         show_plan(prepared, Console())
         return 0
-    if pick_device(prepared.config.distributed.device).type == "cpu":
-        keep_freed_memory()
-    outcome = run_training(prepared, Console())
+    outcome = run_training(prepared, Console(), own_process=True)
     if process_rank() > 0:
         return 0
     root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
