@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 80, 120
-GOOD_ENOUGH = 0.95  # exact match on the validation problems that ends training
+# Exact match on the validation problems that ends training: one of the 80 may be wrong. The first time that so few
+# problems are right is partly luck, and the test problems have to be right as well.
+GOOD_ENOUGH = 0.98
 PROMISED = 0.90  # exact match on the test problems after training
 ANSWER_TOKENS = 24
 CONFIG, RUN, TOKENIZER = "quickstart.yaml", "run", "tokenizer"
