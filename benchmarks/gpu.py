@@ -165,7 +165,7 @@ class _Dense:
     def __init__(self, objective: Any) -> None:
         self.corrupt = objective.corrupt
 
-    def loss(self, model: Any, noisy: Any) -> Any:
+    def loss(self, model: Any, noisy: Any, counts: Any) -> Any:
         """Return the same terms."""
         import torch.nn.functional as F
 
@@ -174,7 +174,7 @@ class _Dense:
         logits_BLV = model.logits(model(noisy.noisy_ids_BL, noisy.attention_mask_BL)).float()
         entropy_N = F.cross_entropy(logits_BLV.flatten(0, 1), noisy.clean.input_ids_BL.flatten(), reduction="none")
         total = (entropy_N * noisy.weights_BL.flatten()).sum()
-        return LossTerms({"mdlm": LossTerm(total, noisy.counts["mdlm"])})
+        return LossTerms(total / counts["mdlm"], {"mdlm": LossTerm(total.detach(), noisy.counts["mdlm"])})
 
 
 def _timed(steps: Sequence[Callable[[], Any]]) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, CanvasBatch, LossTerms, NoisyBatch
+from unmask.batch import Batch, CanvasBatch, NoisyBatch
 
 IDS = torch.arange(6).view(2, 3)
 FLAGS = IDS > 2
@@ -67,4 +67,3 @@ def test_frozen() -> None:
     for batch in (noisy(None), canvases(None, None)):
         with pytest.raises(dataclasses.FrozenInstanceError):
             batch.counts = {}  # type: ignore[misc]
-    assert LossTerms().terms == {}

@@ -6,7 +6,7 @@ Shape suffixes: B rows, L positions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -146,10 +146,10 @@ class Corrupted(Protocol):
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A sum over local positions and the count it is to be divided by after global summation.
+    """The value of one term, a sum over local positions; without gradient.
 
     Attributes:
-        sum: scalar tensor with gradient, nats.
+        sum: scalar tensor, nats.
         count: local count; the same number as in `NoisyBatch.counts`.
         weight: factor of this term in the total loss.
     """
@@ -181,9 +181,15 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The terms of one objective on one micro-batch, by name; the total is Σ weight · sum / global count."""
+    """The loss of one objective on one micro-batch.
 
-    terms: Mapping[str, LossTerm] = field(default_factory=dict)
+    Attributes:
+        total: scalar tensor with gradient, Σ weight · sum / count, each count that of the global batch.
+        terms: what it is made of, by name.
+    """
+
+    total: Tensor
+    terms: Mapping[str, LossTerm]
 
 
 def _moved(container: Any, device: object) -> Any:

@@ -33,8 +33,7 @@ def step_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     noisy = objective.corrupt(batch, NoiseStream(3)).to(device)
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        terms = objective.loss(model, noisy)
-    loss = torch.stack([term.sum / term.count for term in terms.terms.values()]).sum()
+        loss = objective.loss(model, noisy).total
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -144,7 +143,7 @@ def test_the_tiled_head_equals_logits_for_all(cuda, dtype, softcap):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        found = linear_cross_entropy(
+        found, _ = linear_cross_entropy(
             hidden, weight, None, targets, weights, chunk_logits=100 * vocabulary, softcap=softcap
         )
         grads = torch.autograd.grad(found, [hidden, weight])
@@ -176,8 +175,7 @@ def test_a_loss_waits_for_the_device_nowhere(fixtures: Path, cuda, batch):
             torch.cuda.synchronize()
             try:
                 torch.cuda.set_sync_debug_mode("error")
-                terms = objective.loss(model, noisy)
-                torch.stack([term.sum for term in terms.terms.values()]).sum().backward()
+                objective.loss(model, noisy).total.backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unmask.batch import Batch, CanvasBatch, LossTerms
+from unmask.batch import Batch, CanvasBatch
 from unmask.models.diffusion_gemma import model as network
 from unmask.models.diffusion_gemma import signal
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.registry import load_model
-from unmask.objectives import block_diffusion, token_loss
+from unmask.objectives import terms, token_loss
 from unmask.objectives.block_diffusion import BlockDiffusion, filled_rows, find_answers
 from unmask.rng import NoiseStream
 
@@ -53,10 +53,6 @@ def ours(theirs: Any) -> DiffusionGemma:
     state = theirs.state_dict()
     model.load_state_dict({key: state[key] for key in model.state_dict()})
     return model
-
-
-def total(terms: LossTerms) -> Tensor:
-    return torch.stack([term.weight * term.sum / term.count for term in terms.terms.values()]).sum()
 
 
 def gradients(model: torch.nn.Module, loss: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -126,15 +122,16 @@ def test_equals_transformers_a_canvas_at_a_time(options: dict, ours: DiffusionGe
     for epoch in (0, 2) if len(options) == 1 and objective.self_conditioning_p == 0.5 else (2,):
         noisy = objective.corrupt(turns(ROWS, cut=[True, False, False], epoch=epoch, width=35), NoiseStream(4))
         assert len(noisy.starts) == 5
-        terms = objective.loss(ours, noisy).terms
+        loss = objective.loss(ours, noisy)
         sums = reference_terms(theirs, objective, noisy)
-        assert {name: term.count for name, term in terms.items()} == noisy.counts
-        for name, term in terms.items():
+        assert {name: term.count for name, term in loss.terms.items()} == noisy.counts
+        for name, term in loss.terms.items():
             assert term.weight == (options.get("encoder_loss_weight", 1.0) if name == "encoder" else 1.0)
             torch.testing.assert_close(term.sum, sums[name], atol=1e-3, rtol=2e-5)
         weights = {"diffusion": 1.0, "encoder": objective.encoder_loss_weight}
         expected = torch.stack([weights[name] * sums[name] / noisy.counts[name] for name in sums]).sum()
-        grads = gradients(ours, total(LossTerms(terms)))
+        torch.testing.assert_close(loss.total, expected, atol=1e-5, rtol=2e-5)
+        grads = gradients(ours, loss.total)
         assert_same_gradients(grads, gradients(theirs, expected, grads))
 
 
@@ -176,7 +173,7 @@ def test_one_scored_canvas_equals_decoding_the_whole_response(ours: DiffusionGem
         ids = noisy.encoder_ids_BL[0]
         expected = scored(logits, noisy.targets_KC[0]) / SIZE
         expected = expected + scored(encoder_logits(theirs, hidden)[:-1], ids[1:]) / (length - 1)
-        loss = total(objective.loss(ours, noisy))
+        loss = objective.loss(ours, noisy).total
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=2e-5)
         grads = gradients(ours, loss)
         assert_same_gradients(grads, gradients(theirs, expected, grads))
@@ -234,7 +231,7 @@ def test_rounding_the_length_of_rows_changes_no_number(ours, turns, monkeypatch)
     for multiple in (1, 16):
         monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", multiple)
         noisy = OBJECTIVE.corrupt(turns(ROWS), NoiseStream(0))
-        loss = total(OBJECTIVE.loss(ours, noisy))
+        loss = OBJECTIVE.loss(ours, noisy).total
         results.append((noisy.encoder_ids_BL.shape[1], loss.detach(), gradients(ours, loss)))
     assert results[0][0] % 16 and results[1][0] % 16 == 0
     torch.testing.assert_close(results[1][1], results[0][1])
@@ -265,7 +262,7 @@ def test_a_first_pass_for_the_sake_of_other_ranks_changes_nothing(ours, turns, m
     calls, results = Calls(ours, monkeypatch), []
     for peers in ([plain], [plain, conditioned]):
         noisy = OBJECTIVE.corrupt(turns(ROWS[:2], samples=[plain] * 2, peers=peers), NoiseStream(0))
-        loss = total(OBJECTIVE.loss(ours, noisy))
+        loss = OBJECTIVE.loss(ours, noisy).total
         results.append((loss.detach(), gradients(ours, loss)))
     assert calls.decoded == [(4, True, True), (1, False, False), (4, True, True)]
     (one, grads), (other, others) = results
@@ -279,24 +276,28 @@ def test_the_denoising_loss_stops_at_the_encoder_where_asked(ours, turns, monkey
     encode, kept = ours.encode, []
     monkeypatch.setattr(ours, "encode", lambda *args, **options: kept.append(encode(*args, **options)) or kept[-1])
     for stopped in (False, True):
-        objective = BlockDiffusion(SIZE, VOCABULARY, EOS, stop_gradient_to_encoder=stopped)
-        terms = objective.loss(ours, objective.corrupt(turns(ROWS), NoiseStream(0))).terms
-        seen = [*kept[-1].keys, *kept[-1].values]
-        reached = torch.autograd.grad(terms["diffusion"].sum, seen, allow_unused=True, retain_graph=True)
-        assert all(grad is None if stopped else bool(grad.any()) for grad in reached)
-        assert torch.autograd.grad(terms["encoder"].sum, kept[-1].hidden_BLD)[0].any()
+        for weight in (0.0, 1.0):
+            objective = BlockDiffusion(
+                SIZE, VOCABULARY, EOS, encoder_loss_weight=weight, stop_gradient_to_encoder=stopped
+            )
+            loss = objective.loss(ours, objective.corrupt(turns(ROWS), NoiseStream(0))).total
+            seen = [kept[-1].hidden_BLD, *kept[-1].keys, *kept[-1].values]
+            last, *past = torch.autograd.grad(loss, seen, allow_unused=True)
+            assert (last is not None and bool(last.any())) == (weight > 0)
+            if not weight:  # the encoder's own loss passes through its keys and values as well
+                assert all(grad is None if stopped else bool(grad.any()) for grad in past)
 
 
 def test_without_an_encoder_loss_its_logits_are_not_computed(ours, turns, monkeypatch) -> None:
-    rows, plain = [], block_diffusion.linear_cross_entropy
+    rows, plain = [], terms.linear_cross_entropy
 
-    def counting(hidden_ND: Tensor, *args: Any, **options: Any) -> Tensor:
+    def counting(hidden_ND: Tensor, *args: Any, **options: Any) -> Any:
         rows.append(len(hidden_ND))
         return plain(hidden_ND, *args, **options)
 
-    monkeypatch.setattr(block_diffusion, "linear_cross_entropy", counting)
+    monkeypatch.setattr(terms, "linear_cross_entropy", counting)
     batch = turns(ROWS)
-    for weight, expected in ((0.0, [40]), (1.0, [40, 26 + 35 + 15])):
+    for weight, expected in ((0.0, [40]), (1.0, [40 + 26 + 35 + 15])):
         objective = BlockDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=weight)
         objective.loss(ours, objective.corrupt(batch, NoiseStream(0)))
         assert rows == expected
@@ -324,13 +325,13 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
     objective = BlockDiffusion(size, vocabulary, EOS, self_conditioning_p=1.0)
     noisy = objective.corrupt(turns([[(5, False), (70, True)]] * 2), NoiseStream(0))
     results, largest = [], []
-    whole = block_diffusion.linear_cross_entropy
+    whole = terms.linear_cross_entropy
     for chunk, tile in ((2**24, 2**12), (8 * vocabulary, 300)):
         monkeypatch.setattr(signal, "SIGNAL_ROWS", tile)
         monkeypatch.setattr(token_loss, "TILE_ROWS", tile)
-        monkeypatch.setattr(block_diffusion, "linear_cross_entropy", functools.partial(whole, chunk_logits=chunk))
+        monkeypatch.setattr(terms, "linear_cross_entropy", functools.partial(whole, chunk_logits=chunk))
         with Floats() as floats:
-            loss = total(objective.loss(model, noisy))
+            loss = objective.loss(model, noisy).total
             grads = gradients(model, loss)
         results.append((loss.detach(), grads))
         largest.append(floats.numel)
@@ -382,9 +383,9 @@ def test_the_step_equals_automodels(fixtures: Path) -> None:
     counts = {name: sum(part.counts[name] for part in parts) for name in ("diffusion", "encoder")}
     found = dict.fromkeys(counts, 0.0)
     for part in parts:
-        terms = BlockDiffusion(256, 4096, EOS).loss(model, part).terms
-        torch.stack([term.weight * term.sum / counts[name] for name, term in terms.items()]).sum().backward()
-        for name, term in terms.items():
+        loss = BlockDiffusion(256, 4096, EOS).loss(model, part, counts)
+        loss.total.backward()
+        for name, term in loss.terms.items():
             found[name] += term.sum.item() / counts[name]
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
     found["norm"] = float(torch.stack(norms).norm())
@@ -418,9 +419,9 @@ def test_steps_lower_both_losses_of_a_real_network(ours: DiffusionGemma, turns: 
     optimizer = torch.optim.AdamW(ours.parameters(), lr=3e-3)
     losses = []
     for _ in range(6):
-        terms = OBJECTIVE.loss(ours, noisy)
-        losses.append({name: term.sum.item() / term.count for name, term in terms.terms.items()})
+        loss = OBJECTIVE.loss(ours, noisy)
+        losses.append({name: term.sum.item() / term.count for name, term in loss.terms.items()})
         optimizer.zero_grad()
-        total(terms).backward()
+        loss.total.backward()
         optimizer.step()
     assert all(losses[-1][name] < losses[0][name] - 0.1 for name in ("diffusion", "encoder"))

@@ -64,12 +64,12 @@ def golden_step(fixtures: Path, attend_padding: bool) -> list[NoisyBatch]:
     return parts
 
 
-def step(model: LLaDA, parts: list[NoisyBatch], loss: Callable[[NoisyBatch], Tensor]) -> tuple[float, float]:
-    """Return loss and gradient norm of micro-batches that are summed and divided once by the global count."""
+def step(model: LLaDA, parts: list[NoisyBatch], loss: Callable[[NoisyBatch, float], Tensor]) -> tuple[float, float]:
+    """Return loss and gradient norm of micro-batches that are each divided by the global count."""
     model.zero_grad()
     count, total = sum(part.counts["mdlm"] for part in parts), 0.0
     for part in parts:
-        value = loss(part) / count
+        value = loss(part, count)
         value.backward()
         total += value.item()
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
@@ -89,13 +89,13 @@ def test_the_step_equals_automodels(attend_padding: bool, fixtures: Path) -> Non
     parts = golden_step(fixtures, attend_padding)
     assert [part.attention_mask_BL is None for part in parts] == [attend_padding] * 2
 
-    def dense(part: NoisyBatch) -> Tensor:
+    def dense(part: NoisyBatch, count: float) -> Tensor:
         logits = model.logits(model(part.noisy_ids_BL, part.attention_mask_BL))
         losses = F.cross_entropy(logits.flatten(0, 1), part.clean.input_ids_BL.flatten(), reduction="none")
-        return (losses * part.weights_BL.flatten()).sum()
+        return (losses * part.weights_BL.flatten()).sum() / count
 
     objective = MDLM(3)
-    ours = step(model, parts, lambda part: objective.loss(model, part).terms["mdlm"].sum)
+    ours = step(model, parts, lambda part, count: objective.loss(model, part, {"mdlm": count}).total)
     assert ours == pytest.approx(step(model, parts, dense), rel=1e-5)
     golden = (expected["loss"], expected["grad_norm"])
     if attend_padding:
@@ -107,7 +107,9 @@ def test_the_step_equals_automodels(attend_padding: bool, fixtures: Path) -> Non
 
 def loss_of(terms: LossTerms) -> float:
     (term,) = terms.terms.values()
-    return (term.weight * term.sum / term.count).item()
+    value = (term.weight * term.sum / term.count).item()
+    assert terms.total.item() == pytest.approx(value, rel=1e-6)
+    return value
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
@@ -280,7 +282,7 @@ def test_one_step_lowers_the_loss_of_a_real_network(fixtures: Path) -> None:
         return loss_of(MDLM(3).loss(model, parts[0]))
 
     before = loss()
-    step(model, parts, lambda part: MDLM(3).loss(model, part).terms["mdlm"].sum)
+    step(model, parts, lambda part, _: MDLM(3).loss(model, part).total)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.05 * parameter.grad if parameter.grad is not None else 0

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.objectives import token_loss
-from unmask.objectives.token_loss import linear_cross_entropy
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
@@ -29,6 +28,10 @@ def inputs(rows: int = 7, width: int = 6, vocabulary: int = 11, bias: bool = Tru
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator) * 3 + 0.1
     return normal(rows, width), normal(vocabulary, width), normal(vocabulary) if bias else None, targets, weights
+
+
+def fused(*values: Any, **options: Any) -> Tensor:
+    return token_loss.linear_cross_entropy(*values, **options)[0]
 
 
 def dense(hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def test_equals_the_dense_loss_for_every_chunk(rows: int, chunk: int, bias: bool
     values = inputs(rows, bias=bias, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_loss, "TILE_ROWS", cast_rows)
-        ours = gradients(lambda *v: linear_cross_entropy(*v, chunk_logits=chunk), values)
+        ours = gradients(lambda *v: fused(*v, chunk_logits=chunk), values)
     theirs = gradients(dense, values)
     assert ours[0].dtype == torch.float32 and ours[0].shape == ()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -79,16 +82,16 @@ def test_equals_the_dense_loss_for_every_chunk(rows: int, chunk: int, bias: bool
 def test_fp64_is_exact_to_finite_differences(chunk: int) -> None:
     hidden, matrix, bias, targets, weights = inputs(4, 3, 5)
     wide = [value.detach().double().requires_grad_() for value in (hidden, matrix, bias) if value is not None]
-    loss, grads = gradients(lambda *v: linear_cross_entropy(*v, chunk_logits=chunk), (*wide, targets, weights), 1.0)  # type: ignore[arg-type]
+    loss, grads = gradients(lambda *v: fused(*v, chunk_logits=chunk), (*wide, targets, weights), 1.0)  # type: ignore[arg-type]
     assert loss.dtype == torch.float64
     step = 1e-6
     for value, grad in zip(wide, grads, strict=True):
         for place in range(value.numel()):
             with torch.no_grad():
                 value.view(-1)[place] += step
-                above = linear_cross_entropy(*wide, targets, weights)  # type: ignore[call-arg]
+                above = fused(*wide, targets, weights)  # type: ignore[call-arg]
                 value.view(-1)[place] -= 2 * step
-                below = linear_cross_entropy(*wide, targets, weights)  # type: ignore[call-arg]
+                below = fused(*wide, targets, weights)  # type: ignore[call-arg]
                 value.view(-1)[place] += step
             assert float(grad.view(-1)[place]) == pytest.approx(float(above - below) / (2 * step), abs=1e-8)
 
@@ -101,7 +104,7 @@ def test_rows_of_weight_zero_are_ignored_whatever_they_hold() -> None:
     spoilt.requires_grad_()
     odd = targets.clone()
     odd[~kept] = torch.tensor([-100, 10**6, -1])
-    ours = gradients(linear_cross_entropy, (spoilt, matrix, bias, odd, weights * kept))
+    ours = gradients(fused, (spoilt, matrix, bias, odd, weights * kept))
     theirs = gradients(dense, (hidden, matrix, bias, targets, weights * kept))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert (ours[1][0][~kept] == 0).all()
@@ -110,7 +113,7 @@ def test_rows_of_weight_zero_are_ignored_whatever_they_hold() -> None:
 def test_no_rows_at_all() -> None:
     for rows, weights in ((0, torch.zeros(0)), (3, torch.zeros(3))):
         hidden, matrix, bias, targets, _ = inputs(rows)
-        loss, grads = gradients(linear_cross_entropy, (hidden, matrix, bias, targets, weights))
+        loss, grads = gradients(fused, (hidden, matrix, bias, targets, weights))
         assert loss == 0 and all((grad == 0).all() for grad in grads)
         assert [grad.shape for grad in grads] == [hidden.shape, matrix.shape, (11,)]
 
@@ -123,7 +126,7 @@ def test_a_tied_matrix_receives_both_gradients() -> None:
         total = loss(F.embedding(tokens, matrix).sin(), matrix, None, targets, weights)
         return torch.autograd.grad(total, matrix)[0]
 
-    torch.testing.assert_close(grad(linear_cross_entropy), grad(dense), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad(fused), grad(dense), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [(1, 2), (0,), (0, 2), (2,)])
@@ -134,7 +137,7 @@ def test_frozen_inputs_get_no_gradient_and_no_buffer(frozen: tuple[int, ...], mo
     asked = [value for value in values[:3] if value is not None and value.requires_grad]
     expected = torch.autograd.grad(dense(*values), asked)
     with Largest() as largest:
-        total = linear_cross_entropy(*values)
+        total = fused(*values)
         ours = torch.autograd.grad(total, asked)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     # The transposed view of the head has its size; a buffer for its gradient would be a product more.
@@ -145,12 +148,12 @@ def test_frozen_inputs_get_no_gradient_and_no_buffer(frozen: tuple[int, ...], mo
 def test_without_gradients_only_the_logits_are_computed(mode: Callable[[], Any]) -> None:
     values = inputs(3, 40, 200)
     with mode(), Largest() as largest:
-        loss = linear_cross_entropy(*values)
+        loss = fused(*values)
     assert largest.products == 1
     assert not loss.requires_grad
     torch.testing.assert_close(loss, dense(*values).detach())
     with Largest() as trained:
-        linear_cross_entropy(*values)
+        fused(*values)
     assert trained.products == 3
 
 
@@ -158,7 +161,7 @@ def test_logits_never_exist_whole() -> None:
     rows, width, vocabulary = 64, 8, 300
     values = inputs(rows, width, vocabulary)
     with Largest() as largest:
-        linear_cross_entropy(*values, chunk_logits=1500).backward()
+        fused(*values, chunk_logits=1500).backward()
     assert largest.numel <= max(vocabulary * width, 1500) < rows * vocabulary / 7
 
 
@@ -175,7 +178,7 @@ def test_a_head_below_compute_precision_is_never_copied_whole(monkeypatch: pytes
             return result
 
     with torch.autocast("cpu", torch.bfloat16), Cast() as largest:
-        linear_cross_entropy(hidden, matrix, bias, targets, weights)
+        fused(hidden, matrix, bias, targets, weights)
     assert 0 < largest.numel <= 16 * 64
 
 
@@ -185,7 +188,7 @@ def test_under_autocast_close_to_autocast_of_the_dense_loss(cast_rows: int, monk
     values = inputs(20, 32, 50)
     exact = gradients(dense, values)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = gradients(linear_cross_entropy, values), gradients(dense, values)
+        ours, theirs = gradients(fused, values), gradients(dense, values)
     assert [grad.dtype for grad in ours[1]] == [torch.float32] * 3
 
     def error(result: tuple[Tensor, list[Tensor]]) -> list[float]:
@@ -206,9 +209,9 @@ def test_fp16_sums_over_a_vocabulary_neither_overflow_nor_vanish(softcap: float 
         matrix[:, 0] += 20  # a column's sum over the vocabulary is above fp16's largest number
         hidden[:, 0] = 0.001
     values = (hidden, matrix, None, targets, torch.full((8,), 1 / 2048))
-    theirs = gradients(lambda *v: linear_cross_entropy(*v, softcap=softcap), values)
+    theirs = gradients(lambda *v: fused(*v, softcap=softcap), values)
     with torch.autocast("cpu", torch.float16):
-        ours = gradients(lambda *v: linear_cross_entropy(*v, softcap=softcap), values)
+        ours = gradients(lambda *v: fused(*v, softcap=softcap), values)
     for one, two in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
         assert float((one - two).norm() / two.norm()) < 2e-3
     # Each entry but the targets' is small: 1 / 4096 of a weight of 1 / 2048.
@@ -221,7 +224,7 @@ def test_fp16_sums_over_a_vocabulary_neither_overflow_nor_vanish(softcap: float 
 def test_bf16_weights_sum_their_gradients_in_fp32(chunk: int) -> None:
     hidden, matrix, bias, targets, weights = inputs(300, 32, 50)
     low = [value.detach().bfloat16().requires_grad_() for value in (hidden, matrix, bias) if value is not None]
-    ours = gradients(lambda *v: linear_cross_entropy(*v, chunk_logits=chunk), (*low, targets, weights))  # type: ignore[arg-type]
+    ours = gradients(lambda *v: fused(*v, chunk_logits=chunk), (*low, targets, weights))  # type: ignore[arg-type]
     raised = tuple(value.detach().float().requires_grad_() for value in low)
     theirs = gradients(dense, (*raised, targets, weights))  # type: ignore[arg-type]
     assert ours[0].dtype == torch.float32
@@ -235,21 +238,46 @@ def test_bf16_weights_sum_their_gradients_in_fp32(chunk: int) -> None:
 def test_large_logits_stay_finite(scale: float) -> None:
     hidden, matrix, bias, targets, weights = inputs(5)
     values = ((hidden.detach() * scale).requires_grad_(), matrix, bias, targets, weights)
-    ours, theirs = gradients(linear_cross_entropy, values), gradients(dense, values)
+    ours, theirs = gradients(fused, values), gradients(dense, values)
     assert all(torch.isfinite(grad).all() for grad in ours[1])
     torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1, scale), rtol=1e-4)
 
 
 def test_the_incoming_gradient_scales_and_a_second_backward_is_refused() -> None:
     values = inputs()
-    _, once = gradients(linear_cross_entropy, values, scale=1.0)
-    _, tripled = gradients(linear_cross_entropy, values, scale=-3.0)
+    _, once = gradients(fused, values, scale=1.0)
+    _, tripled = gradients(fused, values, scale=-3.0)
     torch.testing.assert_close([grad * -3 for grad in once], tripled)
-    loss = linear_cross_entropy(*values)
+    loss = fused(*values) * 2
     loss.backward(retain_graph=True)
     # The buffers were scaled in place: a second pass would be wrong, so it must not happen silently.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    (first,) = torch.autograd.grad(linear_cross_entropy(*values), values[0], create_graph=True)
+    (first,) = torch.autograd.grad(fused(*values), values[0], create_graph=True)
     with pytest.raises(RuntimeError):
         first.sum().backward()
+
+
+def test_a_gradient_of_one_scales_nothing_and_may_be_taken_again() -> None:
+    """The loss is the last operation of a step; what was saved is then the gradient as it stands."""
+    values = inputs()
+    _, once = gradients(fused, values, scale=1.0)
+    loss = fused(*values)
+    leaves = [value for value in values[:3] if value is not None]
+    for times in (1, 2):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close([leaf.grad for leaf in leaves], [times * grad for grad in once])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_each_positions_loss_comes_with_their_sum(trains: bool) -> None:
+    hidden, matrix, bias, targets, weights = inputs(6)
+    assert bias is not None
+    bias.data[0] = -torch.inf  # an id that cannot be; an ignored position's target is looked up as 0
+    targets, weights = targets.clamp(min=1), weights * torch.tensor([1, 1, 0, 1, 0, 1])
+    with torch.set_grad_enabled(trains):
+        total, losses = token_loss.linear_cross_entropy(hidden, matrix, bias, targets, weights, chunk_logits=22)
+    expected = F.cross_entropy(F.linear(hidden, matrix, bias), targets, reduction="none").detach()
+    torch.testing.assert_close(losses, torch.where(weights > 0, expected, 0.0))
+    torch.testing.assert_close(total.detach(), (expected * weights).sum())
+    assert total.requires_grad == trains and not losses.requires_grad

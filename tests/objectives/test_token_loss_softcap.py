@@ -30,7 +30,7 @@ def inputs(rows: int = 7, width: int = 6, vocabulary: int = 11, seed: int = 0, d
 
 def fused(values: Inputs, cap: float | None, **options: Any) -> Tensor:
     hidden, matrix, targets, weights = values
-    return linear_cross_entropy(hidden, matrix, None, targets, weights, softcap=cap, **options)
+    return linear_cross_entropy(hidden, matrix, None, targets, weights, softcap=cap, **options)[0]
 
 
 def dense(values: Inputs, cap: float | None) -> Tensor:

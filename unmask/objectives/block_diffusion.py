@@ -14,16 +14,17 @@ C positions of a canvas, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, CanvasBatch, LossTerm, LossTerms, TokenLosses, rounded_up
+from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses, rounded_up
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
-from unmask.objectives.token_loss import cross_entropies, linear_cross_entropy
+from unmask.objectives.terms import Scored, loss_terms, token_losses
 from unmask.rng import NoiseStream
 
 
@@ -166,28 +167,16 @@ class BlockDiffusion:
             counts={"diffusion": float(scored_KC.sum()), "encoder": float(len(positions_N))},
         )
 
-    def loss(self, model: Any, noisy: CanvasBatch) -> LossTerms:
+    def loss(self, model: Any, noisy: CanvasBatch, counts: Mapping[str, float] | None = None) -> LossTerms:
         """Encode the clean rows once, decode the canvases once or twice, and score both."""
-        terms = {}
-        for name, scored in self._scored(model, noisy).items():
-            hidden_ND, weight_VD, bias_V = model.head_inputs(scored.hidden_ND)
-            total = linear_cross_entropy(
-                hidden_ND, weight_VD, bias_V, scored.targets_N, scored.weights_N, softcap=model.softcap
-            )
-            terms[name] = LossTerm(total, noisy.counts[name], scored.weight)
-        return LossTerms(terms)
+        return loss_terms(model, self._scored(model, noisy), noisy.counts, counts, model.softcap)
 
     @torch.no_grad()
     def token_losses(self, model: Any, noisy: CanvasBatch) -> dict[str, TokenLosses]:
         """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
-        found = {}
-        for name, scored in self._scored(model, noisy).items():
-            hidden_ND, weight_VD, bias_V = model.head_inputs(scored.hidden_ND)
-            values_N = cross_entropies(hidden_ND, weight_VD, bias_V, scored.targets_N, softcap=model.softcap)
-            found[name] = TokenLosses(values_N, scored.weights_N, scored.levels_N, noisy.counts[name], scored.weight)
-        return found
+        return token_losses(model, self._scored(model, noisy), noisy.counts, model.softcap)
 
-    def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, _Scored]:
+    def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, Scored]:
         """Run the network; return what there is to score for each term."""
         encoded = model.encode(noisy.encoder_ids_BL)
         signal_KCD = self._signal(model, noisy, encoded)
@@ -201,11 +190,11 @@ class BlockDiffusion:
         )
         levels_N = noisy.levels_K[:, None].expand(noisy.scored_KC.shape).flatten()
         weights_N = noisy.scored_KC.flatten().float()
-        terms = {"diffusion": _Scored(hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N, levels_N, 1.0)}
+        terms = {"diffusion": Scored(hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N, levels_N)}
         if self.encoder_loss_weight:
             hidden_ND = encoded.hidden_BLD.flatten(0, 1)[noisy.encoder_positions_N]
             ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
-            terms["encoder"] = _Scored(hidden_ND, noisy.encoder_targets_N, ones_N, None, self.encoder_loss_weight)
+            terms["encoder"] = Scored(hidden_ND, noisy.encoder_targets_N, ones_N, None, self.encoder_loss_weight)
         return terms
 
     def shown(self, noisy: CanvasBatch, row: int) -> Shown:
@@ -273,13 +262,3 @@ class _RowDraws:
         all_BJN = self.rng.uniform(stream, self.batch.epoch, self.batch.sample_ids_B, length).view(-1, most, numbers)
         drawn_TN = all_BJN[self.answers.rows_T, self.answers.numbers_T]
         return drawn_TN[:, 0] if numbers == 1 else drawn_TN
-
-
-class _Scored(NamedTuple):
-    """What one term scores: hidden states, clean tokens, weights and noise levels, and its weight in the loss."""
-
-    hidden_ND: Tensor
-    targets_N: Tensor
-    weights_N: Tensor
-    levels_N: Tensor | None
-    weight: float

@@ -5,16 +5,17 @@ Shapes: B rows, L positions, N scored positions, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, LossTerm, LossTerms, NoisyBatch, TokenLosses
+from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
 from unmask.objectives.registry import Shown
-from unmask.objectives.token_loss import cross_entropies, linear_cross_entropy
+from unmask.objectives.terms import Scored, loss_terms, token_losses
 from unmask.rng import NoiseStream
 
 
@@ -66,18 +67,14 @@ class MDLM:
         levels_N = p_BL.flatten()[positions_N].float()
         return NoisyBatch(batch, noisy_ids_BL, attends, masked_BL, positions_N, weights_BL, levels_N, {"mdlm": count})
 
-    def loss(self, model: Any, noisy: NoisyBatch) -> LossTerms:
+    def loss(self, model: Any, noisy: NoisyBatch, counts: Mapping[str, float] | None = None) -> LossTerms:
         """Run the network once and score the masked positions, gathered before the head."""
-        hidden_ND, weight_VD, bias_V, targets_N, weights_N = self._scored(model, noisy)
-        total = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, weights_N)
-        return LossTerms({"mdlm": LossTerm(total, noisy.counts["mdlm"])})
+        return loss_terms(model, self._scored(model, noisy), noisy.counts, counts)
 
     @torch.no_grad()
     def token_losses(self, model: Any, noisy: NoisyBatch) -> dict[str, TokenLosses]:
         """Return the loss of each masked position."""
-        hidden_ND, weight_VD, bias_V, targets_N, weights_N = self._scored(model, noisy)
-        values_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N)
-        return {"mdlm": TokenLosses(values_N, weights_N, noisy.levels_N, noisy.counts["mdlm"])}
+        return token_losses(model, self._scored(model, noisy), noisy.counts)
 
     def shown(self, noisy: NoisyBatch, row: int) -> Shown:
         """Return a row with its masks."""
@@ -86,9 +83,9 @@ class MDLM:
         what = f"{sum(hidden)} of {int(noisy.clean.supervised_BL[row].sum())} supervised tokens masked"
         return Shown(what, noisy.noisy_ids_BL[row][there_L].tolist(), hidden, [False] * len(hidden))
 
-    def _scored(self, model: Any, noisy: NoisyBatch) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """Run the network; return what the head takes, the clean tokens and the weights, of masked positions alone."""
+    def _scored(self, model: Any, noisy: NoisyBatch) -> dict[str, Scored]:
+        """Run the network; return what there is to score, of masked positions alone."""
         hidden_BLD = model(noisy.noisy_ids_BL, noisy.attention_mask_BL)
         scored_ND = hidden_BLD.flatten(0, 1)[noisy.positions_N]
         targets_N = noisy.clean.input_ids_BL.flatten()[noisy.positions_N]
-        return *model.head_inputs(scored_ND), targets_N, noisy.weights_BL.flatten()[noisy.positions_N]
+        return {"mdlm": Scored(scored_ND, targets_N, noisy.weights_BL.flatten()[noisy.positions_N], noisy.levels_N)}

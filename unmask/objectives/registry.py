@@ -24,8 +24,14 @@ class Objective(Protocol):
         """Return the corrupted batch; pure, on the CPU, with its terms' counts."""
         ...
 
-    def loss(self, model: Any, noisy: Any) -> LossTerms:
-        """Run the network, as often as the objective needs, and return sums and counts."""
+    def loss(self, model: Any, noisy: Any, counts: Mapping[str, float] | None = None) -> LossTerms:
+        """Run the network, as often as the objective needs; each term is divided by its count of the global batch.
+
+        Args:
+            model: the network.
+            noisy: what `corrupt` returned, on the network's device.
+            counts: each term's count over all micro-batches and ranks; None = this micro-batch is the whole.
+        """
         ...
 
     def token_losses(self, model: Any, noisy: Any) -> Mapping[str, TokenLosses]:
@@ -212,11 +218,6 @@ def most_padding(section: DllmConfig, model_config: Any) -> int:
     """Return how many positions the objective may add to a row, which the model must have beyond `seq_length`."""
     fills = OBJECTIVES[section.mode].fills
     return 0 if fills is None else rounded_up(getattr(model_config, fills))
-
-
-def head_losses(section: DllmConfig) -> int:
-    """Return how many terms of the loss score logits."""
-    return 2 if section.encoder_loss_weight else 1
 
 
 def build_objective(section: DllmConfig, model_config: Any) -> Objective:

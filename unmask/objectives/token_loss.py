@@ -40,8 +40,8 @@ def linear_cross_entropy(
     weights_N: Tensor,
     chunk_logits: int = CHUNK_LOGITS,
     softcap: float | None = None,
-) -> Tensor:
-    """Return Σ_n w_n · CE(softmax(h_n Wᵀ + b), y_n), differentiable in hidden, weight and bias.
+) -> tuple[Tensor, Tensor]:
+    """Return Σ_n w_n · CE(softmax(h_n Wᵀ + b), y_n), differentiable in hidden, weight and bias, and each CE.
 
     Args:
         hidden_ND: final hidden states of the scored positions, any float dtype.
@@ -54,7 +54,8 @@ def linear_cross_entropy(
         softcap: c; logits are c · tanh(z / c) of the linear z (Gemma 2, arXiv 2408.00118, section 2). None = z itself.
 
     Returns:
-        scalar, nats; float32 (float64 for fp64 hidden states). Its gradient can be taken once, and not differentiated.
+        the scalar, nats, float32 (float64 for fp64 hidden states), whose gradient can be taken once and not
+        differentiated, and the cross-entropies (N,) without gradient, 0 where a position is ignored.
     """
     # Blanked rather than taken out: how many are left would have to be asked of the device, and it would be waited for.
     kept_N = weights_N != 0
@@ -63,7 +64,8 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         # Nor are a Function's gradients: its needs_input_grad ignores no_grad, and they would be computed for nobody.
         losses_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N, chunk_logits, softcap)
-        return torch.dot(losses_N, weights_N.to(losses_N.dtype))
+        losses_N = torch.where(kept_N, losses_N, 0.0)
+        return torch.dot(losses_N, weights_N.to(losses_N.dtype)), losses_N
     compute = _compute_dtype(hidden_ND)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap)
 
@@ -114,7 +116,7 @@ def working_bytes(positions: int, vocabulary: int, compute_bytes: int, head_trai
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, targets_N, weights_N, compute, chunk_logits, softcap):  # noqa: ANN001
-        """Return the summed loss and save the finished gradients; arguments as in `linear_cross_entropy`."""
+        """Return the summed loss and each, and save the finished gradients; arguments as in `linear_cross_entropy`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         head = _Head(weight_VD, bias_V, compute, softcap)
         wide = {"dtype": head.wide, "device": hidden_ND.device}
@@ -123,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (torch.empty if len(hidden_ND) else torch.zeros)(weight_VD.shape, **wide) if needs_weight else None,
             torch.zeros(len(weight_VD), **wide) if needs_bias else None,
         )
-        loss = torch.zeros((), **wide)
+        losses_N = torch.empty(len(hidden_ND), **wide)
         parts = _parts(len(hidden_ND), max(1, chunk_logits // len(weight_VD)))
         most = max((part.stop - part.start for part in parts), default=0)
         memory = None
@@ -135,22 +137,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 size = len(weight_VD) * len(rows.targets_R)
                 kept_VR = None if memory is None else memory[:size].view(len(weight_VD), -1)
                 scored = head.score(rows.hidden_RD, rows.targets_R, kept_VR, needs_hidden)
-                loss += torch.dot(scored.logsum_R - scored.own_R * head.scale, rows.weights_R)
+                losses_R = scored.logsum_R - scored.own_R * head.scale
+                losses_N[part] = torch.where(rows.weights_R != 0, losses_R, 0.0)
                 head.accumulate(sums, part, rows, scored)
         ctx.save_for_backward(
             sums.hidden_ND,
             None if sums.weight_VD is None else sums.weight_VD.to(weight_VD.dtype),
             None if sums.bias_V is None else sums.bias_V.to(bias_V.dtype),
         )
-        return loss
+        ctx.mark_non_differentiable(losses_N)
+        return torch.dot(losses_N, weights_N.to(head.wide)), losses_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        # In place: the buffers are ours alone, and the head's is as large as the head. A second backward is refused by
-        # autograd, which sees that saved tensors changed.
-        scaled = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None
+    def backward(ctx: Any, grad_loss, _):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = ctx.saved_tensors
+        # Of a CPU it costs nothing to ask whether this is the last operation; a device would be waited for.
+        if grad_loss.device.type != "cpu" or grad_loss != 1:
+            # In place: the buffers are ours alone, and the head's is as large as the head. A second backward is refused
+            # by autograd, which sees that saved tensors changed.
+            grads = [None if grad is None else grad.mul_(grad_loss) for grad in grads]
+        return *grads, None, None, None, None, None
 
 
 @dataclass(frozen=True)

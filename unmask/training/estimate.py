@@ -22,7 +22,7 @@ class Estimate:
         parameters, trainable: how many, and how many of them are trained.
         weights: the master weights, adapters among them.
         gradients: one a trained parameter.
-        head: the head's gradients that the terms of the loss hold until the backward pass.
+        head: the head's gradient that the loss holds until the backward pass.
         optimizer: AdamW's two moments.
         activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
     """
@@ -61,7 +61,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     activations = plan.family.activation_bytes(
         plan.config, tokens, width, compute, config.distributed.activation_checkpointing
     )
-    head = head_gradients(config, model, width)
+    head = head_gradients(model, width)
     device = pick_device(config.distributed.device).type
     return Estimate(
         parameters=sum(p.numel() * _packed(p) for p in parameters),
@@ -74,23 +74,20 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     )
 
 
-def head_gradients(config: RunConfig, model: nn.Module, width: int) -> int:
+def head_gradients(model: nn.Module, width: int) -> int:
     """Return the bytes of the head's gradients that a micro-batch's loss holds beside those of the ones before it.
 
-    Each term of the loss computes its own in its forward pass, in fp32, and keeps it in the head's dtype.
+    The loss computes it in its forward pass, in fp32, and keeps it in the head's dtype.
 
     Args:
-        config: the run.
         model: the network, on the meta device.
         width: bytes of an element of the head.
     """
     import torch
 
-    from unmask.objectives.registry import head_losses
-
     _, *head = model.head_inputs(torch.empty(0, 1, device="meta"))  # pyright: ignore[reportCallIssue]
     elements = sum(p.numel() for p in head if p is not None and p.requires_grad)
-    return elements * (width * head_losses(config.dllm) + (4 if width < 4 else 0))
+    return elements * (width + (4 if width < 4 else 0))
 
 
 def _packed(parameter: nn.Parameter) -> int:

@@ -22,7 +22,7 @@ class SharedEstimate:
     Attributes:
         weights, optimizer: a shard.
         gradients: a shard, and the whole until the last micro-batch where their sum over ranks is deferred.
-        head: the whole head's gradients that the terms of the loss hold until the backward pass.
+        head: the whole head's gradient that the loss holds until the backward pass.
         gathered: the root's group and two blocks, the one that runs and the one that is fetched for it.
         activations: as on one device.
         weights_received: shards of the others, gathered for every pass.
@@ -136,7 +136,7 @@ def estimate_shared(
     return SharedEstimate(
         weights=whole.weights // shard,
         gradients=whole.gradients // shard + (reduce * trained if deferred else 0),
-        head=head_gradients(config, model, travel),
+        head=head_gradients(model, travel),
         optimizer=whole.optimizer // shard,
         gathered=int(travel * (groups.root + min(2, groups.layers) * block)),
         activations=whole.activations,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.batch import Batch, Corrupted, LossTerms
+from unmask.batch import Batch, Corrupted
 from unmask.distributed.runtime import Runtime
 from unmask.objectives.registry import Objective
 from unmask.rng import NoiseStream
@@ -34,11 +34,6 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     finite: bool
-
-
-def total_loss(terms: LossTerms, counts: Mapping[str, float]) -> Tensor:
-    """Return Σ weight · sum / count over the terms, the count being that of the whole global batch."""
-    return sum(term.weight * term.sum / counts[name] for name, term in terms.terms.items())  # pyright: ignore[reportReturnType]
 
 
 def train_step(
@@ -81,10 +76,10 @@ def train_step(
 
             synchronise_gradients(model, not defer_grad_sync or number == len(noisy))
         with runtime.autocast():
-            terms = objective.loss(model, part.to(runtime.device))
-        total_loss(terms, counts).backward()
-        for name, term in terms.terms.items():
-            sums[name] = sums.get(name, 0.0) + term.sum.detach().float() / counts[name]
+            loss = objective.loss(model, part.to(runtime.device), counts)
+        loss.total.backward()
+        for name, term in loss.terms.items():
+            sums[name] = sums.get(name, 0.0) + term.sum.float() / counts[name]
             weights[name] = term.weight
     if runtime.meshes is None:
         norm = clip_gradients(optimizer, max_norm)

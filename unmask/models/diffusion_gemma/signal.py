@@ -39,30 +39,29 @@ class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
         """Return the mix; the sums so far follow the largest logit so far (Milakov & Gimelshein 2018)."""
-        hidden_ND = hidden_ND.to(compute)
-        total_N = torch.zeros(len(hidden_ND), 1, device=hidden_ND.device)
-        mixed_ND = torch.zeros(hidden_ND.shape, device=hidden_ND.device)
-        top_N = torch.full_like(total_N, -softcap)
+        hidden_DN = hidden_ND.to(compute).t().contiguous()
+        top_N = torch.full_like(hidden_DN[0], -softcap, dtype=torch.float32)
+        total_N, mixed_ND = torch.zeros_like(top_N), torch.zeros(hidden_ND.shape, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for _, part_RD, scores_NR in _slices(hidden_ND, weight_VD, softcap):
-                before_N, top_N = top_N, torch.maximum(top_N, scores_NR.amax(dim=1, keepdim=True).mul_(softcap))
-                shares_NR, kept_N = _shares(scores_NR, softcap, top_N), before_N.sub_(top_N).exp_()
-                total_N.mul_(kept_N).add_(shares_NR.sum(dim=1, keepdim=True))
-                mixed_ND.mul_(kept_N).add_(torch.mm(shares_NR.to(compute), part_RD))
-        ctx.save_for_backward(hidden_ND, weight_VD, top_N.add_(total_N.log()))
+            for _, part_RD, scores_RN in _slices(hidden_DN, weight_VD, softcap):
+                before_N, top_N = top_N, torch.maximum(top_N, scores_RN.amax(dim=0).mul_(softcap))
+                shares_RN, kept_N = _shares(scores_RN, softcap, top_N), before_N.sub_(top_N).exp_()
+                total_N.mul_(kept_N).add_(shares_RN.sum(dim=0))
+                mixed_ND.mul_(kept_N[:, None]).add_(torch.mm(shares_RN.to(compute).t(), part_RD))
+        ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
         ctx.softcap = softcap
-        return (mixed_ND / total_N).to(weight_VD.dtype)
+        return (mixed_ND / total_N[:, None]).to(weight_VD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_ND, weight_VD, logsum_N = ctx.saved_tensors
+        hidden_DN, weight_VD, logsum_N = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
         grad_VD = torch.empty_like(weight_VD)
-        grad_ND = grad_ND.to(hidden_ND.dtype)
-        for part, _, scores_NR in _slices(hidden_ND, weight_VD, ctx.softcap):
-            shares_RN = _shares(scores_NR, ctx.softcap, logsum_N).to(hidden_ND.dtype).t()
+        grad_ND = grad_ND.to(hidden_DN.dtype)
+        for part, _, scores_RN in _slices(hidden_DN, weight_VD, ctx.softcap):
+            shares_RN = _shares(scores_RN, ctx.softcap, logsum_N).to(hidden_DN.dtype)
             if shares_RN.dtype == grad_VD.dtype:
                 torch.mm(shares_RN, grad_ND, out=grad_VD[part])
             else:
@@ -70,14 +69,14 @@ class _SoftEmbedding(torch.autograd.Function):
         return None, grad_VD, None, None
 
 
-def _slices(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield each slice of the vocabulary, its rows in the compute dtype and tanh(z / c) of its z (N, R) in fp32."""
+def _slices(hidden_DN: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield each slice of the vocabulary, its rows in the compute dtype and tanh(z / c) of its z (R, N) in fp32."""
     for start in range(0, len(weight_VD), SIGNAL_ROWS):
         part = slice(start, start + SIGNAL_ROWS)
-        part_RD = weight_VD[part].to(hidden_ND.dtype)
-        yield part, part_RD, torch.mm(hidden_ND, part_RD.t()).float().div_(softcap).tanh_()
+        part_RD = weight_VD[part].to(hidden_DN.dtype)
+        yield part, part_RD, torch.mm(part_RD, hidden_DN).float().div_(softcap).tanh_()
 
 
-def _shares(scores_NR: Tensor, softcap: float, top_N: Tensor) -> Tensor:
+def _shares(scores_RN: Tensor, softcap: float, top_N: Tensor) -> Tensor:
     """Return exp(c · score − top), in the memory of the scores."""
-    return torch.add(-top_N, scores_NR, alpha=softcap, out=scores_NR).exp_()
+    return torch.add(-top_N, scores_RN, alpha=softcap, out=scores_RN).exp_()

@@ -1,0 +1,83 @@
+"""From what an objective scores to its loss: all terms go through the head together, in one call.
+
+One call has one buffer for the gradient of the head, which is as large as the head, where a call for each term would
+fill, scale and add one each. That needs what a term is divided by in the forward pass, before the gradients are made.
+
+Shapes: N scored positions of all terms, n of one, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unmask.batch import LossTerm, LossTerms, TokenLosses
+from unmask.objectives.token_loss import cross_entropies, linear_cross_entropy
+
+
+class Scored(NamedTuple):
+    """What one term of a loss scores.
+
+    Attributes:
+        hidden_ND: final hidden states.
+        targets_N: int64, the clean tokens.
+        weights_N: float, of each position's cross-entropy; 0 = not scored.
+        levels_N: float32, the noise level at each position, in (0, 1]; None for a term without noise.
+        weight: factor of the term in the total loss.
+    """
+
+    hidden_ND: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    levels_N: Tensor | None
+    weight: float = 1.0
+
+
+def loss_terms(
+    model: Any,
+    scored: Mapping[str, Scored],
+    local: Mapping[str, float],
+    counts: Mapping[str, float] | None,
+    softcap: float | None = None,
+) -> LossTerms:
+    """Return Σ weight · (Σ w · CE) / count over the terms, and each term's own sum.
+
+    Args:
+        model: has the head.
+        scored: the terms by name.
+        local: each term's count in this micro-batch.
+        counts: each term's count in the global batch, which divides it; None = `local`.
+        softcap: of the logits; None = they have none.
+    """
+    divisors = local if counts is None else counts
+    weights_N = torch.cat([term.weights_N.float() for term in scored.values()])
+    shares_N = torch.cat([term.weights_N.float() * term.weight / divisors[name] for name, term in scored.items()])
+    hidden_ND, weight_VD, bias_V = model.head_inputs(_joined([term.hidden_ND for term in scored.values()]))
+    targets_N = _joined([term.targets_N for term in scored.values()])
+    total, losses_N = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, shares_N, softcap=softcap)
+    sums = (losses_N * weights_N).split([len(term.targets_N) for term in scored.values()])
+    terms = {
+        name: LossTerm(part_n.sum(), local[name], term.weight)
+        for (name, term), part_n in zip(scored.items(), sums, strict=True)
+    }
+    return LossTerms(total, terms)
+
+
+def token_losses(
+    model: Any, scored: Mapping[str, Scored], local: Mapping[str, float], softcap: float | None = None
+) -> dict[str, TokenLosses]:
+    """Return the terms position by position; arguments as in `loss_terms`."""
+    found = {}
+    for name, term in scored.items():
+        hidden_ND, weight_VD, bias_V = model.head_inputs(term.hidden_ND)
+        values_N = cross_entropies(hidden_ND, weight_VD, bias_V, term.targets_N, softcap=softcap)
+        found[name] = TokenLosses(values_N, term.weights_N, term.levels_N, local[name], term.weight)
+    return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return the tensors one after another; one alone as it is, not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
