@@ -184,7 +184,8 @@ class LossTerms:
     """The loss of one objective on one micro-batch.
 
     Attributes:
-        total: scalar tensor with gradient, Σ weight · sum / count, each count that of the global batch.
+        total: scalar tensor with gradient, Σ weight · sum / count, each count that of the global batch
+            where it was given, else this micro-batch's own.
         terms: what it is made of, by name.
     """
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.batch import Batch, CanvasBatch
+from unmask.distributed.runtime import Runtime
 from unmask.models.diffusion_gemma import model as network
 from unmask.models.diffusion_gemma import signal
 from unmask.models.diffusion_gemma.config import parse_config
@@ -25,6 +26,7 @@ from unmask.models.registry import load_model
 from unmask.objectives import terms, token_loss
 from unmask.objectives.block_diffusion import BlockDiffusion, filled_rows, find_answers
 from unmask.rng import NoiseStream
+from unmask.training.step import train_step
 
 Turns = Callable[..., Batch]
 SIZE, VOCABULARY, EOS = 8, 40, 1
@@ -393,6 +395,24 @@ def test_the_step_equals_automodels(fixtures: Path) -> None:
     assert found["encoder"] == pytest.approx(expected["encoder_loss"], rel=1e-4)
     assert found["diffusion"] + found["encoder"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_a_step_over_unequal_micro_batches_divides_once(ours: DiffusionGemma, theirs: Any, turns: Turns) -> None:
+    """Loss and gradient norm of the engine's step, against transformers' summed losses over the global counts."""
+    objective = BlockDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=0.25, self_conditioning_p=0.0)
+    batches, noise = [turns(ROWS[:1]), turns(ROWS[1:], samples=[1, 2])], NoiseStream(4)
+    parts = [objective.corrupt(batch, noise) for batch in batches]
+    assert parts[0].counts["diffusion"] != parts[1].counts["diffusion"]
+    counts = {name: sum(part.counts[name] for part in parts) for name in ("diffusion", "encoder")}
+    sums = [reference_terms(theirs, objective, part) for part in parts]
+    weights = {"diffusion": 1.0, "encoder": 0.25}
+    expected = torch.stack([weights[name] * one[name] / counts[name] for one in sums for name in counts]).sum()
+    names = dict(ours.named_parameters())
+    norm = torch.stack([grad.norm() for grad in gradients(theirs, expected, names).values()]).norm()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    result = train_step(ours, objective, batches, noise, optimizer, Runtime(torch.device("cpu"), None), None)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_the_encoders_loss_of_the_step_is_transformers(fixtures: Path) -> None:

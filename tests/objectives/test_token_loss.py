@@ -258,15 +258,17 @@ def test_the_incoming_gradient_scales_and_a_second_backward_is_refused() -> None
         first.sum().backward()
 
 
-def test_a_gradient_of_one_scales_nothing_and_may_be_taken_again() -> None:
-    """The loss is the last operation of a step; what was saved is then the gradient as it stands."""
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_gradient_that_was_handed_out_is_never_written_again(scale: int) -> None:
+    """The loss is the last operation of a step: what was saved is then the gradient as it stands."""
     values = inputs()
-    _, once = gradients(fused, values, scale=1.0)
-    loss = fused(*values)
     leaves = [value for value in values[:3] if value is not None]
-    for times in (1, 2):
-        loss.backward(retain_graph=True)
-        torch.testing.assert_close([leaf.grad for leaf in leaves], [times * grad for grad in once])
+    theirs = torch.autograd.grad(dense(*values), leaves)
+    loss = fused(*values)
+    ours = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss * scale, leaves)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -1,4 +1,4 @@
-"""From what an objective scores to its loss: all terms go through the head together, in one call.
+"""From what an objective scores to its loss: there all terms go through the head together, in one call.
 
 One call has one buffer for the gradient of the head, which is as large as the head, where a call for each term would
 fill, scale and add one each. That needs what a term is divided by in the forward pass, before the gradients are made.
@@ -8,6 +8,7 @@ Shapes: N scored positions of all terms, n of one, D width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -53,9 +54,11 @@ def loss_terms(
         softcap: of the logits; None = they have none.
     """
     divisors = local if counts is None else counts
-    weights_N = torch.cat([term.weights_N.float() for term in scored.values()])
-    shares_N = torch.cat([term.weights_N.float() * term.weight / divisors[name] for name, term in scored.items()])
     hidden_ND, weight_VD, bias_V = model.head_inputs(_joined([term.hidden_ND for term in scored.values()]))
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    weights_N = _joined([term.weights_N.to(wide) for term in scored.values()])
+    factors = [term.weight / divisors[name] if divisors[name] else math.nan for name, term in scored.items()]
+    shares_N = torch.cat([t.weights_N.to(wide) * factor for t, factor in zip(scored.values(), factors, strict=True)])
     targets_N = _joined([term.targets_N for term in scored.values()])
     total, losses_N = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, shares_N, softcap=softcap)
     sums = (losses_N * weights_N).split([len(term.targets_N) for term in scored.values()])

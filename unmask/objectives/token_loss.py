@@ -2,9 +2,10 @@
 
 The gradients with respect to hidden states, head and bias are computed in the forward pass, while a chunk's
 probabilities are at hand (the idea of Liger's FusedLinearCrossEntropy, arXiv 2410.10989, section 3.2), so backward is a
-multiplication by the incoming scalar. One pass over the vocabulary makes the loss and the hidden states' gradient; a
-head that trains needs a chunk's probabilities once more, when their normaliser is known. Matmuls run in autocast's
-dtype where it is on; softmax, loss and the sums of gradients over chunks are fp32 (fp64 for fp64 inputs).
+multiplication by the incoming scalar, or not even that. One pass over the vocabulary makes the loss and the hidden
+states' gradient; a head that trains needs a chunk's probabilities once more, when their normaliser is known. Matmuls
+run in autocast's dtype where it is on; softmax, loss and the sums of gradients over chunks are fp32 (fp64 for fp64
+inputs).
 
 What belongs to a chunk lies with the vocabulary first, so that a tile of the vocabulary is one piece of memory.
 
@@ -151,13 +152,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, _):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = ctx.saved_tensors
+        # In place: the buffers are ours alone, and the head's is as large as the head. A second backward, which would
+        # find them in other hands, is refused by autograd, which sees that saved tensors changed.
+        saved = ctx.saved_tensors
+        grads = [grad for grad in saved if grad is not None]
         # Of a CPU it costs nothing to ask whether this is the last operation; a device would be waited for.
-        if grad_loss.device.type != "cpu" or grad_loss != 1:
-            # In place: the buffers are ours alone, and the head's is as large as the head. A second backward is refused
-            # by autograd, which sees that saved tensors changed.
-            grads = [None if grad is None else grad.mul_(grad_loss) for grad in grads]
-        return *grads, None, None, None, None, None
+        if grad_loss.device.type == "cpu" and grad_loss == 1:
+            torch.autograd.graph.increment_version(grads)
+        else:
+            for grad in grads:
+                grad.mul_(grad_loss)
+        return *saved, None, None, None, None, None
 
 
 @dataclass(frozen=True)

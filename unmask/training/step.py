@@ -1,4 +1,4 @@
-"""One optimizer step: corrupt every micro-batch, count, run, divide once by the global count, clip, update."""
+"""One optimizer step: corrupt every micro-batch, count, run each with the global counts, clip, update."""
 
 from __future__ import annotations
 
