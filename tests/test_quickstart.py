@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,10 +46,15 @@ def test_training_ends_at_the_second_good_validation_running() -> None:
     assert [judge({"exact_match": match}) for match in (0.2, 0.96, 0.9, 0.95, 1.0)] == [False] * 4 + [True]
 
 
+def processor_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_it_learns_held_out_problems_within_four_minutes(tmp_path: Path) -> None:
-    began = time.monotonic()
+    earlier = processor_seconds_of_children()
     done = subprocess.run(
         [sys.executable, "-m", "unmask", "quickstart", "--output", "qs"],
         cwd=tmp_path, capture_output=True, text=True, timeout=590,
@@ -57,7 +62,8 @@ def test_it_learns_held_out_problems_within_four_minutes(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     before, after = re.findall(r"([\d.]+)% (?:before training|after)", done.stdout)
     assert float(before) <= 5 and float(after) >= 90, done.stdout
-    assert time.monotonic() - began < 480  # four minutes alone on two cores; tests share them
+    # Four minutes of two cores, which other tests and programs may share.
+    assert processor_seconds_of_children() - earlier < 2 * 240
     assert (tmp_path / "qs" / "run" / "loss.png").stat().st_size > 10_000
     shown = subprocess.run(
         [sys.executable, "-m", "unmask", "generate", "--checkpoint", "qs/run", "--max_new_tokens", "24",
