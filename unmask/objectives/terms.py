@@ -56,12 +56,13 @@ def loss_terms(
     divisors = local if counts is None else counts
     hidden_ND, weight_VD, bias_V = model.head_inputs(_joined([term.hidden_ND for term in scored.values()]))
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-    weights_N = _joined([term.weights_N.to(wide) for term in scored.values()])
+    weights = [term.weights_N.to(wide) for term in scored.values()]
+    # A count of zero is no division to hide: the loss is then not a number, and the step is refused.
     factors = [term.weight / divisors[name] if divisors[name] else math.nan for name, term in scored.items()]
-    shares_N = torch.cat([t.weights_N.to(wide) * factor for t, factor in zip(scored.values(), factors, strict=True)])
+    shares_N = _joined([weights_n * factor for weights_n, factor in zip(weights, factors, strict=True)])
     targets_N = _joined([term.targets_N for term in scored.values()])
     total, losses_N = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, shares_N, softcap=softcap)
-    sums = (losses_N * weights_N).split([len(term.targets_N) for term in scored.values()])
+    sums = (losses_N * _joined(weights)).split([len(weights_n) for weights_n in weights])
     terms = {
         name: LossTerm(part_n.sum(), local[name], term.weight)
         for (name, term), part_n in zip(scored.items(), sums, strict=True)
