@@ -43,12 +43,13 @@ def good_twice() -> Callable[[Mapping[str, Any]], bool]:
     return judge
 
 
-def quickstart(root: Path, seed: int = 42) -> int:
+def quickstart(root: Path, seed: int = 42, own_process: bool = False) -> int:
     """Make problems, train until the validation problems are solved, show exact match before and after.
 
     Args:
         root: folder for everything; an earlier quickstart in it is replaced, anything else is refused.
         seed: of problems, weights and noise.
+        own_process: whether this process does nothing else (`run_training`).
 
     Returns:
         exit status: 0, or 1 when the trained model solves fewer held-out problems than promised.
@@ -78,7 +79,7 @@ def quickstart(root: Path, seed: int = 42) -> int:
     before = score(
         build_model(prepared.plan, None, seed=seed), tokenizer, test
     )  # the weights that training starts from
-    outcome = run_training(prepared, console, is_good_enough=good_twice())
+    outcome = run_training(prepared, console, is_good_enough=good_twice(), own_process=own_process)
     if outcome.reason.startswith("SIG"):
         console.print(f"stopped after step {outcome.step}; run the quickstart again to start over", markup=False)
         return 0

@@ -20,4 +20,4 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.quickstart import quickstart
 
-    return quickstart(Path(arguments.output), arguments.seed)
+    return quickstart(Path(arguments.output), arguments.seed, own_process=True)

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from unmask.data.encode import Dropped, EncodedRow
+from unmask.data.remember import RememberedRows
 from unmask.errors import DataError
 
 T = TypeVar("T")
@@ -29,15 +30,16 @@ def encoded_ahead(
     Args:
         encode: a function of the row's index alone; it must pickle if there are workers.
         candidates: may be endless.
-        num_workers: processes; 0 encodes in this one, when the row is asked for.
+        num_workers: processes; 0 encodes in this one, when the row is asked for, and remembers it.
         lookahead: rows that workers may be ahead.
 
     Raises:
         DataError: raised by `encode`, or a worker died.
     """
     if num_workers == 0:
+        remembered = RememberedRows(encode)
         for place, index in candidates:
-            yield place, index, encode(index)
+            yield place, index, remembered(index)
         return
     # Started afresh, never forked: this process has torch's threads, and perhaps a device, by now.
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encode,))

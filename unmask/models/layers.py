@@ -1,13 +1,19 @@
 """Small layers that several families share: RMS norm and rotary positions, both computed in fp32.
 
+Their backward passes are written out where that takes fewer passes over memory than autograd's, which goes through
+each elementwise operation by itself: beside small matmuls those passes are most of a training step on a CPU.
+
 Shapes: B rows, L positions, D width, H heads, E head size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -29,10 +35,48 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """Return the normalised hidden states in the input's dtype."""
+        if hidden_BLD.device.type == "cpu" and self.weight is not None and not torch.compiler.is_compiling():
+            normed_BLD = _ScaledRMSNorm.apply(hidden_BLD.float(), self.weight.float(), self.eps)
+            return normed_BLD.to(hidden_BLD.dtype)  # pyright: ignore[reportOptionalMemberAccess]
         if self.weight is None or self.weight.dtype == hidden_BLD.dtype:
             # Computed in fp32 inside and rounded once, in one kernel where the device has it.
             return F.rms_norm(hidden_BLD, (self.size,), self.weight, self.eps).to(hidden_BLD.dtype)
         return F.rms_norm(hidden_BLD.float(), (self.size,), self.weight.float(), self.eps).to(hidden_BLD.dtype)
+
+
+class _ScaledRMSNorm(torch.autograd.Function):
+    """RMS norm with a weight, fp32 in and out. PyTorch has no kernel for it on CPUs, but a formula of ten operations.
+
+    With n = x / rms(x) and g the incoming gradient: the weight's is Σ g · n, and x's is (g · w − n · mean(g · w · n)) /
+    rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return x / rms(x) · w."""
+        inverse_BL1 = hidden_BLD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden_BLD, weight_D, inverse_BL1)
+        return (hidden_BLD * inverse_BL1).mul_(weight_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of the input and of the weight."""
+        hidden_BLD, weight_D, inverse_BL1 = ctx.saved_tensors
+        normed_BLD = hidden_BLD * inverse_BL1
+        product_BLD = grad_BLD * normed_BLD
+        weight_grad_D = product_BLD.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, weight_grad_D, None
+        mean_BL1 = (product_BLD @ weight_D)[..., None].div_(-hidden_BLD.shape[-1])
+        hidden_grad_BLD = torch.mul(grad_BLD, weight_D, out=product_BLD)
+        return hidden_grad_BLD.addcmul_(normed_BLD, mean_BL1).mul_(inverse_BL1), weight_grad_D, None
+
+
+def for_matmuls(hidden: Tensor) -> Tensor:
+    """Return what several linear layers read in the dtype that autocast would cast it to for each of them."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int | None = None) -> tuple[Tensor, Tensor]:
@@ -58,7 +102,38 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int 
 
 
 def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) by its position's angle; computed in fp32, returned in the input's dtype."""
-    x = heads_BHLE.float()
-    low, high = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(heads_BHLE.dtype)
+    """Turn each pair (i, i + E/2) by its position's angle; computed in fp32, returned in the input's dtype.
+
+    Args:
+        heads_BHLE: queries or keys.
+        cos, sin: from `rotary_tables`; nothing is differentiated with respect to them.
+    """
+    return _Rotation.apply(heads_BHLE, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient is turned back by the same angles; nothing but the tables is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the turned heads."""
+        ctx.save_for_backward(cos, sin)
+        return _turn(heads_BHLE, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHLE: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradient turned back."""
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_BHLE, cos, -sin), None, None
+
+
+def _turn(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = heads_BHLE.float()
+    low, high = wide.chunk(2, dim=-1)
+    low_sin, high_sin = sin.chunk(2, dim=-1)
+    turned = wide * cos
+    turned_low, turned_high = turned.chunk(2, dim=-1)
+    turned_low.addcmul_(high, low_sin, value=-1)
+    turned_high.addcmul_(low, high_sin)
+    return turned.to(heads_BHLE.dtype)

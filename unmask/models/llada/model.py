@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
 from unmask.models.attention import Kernel, attend, prepare_mask
-from unmask.models.layers import RMSNorm, rotary_tables, rotate
+from unmask.models.layers import RMSNorm, for_matmuls, rotary_tables, rotate
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
 
@@ -66,8 +66,8 @@ class Block(nn.Module):
             exchange: None, or what keeps this layer's keys and values: given those of the L positions, it returns
                 those to attend to.
         """
-        hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask, exchange)
-        normed_BLD = self.ff_norm(hidden_BLD)
+        hidden_BLD = hidden_BLD + self.attention(for_matmuls(self.attn_norm(hidden_BLD)), cos, sin, mask, exchange)
+        normed_BLD = for_matmuls(self.ff_norm(hidden_BLD))
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
     def attention(

@@ -1,0 +1,71 @@
+"""The written-out backward passes of norm and rotation against autograd's, through the formulas as papers have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unmask.models.layers import RMSNorm, for_matmuls, rotary_tables, rotate
+
+ROWS, LENGTH, HEADS, SIZE = 2, 5, 3, 8
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "input"])
+def test_norm_has_autograds_gradients(dtype: torch.dtype, frozen: str) -> None:
+    norm = RMSNorm(SIZE, 1e-3)
+    assert norm.weight is not None
+    with torch.no_grad():
+        norm.weight.copy_(1 + normal(SIZE, seed=0))
+    norm.weight.requires_grad_(frozen != "weight")
+    hidden = (10 ** normal(ROWS, LENGTH, 1, seed=1) * normal(ROWS, LENGTH, SIZE, seed=2)).to(dtype)
+    hidden.requires_grad_(frozen != "input")
+    probe = normal(ROWS, LENGTH, SIZE, seed=3).to(dtype)
+    wanted = [tensor for tensor in (hidden, norm.weight) if tensor.requires_grad]
+    found = norm(hidden)
+    assert found.dtype == dtype
+    wide = hidden.double()
+    expected = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-3) * norm.weight.double()
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found, expected.to(dtype), rtol=limit, atol=limit)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, wanted, probe),
+        torch.autograd.grad(expected, wanted, probe.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit)
+
+
+def test_a_norm_of_zeros_has_a_finite_gradient() -> None:
+    norm, hidden = RMSNorm(SIZE, 1e-6), torch.zeros(1, 1, SIZE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(norm(hidden).sum(), hidden)
+    torch.testing.assert_close(gradient, torch.full((1, 1, SIZE), 1e3))
+
+
+@pytest.mark.parametrize("pairs", [None, 1])
+def test_rotation_has_autograds_gradient(pairs: int | None) -> None:
+    cos, sin = rotary_tables(torch.tensor([[0, 1, 2, 7, 500]]), SIZE, 50.0, pairs)
+    # Transposed, as a projection's heads are: the backward pass must not rely on the layout.
+    heads = normal(ROWS, LENGTH, HEADS, SIZE, seed=4).transpose(1, 2).requires_grad_()
+    low, high = heads.chunk(2, dim=-1)
+    expected = heads * cos + torch.cat((-high, low), dim=-1) * sin
+    probe = normal(ROWS, HEADS, LENGTH, SIZE, seed=5)
+    torch.testing.assert_close(rotate(heads, cos, sin), expected)
+    ours, theirs = (
+        torch.autograd.grad(turned, heads, probe, retain_graph=True) for turned in (rotate(heads, cos, sin), expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_several_linear_layers_read_one_cast() -> None:
+    """Under autocast each layer would cast for itself; what they compute is the same."""
+    hidden, weight = normal(ROWS, SIZE, seed=6), normal(SIZE, SIZE, seed=7)
+    assert for_matmuls(hidden) is hidden
+    with torch.autocast("cpu", torch.bfloat16):
+        assert for_matmuls(hidden).dtype == torch.bfloat16
+        assert torch.equal(F.linear(for_matmuls(hidden), weight), F.linear(hidden, weight))
