@@ -73,6 +73,16 @@ class _ScaledRMSNorm(torch.autograd.Function):
         return hidden_grad_BLD.addcmul_(normed_BLD, mean_BL1).mul_(inverse_BL1), weight_grad_D, None
 
 
+def embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+    """Return a new embedding; on the meta device, where there is nothing to draw, without drawing.
+
+    There a draw makes PyTorch import its compiler, and every command would take a second or two longer to start.
+    """
+    if torch.get_default_device().type != "meta":
+        return nn.Embedding(rows, width, padding_idx)
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, padding_idx=padding_idx)
+
+
 def for_matmuls(hidden: Tensor) -> Tensor:
     """Return what several linear layers read in the dtype that autocast would cast it to for each of them."""
     kind = hidden.device.type

@@ -28,7 +28,7 @@ from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
 from unmask.models.diffusion_gemma.signal import soft_embedding_of
-from unmask.models.layers import RMSNorm, rotary_tables, rotate
+from unmask.models.layers import RMSNorm, embedding, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, local_dispatch
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Stack(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
 from unmask.models.attention import Kernel, attend, prepare_mask
-from unmask.models.layers import RMSNorm, for_matmuls, rotary_tables, rotate
+from unmask.models.layers import RMSNorm, embedding, for_matmuls, rotary_tables, rotate
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
 
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
-        self.wte = nn.Embedding(config.rows, config.d_model)
+        self.wte = embedding(config.rows, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
