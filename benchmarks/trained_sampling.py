@@ -50,7 +50,7 @@ def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
     from unmask.data.arithmetic import make_problems
     from unmask.models.registry import load_model
     from unmask.models.tokenizer import load_tokenizer
-    from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, good_twice, write_folder
+    from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, learned, write_folder
 
     began = time.monotonic()
     problems, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, seed)
@@ -58,7 +58,7 @@ def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
     run_training(
         prepare(load_config(root / CONFIG)),
         Console(highlight=False),
-        is_good_enough=good_twice(),
+        is_good_enough=learned(),
     )
     model, tokenizer = load_model(str(root / RUN)), load_tokenizer(str(root / RUN))
     return model.eval(), tokenizer, held_out[VALIDATION_ROWS:], time.monotonic() - began

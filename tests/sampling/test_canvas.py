@@ -199,7 +199,7 @@ def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
 def test_logits_are_weighed_in_chunks_whose_size_changes_nothing(gemma_model, monkeypatch):
     prompts, sampler = prompts_of(2, 5), SamplerConfig(steps=3, max_new_tokens=20)
     whole = tokens(generate(gemma_model, prompts, sampler=sampler))
-    monkeypatch.setattr("unmask.sampling.denoise._LOGITS_AT_ONCE", 300 * 5)
+    monkeypatch.setattr("unmask.sampling.denoise._LOGITS_AT_ONCE", 4 * 300 * 5)
     widths = []
     logits = type(adapter_for(gemma_model)).logits
     monkeypatch.setattr(

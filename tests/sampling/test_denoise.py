@@ -191,6 +191,9 @@ class Watched:
         self.signal = None
         self.margin = float("inf")
 
+    def head(self, hidden_MD) -> None:
+        return None
+
     def logits(self, hidden_MD) -> Tensor:
         logits = self.inner.logits(hidden_MD)
         best = logits[:, :510].topk(2, dim=-1).values

@@ -132,6 +132,9 @@ class CanvasAdapter:
         return self.model.mixed_embedding(weights_MV, total_M)
 
     @torch.no_grad()
+    def head(self, hidden_MD: Tensor) -> None:
+        """Return None: logits are capped."""
+
     def commit(
         self, context: Canvases, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor
     ) -> Canvases:

@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask.errors import SamplingError
 from unmask.sampling.adapters import Adapter, Call
 from unmask.sampling.draws import Draws, KeyedDraws, Places
-from unmask.sampling.process import PROCESSES, Process, Weighing
+from unmask.sampling.process import PROCESSES, Process, Weighed, Weighing
 from unmask.sampling.request import Request, starting_state
 from unmask.sampling.revise import REVISERS, Proposal
 from unmask.sampling.rules import RULES
@@ -31,10 +31,9 @@ from unmask.sampling.state import State, Tokens
 
 __all__ = ["Request", "StepEvent", "denoise", "special_tokens"]
 
-# Logits made at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
-# a call takes longer to start. A CPU multiplies multiples of this many rows fastest.
-_LOGITS_AT_ONCE = 2**24
-_ROWS = 64
+# Bytes of logits made at a time on a CPU; four times as many elsewhere, where a matrix is read faster and a call takes
+# longer to start.
+_LOGITS_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -223,11 +222,9 @@ def _propose(
     )
     columns: list[tuple[Tensor, ...]] = []
     signals: list[Tensor] = []
-    size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
-    size = size // _ROWS * _ROWS or size
-    for start in range(0, len(rows_M), size):
-        part = slice(start, start + size)
-        weighed = process.weigh(adapter.logits(hidden_MD[part]), weighing[part])
+    most = _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4)
+    for part in _parts(len(rows_M), max(1, most // (adapter.spec.rows * hidden_MD.element_size()))):
+        weighed = _weigh(adapter, process, hidden_MD[part], weighing[part])
         if adapter.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
             signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
         columns.append(weighed.columns)
@@ -246,6 +243,19 @@ def _propose(
         zeros_BC.index_put(at, highest_M),
     )
     return proposal, context
+
+
+def _parts(length: int, most: int) -> Iterator[slice]:
+    """Divide 0..length into as few parts as `most` allows, of nearly the same size: none so small that it is slow."""
+    size = -(-length // max(1, -(-length // most)))
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _weigh(adapter: Adapter, process: Process, hidden_MD: Tensor, weighing: Weighing) -> Weighed:
+    """Return what the head says of some positions, without their logits where there is a way."""
+    head = adapter.head(hidden_MD)
+    weighed = None if head is None else process.weigh_head(head[0], head[1:], weighing)
+    return process.weigh(adapter.logits(hidden_MD), weighing) if weighed is None else weighed
 
 
 def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor, places: Sequence[str] | None) -> None:

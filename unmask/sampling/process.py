@@ -23,6 +23,9 @@ from unmask.sampling.schedule import quota
 from unmask.sampling.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings, MaskSettings
 from unmask.sampling.state import State, Tokens
+from unmask.sampling.surest import FEWEST, TiledHead
+
+Head = tuple[Tensor, Tensor | None]  # matrix (V, D) and bias (V,)
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
 _NEVER = -1e30
@@ -108,6 +111,10 @@ class Process(Protocol):
         """Return what logits mean; they may be overwritten."""
         ...
 
+    def weigh_head(self, hidden_MD: Tensor, head: Head, weighing: Weighing) -> Weighed | None:
+        """Return what `weigh` would of the head's logits, without them; None where it takes them."""
+        ...
+
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
         """Return what stands at open positions where nothing is accepted, int64 (B, C); elsewhere any."""
         ...
@@ -122,6 +129,7 @@ class MaskProcess:
         self.settings, self.tokens, self.vocab_size, self.draws = settings, tokens, vocab_size, draws
         self.rereads = REVISERS[settings.revise].rereads
         self._floats = Scratch()
+        self._tiled = TiledHead(tokens.banned, vocab_size)
 
     def begin(self, state: State) -> State:
         """Return the state: open positions are masks from the start."""
@@ -141,6 +149,25 @@ class MaskProcess:
         parts = (slice(start, start + size) for start in range(0, rows, size))
         return _joined([self._weigh_few(logits_MV[part], weighing[part]) for part in parts])
 
+    def weigh_head(self, hidden_MD: Tensor, head: Head, weighing: Weighing) -> Weighed | None:
+        """As in `Process`: where only the most likely token counts, and that way is faster."""
+        settings, score = self.settings, SCORES[self.settings.score]
+        slow = hidden_MD.device.type != "cpu" or hidden_MD.dtype == torch.float32 or len(hidden_MD) < FEWEST
+        if slow or settings.temperature or score.reads_logits or self.rereads:
+            return None
+        found = self._tiled(hidden_MD, *head)
+        score_M = self._score(hidden_MD[:, :0].float(), found.token_M, found.total_M, found.confidence_M, weighing)
+        return Weighed(found.finite_M, found.token_M, found.token_M, score_M, found.confidence_M)
+
+    def _score(
+        self, logits_MV: Tensor, token_M: Tensor, total_M: Tensor, confidence_M: Tensor, weighing: Weighing
+    ) -> Tensor:
+        """Return how urgently each position takes its token; logits are for scores that read them."""
+        score, places = SCORES[self.settings.score], weighing.places
+        uniform_M = self.draws.order(places, logits_MV) if score.random else None
+        score_M = score.measure(Candidates(logits_MV, total_M, confidence_M, places.position_M, uniform_M)).float()
+        return score_M.masked_fill(self._deferred(token_M), -torch.inf) if self.tokens.deferred else score_M
+
     def _weigh_few(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
         settings, places, score = self.settings, weighing.places, SCORES[self.settings.score]
         if logits_MV.dtype != torch.float32:
@@ -153,10 +180,7 @@ class MaskProcess:
         candidate_M = logit(logits_MV, token_M)
         total_M = log_total(logits_MV, overwrite=not (score.reads_logits or self.rereads))
         confidence_M = (candidate_M - total_M).exp()
-        uniform_M = self.draws.order(places, logits_MV) if score.random else None
-        score_M = score.measure(Candidates(logits_MV, total_M, confidence_M, places.position_M, uniform_M)).float()
-        if self.tokens.deferred:
-            score_M = score_M.masked_fill(self._deferred(token_M), -torch.inf)
+        score_M = self._score(logits_MV, token_M, total_M, confidence_M, weighing)
         if not self.rereads:
             return Weighed(finite_M, token_M, token_M, score_M, confidence_M)
         likely_M = choose(logits_MV, 0.0, None)
@@ -224,6 +248,9 @@ class CanvasProcess:
             weights_MV=weights_MV,
             total_M=total_M,
         )
+
+    def weigh_head(self, hidden_MD: Tensor, head: Head, weighing: Weighing) -> None:
+        """Return None: candidates are drawn, and a signal may be made of all weights."""
 
     def _highest(self, logits_MV: Tensor) -> Tensor:
         """Return the highest probability at temperature 1, leaving the logits as they are."""
