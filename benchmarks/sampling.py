@@ -45,7 +45,7 @@ def run(rounds: int = 2) -> dict[str, Any]:
     return {
         "machine": asdict(machine) | {"dtype": str(dtype).removeprefix("torch.")},
         "speed": speed(model, rounds, machine.flops, machine.bytes),
-        "batch": {name: batch(model, settings) for name, settings in BATCH_CASES.items()},
+        "batch": {name: batch(model, settings, rounds) for name, settings in BATCH_CASES.items()},
         "trained": trained_sampling.run(),
     }
 
@@ -105,15 +105,19 @@ def call_floor(window: int, element: int, flops: float, rate: float) -> float:
     return max(operations / flops, element * (weights + head) / rate)
 
 
-def batch(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Time prompts of unequal length one at a time, then all together."""
+def batch(model: Any, settings: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Time prompts of unequal length one at a time and all together, in alternating rounds."""
     unequal = prompts([PROMPT * (row + 1) // BATCH for row in range(BATCH)])
     settings = settings | {"max_new_tokens": BATCH_NEW, "steps": BATCH_NEW}
-    alone, together = _ours(model, unequal, settings, 1), _ours(model, unequal, settings, BATCH)
-    return {
-        "alone": alone, "together": together, "speedup": alone["seconds"] / together["seconds"],
-        "cpu_speedup": alone["cpu_seconds"] / together["cpu_seconds"],
-    }  # fmt: skip
+    pairs = [(_ours(model, unequal, settings, 1), _ours(model, unequal, settings, BATCH)) for _ in range(rounds)]
+    alone, together = (
+        {key: statistics.median(one[key] for one in runs) for key in runs[0]} for runs in zip(*pairs, strict=True)
+    )
+    ratios = {
+        name: statistics.median(single[key] / joint[key] for single, joint in pairs)
+        for name, key in (("speedup", "seconds"), ("cpu_speedup", "cpu_seconds"))
+    }
+    return {"alone": alone, "together": together, **ratios}
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:

@@ -163,6 +163,19 @@ def test_every_canvas_begins_without_a_signal_and_then_has_one(gemma_model, monk
     assert [bool(signal.any()) for signal in calls.signals] == [False, True, True] * 2
 
 
+def test_no_call_records_a_graph(gemma_model, monkeypatch):
+    """Not the encoder's at the end of a canvas either: its keys and values would keep every canvas's activations."""
+    modes = []
+    for name in ("encode", "decode", "logits"):
+        call = getattr(gemma_model, name)
+        monkeypatch.setattr(
+            gemma_model, name, lambda *a, call=call, **o: modes.append(torch.is_grad_enabled()) or call(*a, **o)
+        )
+    assert all(parameter.requires_grad for parameter in gemma_model.parameters())
+    generate(gemma_model, prompts_of(9, 4), sampler=SamplerConfig(steps=2, max_new_tokens=33, eos="suppress"))
+    assert len(modes) > 10 and not any(modes)
+
+
 def test_the_signal_is_the_soft_embedding_of_the_tempered_logits(gemma_model, monkeypatch):
     calls, hidden = Calls(gemma_model, monkeypatch), []
     decode = gemma_model.decode
@@ -199,7 +212,7 @@ def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
 def test_logits_are_weighed_in_chunks_whose_size_changes_nothing(gemma_model, monkeypatch):
     prompts, sampler = prompts_of(2, 5), SamplerConfig(steps=3, max_new_tokens=20)
     whole = tokens(generate(gemma_model, prompts, sampler=sampler))
-    monkeypatch.setattr("unmask.sampling.denoise._LOGITS_AT_ONCE", 4 * 300 * 5)
+    monkeypatch.setattr("unmask.sampling.denoise._LOGITS_AT_ONCE", 300 * 5)
     widths = []
     logits = type(adapter_for(gemma_model)).logits
     monkeypatch.setattr(

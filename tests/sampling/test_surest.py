@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,6 @@ from torch import Tensor
 
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.sampling import process as process_module
 from unmask.sampling import surest
 from unmask.sampling.draws import KeyedDraws, Places
 from unmask.sampling.family_settings import MaskSettings
@@ -27,11 +28,9 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_as_from_logits(
-    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, banned: tuple[int, ...], vocab_size: int
-) -> None:
-    found = TiledHead(banned, vocab_size)(hidden_MD, weight_VD, bias_V)
-    logits_MV = torch.nn.functional.linear(hidden_MD, weight_VD, bias_V)
+def assert_as_from_logits(hidden_MD: Tensor, weight_VD: Tensor, banned: tuple[int, ...], vocab_size: int) -> None:
+    found = TiledHead(banned, vocab_size)(hidden_MD, weight_VD)
+    logits_MV = torch.nn.functional.linear(hidden_MD, weight_VD)
     assert torch.equal(found.finite_M, logits_MV.sum(dim=-1).isfinite())
     logits_MV[:, [*banned, *range(vocab_size, len(weight_VD))]] = -torch.inf
     confidence_M, token_M = logits_MV.softmax(dim=-1).max(dim=-1)
@@ -42,57 +41,62 @@ def assert_as_from_logits(
 
 @given(
     rows=st.integers(2, 9000),
-    positions=st.integers(1, 9),
+    positions=st.integers(1, 40),
     padding=st.integers(0, 5000),
     banned=st.lists(st.integers(0, 8999), max_size=3),
-    has_bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_equals_whole_logits(
-    rows: int, positions: int, padding: int, banned: list[int], has_bias: bool, seed: int
-) -> None:
+def test_equals_whole_logits(rows: int, positions: int, padding: int, banned: list[int], seed: int) -> None:
     """Any size beside tiles of 4,096 and blocks of 512, a banned or padded tile or block among them."""
     vocab_size = max(1, rows - padding)
     inside = tuple(sorted({token for token in banned if token < vocab_size}))
     inside = inside if len(inside) < vocab_size else ()
     # Whole numbers below 2^24 are exact in any order of addition; ties among them are many.
     hidden_MD = normal(positions, WIDTH, seed=seed).mul_(2).round_()
-    weight_VD = normal(rows, WIDTH, seed=seed + 1).round_()
-    bias_V = normal(rows, seed=seed + 2).round_() if has_bias else None
-    assert_as_from_logits(hidden_MD, weight_VD, bias_V, inside, vocab_size)
+    assert_as_from_logits(hidden_MD, normal(rows, WIDTH, seed=seed + 1).round_(), inside, vocab_size)
 
 
 def test_a_whole_tile_may_be_banned() -> None:
     banned = tuple(range(4096, 8192))
-    assert_as_from_logits(normal(3, WIDTH, seed=1), normal(9000, WIDTH, seed=2), None, banned, 9000)
+    assert_as_from_logits(normal(3, WIDTH, seed=1), normal(9000, WIDTH, seed=2), banned, 9000)
+
+
+def test_more_positions_than_are_made_at_once() -> None:
+    assert_as_from_logits(normal(2 * surest.MOST + 7, WIDTH, seed=1), normal(700, WIDTH, seed=2), (5,), 700)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_says_which_positions_are_not_finite(value: float) -> None:
     """Also minus infinity, which no maximum shows, at a token that is banned or not."""
     weight_VD, hidden_MD = normal(600, WIDTH, seed=3), normal(4, WIDTH, seed=4)
-    bias_V = torch.zeros(600)
-    bias_V[7] = value
+    broken_VD = weight_VD.clone()
+    broken_VD[7, 0] = value
+    hidden_MD[:, 0] = 1  # so that the sign of an infinity stays
     for banned in ((), (7,)):
-        assert not TiledHead(banned, 600)(hidden_MD, weight_VD, bias_V).finite_M.any()
+        assert not TiledHead(banned, 600)(hidden_MD, broken_VD).finite_M.any()
     hidden_MD[2, 0] = value
-    assert TiledHead((), 600)(hidden_MD, weight_VD, None).finite_M.tolist() == [True, True, False, True]
+    assert TiledHead((), 600)(hidden_MD, weight_VD).finite_M.tolist() == [True, True, False, True]
 
 
 def test_its_memory_serves_any_number_of_positions() -> None:
     head, weight_VD = TiledHead((), 600), normal(600, WIDTH, seed=5)
     for positions in (9, 2, 30):
         hidden_MD = normal(positions, WIDTH, seed=positions)
-        assert torch.equal(head(hidden_MD, weight_VD, None).token_M, (hidden_MD @ weight_VD.t()).argmax(dim=-1))
+        assert torch.equal(head(hidden_MD, weight_VD).token_M, (hidden_MD @ weight_VD.t()).argmax(dim=-1))
 
 
-def weighed(settings: MaskSettings, deferred: tuple[int, ...], dtype: torch.dtype, positions: int) -> Weighed | None:
+def weighed(
+    settings: MaskSettings, positions: int, deferred: tuple[int, ...] = (), **other: torch.dtype
+) -> Weighed | None:
+    """Weigh random positions by the head; where it does, hold the outcome to that of its logits."""
     tokens = Tokens(stop=(), banned=(3,), deferred=deferred, mask=None)
     ids = torch.arange(positions)
     weighing = Weighing(Places(ids, torch.zeros_like(ids), ids), torch.zeros_like(ids), ids)
     process = MaskProcess(settings, tokens, 590, KeyedDraws())
-    hidden_MD, weight_VD = normal(positions, WIDTH, seed=6).to(dtype), normal(600, WIDTH, seed=7).to(dtype)
-    by_head = process.weigh_head(hidden_MD, (weight_VD, None), weighing)
+    hidden_MD = normal(positions, WIDTH, seed=6).to(other.get("hidden", torch.bfloat16))
+    weight_VD = normal(600, WIDTH, seed=7).to(other.get("weight", torch.bfloat16))
+    bias_V = torch.zeros(600, dtype=other["bias"]) if "bias" in other else None
+    by_head = process.weigh_head(hidden_MD, weight_VD, bias_V, weighing)
     if by_head is not None:
         by_logits = process.weigh((weight_VD @ hidden_MD.t()).t().contiguous(), weighing)
         for ours, theirs in zip(by_head.columns, by_logits.columns, strict=True):
@@ -102,21 +106,26 @@ def weighed(settings: MaskSettings, deferred: tuple[int, ...], dtype: torch.dtyp
 
 @pytest.mark.parametrize("score", ["low_confidence", "random", "left_to_right"])
 @pytest.mark.parametrize("deferred", [(), tuple(range(300))], ids=["", "deferred"])
-def test_many_positions_are_weighed_as_by_their_logits(score: str, deferred: tuple[int, ...]) -> None:
-    assert weighed(MaskSettings(remasking=score), deferred, torch.bfloat16, surest.FEWEST) is not None
+def test_many_positions_are_weighed_as_by_their_logits(score: Any, deferred: tuple[int, ...]) -> None:
+    assert weighed(MaskSettings(remasking=score), surest.FEWEST, deferred) is not None
 
 
 def test_what_needs_logits_or_gains_nothing_takes_logits() -> None:
+    """Unequal dtypes, too: autocast casts for a linear layer, not for a product with a place to be written to."""
     many = surest.FEWEST
     for settings in (
         MaskSettings(remasking="entropy"),
         MaskSettings(remasking="margin"),
         MaskSettings(temperature=0.5),
+        MaskSettings(revise="remask"),
     ):
-        assert weighed(settings, (), torch.bfloat16, many) is None
-    assert weighed(MaskSettings(revise="remask"), (), torch.bfloat16, many) is None
-    assert weighed(MaskSettings(), (), torch.float32, many) is None
-    assert weighed(MaskSettings(), (), torch.bfloat16, many - 1) is None
+        assert weighed(settings, many) is None
+    plain = MaskSettings()
+    assert weighed(plain, many - 1) is None
+    assert weighed(plain, many, hidden=torch.float32, weight=torch.float32) is None
+    assert weighed(plain, many, hidden=torch.float16, weight=torch.float16) is None
+    assert weighed(plain, many, weight=torch.float32) is None
+    assert weighed(plain, many, bias=torch.bfloat16) is None
 
 
 def test_a_batch_takes_that_way_and_gets_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +147,6 @@ def test_a_batch_takes_that_way_and_gets_the_same_answers(monkeypatch: pytest.Mo
     )
     tiled = [answer.token_ids for answer in generate(model, prompts, sampler=sampler)]
     assert calls == [80]  # the first call weighs 5 × 16 positions, the later ones fewer than 64
-    monkeypatch.setattr(process_module, "FEWEST", 10**9)
+    monkeypatch.setattr(surest, "FEWEST", 10**9)
     assert [answer.token_ids for answer in generate(model, prompts, sampler=sampler)] == tiled
     assert calls == [80]

@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     glibc takes large blocks from the system one by one and gives each back when it is freed, so that a training step on
     a CPU, which makes and drops gradients and logits of hundreds of MB, pays a page fault for every 4 KB of them: with
     a large vocabulary a tenth of its time. Kept, they cost it once. The resident set then stays near its peak until the
-    process ends, so this is for processes that do nothing but train.
+    process ends, so this is for processes of our own that train.
 
     Other C libraries (musl, macOS, Windows) are left as they are, and so is a process whose environment says how
     memory is allocated (`MALLOC_TRIM_THRESHOLD_` and the like, `GLIBC_TUNABLES`, `LD_PRELOAD`).

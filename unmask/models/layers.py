@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """Return the normalised hidden states in the input's dtype."""
-        if hidden_BLD.device.type == "cpu" and self.weight is not None and not torch.compiler.is_compiling():
+        own = hidden_BLD.device.type == "cpu" and hidden_BLD.dtype != torch.float64
+        if own and self.weight is not None and not torch.compiler.is_compiling():
             normed_BLD = _ScaledRMSNorm.apply(hidden_BLD.float(), self.weight.float(), self.eps)
             return normed_BLD.to(hidden_BLD.dtype)  # pyright: ignore[reportOptionalMemberAccess]
         if self.weight is None or self.weight.dtype == hidden_BLD.dtype:
@@ -65,10 +66,11 @@ class _ScaledRMSNorm(torch.autograd.Function):
         hidden_BLD, weight_D, inverse_BL1 = ctx.saved_tensors
         normed_BLD = hidden_BLD * inverse_BL1
         product_BLD = grad_BLD * normed_BLD
-        weight_grad_D = product_BLD.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        weight_grad_D = product_BLD.reshape(-1, len(weight_D)).sum(dim=0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, weight_grad_D, None
-        mean_BL1 = (product_BLD @ weight_D)[..., None].div_(-hidden_BLD.shape[-1])
+        with torch.autocast(grad_BLD.device.type, enabled=False):  # which may be on where backward is called
+            mean_BL1 = (product_BLD @ weight_D)[..., None].div_(-len(weight_D))
         hidden_grad_BLD = torch.mul(grad_BLD, weight_D, out=product_BLD)
         return hidden_grad_BLD.addcmul_(normed_BLD, mean_BL1).mul_(inverse_BL1), weight_grad_D, None
 
@@ -84,9 +86,14 @@ def embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embed
 
 
 def for_matmuls(hidden: Tensor) -> Tensor:
-    """Return what several linear layers read in the dtype that autocast would cast it to for each of them."""
+    """Return what several linear layers read, once in the dtype that autocast would cast it to for each of them.
+
+    Their gradients are then summed in that dtype, too, as where the weights have it.
+    """
     kind = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(kind))
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int | None = None) -> tuple[Tensor, Tensor]:

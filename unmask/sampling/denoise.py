@@ -31,9 +31,9 @@ from unmask.sampling.state import State, Tokens
 
 __all__ = ["Request", "StepEvent", "denoise", "special_tokens"]
 
-# Bytes of logits made at a time on a CPU; four times as many elsewhere, where a matrix is read faster and a call takes
-# longer to start.
-_LOGITS_AT_ONCE = 2**26
+# Logits made at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
+# a call takes longer to start.
+_LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,7 @@ def _propose(
     )
     columns: list[tuple[Tensor, ...]] = []
     signals: list[Tensor] = []
-    most = _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4)
-    for part in _parts(len(rows_M), max(1, most // (adapter.spec.rows * hidden_MD.element_size()))):
-        weighed = _weigh(adapter, process, hidden_MD[part], weighing[part])
+    for weighed in _weigh(adapter, process, hidden_MD, weighing):
         if adapter.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
             signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
         columns.append(weighed.columns)
@@ -245,17 +243,17 @@ def _propose(
     return proposal, context
 
 
-def _parts(length: int, most: int) -> Iterator[slice]:
-    """Divide 0..length into as few parts as `most` allows, of nearly the same size: none so small that it is slow."""
-    size = -(-length // max(1, -(-length // most)))
-    return (slice(start, start + size) for start in range(0, length, size))
-
-
-def _weigh(adapter: Adapter, process: Process, hidden_MD: Tensor, weighing: Weighing) -> Weighed:
-    """Return what the head says of some positions, without their logits where there is a way."""
+def _weigh(adapter: Adapter, process: Process, hidden_MD: Tensor, weighing: Weighing) -> Iterator[Weighed]:
+    """Yield what the head says of the positions, part by part; `weights_MV` of one is valid until the next."""
     head = adapter.head(hidden_MD)
-    weighed = None if head is None else process.weigh_head(head[0], head[1:], weighing)
-    return process.weigh(adapter.logits(hidden_MD), weighing) if weighed is None else weighed
+    whole = None if head is None else process.weigh_head(*head, weighing)
+    if whole is not None:
+        yield whole
+        return
+    size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
+    for start in range(0, len(hidden_MD), size):
+        part = slice(start, start + size)
+        yield process.weigh(adapter.logits(hidden_MD[part]), weighing[part])
 
 
 def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor, places: Sequence[str] | None) -> None:

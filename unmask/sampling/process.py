@@ -23,9 +23,7 @@ from unmask.sampling.schedule import quota
 from unmask.sampling.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings, MaskSettings
 from unmask.sampling.state import State, Tokens
-from unmask.sampling.surest import FEWEST, TiledHead
-
-Head = tuple[Tensor, Tensor | None]  # matrix (V, D) and bias (V,)
+from unmask.sampling.surest import TiledHead
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
 _NEVER = -1e30
@@ -111,8 +109,10 @@ class Process(Protocol):
         """Return what logits mean; they may be overwritten."""
         ...
 
-    def weigh_head(self, hidden_MD: Tensor, head: Head, weighing: Weighing) -> Weighed | None:
-        """Return what `weigh` would of the head's logits, without them; None where it takes them."""
+    def weigh_head(
+        self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing
+    ) -> Weighed | None:
+        """Return what `weigh` would of the logits W h + b, by a way of its own; None where it has none."""
         ...
 
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
@@ -149,13 +149,19 @@ class MaskProcess:
         parts = (slice(start, start + size) for start in range(0, rows, size))
         return _joined([self._weigh_few(logits_MV[part], weighing[part]) for part in parts])
 
-    def weigh_head(self, hidden_MD: Tensor, head: Head, weighing: Weighing) -> Weighed | None:
-        """As in `Process`: where only the most likely token counts, and that way is faster."""
+    def weigh_head(
+        self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing
+    ) -> Weighed | None:
+        """As in `Process`: where only the most likely token counts, and `TiledHead` is faster."""
         settings, score = self.settings, SCORES[self.settings.score]
-        slow = hidden_MD.device.type != "cpu" or hidden_MD.dtype == torch.float32 or len(hidden_MD) < FEWEST
-        if slow or settings.temperature or score.reads_logits or self.rereads:
+        if (
+            settings.temperature
+            or score.reads_logits
+            or self.rereads
+            or not TiledHead.pays(hidden_MD, weight_VD, bias_V)
+        ):
             return None
-        found = self._tiled(hidden_MD, *head)
+        found = self._tiled(hidden_MD, weight_VD)
         score_M = self._score(hidden_MD[:, :0].float(), found.token_M, found.total_M, found.confidence_M, weighing)
         return Weighed(found.finite_M, found.token_M, found.token_M, score_M, found.confidence_M)
 
@@ -249,7 +255,7 @@ class CanvasProcess:
             total_M=total_M,
         )
 
-    def weigh_head(self, hidden_MD: Tensor, head: Head, weighing: Weighing) -> None:
+    def weigh_head(self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing) -> None:
         """Return None: candidates are drawn, and a signal may be made of all weights."""
 
     def _highest(self, logits_MV: Tensor) -> Tensor:

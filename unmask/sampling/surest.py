@@ -2,32 +2,34 @@
 
 A batch has hundreds of open positions. The product weight · hiddenᵀ, vocabulary first, is then several times faster in
 bf16 on a CPU than hidden · weightᵀ: the smaller matrix is the one that is packed anew for the kernel. A tile of it is
-reduced while it is in the cache, to a maximum and a sum of exponentials relative to it (Milakov & Gimelshein 2018,
-arXiv 1805.02867).
+widened to fp32 and reduced while it is in the cache, to a maximum and a sum of exponentials relative to it (Milakov &
+Gimelshein 2018, arXiv 1805.02867); what stays are the logits in bf16, in which the winners are looked up.
 
-Shapes: M positions, D width, V vocabulary rows, W those of a tile, K those of a block, J blocks.
+Shapes: M positions, P of a part, D width, V vocabulary rows, W those of a tile, K those of a block, J blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.sampling.categorical import BLOCK
 from unmask.sampling.scratch import Scratch
 
-# From how many positions on the product is faster vocabulary first (measured: AMX, 126,464 rows, widths 128 to 512).
-FEWEST = 64
+# From how many positions on the product is faster vocabulary first; the most that are made at once; and what they are
+# padded to a multiple of, as other numbers take up to twice as long (measured: AMX, 126,464 rows of 512).
+FEWEST, MOST, MULTIPLE = 64, 256, 32
 # Rows of a tile; with 256 positions it is 4 MiB in fp32. Whole blocks.
 _TILE = 8 * BLOCK
 
 
 @dataclass(frozen=True)
 class Surest:
-    """What a head says of M positions, without the logits.
+    """What a head says of M positions.
 
     Attributes:
         finite_M: bool, whether all logits are finite; where not, nothing else is of use.
@@ -54,53 +56,69 @@ class TiledHead:
         self.banned, self.vocab_size = banned, vocab_size
         self._logits, self._floats = Scratch(), Scratch()
 
-    def __call__(self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Surest:
-        """Return the surest tokens of softmax(W h + b) of hidden states in the weight's dtype."""
-        positions, tiles = len(hidden_MD), range(0, len(weight_VD), _TILE)
-        hidden_DM = hidden_MD.t().contiguous()
-        logits_VM = self._logits.rows(len(weight_VD), positions, like=hidden_MD)
-        floats_WM = self._floats.rows(min(_TILE, len(weight_VD)), positions, like=hidden_MD, dtype=torch.float32)
-        highest_JM = floats_WM.new_empty(-(-len(weight_VD) // BLOCK), positions)
+    @staticmethod
+    def pays(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
+        """Say whether this way is the faster one, and computes the very logits that the head would."""
+        narrow = hidden_MD.dtype == weight_VD.dtype == torch.bfloat16
+        return narrow and bias_V is None and hidden_MD.device.type == "cpu" and len(hidden_MD) >= FEWEST
+
+    def __call__(self, hidden_MD: Tensor, weight_VD: Tensor) -> Surest:
+        """Return the surest tokens of softmax(W h) of hidden states, M ≥ 1, in the weight's dtype."""
+        parts = -(-len(hidden_MD) // MOST)
+        found = [
+            self._part(hidden_PD, weight_VD) for hidden_PD in hidden_MD.split(_rounded(-(-len(hidden_MD) // parts)))
+        ]
+        return Surest(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(Surest)))
+
+    def _part(self, hidden_PD: Tensor, weight_VD: Tensor) -> Surest:
+        given, vocabulary = len(hidden_PD), len(weight_VD)
+        hidden_DP = F.pad(hidden_PD, (0, 0, 0, _rounded(given) - given)).t().contiguous()
+        positions = hidden_DP.shape[1]
+        logits_VP = self._logits.rows(vocabulary, positions, like=hidden_PD)
+        floats_WP = self._floats.rows(min(_TILE, vocabulary), positions, like=hidden_PD, dtype=torch.float32)
+        highest_JP = floats_WP.new_empty(-(-vocabulary // BLOCK), positions)
         sums, tops, totals = [], [], []
-        for start in tiles:
-            tile = slice(start, min(start + _TILE, len(weight_VD)))
-            torch.mm(weight_VD[tile], hidden_DM, out=logits_VM[tile])
-            if bias_V is not None:
-                logits_VM[tile] += bias_V[tile, None]
-            part_WM = floats_WM[: tile.stop - tile.start].copy_(logits_VM[tile])
-            sums.append(part_WM.sum(dim=0))
-            self._ban(part_WM, start)
-            highest_jM = highest_JM[start // BLOCK : -(-tile.stop // BLOCK)]
-            _block_maxima(part_WM, highest_jM)
+        for start in range(0, vocabulary, _TILE):
+            tile = slice(start, min(start + _TILE, vocabulary))
+            torch.mm(weight_VD[tile], hidden_DP, out=logits_VP[tile])
+            part_WP = floats_WP[: tile.stop - tile.start].copy_(logits_VP[tile])
+            sums.append(part_WP.sum(dim=0))  # finite where all are: a maximum would not show minus infinity
+            self._ban(part_WP, start)
+            highest_jP = highest_JP[start // BLOCK : -(-tile.stop // BLOCK)]
+            _block_maxima(part_WP, highest_jP)
             # A tile that is banned whole has nothing to be relative to.
-            tops.append(highest_jM.amax(dim=0).clamp(min=torch.finfo(torch.float32).min))
-            totals.append(part_WM.sub_(tops[-1]).exp_().sum(dim=0))
-        top_M = highest_JM.amax(dim=0)
-        total_M = (torch.stack(totals) * (torch.stack(tops) - top_M).exp_()).sum(dim=0).log_()
-        token_M = self._found(logits_VM, highest_JM.max(dim=0).indices)
-        return Surest(torch.stack(sums).sum(dim=0).isfinite(), token_M, (-total_M).exp(), total_M + top_M)
+            tops.append(highest_jP.amax(dim=0).clamp(min=torch.finfo(torch.float32).min))
+            totals.append(part_WP.sub_(tops[-1]).exp_().sum(dim=0))
+        top_P, block_P = highest_JP.max(dim=0)
+        total_P = (torch.stack(totals) * (torch.stack(tops) - top_P).exp_()).sum(dim=0).log_()
+        finite_P, token_P = torch.stack(sums).sum(dim=0).isfinite(), self._found(logits_VP, block_P)
+        return Surest(finite_P[:given], token_P[:given], (-total_P[:given]).exp(), (total_P + top_P)[:given])
 
-    def _ban(self, logits_WM: Tensor, start: int) -> None:
+    def _ban(self, logits_WP: Tensor, start: int) -> None:
         """Put -inf for what is banned of the rows from `start` on."""
-        logits_WM[max(0, self.vocab_size - start) :] = -torch.inf
+        logits_WP[max(0, self.vocab_size - start) :] = -torch.inf
         for token in self.banned:
-            if start <= token < start + len(logits_WM):
-                logits_WM[token - start] = -torch.inf
+            if start <= token < start + len(logits_WP):
+                logits_WP[token - start] = -torch.inf
 
-    def _found(self, logits_VM: Tensor, block_M: Tensor) -> Tensor:
-        """Return the first highest token of each position's block, int64 (M,)."""
-        rows_KM = block_M * BLOCK + torch.arange(BLOCK, device=block_M.device)[:, None]
-        beyond_KM = rows_KM >= min(self.vocab_size, len(logits_VM))
-        inside_KM = logits_VM.gather(0, rows_KM.clamp(max=len(logits_VM) - 1)).float()
-        banned = torch.tensor(self.banned, dtype=torch.long, device=block_M.device)
-        inside_KM.masked_fill_(beyond_KM | torch.isin(rows_KM, banned), -torch.inf)
-        return rows_KM.gather(0, inside_KM.max(dim=0).indices[None])[0]
+    def _found(self, logits_VP: Tensor, block_P: Tensor) -> Tensor:
+        """Return the first highest token of each position's block, int64 (P,)."""
+        rows_KP = block_P * BLOCK + torch.arange(BLOCK, device=block_P.device)[:, None]
+        beyond_KP = rows_KP >= min(self.vocab_size, len(logits_VP))
+        inside_KP = logits_VP.gather(0, rows_KP.clamp(max=len(logits_VP) - 1)).float()
+        banned = torch.tensor(self.banned, dtype=torch.long, device=block_P.device)
+        inside_KP.masked_fill_(beyond_KP | torch.isin(rows_KP, banned), -torch.inf)
+        return rows_KP.gather(0, inside_KP.max(dim=0).indices[None])[0]
 
 
-def _block_maxima(logits_WM: Tensor, out_jM: Tensor) -> None:
+def _block_maxima(logits_WP: Tensor, out_jP: Tensor) -> None:
     """Write the maximum of each `BLOCK` rows; the last block may be shorter."""
-    whole = len(logits_WM) // BLOCK
+    whole = len(logits_WP) // BLOCK
     if whole:
-        torch.amax(logits_WM[: whole * BLOCK].unflatten(0, (whole, BLOCK)), dim=1, out=out_jM[:whole])
-    if whole < len(out_jM):
-        torch.amax(logits_WM[whole * BLOCK :], dim=0, out=out_jM[whole])
+        torch.amax(logits_WP[: whole * BLOCK].unflatten(0, (whole, BLOCK)), dim=1, out=out_jP[:whole])
+    if whole < len(out_jP):
+        torch.amax(logits_WP[whole * BLOCK :], dim=0, out=out_jP[whole])
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // MULTIPLE) * MULTIPLE
