@@ -32,8 +32,9 @@ from unmask.sampling.state import State, Tokens
 __all__ = ["Request", "StepEvent", "denoise", "special_tokens"]
 
 # Logits made at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
-# a call takes longer to start.
+# a call takes longer to start. A CPU multiplies multiples of this many rows fastest.
 _LOGITS_AT_ONCE = 2**24
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ def _weigh(adapter: Adapter, process: Process, hidden_MD: Tensor, weighing: Weig
         yield whole
         return
     size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
+    size = size // _ROWS * _ROWS or size
     for start in range(0, len(hidden_MD), size):
         part = slice(start, start + size)
         yield process.weigh(adapter.logits(hidden_MD[part]), weighing[part])
