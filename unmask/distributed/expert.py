@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
+from unmask.gather import inverse, permute_rows
 from unmask.models.moe import Dispatch, sort_by_expert
 
 if TYPE_CHECKING:
@@ -51,14 +52,15 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
         sent = counts_E.view(size, held).sum(dim=1)
         to_host = torch.stack((sent, counts_PH.sum(dim=1))).tolist()
         send, receive = ([int(count) for count in row] for row in to_host)
-        sorted_MD = hidden_ND[order_M // choices]
+        back_M = inverse(order_M)
+        sorted_MD = permute_rows(hidden_ND, order_M, back_M, copies=choices)
         received_RD = all_to_all_single_autograd(sorted_MD, receive, send, group)
         by_expert_R = _by_expert(counts_PH, sum(receive))
-        mixed_RD = experts(received_RD[by_expert_R], counts_PH.sum(dim=0))
-        back_RD = torch.empty_like(mixed_RD).index_copy(0, by_expert_R, mixed_RD)
+        by_sender_R = inverse(by_expert_R)
+        mixed_RD = experts(permute_rows(received_RD, by_expert_R, by_sender_R), counts_PH.sum(dim=0))
+        back_RD = permute_rows(mixed_RD, by_sender_R, by_expert_R)
         mixed_MD = all_to_all_single_autograd(back_RD, send, receive, group)
-        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-        mixed_NTD = mixed_MD[back_M].view(tokens, choices, -1)
+        mixed_NTD = permute_rows(mixed_MD, back_M, order_M).view(tokens, choices, -1)
         return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
     return dispatch

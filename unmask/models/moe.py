@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.gather import inverse, permute_rows, take_rows
 from unmask.models.layers import RMSNorm
 
 
@@ -39,7 +40,9 @@ class Router(nn.Module):
             scores_NE = F.linear(normed_ND, self.proj.weight.float()).softmax(dim=-1)
             weights_NT, experts_NT = scores_NE.topk(self.top_k, dim=-1)
             weights_NT = weights_NT / weights_NT.sum(dim=-1, keepdim=True)
-            return experts_NT, weights_NT * self.per_expert_scale.float()[experts_NT]
+            return experts_NT, weights_NT * take_rows(self.per_expert_scale.float(), experts_NT.flatten()).view_as(
+                weights_NT
+            )
 
 
 def freeze_routers(model: nn.Module) -> None:
@@ -99,10 +102,10 @@ def local_dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, ex
     """
     tokens, choices = experts_NT.shape
     order_M, counts_E = sort_by_expert(experts_NT, experts.num_experts)  # pyright: ignore[reportArgumentType]
-    mixed_MD = experts(hidden_ND[order_M // choices], counts_E)
+    back_M = inverse(order_M)
+    mixed_MD = experts(permute_rows(hidden_ND, order_M, back_M, copies=choices), counts_E)
     # Brought back by a permutation and summed over T, which adds in the same order on every device and in every run.
-    back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-    mixed_NTD = mixed_MD[back_M].view(tokens, choices, hidden_ND.shape[1])
+    mixed_NTD = permute_rows(mixed_MD, back_M, order_M).view(tokens, choices, hidden_ND.shape[1])
     return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses, rounded_up
+from unmask.gather import take_rows
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
 from unmask.objectives.terms import Scored, loss_terms, token_losses
@@ -192,7 +193,7 @@ class BlockDiffusion:
         weights_N = noisy.scored_KC.flatten().float()
         terms = {"diffusion": Scored(hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N, levels_N)}
         if self.encoder_loss_weight:
-            hidden_ND = encoded.hidden_BLD.flatten(0, 1)[noisy.encoder_positions_N]
+            hidden_ND = take_rows(encoded.hidden_BLD.flatten(0, 1), noisy.encoder_positions_N)
             ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
             terms["encoder"] = Scored(hidden_ND, noisy.encoder_targets_N, ones_N, None, self.encoder_loss_weight)
         return terms

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
+from unmask.gather import take_rows
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
 from unmask.objectives.registry import Shown
 from unmask.objectives.terms import Scored, loss_terms, token_losses
@@ -86,6 +87,6 @@ class MDLM:
     def _scored(self, model: Any, noisy: NoisyBatch) -> dict[str, Scored]:
         """Run the network; return what there is to score, of masked positions alone."""
         hidden_BLD = model(noisy.noisy_ids_BL, noisy.attention_mask_BL)
-        scored_ND = hidden_BLD.flatten(0, 1)[noisy.positions_N]
+        scored_ND = take_rows(hidden_BLD.flatten(0, 1), noisy.positions_N)
         targets_N = noisy.clean.input_ids_BL.flatten()[noisy.positions_N]
         return {"mdlm": Scored(scored_ND, targets_N, noisy.weights_BL.flatten()[noisy.positions_N], noisy.levels_N)}

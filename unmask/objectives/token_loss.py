@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.gather import add_rows
+
 # Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^26 fp32 logits are 256 MiB.
 CHUNK_LOGITS = 2**26
 # Vocabulary rows worked on at a time. On a CPU a tile of logits stays in the cache through all that is done to it;
@@ -331,10 +333,10 @@ class _Head:
                 _add_product(sums.weight_VD[tile], products_WR, shared_RD, first=part.start == 0)
             if sums.bias_V is not None:
                 sums.bias_V[tile] += torch.mv(products_WR.to(self.wide), shared_R)
-        if sums.weight_VD is not None:  # index_put_ adds in a fixed order on every device, index_add_ does not
-            sums.weight_VD.index_put_((rows.targets_R,), hidden_RD * own_R[:, None], accumulate=True)
+        if sums.weight_VD is not None:
+            add_rows(sums.weight_VD, rows.targets_R, hidden_RD * own_R[:, None])
         if sums.bias_V is not None:
-            sums.bias_V.index_put_((rows.targets_R,), own_R, accumulate=True)
+            add_rows(sums.bias_V, rows.targets_R, own_R)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
+from unmask.gather import take_rows
 from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
@@ -223,7 +224,7 @@ def _columns(past: Encoded, layer: int, columns: slice | None, rows: Tensor | No
     """Return one layer's keys and values, only the columns that are seen, of the wanted rows."""
     cut = slice(None) if columns is None else columns
     keys, values = past.keys[layer][:, :, cut], past.values[layer][:, :, cut]
-    return (keys, values) if rows is None else (keys[rows], values[rows])
+    return (keys, values) if rows is None else (take_rows(keys, rows), take_rows(values, rows))
 
 
 class DiffusionGemma(nn.Module):

@@ -1,0 +1,73 @@
+"""Law: taking rows, adding to them and permuting them give the same bits in every run, with any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unmask.gather import add_rows, inverse, permute_rows, take_rows
+
+RUNS = 6
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """A race needs two, and more elements than one thread is given at a time (32,768)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def crowded(rows: int = 2000) -> tuple[Tensor, Tensor]:
+    """Values of all sizes, and indices of which each occurs many times."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(rows, 64, generator=generator) * 10 ** torch.randn(rows, 1, generator=generator)
+    return values, torch.randint(0, 7, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(-1, 64), (-1,), (-1, 4, 16)], ids=str)
+def test_rows_that_meet_are_added_in_the_same_order(shape: tuple[int, ...]) -> None:
+    values, index = crowded()
+    values = values.reshape(shape)
+    index = index.repeat(len(values) // len(index))
+    for first in (0, 1):  # what is added to, and what a taken row's gradient is
+        found = []
+        for _ in range(RUNS):
+            total = torch.full((9, *values.shape[1:]), 0.1, requires_grad=not first)
+            if first:
+                add_rows(total, index, values)
+                found.append(total)
+            else:
+                found.append(torch.autograd.grad(take_rows(total, index), total, values)[0])
+        assert all(torch.equal(found[0], again) for again in found[1:])
+        exact = torch.full_like(found[0], 0.1 * first).double().index_add_(0, index, values.double())
+        torch.testing.assert_close(found[0], exact.float(), rtol=1e-3, atol=1e-1)
+        assert torch.equal(found[0][7:], torch.full_like(found[0][7:], 0.1 * first))
+
+
+@given(rows=st.integers(0, 9), copies=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_permuting_is_indexing_and_so_is_its_gradient(rows: int, copies: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(rows * copies, generator=generator)
+    probe = torch.randn(rows * copies, 3, generator=generator, dtype=torch.float64)
+    taken, expected = permute_rows(values, order, inverse(order), copies), values[order // copies]
+    assert torch.equal(taken, expected)
+    assert torch.equal(inverse(order)[order], torch.arange(len(order)))
+    gradients = [torch.autograd.grad(tensor, values, probe)[0] for tensor in (taken, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_copies_gradients_are_added_in_the_same_order() -> None:
+    values = crowded()[0]
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
+    rows = torch.zeros(len(values) // 8, 64, requires_grad=True)
+    found = [torch.autograd.grad(permute_rows(rows, order, inverse(order), 8), rows, values)[0] for _ in range(RUNS)]
+    assert all(torch.equal(found[0], again) for again in found[1:])
