@@ -170,7 +170,8 @@ class BlockDiffusion:
 
     def loss(self, model: Any, noisy: CanvasBatch, counts: Mapping[str, float] | None = None) -> LossTerms:
         """Encode the clean rows once, decode the canvases once or twice, and score both."""
-        return loss_terms(model, self._scored(model, noisy), noisy.counts, counts, model.softcap)
+        with model.one_embedding_gradient():
+            return loss_terms(model, self._scored(model, noisy), noisy.counts, counts, model.softcap)
 
     @torch.no_grad()
     def token_losses(self, model: Any, noisy: CanvasBatch) -> dict[str, TokenLosses]:

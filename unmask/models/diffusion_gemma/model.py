@@ -15,6 +15,7 @@ heads, E head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaCo
 from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import RMSNorm, embedding, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, local_dispatch
+from unmask.models.tied import Chain
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -176,13 +178,14 @@ class Stack(nn.Module):
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.uses = Chain()  # of the embedding: lookups, the signal and the head
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return embeddings times √D, the factor rounded to the weights' dtype as in the released model."""
-        return self.embed_tokens(input_ids) * self.embedding_scale
+        return self.uses.look_up(self.embed_tokens, input_ids) * self.embedding_scale
 
     @property
     def embedding_scale(self) -> float:
@@ -365,9 +368,16 @@ class DiffusionGemma(nn.Module):
         scores = F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
         return self.softcap * torch.tanh(scores / self.softcap)
 
+    def one_embedding_gradient(self) -> AbstractContextManager[None]:
+        """Within this, let what uses the embedding in one forward pass share one gradient of it (`models/tied.py`).
+
+        What is left in it must be a scalar whose backward pass runs once.
+        """
+        return self.stack.uses.open()
+
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (hidden, matrix, bias) whose linear map, softcapped, is `logits`, for losses that never build them."""
-        return hidden, self.stack.embed_tokens.weight, None
+        return hidden, self.stack.uses.weight(self.stack.embed_tokens), None
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Return softmax(logits) @ embedding · √D, the self-conditioning signal of those logits.
@@ -398,7 +408,10 @@ class DiffusionGemma(nn.Module):
 
         The logits count as constants: gradients reach the embedding that they mix, and nothing else.
         """
-        signal_ND = soft_embedding_of(hidden_KCD.flatten(0, 1), self.stack.embed_tokens.weight, self.softcap)
+        signal_ND = self.stack.uses.use(
+            self.stack.embed_tokens,
+            lambda weight_VD: soft_embedding_of(hidden_KCD.flatten(0, 1), weight_VD, self.softcap),
+        )
         return (signal_ND * self.stack.embedding_scale).view_as(hidden_KCD)
 
     def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 SIGNAL_ROWS = 2**11
 
 
-def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Tensor:
+def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """Return softmax(c · tanh(h Wᵀ / c)) @ W, differentiable in the W that is mixed alone.
 
     Args:
@@ -28,7 +28,8 @@ def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> T
         softcap: c.
 
     Returns:
-        (N, D) in the embedding's dtype.
+        (N, D) in the embedding's dtype, and the weight for its next use, to whose gradient the signal's is added in
+        place (`models/tied.py`).
     """
     kind = hidden_ND.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
@@ -38,7 +39,7 @@ def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> T
 class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
-        """Return the mix; the sums so far follow the largest logit so far (Milakov & Gimelshein 2018)."""
+        """Return the mix and the weight; sums follow the largest logit so far (Milakov & Gimelshein 2018)."""
         hidden_DN = hidden_ND.to(compute).t().contiguous()
         top_N = torch.full_like(hidden_DN[0], -softcap, dtype=torch.float32)
         total_N, mixed_ND = torch.zeros_like(top_N), torch.zeros(hidden_ND.shape, device=hidden_ND.device)
@@ -50,22 +51,24 @@ class _SoftEmbedding(torch.autograd.Function):
                 mixed_ND.mul_(kept_N[:, None]).add_(torch.mm(shares_RN.to(compute).t(), part_RD))
         ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
         ctx.softcap = softcap
-        return (mixed_ND / total_N[:, None]).to(weight_VD.dtype)
+        ctx.set_materialize_grads(False)
+        return (mixed_ND / total_N[:, None]).to(weight_VD.dtype), weight_VD.view_as(weight_VD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_ND, grad_VD):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_DN, weight_VD, logsum_N = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return None, None, None, None
-        grad_VD = torch.empty_like(weight_VD)
+        if not ctx.needs_input_grad[1] or grad_ND is None:
+            return None, grad_VD, None, None
+        if grad_VD is None:
+            grad_VD = torch.zeros_like(weight_VD)
         grad_ND = grad_ND.to(hidden_DN.dtype)
         for part, _, scores_RN in _slices(hidden_DN, weight_VD, ctx.softcap):
             shares_RN = _shares(scores_RN, ctx.softcap, logsum_N).to(hidden_DN.dtype)
             if shares_RN.dtype == grad_VD.dtype:
-                torch.mm(shares_RN, grad_ND, out=grad_VD[part])
+                grad_VD[part].addmm_(shares_RN, grad_ND)
             else:
-                grad_VD[part] = torch.mm(shares_RN, grad_ND)
+                grad_VD[part] += torch.mm(shares_RN, grad_ND)
         return None, grad_VD, None, None
 
 
