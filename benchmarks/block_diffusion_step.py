@@ -29,7 +29,7 @@ VARIANTS = ("with self-conditioning", "without", "dense")
 RATIOS = {"speedup": "step", "cpu_speedup": "cpu"}
 
 
-def run(pairs: int = 2, steps: int = 3) -> dict[str, Any]:
+def run(pairs: int = 3, steps: int = 3) -> dict[str, Any]:
     """Measure all variants in turn; return medians, ratios of pairs and the counted floor of a step."""
     from benchmarks.machine import measure
 

@@ -1,4 +1,4 @@
-"""Law: taking rows, adding to them and permuting them give the same bits in every run, with any number of threads."""
+"""Law: taking rows, adding to them and permuting them give the same bits in every run, with two threads too."""
 
 from __future__ import annotations
 

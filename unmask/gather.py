@@ -28,7 +28,7 @@ def take_rows(rows_N: Tensor, index_M: Tensor) -> Tensor:
 
 
 def add_rows(total_N: Tensor, index_M: Tensor, rows_M: Tensor) -> None:
-    """Add each of rows_M to the row of total_N that its index names, in place, in the order of the indices.
+    """Add each of rows_M to the row of total_N that its index names, in place, one after another as they are given.
 
     Args:
         total_N: (N, …).

@@ -109,6 +109,22 @@ def test_outside_a_chain_every_use_has_the_weight_itself() -> None:
         chain.look_up(table, torch.tensor([1]))
         raise ZeroDivisionError
     assert chain.weight(table) is table.weight
+    with chain.open():
+        chain.look_up(table, torch.tensor([1]))
+        with pytest.raises(RuntimeError, match="already"), chain.open():
+            pass
+        assert chain.weight(table) is not table.weight
+
+
+def test_a_signals_gradient_may_come_back_as_one_number() -> None:
+    """As that of a sum does, which is no memory to write to."""
+    table, chain = embedding(), Chain()
+    with chain.open():
+        signal = chain.use(table, lambda weight: soft_embedding_of(table.weight[:2], weight, CAP))
+        total = signal.sum() + chain.weight(table).sum()
+    (ours,) = torch.autograd.grad(total, table.weight)
+    expected = plain_signal(table.weight[:2], table.weight).sum() + table.weight.sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, table.weight)[0], atol=1e-6, rtol=1e-6)
 
 
 def test_a_frozen_weight_and_a_module_in_its_place_are_only_looked_up() -> None:

@@ -35,7 +35,12 @@ class Chain:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Chain the uses until the end of the block. Whatever uses `weight` there must return a gradient of its own."""
+        """Chain the uses until the end of the block, one block at a time.
+
+        Whatever uses `weight` there must return a gradient that nobody else holds. Backward runs once.
+        """
+        if self._is_open:
+            raise RuntimeError("this embedding's uses are being chained already: make one loss of a model at a time")
         self._is_open = True
         try:
             yield
@@ -43,7 +48,7 @@ class Chain:
             self._is_open, self._latest_VD = False, None
 
     def weight(self, embedding: nn.Module) -> Tensor:
-        """Return the weight for its last use, as the latest use has handed it on."""
+        """Return the weight as the latest use has handed it on."""
         return embedding.weight if self._latest_VD is None else self._latest_VD  # pyright: ignore[reportReturnType]
 
     def use(self, embedding: nn.Module, use: Use) -> Tensor:
@@ -55,11 +60,14 @@ class Chain:
 
     def look_up(self, embedding: nn.Module, ids: Tensor) -> Tensor:
         """Return the embeddings of ids, (…, D)."""
-        # A module that stands in for an embedding (an adapter, say) does more than look up.
-        plain = type(embedding) is nn.Embedding
-        if not (plain and self._is_open and torch.is_grad_enabled() and embedding.weight.requires_grad):
+        # A module that stands in for an embedding, and hooks of one, do more than look up. On other devices the rows of
+        # a token that occurs often would be added one after another, each rounded to the weight's dtype, where
+        # PyTorch's own backward pass adds them up in parallel first.
+        plain = type(embedding) is nn.Embedding and not (embedding._forward_hooks or embedding._forward_pre_hooks)
+        chained = self._is_open and torch.is_grad_enabled() and ids.device.type == "cpu"
+        if not (plain and chained and embedding.weight.requires_grad):
             return embedding(ids)
-        padding_idx = embedding.padding_idx
+        padding_idx: Any = embedding.padding_idx
         return self.use(embedding, lambda weight_VD: look_up(weight_VD, ids, padding_idx))
 
 
@@ -75,6 +83,13 @@ def look_up(weight_VD: Tensor, ids: Tensor, padding_idx: int | None) -> tuple[Te
         (…, D), and the weight. Its user must return a gradient that nobody else holds.
     """
     return _LookUp.apply(weight_VD, ids, padding_idx)  # pyright: ignore[reportReturnType]
+
+
+def to_add_to(grad_VD: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the gradient that came back from the weight's next use, as memory to add to; zeros where none came."""
+    if grad_VD is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return grad_VD.contiguous()  # that of a sum is one number, seen everywhere
 
 
 class _LookUp(torch.autograd.Function):
@@ -93,9 +108,7 @@ class _LookUp(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if grad is None:
             return grad_VD, None, None
-        if grad_VD is None:
-            grad_VD = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        grad_VD = grad_VD.contiguous()  # a sum's is one number seen everywhere
+        grad_VD = to_add_to(grad_VD, ctx.shape, ctx.dtype, grad.device)
         ids_N, grad_ND = ids.flatten(), grad.reshape(-1, grad.shape[-1])
         if ctx.padding_idx is not None:
             grad_ND = torch.where((ids_N == ctx.padding_idx)[:, None], 0.0, grad_ND)

@@ -31,7 +31,7 @@ CHUNK_LOGITS = 2**26
 # elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
 TILE_ROWS = 2**12
 DEVICE_TILE_ROWS = 2**16
-# Caps up to this leave exp(logit − cap) a normal fp32 number, whatever the logit: no maximum is needed.
+# Caps up to this leave exp(logit), and a vocabulary's sum of it, normal fp32 numbers: no maximum is needed.
 SMALL_CAP = 40.0
 
 
@@ -192,7 +192,7 @@ class _Scored:
     Attributes:
         logsum_R: log Σ exp(logits).
         own_R: the targets' scores.
-        top_R: their largest logits, or the cap.
+        top_R: their largest logits, or 0 where a cap bounds them.
         kept: of each tile that the head's gradient needs: its place in the vocabulary, the largest logits so far (R,)
             and exp(logit − that) · slope (W, R) in the dtype of `products`, the targets' blanked.
         mixed_RD: Σ_v exp(logit − top) · slope · w_v, the targets' terms left out; None where nobody asked for it.
@@ -211,7 +211,7 @@ class _Head:
 
     A score is z, or tanh(z / c) where there is a cap: from either, the logit (score · scale) and its slope follow
     without another matmul. What is kept of a logit is finished but for a factor a row and tile: exp(logit − top) ·
-    slope, where top is the row's largest logit so far.
+    slope, where top is the row's largest logit so far, or 0 where a cap bounds all.
     """
 
     weight_VD: Tensor
@@ -236,7 +236,7 @@ class _Head:
 
     @property
     def bounded(self) -> bool:
-        """Whether the cap itself serves as every row's top."""
+        """Whether exp(logit) needs no maximum: every row's top is then 0."""
         return self.softcap is not None and self.softcap <= SMALL_CAP
 
     @property
@@ -266,7 +266,7 @@ class _Head:
         in_place = kept_VR is not None and kept_VR.dtype == self.wide
         room_WR = None if in_place else self._tile_of(hidden_DR)
         other_WR = None if self.softcap is None else self._tile_of(hidden_DR)
-        top_R = torch.full_like(hidden_DR[0], self.scale if self.bounded else -math.inf, dtype=self.wide)
+        top_R = torch.full_like(hidden_DR[0], 0.0 if self.bounded else -math.inf, dtype=self.wide)
         total_R, own_R, kept = torch.zeros_like(top_R), torch.zeros_like(top_R), []
         mixed_RD = torch.zeros_like(hidden_RD, dtype=self.wide) if mixes else None
         for tile in self.tiles():
@@ -283,7 +283,10 @@ class _Head:
                 if mixed_RD is not None:
                     mixed_RD *= lower_R[:, None]
             shares_WR = scores_WR if other_WR is None else other_WR[:size]
-            torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR).exp_()
+            if self.bounded:
+                torch.mul(scores_WR, self.scale, out=shares_WR).exp_()
+            else:
+                torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR).exp_()
             total_R += shares_WR.sum(dim=0)
             if kept_VR is None and mixed_RD is None:
                 continue

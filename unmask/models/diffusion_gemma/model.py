@@ -371,7 +371,7 @@ class DiffusionGemma(nn.Module):
     def one_embedding_gradient(self) -> AbstractContextManager[None]:
         """Within this, let what uses the embedding in one forward pass share one gradient of it (`models/tied.py`).
 
-        What is left in it must be a scalar whose backward pass runs once.
+        Only a scalar loss may leave it, whose backward pass runs once; on CPUs, for lookups.
         """
         return self.stack.uses.open()
 

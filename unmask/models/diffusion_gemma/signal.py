@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.models.tied import to_add_to
+
 # Vocabulary rows worked on at a time.
 SIGNAL_ROWS = 2**11
 
@@ -60,8 +62,7 @@ class _SoftEmbedding(torch.autograd.Function):
         hidden_DN, weight_VD, logsum_N = ctx.saved_tensors
         if not ctx.needs_input_grad[1] or grad_ND is None:
             return None, grad_VD, None, None
-        if grad_VD is None:
-            grad_VD = torch.zeros_like(weight_VD)
+        grad_VD = to_add_to(grad_VD, weight_VD.shape, weight_VD.dtype, weight_VD.device)
         grad_ND = grad_ND.to(hidden_DN.dtype)
         for part, _, scores_RN in _slices(hidden_DN, weight_VD, ctx.softcap):
             shares_RN = _shares(scores_RN, ctx.softcap, logsum_N).to(hidden_DN.dtype)
