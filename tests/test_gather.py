@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,15 +11,7 @@ from torch import Tensor
 from unmask.gather import add_rows, inverse, permute_rows, take_rows
 
 RUNS = 6
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """A race needs two, and more elements than one thread is given at a time (32,768)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def crowded(rows: int = 2000) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,15 +19,7 @@ from unmask.rng import NoiseStream
 
 Turns = Callable[..., Batch]
 VOCABULARY, WIDTH = 40, 64
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Every other test has one; a thread is given 32,768 elements at a time, so there must be more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def llada(_: Callable[..., dict]) -> tuple[Any, Any, int]:
