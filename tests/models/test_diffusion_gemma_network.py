@@ -177,7 +177,7 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
 @pytest.mark.parametrize("rows", [1, 7, 4096])
 def test_the_signal_made_in_slices_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
     """Whatever the slices, and however far apart the logits may lie under the cap."""
-    monkeypatch.setattr("unmask.models.diffusion_gemma.signal.SIGNAL_ROWS", rows)
+    monkeypatch.setattr("unmask.tiles.TILE_ROWS", rows)
     ours, hidden = network(final_logit_softcapping=cap), 20 * normal(2, CANVAS, WIDTH).requires_grad_()
     hidden.data[0] *= 10
     signal = ours.self_conditioning_signal(hidden)
@@ -192,10 +192,11 @@ def test_the_signal_made_in_slices_is_the_soft_embedding(rows: int, cap: float, 
     torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-3)
     embedding.requires_grad_(False)
     assert not ours.self_conditioning_signal(hidden).requires_grad
-    ours.bfloat16()
-    low = ours.self_conditioning_signal(hidden.bfloat16())
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low, ours.soft_embedding(ours.logits(hidden.bfloat16())), atol=0.1, rtol=0.05)
+    for narrow in (torch.bfloat16, torch.float16):
+        ours, short = ours.to(narrow), hidden.to(narrow)
+        low = ours.self_conditioning_signal(short)
+        assert low.dtype == narrow
+        torch.testing.assert_close(low, ours.soft_embedding(ours.logits(short)), atol=0.1, rtol=0.05)
 
 
 def test_logits_and_head_inputs(model: DiffusionGemma) -> None:

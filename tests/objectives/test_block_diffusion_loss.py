@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unmask import tiles
 from unmask.batch import Batch, CanvasBatch
 from unmask.distributed.runtime import Runtime
 from unmask.models.diffusion_gemma import model as network
-from unmask.models.diffusion_gemma import signal
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.registry import load_model
-from unmask.objectives import terms, token_loss
+from unmask.objectives import terms
 from unmask.objectives.block_diffusion import BlockDiffusion, filled_rows, find_answers
 from unmask.rng import NoiseStream
 from unmask.training.step import train_step
@@ -330,8 +330,7 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
     results, largest = [], []
     whole = terms.linear_cross_entropy
     for chunk, tile in ((2**24, 2**12), (8 * vocabulary, 300)):
-        monkeypatch.setattr(signal, "SIGNAL_ROWS", tile)
-        monkeypatch.setattr(token_loss, "TILE_ROWS", tile)
+        monkeypatch.setattr(tiles, "TILE_ROWS", tile)
         monkeypatch.setattr(terms, "linear_cross_entropy", functools.partial(whole, chunk_logits=chunk))
         with Floats() as floats:
             loss = objective.loss(model, noisy).total

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unmask import tiles
 from unmask.objectives import token_loss
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -71,7 +72,7 @@ class Largest(TorchDispatchMode):
 def test_equals_the_dense_loss_for_every_chunk(rows: int, chunk: int, bias: bool, cast_rows: int, seed: int) -> None:
     values = inputs(rows, bias=bias, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_loss, "TILE_ROWS", cast_rows)
+        patch.setattr(tiles, "TILE_ROWS", cast_rows)
         ours = gradients(lambda *v: fused(*v, chunk_logits=chunk), values)
     theirs = gradients(dense, values)
     assert ours[0].dtype == torch.float32 and ours[0].shape == ()
@@ -166,7 +167,7 @@ def test_logits_never_exist_whole() -> None:
 
 
 def test_a_head_below_compute_precision_is_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_loss, "TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
     hidden, matrix, bias, targets, weights = inputs(2, 64, 300)
     matrix.requires_grad_(False)
 
@@ -184,7 +185,7 @@ def test_a_head_below_compute_precision_is_never_copied_whole(monkeypatch: pytes
 
 @pytest.mark.parametrize("cast_rows", [3, 2**14])
 def test_under_autocast_close_to_autocast_of_the_dense_loss(cast_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_loss, "TILE_ROWS", cast_rows)
+    monkeypatch.setattr(tiles, "TILE_ROWS", cast_rows)
     values = inputs(20, 32, 50)
     exact = gradients(dense, values)
     with torch.autocast("cpu", torch.bfloat16):

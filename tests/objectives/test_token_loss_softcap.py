@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unmask.objectives import token_loss
+from unmask import tiles
 from unmask.objectives.token_loss import linear_cross_entropy
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden, head, targets, weights
@@ -54,7 +54,7 @@ def gradients(loss: Tensor, values: Inputs) -> tuple[Tensor, ...]:
 def test_equals_the_dense_formula_in_fp64(rows: int, chunk: int, cap: float, tile: int, seed: int) -> None:
     values = inputs(rows, seed=seed, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_loss, "TILE_ROWS", tile)
+        patch.setattr(tiles, "TILE_ROWS", tile)
         ours = gradients(fused(values, cap, chunk_logits=chunk), values)
     assert ours[0].dtype == torch.float64
     torch.testing.assert_close(ours, gradients(dense(values, cap), values), atol=1e-11, rtol=1e-9)
@@ -109,7 +109,7 @@ def test_rows_of_weight_zero_are_ignored_whatever_they_hold() -> None:
 @pytest.mark.parametrize("tile", [3, 2**14])
 def test_under_autocast_close_to_autocast_of_the_dense_loss(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are rounded to bf16; cap, softmax and sums are not."""
-    monkeypatch.setattr(token_loss, "TILE_ROWS", tile)
+    monkeypatch.setattr(tiles, "TILE_ROWS", tile)
     values = inputs(20, 32, 50)
 
     def rounded() -> Tensor:

@@ -15,7 +15,6 @@ Shapes: N scored positions, D width, V vocabulary rows, R rows of a chunk, W voc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.gather import add_rows
+from unmask.tiles import SMALL_CAP, add_product, tile_rows, tiles, write_product
 
 # Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^26 fp32 logits are 256 MiB.
 CHUNK_LOGITS = 2**26
-# Vocabulary rows worked on at a time. On a CPU a tile of logits stays in the cache through all that is done to it;
-# elsewhere it bounds what is cast from master weights to a narrower compute dtype: there is never a whole copy.
-TILE_ROWS = 2**12
-DEVICE_TILE_ROWS = 2**16
-# Caps up to this leave exp(logit), and a vocabulary's sum of it, normal fp32 numbers: no maximum is needed.
-SMALL_CAP = 40.0
 
 
 def linear_cross_entropy(
@@ -110,7 +104,7 @@ def working_bytes(positions: int, vocabulary: int, compute_bytes: int, head_trai
         device: `cpu` or `cuda`.
     """
     rows = min(positions, max(1, CHUNK_LOGITS // vocabulary))
-    tile = min(vocabulary, TILE_ROWS if device == "cpu" else DEVICE_TILE_ROWS)
+    tile = min(vocabulary, tile_rows(device, rows))
     # A tile's scores in fp32, and in a narrower dtype the product that they come from and the one that they become.
     room = tile * rows * (4 + (2 * compute_bytes if compute_bytes < 4 else 0))
     return room + (compute_bytes * vocabulary * rows if head_trains else 0)
@@ -239,16 +233,6 @@ class _Head:
         """Whether exp(logit) needs no maximum: every row's top is then 0."""
         return self.softcap is not None and self.softcap <= SMALL_CAP
 
-    @property
-    def tile_rows(self) -> int:
-        """Entries of the vocabulary that are worked on at a time."""
-        return TILE_ROWS if self.weight_VD.device.type == "cpu" else DEVICE_TILE_ROWS
-
-    def tiles(self) -> Iterator[slice]:
-        """Yield each tile of the vocabulary."""
-        for start in range(0, len(self.weight_VD), self.tile_rows):
-            yield slice(start, min(start + self.tile_rows, len(self.weight_VD)))
-
     def score(self, hidden_RD: Tensor, targets_R: Tensor, kept_VR: Tensor | None, mixes: bool) -> _Scored:
         """Pass over the vocabulary once, everything that is done to a tile of logits done while it is in the cache.
 
@@ -262,14 +246,15 @@ class _Head:
             mixes: whether to sum what the hidden states' gradient needs.
         """
         hidden_DR = hidden_RD.to(self.compute).t().contiguous()
+        most = min(tile_rows(hidden_DR.device.type, len(hidden_RD)), len(self.weight_VD))
         # Scores are written where products are kept, unless those are narrower; a cap's slope needs both at once.
         in_place = kept_VR is not None and kept_VR.dtype == self.wide
-        room_WR = None if in_place else self._tile_of(hidden_DR)
-        other_WR = None if self.softcap is None else self._tile_of(hidden_DR)
+        room_WR = None if in_place else self._tile_of(hidden_DR, most)
+        other_WR = None if self.softcap is None else self._tile_of(hidden_DR, most)
         top_R = torch.full_like(hidden_DR[0], 0.0 if self.bounded else -math.inf, dtype=self.wide)
         total_R, own_R, kept = torch.zeros_like(top_R), torch.zeros_like(top_R), []
         mixed_RD = torch.zeros_like(hidden_RD, dtype=self.wide) if mixes else None
-        for tile in self.tiles():
+        for tile in tiles(len(self.weight_VD), most):
             size, weight_WD = tile.stop - tile.start, self.weight_VD[tile].to(self.compute)
             scores_WR = kept_VR[tile] if room_WR is None else room_WR[:size]  # pyright: ignore[reportOptionalSubscript]
             self._score_tile(tile, weight_WD, hidden_DR, scores_WR)
@@ -297,20 +282,16 @@ class _Head:
             if kept_VR is not None:
                 kept.append((tile, top_R, products_WR if in_place else kept_VR[tile].copy_(products_WR)))
             if mixed_RD is not None:
-                _add_product(mixed_RD, products_WR.t(), weight_WD.to(self.products))
+                add_product(mixed_RD, products_WR.t(), weight_WD.to(self.products))
         return _Scored(total_R.log_().add_(top_R), own_R, top_R, kept, mixed_RD)
 
-    def _tile_of(self, hidden_DR: Tensor) -> Tensor:
+    def _tile_of(self, hidden_DR: Tensor, rows: int) -> Tensor:
         """Return memory for a tile of R rows."""
-        size = min(self.tile_rows, len(self.weight_VD))
-        return torch.empty(size, hidden_DR.shape[1], dtype=self.wide, device=hidden_DR.device)
+        return torch.empty(rows, hidden_DR.shape[1], dtype=self.wide, device=hidden_DR.device)
 
     def _score_tile(self, tile: slice, weight_WD: Tensor, hidden_DR: Tensor, out_WR: Tensor) -> None:
         """Write the scores of a tile."""
-        if self.compute == out_WR.dtype:
-            torch.addmm(out_WR, weight_WD, hidden_DR, beta=0, alpha=1 / self.scale, out=out_WR)
-        else:
-            torch.div(torch.mm(weight_WD, hidden_DR), self.scale, out=out_WR)
+        write_product(out_WR, weight_WD, hidden_DR, 1 / self.scale)
         if self.bias_V is not None:
             out_WR.add_(self.bias_V[tile, None], alpha=1 / self.scale)
         if self.softcap is not None:
@@ -333,7 +314,8 @@ class _Head:
             shared_R = rows.weights_R * (top_R - scored.logsum_R).exp_()
             if sums.weight_VD is not None:
                 shared_RD = (hidden_RD * shared_R[:, None]).to(self.products)
-                _add_product(sums.weight_VD[tile], products_WR, shared_RD, first=part.start == 0)
+                put = write_product if part.start == 0 else add_product
+                put(sums.weight_VD[tile], products_WR, shared_RD)
             if sums.bias_V is not None:
                 sums.bias_V[tile] += torch.mv(products_WR.to(self.wide), shared_R)
         if sums.weight_VD is not None:
@@ -353,13 +335,3 @@ def _parts(length: int, most: int) -> list[slice]:
         return []
     size = -(-length // -(-length // most))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
-    """Add left @ right in place, or write it as the first; made in its own dtype, the sum kept in the total's."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
-    elif first:
-        total.copy_(torch.mm(left, right))
-    else:
-        total += torch.mm(left, right)

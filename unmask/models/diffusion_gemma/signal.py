@@ -1,9 +1,9 @@
-"""The self-conditioning signal: softmax(logits) @ embedding, made a slice of the vocabulary at a time.
+"""The self-conditioning signal: softmax(logits) @ embedding, made a tile of the vocabulary at a time.
 
 The logits are constants (the pass that made them keeps no gradient), but the embedding that they mix is not: as in
 transformers, the signal's gradient reaches it. Neither logits nor softmax ever exist whole, forward or backward.
 
-Shapes: N positions, D width, V vocabulary, R rows of a slice.
+Shapes: N positions, D width, V vocabulary, R rows of a tile.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.models.tied import to_add_to
-
-# Vocabulary rows worked on at a time.
-SIGNAL_ROWS = 2**11
+from unmask.tiles import SMALL_CAP, add_product, tile_rows, tiles, write_product
 
 
 def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
@@ -41,16 +39,21 @@ def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> t
 class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
-        """Return the mix and the weight; sums follow the largest logit so far (Milakov & Gimelshein 2018)."""
+        """Return the mix and the weight; a large cap's sums follow the largest logit (Milakov & Gimelshein 2018)."""
         hidden_DN = hidden_ND.to(compute).t().contiguous()
-        top_N = torch.full_like(hidden_DN[0], -softcap, dtype=torch.float32)
+        bounded = softcap <= SMALL_CAP and compute != torch.float16  # which ends at 65,504
+        top_N = torch.full_like(hidden_DN[0], 0.0 if bounded else -softcap, dtype=torch.float32)
         total_N, mixed_ND = torch.zeros_like(top_N), torch.zeros(hidden_ND.shape, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for _, part_RD, scores_RN in _slices(hidden_DN, weight_VD, softcap):
-                before_N, top_N = top_N, torch.maximum(top_N, scores_RN.amax(dim=0).mul_(softcap))
-                shares_RN, kept_N = _shares(scores_RN, softcap, top_N), before_N.sub_(top_N).exp_()
-                total_N.mul_(kept_N).add_(shares_RN.sum(dim=0))
-                mixed_ND.mul_(kept_N[:, None]).add_(torch.mm(shares_RN.to(compute).t(), part_RD))
+            for _, part_RD, scores_RN in _tiled(hidden_DN, weight_VD, softcap):
+                if not bounded:
+                    before_N, top_N = top_N, torch.maximum(top_N, scores_RN.amax(dim=0).mul_(softcap))
+                    lower_N = before_N.sub_(top_N).exp_()
+                    total_N.mul_(lower_N)
+                    mixed_ND.mul_(lower_N[:, None])
+                shares_RN = _shares(scores_RN, softcap, top_N)
+                total_N.add_(shares_RN.sum(dim=0))
+                add_product(mixed_ND, shares_RN.to(compute).t(), part_RD)
         ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
         ctx.softcap = softcap
         ctx.set_materialize_grads(False)
@@ -64,21 +67,22 @@ class _SoftEmbedding(torch.autograd.Function):
             return None, grad_VD, None, None
         grad_VD = to_add_to(grad_VD, weight_VD.shape, weight_VD.dtype, weight_VD.device)
         grad_ND = grad_ND.to(hidden_DN.dtype)
-        for part, _, scores_RN in _slices(hidden_DN, weight_VD, ctx.softcap):
-            shares_RN = _shares(scores_RN, ctx.softcap, logsum_N).to(hidden_DN.dtype)
-            if shares_RN.dtype == grad_VD.dtype:
-                grad_VD[part].addmm_(shares_RN, grad_ND)
-            else:
-                grad_VD[part] += torch.mm(shares_RN, grad_ND)
+        for part, _, scores_RN in _tiled(hidden_DN, weight_VD, ctx.softcap):
+            add_product(grad_VD[part], _shares(scores_RN, ctx.softcap, logsum_N).to(hidden_DN.dtype), grad_ND)
         return None, grad_VD, None, None
 
 
-def _slices(hidden_DN: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield each slice of the vocabulary, its rows in the compute dtype and tanh(z / c) of its z (R, N) in fp32."""
-    for start in range(0, len(weight_VD), SIGNAL_ROWS):
-        part = slice(start, start + SIGNAL_ROWS)
+def _tiled(hidden_DN: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield each tile of the vocabulary, its rows in the compute dtype and tanh(z / c) of its z (R, N) in fp32.
+
+    These lie where the next tile's are written.
+    """
+    vocabulary, positions = len(weight_VD), hidden_DN.shape[1]
+    most = min(tile_rows(hidden_DN.device.type, positions), vocabulary)
+    room_RN = hidden_DN.new_empty(most, positions, dtype=torch.float32)
+    for part in tiles(vocabulary, most):
         part_RD = weight_VD[part].to(hidden_DN.dtype)
-        yield part, part_RD, torch.mm(part_RD, hidden_DN).float().div_(softcap).tanh_()
+        yield part, part_RD, write_product(room_RN[: len(part_RD)], part_RD, hidden_DN, 1 / softcap).tanh_()
 
 
 def _shares(scores_RN: Tensor, softcap: float, top_N: Tensor) -> Tensor:
