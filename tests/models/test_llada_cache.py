@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unmask.models.llada import cache
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.model import LLaDA
 
@@ -41,6 +42,12 @@ def shown(ids_BL: Tensor, first: Sequence[int], width: int) -> Tensor:
     return torch.where(columns < ids_BL.shape[1], ids_BL.gather(1, columns.clamp(max=ids_BL.shape[1] - 1)), 0)
 
 
+@pytest.fixture(params=[("cpu",), ()], ids=["by row", "by index"])
+def ways_to_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy a row, as on CPUs, or one by index, as elsewhere."""
+    monkeypatch.setattr(cache, "ROW_BY_ROW", request.param)
+
+
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_a_window_of_everything_is_the_forward(fields: dict, network: Make) -> None:
     model, ids_BL = network(**fields), tokens(3, 11)
@@ -65,7 +72,7 @@ def test_a_window_of_everything_is_the_forward(fields: dict, network: Make) -> N
     ],
 )
 def test_a_window_over_a_store_of_the_same_tokens_equals_the_full_forward(
-    first, end, lengths, rows, fields: dict, network: Make
+    first, end, lengths, rows, fields: dict, network: Make, ways_to_write: None
 ) -> None:
     model, ids_BL = network(**fields), tokens(3, 11)
     chosen = list(range(3)) if rows is None else rows
@@ -83,7 +90,7 @@ def test_a_window_over_a_store_of_the_same_tokens_equals_the_full_forward(
             torch.testing.assert_close(old[row, :, :length], new[row, :, :length])
 
 
-def test_a_window_writes_its_own_positions_and_nothing_else(network: Make) -> None:
+def test_a_window_writes_its_own_positions_and_nothing_else(network: Make, ways_to_write: None) -> None:
     model, ids_BL = network(), tokens(3, 11)
     store, _ = filled(model, ids_BL, [11, 11, 11])
     before = copied(store)

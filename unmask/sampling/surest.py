@@ -25,6 +25,10 @@ from unmask.sampling.scratch import Scratch
 FEWEST, MOST, MULTIPLE = 64, 256, 32
 # Rows of a tile; with 256 positions it is 4 MiB in fp32. Whole blocks.
 _TILE = 8 * BLOCK
+# exp of logits whose largest is no further from 0 than this needs nothing subtracted: neither it nor a sum overflows.
+_NEAR = 60.0
+# Logits that are bounded by this are finite: less than half of the largest number of bf16, and of fp32.
+_FINITE = 1.5e38
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class TiledHead:
     def __init__(self, banned: Sequence[int], vocab_size: int) -> None:
         self.banned, self.vocab_size = banned, vocab_size
         self._logits, self._floats = Scratch(), Scratch()
+        self._largest: tuple[Tensor, Tensor] | None = None  # a head, and the largest magnitude in it
 
     @staticmethod
     def pays(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
@@ -65,33 +70,41 @@ class TiledHead:
     def __call__(self, hidden_MD: Tensor, weight_VD: Tensor) -> Surest:
         """Return the surest tokens of softmax(W h) of hidden states, M ≥ 1, in the weight's dtype."""
         parts = -(-len(hidden_MD) // MOST)
+        if self._largest is None or self._largest[0] is not weight_VD:
+            self._largest = weight_VD, torch.linalg.vector_norm(weight_VD, torch.inf).float()
+        # |w · h| is at most this, so that logits need not be looked at; a nan is below nothing.
+        bounded = bool(self._largest[1] * hidden_MD.float().abs().sum(dim=1).max() < _FINITE)
         found = [
-            self._part(hidden_PD, weight_VD) for hidden_PD in hidden_MD.split(_rounded(-(-len(hidden_MD) // parts)))
+            self._part(hidden_PD, weight_VD, bounded)
+            for hidden_PD in hidden_MD.split(_rounded(-(-len(hidden_MD) // parts)))
         ]
         return Surest(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(Surest)))
 
-    def _part(self, hidden_PD: Tensor, weight_VD: Tensor) -> Surest:
+    def _part(self, hidden_PD: Tensor, weight_VD: Tensor, bounded: bool) -> Surest:
         given, vocabulary = len(hidden_PD), len(weight_VD)
         hidden_DP = F.pad(hidden_PD, (0, 0, 0, _rounded(given) - given)).t().contiguous()
         positions = hidden_DP.shape[1]
         logits_VP = self._logits.rows(vocabulary, positions, like=hidden_PD)
         floats_WP = self._floats.rows(min(_TILE, vocabulary), positions, like=hidden_PD, dtype=torch.float32)
         highest_JP = floats_WP.new_empty(-(-vocabulary // BLOCK), positions)
-        sums, tops, totals = [], [], []
+        tops, totals = [], []
         for start in range(0, vocabulary, _TILE):
             tile = slice(start, min(start + _TILE, vocabulary))
             torch.mm(weight_VD[tile], hidden_DP, out=logits_VP[tile])
             part_WP = floats_WP[: tile.stop - tile.start].copy_(logits_VP[tile])
-            sums.append(part_WP.sum(dim=0))  # finite where all are: a maximum would not show minus infinity
             self._ban(part_WP, start)
             highest_jP = highest_JP[start // BLOCK : -(-tile.stop // BLOCK)]
             _block_maxima(part_WP, highest_jP)
             # A tile that is banned whole has nothing to be relative to.
-            tops.append(highest_jP.amax(dim=0).clamp(min=torch.finfo(torch.float32).min))
-            totals.append(part_WP.sub_(tops[-1]).exp_().sum(dim=0))
+            highest_P = highest_jP.amax(dim=0).clamp(min=torch.finfo(torch.float32).min)
+            near = bool(highest_P.abs().max() <= _NEAR)
+            tops.append(torch.zeros_like(highest_P) if near else highest_P)
+            totals.append((part_WP if near else part_WP.sub_(highest_P)).exp_().sum(dim=0))
         top_P, block_P = highest_JP.max(dim=0)
         total_P = (torch.stack(totals) * (torch.stack(tops) - top_P).exp_()).sum(dim=0).log_()
-        finite_P, token_P = torch.stack(sums).sum(dim=0).isfinite(), self._found(logits_VP, block_P)
+        # A sum is finite where all are; a maximum would not show minus infinity.
+        finite_P = torch.ones_like(block_P, dtype=torch.bool) if bounded else logits_VP.float().sum(dim=0).isfinite()
+        token_P = self._found(logits_VP, block_P)
         return Surest(finite_P[:given], token_P[:given], (-total_P[:given]).exp(), (total_P + top_P)[:given])
 
     def _ban(self, logits_WP: Tensor, start: int) -> None:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Kinds of device on which a copy a row is several times faster than one copy by index; elsewhere launches count.
+ROW_BY_ROW = ("cpu",)
+
 
 @dataclass(frozen=True)
 class KeyValueStore:
@@ -105,13 +108,17 @@ class Window:
         self.whole = not any(first) and tuple(end) == tuple(lengths)
         same = len(set(first)) == 1 and len(set(end)) == 1
         self._span = slice(first[0], first[0] + self.width) if self.whole or same else None
-        if self._span is None:
+        self._pieces = None
+        if self._span is None and self.device.type in ROW_BY_ROW:
+            stored = range(len(first)) if rows is None else rows
+            self._pieces = list(zip(stored, first, end, strict=True))
+        elif self._span is None:
             real_KS = torch.arange(self.width) < (torch.tensor(end) - self._first_K)[:, None]
-            row_N, self._column_N = (index.to(self.device) for index in real_KS.nonzero(as_tuple=True))
-            self._query_N = (row_N, self._column_N)
+            row_N, column_N = (index.to(self.device) for index in real_KS.nonzero(as_tuple=True))
+            self._query_N = (row_N, column_N)
             self._place_N = (
                 row_N if self._rows_K is None else self._rows_K[row_N],
-                self._first_K.to(self.device)[row_N] + self._column_N,
+                self._first_K.to(self.device)[row_N] + column_N,
             )
         lengths_K = torch.tensor(lengths)
         equal = int(lengths_K.min()) == self.columns
@@ -135,7 +142,10 @@ class Window:
         return keys.index_select(0, self._rows_K), values.index_select(0, self._rows_K)
 
     def _write(self, whole_BGLE: Tensor, new_KGSE: Tensor) -> None:
-        if self._span is None:
+        if self._pieces is not None:
+            for (row, first, end), new_GSE in zip(self._pieces, new_KGSE, strict=True):
+                whole_BGLE[row, :, first:end] = new_GSE[:, : end - first]
+        elif self._span is None:
             by_place = whole_BGLE.transpose(1, 2)
             by_place[self._place_N] = new_KGSE.transpose(1, 2)[self._query_N]
         elif self._rows_K is None:
