@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "diffusion_gemma", "train", {"rows": 4, "checkpointing": True},
     ),
     "LLaDA-8B generate, 1 row": ("llada", "generate", {"rows": 1}),
+    "LLaDA-8B generate, 1 row, dual cache": ("llada", "generate", {"rows": 1, "cache": "dual"}),
     "LLaDA-8B generate, 16 rows": ("llada", "generate", {"rows": 16}),
     "DiffusionGemma-26B generate, 1 row": ("diffusion_gemma", "generate", {"rows": 1}),
     "DiffusionGemma-26B generate, 16 rows": ("diffusion_gemma", "generate", {"rows": 16}),
@@ -190,7 +191,7 @@ def _timed(steps: Sequence[Callable[[], Any]]) -> list[float]:
     return seconds
 
 
-def _generate(family: str, rows: int, layers: int | None = None) -> dict[str, float]:
+def _generate(family: str, rows: int, layers: int | None = None, cache: Any = "none") -> dict[str, float]:
     import torch
 
     from unmask.sampling.generate import generate
@@ -200,7 +201,7 @@ def _generate(family: str, rows: int, layers: int | None = None) -> dict[str, fl
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(1000, 100_000, (256,), generator=generator).tolist() for _ in range(rows)]
     sampler = (
-        SamplerConfig(steps=32, max_new_tokens=128, block_size=32, eos="suppress")
+        SamplerConfig(steps=32, max_new_tokens=128, block_size=32, eos="suppress", cache=cache)
         if family == "llada"
         else SamplerConfig(steps=16, max_new_tokens=256, eos="suppress", confidence_threshold=0.0)
     )
@@ -234,7 +235,7 @@ def _theirs(family: str, rows: int, layers: int) -> dict[str, float]:
     prompts = torch.randint(1000, 100_000, (rows, 256), generator=torch.Generator().manual_seed(2)).cuda()
     options = {
         "sampler_config": EntropyBoundSamplerConfig(entropy_bound=0.1), "t_min": 0.4, "t_max": 0.8,
-        "stability_threshold": 1, "confidence_threshold": 0.0, "eos_token_id": [1], "pad_token_id": 0,
+        "stability_threshold": 1, "confidence_threshold": 1e-9, "eos_token_id": [1], "pad_token_id": 0,
         "max_new_tokens": 256, "max_denoising_steps": 16,
     }  # fmt: skip
     seconds = statistics.median(_timed([lambda: model.generate(prompts, **options)] * 4)[1:])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from unmask.models.registry import load_model
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
+from unmask.sampling import replay
 from unmask.sampling.generate import generate
 from unmask.sampling.settings import SamplerConfig
 from unmask.training.optim import OptimizerConfig, build_optimizer
@@ -73,6 +75,56 @@ def test_a_seed_draws_the_same_on_both_devices(fixtures: Path, cuda, family):
     same = [a == b for x, y in zip(there, here, strict=True) for a, b in zip(x.token_ids, y.token_ids, strict=True)]
     # A draw that falls on the rounding between two tokens may differ, and what follows in that row with it.
     assert sum(same) > 0.9 * len(same)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(
+    ("folder", "settings"),
+    [
+        ("llada_tiny", {"block_size": 8, "steps": 24, "temperature": 1.0}),
+        ("llada_tiny", {"block_size": 8, "steps": 24, "temperature": 1.0, "cache": "prefix"}),
+        ("llada_tiny", {"block_size": 8, "steps": 24, "cache": "dual", "cfg_scale": 1.0}),
+        ("diffusion_gemma_step", {"steps": 6, "confidence_threshold": 0.0, "eos": "suppress"}),
+        ("diffusion_gemma_step", {"steps": 6, "confidence_threshold": 0.0, "eos": "suppress", "cache": "none"}),
+    ],
+)
+def test_recorded_calls_change_nothing(fixtures: Path, cuda, monkeypatch, folder, settings, batch_size):
+    model = load_model(str(fixtures / folder), "bfloat16", cuda)
+    sampler = SamplerConfig(max_new_tokens=24, **settings)
+    recorded: list[replay.Recording] = []
+    record = replay._record
+
+    def counted(*arguments) -> replay.Recording:
+        recorded.append(record(*arguments))
+        return recorded[-1]
+
+    monkeypatch.setattr(replay, "_record", counted)
+    prompts = [[5, 6, 7], [9, 10, 11], [4, 3, 2, 8]]
+    found = generate(model, prompts, sampler=sampler, batch_size=batch_size)
+    assert recorded
+    alive = [weakref.ref(recording) for recording in recorded]
+    recorded.clear()
+    assert not any(reference() for reference in alive)  # with the memory that they held
+    monkeypatch.setattr(replay, "_MOST_TOKENS", 0)
+    expected = generate(model, prompts, sampler=sampler, batch_size=batch_size)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+
+
+def test_what_waits_for_the_device_is_not_recorded_and_harms_nothing(cuda):
+    def waits(tensor):
+        return tensor * float(tensor.sum())
+
+    one, network = torch.ones(1, device=cuda), torch.nn.Linear(1, 1, device=cuda).requires_grad_(False)
+    call = replay.replays_for(network)
+    call(None, "kind", 1, waits, one)
+    with pytest.warns(RuntimeWarning, match="kernel by kernel"):
+        assert call(None, "kind", 1, waits, one).item() == 1
+    assert call(None, "kind", 1, waits, one).item() == 1
+    assert torch.randn(4, device=cuda).isfinite().all()
+    later = replay.replays_for(network)
+    for number in range(5):
+        assert later(None, "kind", 1, lambda tensor: 2 * tensor, number * one).item() == 2 * number
+    assert later._kept
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

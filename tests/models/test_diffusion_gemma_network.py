@@ -175,8 +175,8 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
 
 @pytest.mark.parametrize("cap", [0.5, 30.0, 1e4])
 @pytest.mark.parametrize("rows", [1, 7, 4096])
-def test_the_signal_made_in_slices_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
-    """Whatever the slices, and however far apart the logits may lie under the cap."""
+def test_the_signal_made_in_tiles_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
+    """Whatever the tiles, and however far apart the logits may lie under the cap."""
     monkeypatch.setattr("unmask.tiles.TILE_ROWS", rows)
     ours, hidden = network(final_logit_softcapping=cap), 20 * normal(2, CANVAS, WIDTH).requires_grad_()
     hidden.data[0] *= 10

@@ -42,10 +42,10 @@ def shown(ids_BL: Tensor, first: Sequence[int], width: int) -> Tensor:
     return torch.where(columns < ids_BL.shape[1], ids_BL.gather(1, columns.clamp(max=ids_BL.shape[1] - 1)), 0)
 
 
-@pytest.fixture(params=[("cpu",), ()], ids=["by row", "by index"])
+@pytest.fixture(params=[("cpu",), ()], ids=["by slice", "by index"])
 def ways_to_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy a row, as on CPUs, or one by index, as elsewhere."""
-    monkeypatch.setattr(cache, "ROW_BY_ROW", request.param)
+    """By slices, as on CPUs, or by index, as elsewhere."""
+    monkeypatch.setattr(cache, "BY_SLICE", request.param)
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
@@ -100,6 +100,27 @@ def test_a_window_writes_its_own_positions_and_nothing_else(network: Make, ways_
     own[2, 2:7] = own[0, 5:6] = True
     for old, new in zip((*before.keys, *before.values), (*store.keys, *store.values), strict=True):
         assert torch.equal((old != new).any(dim=-1).any(dim=1), own)
+
+
+def test_a_window_may_read_the_tensors_of_another_of_its_kind(network: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a recorded call does: by index, where nothing but tensors says which positions are written."""
+    monkeypatch.setattr(cache, "BY_SLICE", ())
+    model, ids_BL = network(), tokens(3, 11)
+    for rows, spans, others in (
+        (None, ([1, 1, 1], [5, 5, 5]), ([4, 4, 4], [8, 8, 8])),
+        ([2, 0], ([1, 4], [5, 8]), ([6, 2], [10, 6])),
+    ):
+        lengths = [11, 10, 10][: len(spans[0])]
+        store, _ = filled(model, ids_BL, [11, 10, 10] if rows is None else [10, 11, 11])
+        twin = copied(store)
+        first, other = Window(store, *spans, lengths, rows), Window(store, *others, lengths, rows)
+        assert first.kind == other.kind
+        ids_KS = tokens(len(lengths), 4, seed=3)
+        found = model.forward_window(ids_KS, first.reading(list(other.tensors.values())))
+        assert torch.equal(found, model.forward_window(ids_KS, Window(twin, *others, lengths, rows)))
+        assert_same(store, twin)
+    monkeypatch.setattr(cache, "BY_SLICE", ("cpu",))
+    assert Window(store, [1], [3], [11], [0]).kind != Window(store, [2], [4], [11], [0]).kind
 
 
 def test_what_a_window_writes_is_what_later_windows_see(network: Make) -> None:

@@ -69,6 +69,19 @@ def test_more_positions_than_are_made_at_once() -> None:
     assert_as_from_logits(normal(2 * surest.MOST + 7, WIDTH, seed=1), normal(700, WIDTH, seed=2), (5,), 700)
 
 
+def test_finite_entries_may_have_products_that_are_not() -> None:
+    weight_VD, hidden_MD = normal(600, WIDTH, seed=3), normal(4, WIDTH, seed=4)
+    weight_VD[7], hidden_MD[2] = 1e20, 1e20
+    assert TiledHead((), 600)(hidden_MD, weight_VD).finite_M.tolist() == [True, True, False, True]
+
+
+def test_a_head_is_looked_at_anew_when_it_is_another() -> None:
+    weight_VD, hidden_MD, head = normal(600, WIDTH, seed=3), normal(4, WIDTH, seed=4), TiledHead((), 600)
+    assert head(hidden_MD, weight_VD).finite_M.all()
+    broken_VD = weight_VD.index_fill(0, torch.tensor([7]), -torch.inf)
+    assert not head(hidden_MD, broken_VD).finite_M.any()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_says_which_positions_are_not_finite(value: float) -> None:
     """Also minus infinity, which no maximum shows, at a token that is banned or not."""

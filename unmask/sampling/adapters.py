@@ -105,7 +105,10 @@ class Adapter(Protocol):
         ...
 
     def denoise(self, context: Any, call: Call) -> tuple[Tensor, Any]:
-        """Run the network once; return hidden states (M, …) at the call's positions, and the context afterwards."""
+        """Run the network once; return hidden states (M, …) at the call's positions, and the context afterwards.
+
+        The hidden states are valid until the next call.
+        """
         ...
 
     def logits(self, hidden_MD: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import Encoded
 from unmask.sampling.adapters import Call, FamilySpec
+from unmask.sampling.replay import Replays, replays_for
 from unmask.sampling.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings
 
@@ -79,6 +80,8 @@ class CanvasAdapter:
         self.device = next(model.parameters()).device
         self._keeps = settings is None or settings.cache == "block"
         self._logits = Scratch()
+        # Without a grouped kernel the host has to know how many tokens each expert has, and waits for the device.
+        self._replays = replays_for(model) if model.stack.experts_are_grouped else Replays(None)
         self.spec = FamilySpec(
             noise="uniform",
             mask_id=None,
@@ -113,7 +116,14 @@ class CanvasAdapter:
         rows, length = context.signal_BSD.shape[:2]
         columns_BS = call.first_B[:, None] + torch.arange(length)
         canvas_BS = call.answer_BC.gather(1, columns_BS).to(self.device)
-        hidden_BSD = self.model.decode(canvas_BS, context.encoded, context.signal_BSD, starts=context.lengths)
+        model, encoded, starts = self.model, context.encoded, context.lengths
+
+        def decode(canvas_BS: Tensor, signal_BSD: Tensor) -> Tensor:
+            return model.decode(canvas_BS, encoded, signal_BSD, starts=starts)
+
+        # Unequal starts have to be brought to the device, which cannot be recorded.
+        network = self._replays if len(set(starts)) == 1 else Replays(None)
+        hidden_BSD = network(encoded, starts, canvas_BS.numel(), decode, canvas_BS, context.signal_BSD)
         if len(call.rows_M) == rows * length:
             return hidden_BSD.flatten(0, 1), context
         rows_M = call.rows_M.to(self.device)

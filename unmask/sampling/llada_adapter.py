@@ -20,6 +20,7 @@ from torch import Tensor
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.sampling.adapters import Call, FamilySpec
 from unmask.sampling.length_groups import length_groups
+from unmask.sampling.replay import replays_for
 from unmask.sampling.settings import MaskSettings
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class LLaDAAdapter:
         self.cfg_scale = settings.cfg_scale
         self.copies = 2 if self.cfg_scale else 1  # network rows a row
         self.device = next(model.parameters()).device
+        self._network = replays_for(model)
         padding = () if config.pad_token_id == config.eos_token_id else (config.pad_token_id,)
         self.spec = FamilySpec(
             noise="mask",
@@ -233,12 +235,20 @@ class LLaDAAdapter:
         ids_RL = ids_RL[:, : int(lengths_K.max())]
         if store is None:
             attend_KL = torch.arange(ids_RL.shape[1]) < lengths_K[:, None]
-            return self.model(ids_RL.to(self.device), None if attend_KL.all() else attend_KL.to(self.device))
+            inputs = (ids_RL,) if attend_KL.all() else (ids_RL, attend_KL)
+            return self._network(
+                None, "whole", ids_RL.numel(), self.model, *(tensor.to(self.device) for tensor in inputs)
+            )
         rows = None if rows_K is None else rows_K.tolist()
         window = Window(store, first_K.tolist(), end_K.tolist(), lengths_K.tolist(), rows)
         # Queries behind a row's end are computed and used by nobody; any token will do.
         columns_KS = (first_K[:, None] + torch.arange(window.width)).clamp(max=ids_RL.shape[1] - 1)
-        return self.model.forward_window(ids_RL.gather(1, columns_KS).to(self.device), window)
+        model, ids_KS = self.model, ids_RL.gather(1, columns_KS).to(self.device)
+
+        def forward(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
+            return model.forward_window(ids_KS, window.reading(tensors))
+
+        return self._network(store, window.kind, ids_KS.numel(), forward, ids_KS, *window.tensors.values())
 
     def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
         """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""

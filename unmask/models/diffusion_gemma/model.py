@@ -31,7 +31,7 @@ from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, c
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
 from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import RMSNorm, embedding, rotary_tables, rotate
-from unmask.models.moe import Dispatch, Experts, Router, local_dispatch
+from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
 
 if TYPE_CHECKING:
@@ -188,6 +188,15 @@ class Stack(nn.Module):
         return self.uses.look_up(self.embed_tokens, input_ids) * self.embedding_scale
 
     @property
+    def experts_are_grouped(self) -> bool:
+        """Whether all experts' matmuls are one kernel each, for which the host need not know how tokens are divided."""
+        return all(
+            type(layer.experts) is Experts
+            and all(grouped_kernel(weight[0], weight) for weight in layer.experts.parameters())
+            for layer in self.layers
+        )
+
+    @property
     def embedding_scale(self) -> float:
         """√D rounded to the embedding's dtype; a number on the host, so that no device waits for it."""
         return float(torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype))
@@ -334,6 +343,8 @@ class DiffusionGemma(nn.Module):
             starts = [encoded.positions_BS.shape[1]] * canvases
         if starts is None:
             starts_K = encoded.lengths_B if rows is None else encoded.lengths_B[rows]
+        elif len(set(starts)) == 1:  # filled in there, with nothing to bring
+            starts_K = torch.full((canvases,), starts[0], device=canvas_ids.device)
         else:
             starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
         positions_KC = starts_K[:, None] + torch.arange(length, device=canvas_ids.device)
@@ -404,7 +415,7 @@ class DiffusionGemma(nn.Module):
         return mixed * self.stack.embedding_scale
 
     def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
-        """Return `soft_embedding(logits(hidden))` of (K, C, D), a slice of the vocabulary at a time.
+        """Return `soft_embedding(logits(hidden))` of (K, C, D), a tile of the vocabulary at a time.
 
         The logits count as constants: gradients reach the embedding that they mix, and nothing else.
         """

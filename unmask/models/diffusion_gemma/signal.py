@@ -41,7 +41,9 @@ class _SoftEmbedding(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
         """Return the mix and the weight; a large cap's sums follow the largest logit (Milakov & Gimelshein 2018)."""
         hidden_DN = hidden_ND.to(compute).t().contiguous()
-        bounded = softcap <= SMALL_CAP and compute != torch.float16  # which ends at 65,504
+        bounded = softcap <= SMALL_CAP
+        # fp16, which ends at 65,504, does not hold sums over a vocabulary.
+        products = torch.float32 if compute == torch.float16 else compute
         top_N = torch.full_like(hidden_DN[0], 0.0 if bounded else -softcap, dtype=torch.float32)
         total_N, mixed_ND = torch.zeros_like(top_N), torch.zeros(hidden_ND.shape, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -53,7 +55,7 @@ class _SoftEmbedding(torch.autograd.Function):
                     mixed_ND.mul_(lower_N[:, None])
                 shares_RN = _shares(scores_RN, softcap, top_N)
                 total_N.add_(shares_RN.sum(dim=0))
-                add_product(mixed_ND, shares_RN.to(compute).t(), part_RD)
+                add_product(mixed_ND, shares_RN.to(products).t(), part_RD.to(products))
         ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
         ctx.softcap = softcap
         ctx.set_materialize_grads(False)

@@ -11,14 +11,15 @@ of a window, N its real positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Kinds of device on which a copy a row is several times faster than one copy by index; elsewhere launches count.
-ROW_BY_ROW = ("cpu",)
+# Kinds of device on which slices are written several times faster than by index; elsewhere launches count.
+BY_SLICE = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -98,36 +99,58 @@ class Window:
         rows: Sequence[int] | None = None,
     ) -> None:
         self._store = store
-        self.device = store.keys[0].device
+        device = store.keys[0].device
         self.columns = max(lengths)
         self.width = max(e - f for f, e in zip(first, end, strict=True))
-        self._first_K = torch.tensor(first)
-        self._rows_K = None if rows is None else torch.tensor(rows, device=self.device)
         # Every position is computed, so nothing is read from the store. What is written behind a row's length nobody
         # reads, so one span serves rows of any length.
         self.whole = not any(first) and tuple(end) == tuple(lengths)
-        same = len(set(first)) == 1 and len(set(end)) == 1
-        self._span = slice(first[0], first[0] + self.width) if self.whole or same else None
+        same = self.whole or (len(set(first)) == 1 and len(set(end)) == 1)
+        first_K, lengths_K = torch.tensor(first), torch.tensor(lengths)
+        starts = first_K[:1] if same else first_K
+        # Position of each query, (1, S) where all rows have the same; padding counts on.
+        tensors = {"positions": starts[:, None] + torch.arange(self.width)}
+        if int(lengths_K.min()) < self.columns:  # else nothing is padding, which keeps the fast kernels
+            tensors["mask"] = (torch.arange(self.columns) < lengths_K[:, None])[:, None, None, :]
+        if rows is not None:
+            tensors["rows"] = torch.tensor(rows)
         self._pieces = None
-        if self._span is None and self.device.type in ROW_BY_ROW:
-            stored = range(len(first)) if rows is None else rows
-            self._pieces = list(zip(stored, first, end, strict=True))
-        elif self._span is None:
-            real_KS = torch.arange(self.width) < (torch.tensor(end) - self._first_K)[:, None]
-            row_N, column_N = (index.to(self.device) for index in real_KS.nonzero(as_tuple=True))
-            self._query_N = (row_N, column_N)
-            self._place_N = (
-                row_N if self._rows_K is None else self._rows_K[row_N],
-                self._first_K.to(self.device)[row_N] + column_N,
+        if device.type in BY_SLICE:
+            spans = zip(range(len(first)) if rows is None else rows, first, end, strict=True)
+            self._pieces = (
+                [(slice(None), first[0], self.width)]
+                if same and rows is None
+                else [(slice(row, row + 1), start, stop - start) for row, start, stop in spans]
             )
-        lengths_K = torch.tensor(lengths)
-        equal = int(lengths_K.min()) == self.columns
-        keep_KL = None if equal else (torch.arange(self.columns) < lengths_K[:, None]).to(self.device)
-        # bool (K, 1, 1, columns), True = attend; None where nothing is padding, which keeps the fast kernels.
-        self.mask = None if keep_KL is None else keep_KL[:, None, None, :]
-        starts = self._first_K if self._span is None else self._first_K[:1]
-        # Position of each query, int64 (K, S); (1, S) where all rows have the same. Padding counts on.
-        self.positions_KS = (starts[:, None] + torch.arange(self.width)).to(self.device)
+        elif not same or rows is not None:
+            real_KS = torch.arange(self.width) < (torch.tensor(end) - first_K)[:, None]
+            row_N, tensors["query_column"] = real_KS.nonzero(as_tuple=True)
+            tensors["query_row"] = row_N
+            tensors["row"] = row_N if rows is None else tensors["rows"][row_N]
+            tensors["column"] = first_K[row_N] + tensors["query_column"]
+        self.tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """What windows of one store have in common that differ in the values of their tensors alone."""
+        pieces = None if self._pieces is None else tuple((rows.start, *span) for rows, *span in self._pieces)
+        return self.whole, self.columns, self.width, pieces, *self.tensors
+
+    def reading(self, tensors: Sequence[Tensor]) -> Window:
+        """Return a window of this kind that reads these tensors instead of its own, given in their order."""
+        other = copy.copy(self)
+        other.tensors = dict(zip(self.tensors, tensors, strict=True))
+        return other
+
+    @property
+    def positions_KS(self) -> Tensor:
+        """Position of each query, int64 (K, S), or (1, S) where all rows have the same."""
+        return self.tensors["positions"]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which columns are attended to, bool (K, 1, 1, columns); None = all."""
+        return self.tensors.get("mask")
 
     def exchange(self, layer: int, k_KGSE: Tensor, v_KGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values into the store; return those of all positions, (K, G, columns, E)."""
@@ -137,18 +160,17 @@ class Window:
         if self.whole:
             return k_KGSE, v_KGSE
         keys, values = (whole_BGLE[:, :, : self.columns] for whole_BGLE in stored)
-        if self._rows_K is None:
-            return keys, values
-        return keys.index_select(0, self._rows_K), values.index_select(0, self._rows_K)
+        rows_K = self.tensors.get("rows")
+        return (keys, values) if rows_K is None else (keys.index_select(0, rows_K), values.index_select(0, rows_K))
 
     def _write(self, whole_BGLE: Tensor, new_KGSE: Tensor) -> None:
         if self._pieces is not None:
-            for (row, first, end), new_GSE in zip(self._pieces, new_KGSE, strict=True):
-                whole_BGLE[row, :, first:end] = new_GSE[:, : end - first]
-        elif self._span is None:
-            by_place = whole_BGLE.transpose(1, 2)
-            by_place[self._place_N] = new_KGSE.transpose(1, 2)[self._query_N]
-        elif self._rows_K is None:
-            whole_BGLE[:, :, self._span] = new_KGSE
+            parts = [new_KGSE] if len(self._pieces) == 1 else new_KGSE.split(1)
+            for (rows, first, width), new_kGSE in zip(self._pieces, parts, strict=True):
+                whole_BGLE[rows, :, first : first + width] = new_kGSE[:, :, :width]
+        elif "row" in self.tensors:
+            row_N, column_N = self.tensors["row"], self.tensors["column"]
+            query_N = (self.tensors["query_row"], self.tensors["query_column"])
+            whole_BGLE.transpose(1, 2)[row_N, column_N] = new_KGSE.transpose(1, 2)[query_N]
         else:
-            whole_BGLE[:, :, self._span].index_copy_(0, self._rows_K, new_KGSE)
+            whole_BGLE.index_copy_(2, self.positions_KS[0], new_KGSE)
