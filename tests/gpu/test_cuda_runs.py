@@ -116,14 +116,14 @@ def test_what_waits_for_the_device_is_not_recorded_and_harms_nothing(cuda):
 
     one, network = torch.ones(1, device=cuda), torch.nn.Linear(1, 1, device=cuda).requires_grad_(False)
     call = replay.replays_for(network)
-    call(None, "kind", 1, waits, one)
+    call(None, "kind", waits, one)
     with pytest.warns(RuntimeWarning, match="kernel by kernel"):
-        assert call(None, "kind", 1, waits, one).item() == 1
-    assert call(None, "kind", 1, waits, one).item() == 1
+        assert call(None, "kind", waits, one).item() == 1
+    assert call(None, "kind", waits, one).item() == 1
     assert torch.randn(4, device=cuda).isfinite().all()
     later = replay.replays_for(network)
     for number in range(5):
-        assert later(None, "kind", 1, lambda tensor: 2 * tensor, number * one).item() == 2 * number
+        assert later(None, "kind", lambda tensor: 2 * tensor, number * one).item() == 2 * number
     assert later._kept
 
 

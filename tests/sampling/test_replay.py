@@ -49,11 +49,11 @@ def test_calls_of_a_kind_are_recorded_after_one_and_then_replayed() -> None:
     recorder = Recorder()
     call = Replays(recorder)
     for number in range(6):
-        found = call(None, "kind", 4, double, torch.full((4,), float(number)))
+        found = call(None, "kind", double, torch.full((4,), float(number)))
         assert found.tolist() == [2.0 * number] * 4
     assert (recorder.recorded, recorder.replayed) == (1, 5)
-    call(None, "other", 4, double, torch.ones(4))
-    call(None, "kind", 4, double, torch.ones(5))  # another shape is another kind
+    call(None, "other", double, torch.ones(4))
+    call(None, "kind", double, torch.ones(5))  # another shape is another kind
     assert (recorder.recorded, recorder.replayed) == (1, 5)
 
 
@@ -62,7 +62,7 @@ def test_recordings_last_as_long_as_their_scope() -> None:
     call = Replays(recorder)
     for scope in (object(), object()):
         for number in range(4):
-            assert call(scope, "kind", 4, double, torch.full((4,), float(number))).tolist() == [2.0 * number] * 4
+            assert call(scope, "kind", double, torch.full((4,), float(number))).tolist() == [2.0 * number] * 4
     assert (recorder.recorded, recorder.replayed) == (2, 6)
     assert [made() is None for made in recorder.made] == [True, False]
 
@@ -71,11 +71,11 @@ def test_large_calls_and_more_kinds_than_are_kept_are_not_recorded() -> None:
     recorder = Recorder()
     call = Replays(recorder)
     for _ in range(5):
-        call(None, "large", 10_000, double, torch.ones(2))
+        call(None, "large", double, torch.ones(5000))
     assert recorder.recorded == 0
     for _ in range(5):
         for kind in range(replay._KEPT + 1):
-            assert call(None, kind, 1, double, torch.ones(2)).tolist() == [2.0, 2.0]
+            assert call(None, kind, double, torch.ones(2)).tolist() == [2.0, 2.0]
     assert recorder.recorded == replay._KEPT
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_recorded_under_autocast() -> None:
     call = Replays(recorder)
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(4):
-            call(None, "kind", 1, double, torch.ones(1))
+            call(None, "kind", double, torch.ones(1))
     assert recorder.recorded == 0
 
 
@@ -94,15 +94,15 @@ def test_what_cannot_be_recorded_is_called_and_said_once() -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     call = Replays(refuse)
-    call(None, "kind", 1, double, torch.ones(1))
+    call(None, "kind", double, torch.ones(1))
     with pytest.warns(RuntimeWarning, match=r"kernel by kernel: operation not permitted .* \(UNMASK_REPLAY=0 has"):
-        assert call(None, "kind", 1, double, torch.ones(1)).tolist() == [2.0]
-    assert call(None, "kind", 1, double, torch.ones(1)).tolist() == [2.0]
+        assert call(None, "kind", double, torch.ones(1)).tolist() == [2.0]
+    assert call(None, "kind", double, torch.ones(1)).tolist() == [2.0]
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
     call = replays_for(torch.nn.Linear(2, 2))
-    assert [call(None, "kind", 1, double, torch.ones(1)).item() for _ in range(4)] == [2.0] * 4
+    assert [call(None, "kind", double, torch.ones(1)).item() for _ in range(4)] == [2.0] * 4
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])

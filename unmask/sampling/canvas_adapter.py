@@ -123,7 +123,7 @@ class CanvasAdapter:
 
         # Unequal starts have to be brought to the device, which cannot be recorded.
         network = self._replays if len(set(starts)) == 1 else Replays(None)
-        hidden_BSD = network(encoded, starts, canvas_BS.numel(), decode, canvas_BS, context.signal_BSD)
+        hidden_BSD = network(encoded, starts, decode, canvas_BS, context.signal_BSD)
         if len(call.rows_M) == rows * length:
             return hidden_BSD.flatten(0, 1), context
         rows_M = call.rows_M.to(self.device)

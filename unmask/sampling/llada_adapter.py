@@ -236,9 +236,7 @@ class LLaDAAdapter:
         if store is None:
             attend_KL = torch.arange(ids_RL.shape[1]) < lengths_K[:, None]
             inputs = (ids_RL,) if attend_KL.all() else (ids_RL, attend_KL)
-            return self._network(
-                None, "whole", ids_RL.numel(), self.model, *(tensor.to(self.device) for tensor in inputs)
-            )
+            return self._network(None, "whole", self.model, *(tensor.to(self.device) for tensor in inputs))
         rows = None if rows_K is None else rows_K.tolist()
         window = Window(store, first_K.tolist(), end_K.tolist(), lengths_K.tolist(), rows)
         # Queries behind a row's end are computed and used by nobody; any token will do.
@@ -248,7 +246,7 @@ class LLaDAAdapter:
         def forward(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
             return model.forward_window(ids_KS, window.reading(tensors))
 
-        return self._network(store, window.kind, ids_KS.numel(), forward, ids_KS, *window.tensors.values())
+        return self._network(store, window.kind, forward, ids_KS, *window.tensors.values())
 
     def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
         """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""

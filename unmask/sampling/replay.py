@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 # Set to 0, it has every call launched kernel by kernel.
 SWITCH = "UNMASK_REPLAY"
-# Calls under a key before it is recorded: the first one makes libraries ready. A recording costs about three calls.
+# Calls of a kind before it is recorded: the first one makes libraries ready. A recording costs about three calls.
 _BEFORE = 1
 # Recordings kept at a time; kinds of calls that come later are not recorded.
 _KEPT = 8
@@ -61,20 +61,20 @@ class Replays:
         self._calls: dict[Hashable, int] = {}
         self._kept: dict[Hashable, Recording] = {}
 
-    def __call__(self, scope: object, kind: Hashable, tokens: int, function: Function, *inputs: Tensor) -> Tensor:
+    def __call__(self, scope: object, kind: Hashable, function: Function, *inputs: Tensor) -> Tensor:
         """Return function(*inputs), which is valid until the next call.
 
         Args:
             scope: what the function reads beside its inputs and the network; recordings last as long as calls have the
                 same one.
             kind: says all else that the call depends on beside the inputs; their shapes need not be said.
-            tokens: how many the network computes.
             function: without gradients; it may wait for the device nowhere. What it refers to is kept as long as the
                 recording, so it must not refer to who holds this object.
-            inputs: on the device.
+            inputs: on the device; the first are the tokens that the network computes.
         """
         # Under autocast weights are cast copies, which are gone when it ends.
-        if self._record is None or tokens > _MOST_TOKENS or torch.is_autocast_enabled(inputs[0].device.type):
+        cast = torch.is_autocast_enabled(inputs[0].device.type)
+        if self._record is None or cast or inputs[0].numel() > _MOST_TOKENS:
             return function(*inputs)
         if scope is not self._scope:
             self._scope = scope
