@@ -45,11 +45,12 @@ def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
     """
     from rich.console import Console
 
-    from unmask.assemble import prepare, run_training
+    from unmask.assemble import run_training
     from unmask.config import load_config
     from unmask.data.arithmetic import make_problems
     from unmask.models.registry import load_model
     from unmask.models.tokenizer import load_tokenizer
+    from unmask.prepare import prepare
     from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, learned, write_folder
 
     began = time.monotonic()

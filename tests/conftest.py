@@ -284,8 +284,9 @@ def train_tiny() -> Callable[..., TinyRun]:
         from rich.console import Console
 
         from unmask import assemble
-        from unmask.assemble import prepare, run_training
+        from unmask.assemble import run_training
         from unmask.config import config_from_mapping
+        from unmask.prepare import prepare
         from unmask.report.metrics import FILE, read_metrics
 
         root, printed = Path(values["checkpoint"]["checkpoint_dir"]), io.StringIO()

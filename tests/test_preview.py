@@ -20,7 +20,8 @@ MEASURE = """
 import json, os, sys
 import torch
 from rich.console import Console
-from unmask.assemble import assemble, build_parts, prepare
+from unmask.assemble import assemble
+from unmask.prepare import build_parts, prepare
 from unmask.config import load_config
 from unmask.distributed.runtime import Runtime, build_runtime
 from unmask.training.estimate import estimate_memory
@@ -196,9 +197,10 @@ def test_the_heads_gradient_that_a_loss_holds_is_counted(tiny, gemma_values, tmp
     import torch
     from rich.console import Console
 
-    from unmask.assemble import assemble, prepare
+    from unmask.assemble import assemble
     from unmask.config import config_from_mapping
     from unmask.distributed.runtime import build_runtime
+    from unmask.prepare import prepare
     from unmask.training.estimate import estimate_memory
 
     changes = {}

@@ -13,9 +13,9 @@ from unmask.sections import differences
 if TYPE_CHECKING:
     from torch import nn
 
-    from unmask.assemble import Prepared
     from unmask.data.loader import ValidationSet
     from unmask.data.sources import Rows
+    from unmask.prepare import Prepared
     from unmask.training.loop import TrainingRun
     from unmask.training.resume import ResumePoint
 

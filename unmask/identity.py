@@ -12,7 +12,7 @@ from unmask.models.folders import weights_fingerprint
 from unmask.sections import to_mapping
 
 if TYPE_CHECKING:
-    from unmask.assemble import Prepared
+    from unmask.prepare import Prepared
 
 
 def agreement(prepared: Prepared) -> dict[str, str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from unmask.assemble import Parts, Prepared, build_parts
 from unmask.config import dump_config
 from unmask.distributed.ranks import Ranks
+from unmask.prepare import Parts, Prepared, build_parts
 from unmask.training.estimate import Estimate, estimate_memory
 from unmask.training.estimate_shared import SharedEstimate, estimate_shared
 

@@ -69,10 +69,11 @@ def quickstart(root: Path, seed: int = 42, own_process: bool = False) -> int:
     )
     write_folder(root, train, validation, seed)
 
-    from unmask.assemble import prepare, run_training
+    from unmask.assemble import run_training
     from unmask.config import load_config
     from unmask.models.registry import build_model
     from unmask.models.tokenizer import load_tokenizer
+    from unmask.prepare import prepare
 
     prepared = prepare(load_config(root / CONFIG))
     tokenizer = load_tokenizer(str(root / TOKENIZER))

@@ -31,8 +31,9 @@ def train(values: dict[str, Any]) -> str:
     """Train as `unmask train` does; return how the run ended."""
     from rich.console import Console
 
-    from unmask.assemble import prepare, run_training
+    from unmask.assemble import run_training
     from unmask.config import config_from_mapping
+    from unmask.prepare import prepare
 
     return run_training(prepare(config_from_mapping(values)), Console(file=sys.stdout, width=300)).reason
 
@@ -191,9 +192,10 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     """Train; return the bytes that this rank received through FSDP2 and expert exchange, and what its shards take."""
     from rich.console import Console
 
-    from unmask.assemble import prepare, run_training
+    from unmask.assemble import run_training
     from unmask.config import config_from_mapping
     from unmask.distributed import expert
+    from unmask.prepare import prepare
     from unmask.training import network as networks
 
     received = {"weights": 0, "gradients": 0, "tokens": 0}

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.assemble import prepare
 from unmask.cli import main
 from unmask.config import config_from_mapping
 from unmask.distributed.mesh import Degrees, resolve_degrees
 from unmask.distributed.runtime import DistributedConfig
 from unmask.errors import ConfigError
+from unmask.prepare import prepare
 from unmask.training.estimate import estimate_memory
 from unmask.training.estimate_shared import SharedEstimate, estimate_shared
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.assemble import build_parts, prepare
 from unmask.config import config_from_mapping
 from unmask.data.encode import RowEncoder
 from unmask.data.loader import validation_set
@@ -17,6 +16,7 @@ from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import fixed_noise, validation_losses
 from unmask.models.registry import build_model
 from unmask.objectives.mdlm import MDLM
+from unmask.prepare import build_parts, prepare
 
 RUNTIME = Runtime(torch.device("cpu"), None)
 

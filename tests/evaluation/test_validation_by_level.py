@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unmask.assemble import build_parts, prepare
 from unmask.config import config_from_mapping
 from unmask.data.encode import RowEncoder
 from unmask.data.loader import validation_set
@@ -22,6 +21,7 @@ from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.registry import build_model
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
+from unmask.prepare import build_parts, prepare
 from unmask.report.trackers import numbers
 from unmask.rng import NoiseStream
 

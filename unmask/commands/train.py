@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     if processes > 1 and world_size() > 1:
         raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
-    from unmask.assemble import prepare, run_training
+    from unmask.assemble import run_training
+    from unmask.prepare import prepare
 
     prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if processes > 1 else None)
     if processes > 1 and not arguments.dry_run:
