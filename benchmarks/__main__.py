@@ -15,6 +15,7 @@ from benchmarks import (
     sampling,
     scaling,
     start_up,
+    trained_canvases,
     training_step,
 )
 
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "lora_experts": lora_experts,
     "generation": generation,
     "sampling": sampling,
+    "trained_canvases": trained_canvases,
     "evaluation": evaluation,
     "scaling": scaling,
 }

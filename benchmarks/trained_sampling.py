@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,27 @@ def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
 
     Training ends when the validation problems are solved, or after the quickstart's number of steps.
     """
+    from unmask.data.vocabulary import LLADA
+    from unmask.quickstart import configuration, learned
+
+    return train_on_problems(root, configuration(root, seed), LLADA, "llada", learned())
+
+
+def train_on_problems(
+    root: Path,
+    values: dict[str, Any],
+    controls: Any,
+    template: str,
+    is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> tuple[Any, Any, list[Any], float]:
+    """Train on the quickstart's problems; return the model, its tokenizer, the test problems and the seconds.
+
+    Args:
+        root: folder for everything.
+        values: the configuration, whose seed the problems go by, too.
+        controls, template: of the family's tokenizer, as in `unmask.quickstart.write_run`.
+        is_good_enough: may end training, told what a validation measured.
+    """
     from rich.console import Console
 
     from unmask.assemble import run_training
@@ -51,16 +72,12 @@ def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
     from unmask.models.registry import load_model
     from unmask.models.tokenizer import load_tokenizer
     from unmask.prepare import prepare
-    from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, learned, write_folder
+    from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, write_run
 
     began = time.monotonic()
-    problems, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, seed)
-    write_folder(root, problems, held_out[:VALIDATION_ROWS], seed)
-    run_training(
-        prepare(load_config(root / CONFIG)),
-        Console(highlight=False),
-        is_good_enough=learned(),
-    )
+    problems, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, values["seed"])
+    write_run(root, problems, held_out[:VALIDATION_ROWS], values, controls, template)
+    run_training(prepare(load_config(root / CONFIG)), Console(highlight=False), is_good_enough=is_good_enough)
     model, tokenizer = load_model(str(root / RUN)), load_tokenizer(str(root / RUN))
     return model.eval(), tokenizer, held_out[VALIDATION_ROWS:], time.monotonic() - began
 
