@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.bounds import at_least, at_most
 from benchmarks.training_step import peak_resident_gib
 
 WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 4, 4, 2, 64, 512
@@ -94,10 +95,10 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"{case:<22}{variant:<24}{found[variant]['step']:8.3f}{found[variant]['peak_gib']:10.2f}")
         bounds = found["bounds"]
         limit = bounds["memory_ratio_at_most"]
+        memory = "" if limit is None else f" ({at_most(found['memory_ratio'], limit)})"
         lines.append(
-            f"{'':<22}speed-up {found['speedup']:.2f} (bound ≥ {bounds['speedup_at_least']}; of processor time "
-            f"{found['cpu_speedup']:.2f}), memory "
-            f"{found['memory_ratio']:.2f}{'' if limit is None else f' (bound ≤ {limit})'}, "
+            f"{'':<22}speed-up {found['speedup']:.2f} ({at_least(found['speedup'], bounds['speedup_at_least'])}; of "
+            f"processor time {found['cpu_speedup']:.2f}), memory {found['memory_ratio']:.2f}{memory}, "
             f"× floor {found['over_floor']:.2f}"
         )
     return "\n".join(lines)

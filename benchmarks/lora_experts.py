@@ -48,7 +48,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for case, found in results["cases"].items():
         for variant, values in found["measured"].items():
-            lines.append(f"{case:<28}{variant:<24}{values['peak_gib']:10.3f}{found['ratios'][variant]:8.2f}")
+            ratio = found["ratios"][variant]
+            missed = "" if ratio <= results["bound"] else "   MISSED"
+            lines.append(f"{case:<28}{variant:<24}{values['peak_gib']:10.3f}{ratio:8.2f}{missed}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import trained_sampling
+from benchmarks.bounds import at_least
 
 LAYERS, WIDTH, HEADS, MLP, VOCABULARY = 12, 512, 8, 1536, 126_464
 PROMPT, NEW, BLOCK = 256, 128, 32
@@ -138,14 +139,18 @@ def table(results: dict[str, Any]) -> str:
         f"{'sampler':<22}{'tokens/s':>10}{'calls':>8}{'tokens/call':>12}{'speed-up':>10}{'of cpu time':>13}",
     ]
     for name, found in results["speed"].items():
-        bound = "" if found["bound"] is None else f"  (bound ≥ {found['bound']:g})"
+        bound = "" if found["bound"] is None else f"  ({at_least(found['speedup'], found['bound'])})"
         floor = "" if "over_floor" not in found else f"  {found['over_floor']:.2f} × a call's floor"
         lines.append(
             f"{name:<22}{found['tokens_per_second']:>10.2f}{found['calls']:>8.0f}{found['tokens_per_call']:>12.2f}"
             f"{found['speedup']:>10.2f}{found['cpu_speedup']:>13.2f}{bound}{floor}"
         )
     for name, found in results["batch"].items():
-        bound = f"bound ≥ {BATCH_BOUND:g}" if name == "dual" else "no bound: one prompt already fills the machine"
+        bound = (
+            at_least(found["speedup"], BATCH_BOUND)
+            if name == "dual"
+            else "no bound: one prompt already fills the machine"
+        )
         lines.append(
             f"{BATCH} prompts of {PROMPT // BATCH} to {PROMPT} tokens, {name}: "
             f"{found['together']['tokens_per_second']:.1f} tokens/s together, "

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bounds import at_least, at_most
+
 NEW, BLOCK = 24, 8  # tokens of an answer, as in the quickstart, and of a block
 TIMED = 6  # problems to time; all test problems are graded
 WIDE = 126_464
@@ -195,10 +197,11 @@ def table(results: dict[str, Any]) -> str:
             f"{name:<22}{found['exact_match']:>12.1%}{found['tokens_per_second']:>10.1f}{found['calls']:>8.1f}"
             f"{found['tokens_per_call']:>12.2f}{found['speedup']:>10.2f}"
         )
+    speedup = results["samplers"][bound["sampler"]]["speedup"]
     lost = results["samplers"]["published"]["exact_match"] - results["samplers"][bound["sampler"]]["exact_match"]
     lines.append(
-        f"{bound['sampler']}: bound ≥ {bound['speedup_at_least']}, exact match lost {lost:.1%} (bound ≤ "
-        f"{bound['match_lost_at_most']:.0%})"
+        f"{bound['sampler']}: speed-up {speedup:.2f} ({at_least(speedup, bound['speedup_at_least'])}), exact match "
+        f"lost {lost:.1%} ({at_most(lost, bound['match_lost_at_most'], percent=True)})"
     )
     return "\n".join(lines)
 

@@ -175,6 +175,12 @@ def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was(t
     assert "error: this turn:" in shown and "2 turns added" in shown
 
 
+def test_an_answer_as_long_as_the_context_is_refused_before_the_weights_load(chat, monkeypatch):
+    monkeypatch.setattr("unmask.models.registry.load_model", lambda *_: pytest.fail("weights were loaded"))
+    status, _, err = chat("so?\n", "--max_new_tokens", "96")
+    assert status == 2 and "--max_new_tokens: answers of 96 tokens leave no room" in err
+
+
 def test_without_a_length_the_answer_leaves_a_short_context_room_for_the_turn(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"hello\n"), isatty=lambda: False))
     assert main(["chat", "--checkpoint", checkpoint, "--threshold", "0", "--device", "cpu"]) == 0

@@ -45,6 +45,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", "run", "--colour", "red"]) == 2
     assert capsys.readouterr().err == "unmask: error: unknown argument --colour; see `unmask plot --help`\n"
+    assert main(["generate", "--checkpoint", "run", "--prompt", "so?", "--treshold=0.9"]) == 2
+    assert "unknown argument --treshold=0.9 (did you mean '--threshold'?);" in capsys.readouterr().err
 
 
 def test_an_unexpected_failure_of_the_system_is_one_line(

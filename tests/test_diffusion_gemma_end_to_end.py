@@ -73,7 +73,7 @@ def full(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Over the trained model: an untrained embedding, which is the head too, leaves an adapter little to gain. In fp32:
-    # without AMX a CPU makes small bf16 products slowly.
+    # a CPU without bf16 hardware makes small bf16 products slowly.
     root = tmp_path_factory.mktemp("runs") / "lora"
     more = {"step_scheduler.max_steps": ADAPTER_STEPS, "distributed.autocast_dtype": "float32"}
     return train("lora", full / "latest", root, *(word for key in more for word in (f"--{key}", str(more[key]))))

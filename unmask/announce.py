@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from unmask.config import RunConfig, dump_config
+from unmask.prepare import Prepared, stored_generation
+from unmask.sampling.family_settings import approximation_note
+from unmask.sampling.settings import default_settings, resolve
 from unmask.sections import differences
 
 if TYPE_CHECKING:
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
 
     from unmask.data.loader import ValidationSet
     from unmask.data.sources import Rows
-    from unmask.prepare import Prepared
     from unmask.training.loop import TrainingRun
     from unmask.training.resume import ResumePoint
 
@@ -53,7 +55,7 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
     for line in changed:
         say(f"changed since step {start.step}: {line}")
-    for line in _validation_lines(prepared.validation_rows, validation):
+    for line in (*_validation_lines(prepared.validation_rows, validation), *_sampling_notes(prepared)):
         say(f"validation: {line}")
     say(
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
@@ -74,6 +76,16 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         environment=_environment(run),
     )
+
+
+def _sampling_notes(prepared: Prepared) -> list[str]:
+    """Say what is approximate in how validation questions will be answered."""
+    section = prepared.config.validation
+    if section is None or prepared.validation_rows is None:
+        return []
+    defaults = default_settings(prepared.plan.config, stored_generation(prepared.plan))
+    note = approximation_note(resolve(section.settings(), defaults))
+    return [note] if note else []
 
 
 def _environment(run: TrainingRun) -> dict[str, Any]:

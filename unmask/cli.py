@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
+from unmask.commands.flags import spellings
 from unmask.errors import ConfigError, UnmaskError
+from unmask.sections import nearest
 
 # In the order of `unmask --help`.
 COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)
@@ -34,7 +36,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
     try:
         arguments, rest = parser.parse_known_args(words)
         if rest and not getattr(arguments, "takes_overrides", False):
-            raise ConfigError(f"unknown argument {rest[0]}; see `unmask {arguments.command} --help`")
+            meant = nearest(rest[0].partition("=")[0], spellings(arguments.parser)) if rest[0].startswith("-") else ""
+            raise ConfigError(f"unknown argument {rest[0]}{meant}; see `unmask {arguments.command} --help`")
         arguments.overrides, arguments.words = rest, words
         return arguments.run(arguments) or 0
     except UnmaskError as error:

@@ -56,6 +56,12 @@ def test_answers_are_counted_and_kept(answered: Any, tiny) -> None:
     assert kept[0]["row"].endswith("valid.jsonl:1") and isinstance(kept[0]["correct"], bool)
 
 
+def test_an_approximate_sampler_is_labelled(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    section = {"generate_every_steps": 1, "max_samples": 1, "sampler": {**SAMPLER, "cache": "dual"}}
+    run = train_tiny(config(tiny, tmp_path, validation=section, step_scheduler__max_steps=1))
+    assert "validation: approximate sampling: dual cache, computed anew at block starts" in run.output
+
+
 def test_the_run_learns_the_same_without_it(answered: Any, tiny, tiny_base: Path, train_tiny: Train, tmp_path: Path):
     plain = train_tiny(config(tiny, tmp_path, **adapter(tiny_base), validation=None))
     assert plain.losses == answered.losses

@@ -62,6 +62,14 @@ def test_a_base_and_its_adapter_stand_side_by_side(evaluate, tiny_base: Path, ad
         assert len(answers(tmp_path / "out", each["file"])) == 10
 
 
+def test_an_approximate_sampler_is_labelled(evaluate, tmp_path: Path) -> None:
+    status, printed, _ = evaluate("--limit", "2", "--cache", "dual")
+    note = "dual cache, computed anew at block starts"
+    assert status == 0 and f"model: approximate sampling: {note}" in printed
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert result["settings"]["approximations"][0] == note
+
+
 def test_a_table_that_goes_into_a_file_is_as_wide_as_it_needs_to_be(evaluate, tiny_base, tmp_path, monkeypatch) -> None:
     names = [tmp_path / (letter * 40) for letter in "ab"]
     for name in names:

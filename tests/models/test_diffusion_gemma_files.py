@@ -106,7 +106,10 @@ def test_large_checkpoints_come_out_in_shards(checkpoint: Path, gemma_reference,
     assert len(written) > 4 and written[-1].name == "model.safetensors.index.json"
     shutil.copy(checkpoint / "config.json", tmp_path)
     assert_same_bytes(stored(checkpoint), stored(tmp_path))
-    assert torch.equal(logits_of(reference_of(tmp_path)), logits_of(reference_of(checkpoint)))
+    written_back, original = reference_of(tmp_path), reference_of(checkpoint)
+    assert all(torch.equal(original.state_dict()[name], value) for name, value in written_back.state_dict().items())
+    # They lie in mapped files, where some CPUs' kernels round by how they are aligned.
+    torch.testing.assert_close(logits_of(written_back), logits_of(original), rtol=0, atol=1e-6)
     assert torch.equal(logits_of(load_model(str(tmp_path))), logits_of(model))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import main
+from unmask.commands.generate import _Texts
 from unmask.distributed.answering import load_for_answers
 from unmask.distributed.ranks import Ranks
 from unmask.errors import ConfigError
@@ -100,6 +101,36 @@ def test_blanks_are_filled_from_a_file(tiny_base, tmp_path):
     first, second = records(output)
     assert first["text"].startswith("it is ") and first["text"].endswith(".")
     assert len(first["fill_ids"][0]) == 2 and len(second["fill_ids"][0]) in (1, 2) and second["log_likelihood"] <= 0
+
+
+@pytest.mark.parametrize("stop_after", [None, 3])
+def test_texts_are_printed_in_their_order_and_those_of_an_interrupted_run_as_well(
+    tiny_base, tmp_path, monkeypatch, capsys, stop_after
+):
+    command = words(tiny_base, tmp_path, "unused.jsonl", "--batch_size", "1")
+    del command[command.index("--output") : command.index("--output") + 2]
+    real, done = _Texts.add, []
+
+    def add(self, row, answer):
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append(row)
+        real(self, row, answer)
+
+    monkeypatch.setattr(_Texts, "add", add)
+    assert main(command) == (0 if stop_after is None else 130)
+    printed = [line.removeprefix("> ") for line in capsys.readouterr().out.splitlines() if line.startswith("> ")]
+    assert done[:3] != sorted(done)[:3]  # the shortest are answered first
+    assert printed == [PROMPTS[row] for row in sorted(done)]
+
+
+def test_a_blank_that_is_sent_as_text_is_pointed_out(tiny_base, capsys):
+    base = ["generate", "--checkpoint", str(tiny_base), "--device", "cpu"]
+    assert main([*base, "--prompt", "so?", "--prompt", "so {blank:2}", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().err == "prompt 1: its blank is text to the model; --infill fills blanks\n"
+    assert main([*base, "--prompt", "so {{blank:2}}", "--max_new_tokens", "4"]) == 0
+    assert main([*base, "--prompt", "so {blank:2}", "--infill"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_prompts_come_from_one_place(tiny_base, tmp_path, capsys):

@@ -25,7 +25,8 @@ def test_texts_and_blanks_alternate(text, pieces):
     [
         ("no gap", "text 0: there is no blank in it; write {blank:N}"),
         ("{{blank:4}}", "there is no blank"),
-        ("{blank:0}", "{blank:0} needs a length of at least 1"),
+        ("{blank:0}", "{blank:0} needs a length of 1 to 999999999"),
+        ("{blank:9999999999}", "{blank:9999999999} needs a length of 1 to 999999999"),
         ("{blank:-2}", "{blank:-2} needs a length"),
         ("{blank:5-3}", "{blank:5-3} needs a length"),
         ("{blank}", "{blank} needs a length"),

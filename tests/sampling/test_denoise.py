@@ -152,15 +152,16 @@ def test_a_network_with_nan_weights_is_refused(small_model):
     remasking=st.sampled_from(["low_confidence", "random"]),
     threshold=st.sampled_from([None, 0.05, 0.5]),
     favoured=st.sampled_from([37, 39, 43, 38, 5]),
+    cache=st.sampled_from(["none", "prefix", "dual"]),
 )
 @settings(deadline=None, max_examples=40)
 def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
-    small_model, steps, length, block, temperature, remasking, threshold, favoured
+    small_model, steps, length, block, temperature, remasking, threshold, favoured, cache
 ):
     model = small_model({favoured: 50.0})
     threshold = threshold if remasking == "low_confidence" else None  # the two exclude each other
-    sampler = MaskSettings(steps, length, block, temperature, remasking, threshold)
-    events = list(denoise(LLaDAAdapter(model), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler))
+    sampler = MaskSettings(steps, length, block, temperature, remasking, threshold, cache=cache)
+    events = list(denoise(LLaDAAdapter(model, sampler), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler))
     sizes = [min(block, length - start) for start in range(0, length, block)]
     plan = zip(sizes, planned_calls(sizes, steps), strict=True)
     quotas = [quota(size, calls, step) for size, calls in plan for step in range(calls)]

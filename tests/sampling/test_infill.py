@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import unmask
 from unmask.errors import SamplingError
+from unmask.models.registry import load_model
 from unmask.sampling.denoise import StepEvent, denoise
 from unmask.sampling.draws import row_keys
 from unmask.sampling.infill import _added, infill
@@ -31,6 +34,45 @@ def test_given_text_stays_and_blanks_get_their_tokens(text_model, chat_tokenizer
     assert found.token_ids == parts[0] + found.fill_ids[0] + parts[1] + found.fill_ids[1] + parts[2]
     assert found.prompt_ids == [] and found.stats.nfe == 8 and found.stats.tokens_per_forward == 1
     assert found.log_likelihood < 0
+
+
+@pytest.fixture(scope="module")
+def networks(small_model, gemma_folder) -> dict[str, tuple[torch.nn.Module, set[int]]]:
+    """A network of each family for `chat_tokenizer`, and what it must not fill in."""
+    ids = {"mask_token_id": 257, "eos_token_id": 259, "pad_token_id": 259}
+    llada = small_model(vocab_size=260, embedding_size=264, **ids)
+    return {"LLaDA": (llada, {257, 258, *range(259, 264)}), "DiffusionGemma": (load_model(str(gemma_folder)), {1, 7})}
+
+
+CACHED = [("LLaDA", cache) for cache in ("none", "prefix", "dual")] + [
+    ("DiffusionGemma", cache) for cache in ("block", "none")
+]
+
+
+@given(
+    asked=st.sampled_from(CACHED),
+    edits=st.booleans(),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    given_text=st.lists(st.text("ab .", max_size=5), min_size=4, max_size=4),
+    steps=st.integers(1, 6),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=40)
+def test_whatever_is_asked_given_tokens_stay_and_blanks_get_allowed_ones(
+    networks, chat_tokenizer, asked, edits, lengths, given_text, steps, seed
+):
+    family, cache = asked
+    model, forbidden = networks[family]
+    options = {"revise": "edit"} if edits and family == "LLaDA" else {}
+    pieces = [f"x{given_text[0]}", *given_text[1 : len(lengths) + 1]]
+    text = pieces[0] + "".join(f"{{blank:{n}}}{piece}" for n, piece in zip(lengths, pieces[1:], strict=True))
+    sampler = SamplerConfig(steps=steps, cache=cache, **options)
+    (found,) = infill(model, text, tokenizer=chat_tokenizer, sampler=sampler, seed=seed)
+    assert [len(ids) for ids in found.fill_ids] == lengths
+    parts = [chat_tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
+    filled = [ids + part for ids, part in zip(found.fill_ids, parts[1:], strict=True)]
+    assert found.token_ids == parts[0] + [token for part in filled for token in part]
+    assert not {token for ids in found.fill_ids for token in ids} & forbidden
 
 
 def test_it_is_in_the_library_and_takes_lists(text_model, chat_tokenizer):
@@ -132,6 +174,7 @@ def test_blocks_count_from_the_first_blank_and_given_blocks_cost_nothing(text_mo
         (["{blank:1}", "{blank:0}"], {}, "text 1: {blank:0} needs a length"),
         ([[{"role": "user", "content": "{blank:2}"}]], {}, "ends in the assistant's message"),
         ("a {blank:200}", {}, "text 0: 202 tokens are over the model's max_sequence_length 128"),
+        ("a {blank:999999999}", {}, "text 0: 1000000001 tokens are over"),  # before a list of that length is made
         ("{blank:2}", {"tokenizer": None}, "text 0: it needs a tokenizer"),
         ("{blank:2}", {"sampler": SamplerConfig(max_new_tokens=3)}, "max_new_tokens: blanks are filled"),
         ("{blank:2}", {"sampler": SamplerConfig(eos="suppress")}, "eos: blanks are filled"),

@@ -64,13 +64,19 @@ def run(arguments: argparse.Namespace) -> int | None:
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
     from unmask.distributed.runtime import own_device, pick_device
     from unmask.models.registry import load_model, plan_folder
-    from unmask.models.tokenizer import load_tokenizer
+    from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
     from unmask.sampling.conversation import Conversation
-    from unmask.training.export import tokenizer_folder
+    from unmask.sampling.family_settings import approximation_note
 
     plan = plan_folder(folder, "--checkpoint")
     defaults = default_settings(plan.config, read_generation(Path(folder)))
     settings = resolve(sampler, defaults)
+    context = plan.config.max_sequence_length
+    if settings.length >= context:
+        raise SamplingError(
+            f"--max_new_tokens: answers of {settings.length} tokens leave no room for a question in the model's "
+            f"max_sequence_length {context}; give less"
+        )
     device = own_device(pick_device(arguments.device))
     tokenizer = load_tokenizer(str(tokenizer_folder(folder, arguments.adapter)), "--checkpoint")
     conversation = Conversation(sampler=sampler, seed=arguments.seed, defaults=defaults)
@@ -88,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     talk = Talk(model, tokenizer, template, spec.max_length, console, sys.stdin.isatty())
     if talk.interactive:
         talk.note(f"{arguments.checkpoint}: /help lists the commands, Ctrl-D leaves")
-    if not settings.exact:
-        talk.note(f"approximate sampling: {'; '.join(settings.approximations)}")
+    talk.note(approximation_note(settings))
     return talk.run(conversation)
 
 
@@ -98,6 +103,7 @@ def _template(
 ) -> ChatTemplate:
     """Return a chat template that is known to render a conversation."""
     from unmask.data.chat import load_template
+    from unmask.sampling.prompts import template_problem
 
     try:
         controls = () if mask_id is None else (mask_id,)
@@ -105,10 +111,9 @@ def _template(
         template.encode_prompt(conversation.say("user", "a").say("assistant", "b").say("user", "c").turns)
         return template
     except DataError as error:
-        reason = str(error).removeprefix("dataset.chat_template: ").partition("; set dataset.chat_template")[0]
         raise SamplingError(
-            f"--chat_template: {reason}; name llada, diffusion_gemma or a .jinja file that renders a conversation, or "
-            "use `unmask generate --raw`"
+            f"--chat_template: {template_problem(error)}; name llada, diffusion_gemma or a .jinja file that renders a "
+            "conversation, or use `unmask generate --raw`"
         ) from None
 
 

@@ -19,11 +19,16 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
+
+
+def spellings(parser: argparse.ArgumentParser) -> list[str]:
+    """Return all options of a command as they may be written."""
+    return [spelling for action in parser._actions for spelling in action.option_strings]
 
 
 def flag(parser: Any, name: str, **options: Any) -> None:
     """Add an option under both spellings, --two_words and --two-words."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    parser.add_argument(*spellings, dest=name, **options)
+    names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    parser.add_argument(*names, dest=name, **options)

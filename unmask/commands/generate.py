@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ help, and in each record.
 
 Many prompts:  --input prompts.jsonl --output answers.jsonl   a line holds "prompt", "messages" or "prompt_ids"; an
                interrupted job goes on where it stopped when the same command is given again.
-Blanks:        --infill --prompt "The capital of {blank:4} is Paris."   {blank:2-6} tries several lengths.
+Blanks:        --infill --prompt "The capital of{blank:4} is Paris."   {blank:2-6} tries several lengths. A text with
+               blanks is plain; in one with --raw a control token that is spelt out is that token.
 """
 
 
@@ -40,7 +41,7 @@ def add(commands: Any) -> None:
     flag(parser, "infill", action="store_true", help="fill the {blank:N}s of the prompts")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to apply")
     add_sampling_flags(parser)
-    flag(parser, "raw", action="store_true", help="take prompts literally, without a chat template")
+    flag(parser, "raw", action="store_true", help="take prompts literally: no chat template, control tokens as spelt")
     flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
     flag(parser, "batch_size", type=int, help="prompts denoised together (16)")
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
@@ -76,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         return relaunch(arguments.words, arguments.nproc_per_node)
     device = own_device(pick_device(arguments.device))
     ranks = join(device)
+    if ranks.first:
+        _hint(arguments, prompts)
     if ranks.size > 1 and (arguments.watch or arguments.trace):
         raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
     tokenizer = load_tokenizer(str(source), "--checkpoint")
@@ -85,11 +88,21 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.distributed.answering import load_for_answers
 
     model, together = load_for_answers(folder, arguments.dtype, device, arguments.adapter, ranks, arguments.shard)
-    answers = job.answer(model, ranks, together, output)
-    if output is not None:
-        output.finish({row: job.record(row, answer) for row, answer in answers.items()})
+    texts = _Texts(job) if ranks.first and output is None and (arguments.infill or not arguments.watch) else None
+    try:
+        # Of several processes one has not all answers before the end, and a live view is not to be written into.
+        at_once = None if texts is None or ranks.size > 1 or arguments.watch else texts.add
+        answers = job.answer(model, ranks, together, output, at_once)
+        if output is not None:
+            output.finish({row: job.record(row, answer) for row, answer in answers.items()})
+        if texts is not None and at_once is None:
+            for row, answer in answers.items():
+                texts.add(row, answer)
+    finally:
+        if texts is not None:
+            texts.close()
     if ranks.first:
-        _report(arguments, job, answers, output)
+        _report(arguments, job, output)
     return 0
 
 
@@ -129,6 +142,15 @@ def _check(arguments: argparse.Namespace, sampler: SamplerConfig) -> None:
         from unmask.models.adapter_folder import find_adapter
 
         find_adapter(arguments.adapter)
+
+
+def _hint(arguments: argparse.Namespace, prompts: dict[str, Any]) -> None:
+    """Say that a blank is sent as text, where it probably was meant as one."""
+    from unmask.sampling.blanks import has_blank
+
+    where = [place for place, prompt in prompts.items() if isinstance(prompt, str) and has_blank(prompt)]
+    if where and not arguments.infill:
+        print(f"{where[0]}: its blank is text to the model; --infill fills blanks", file=sys.stderr)
 
 
 def _rows(
@@ -189,9 +211,16 @@ class _Job:
         return AnswerFile(Path(self.arguments.output), self.rows, identity, ranks)
 
     def answer(
-        self, model: Any, ranks: Ranks, together: AbstractContextManager, output: AnswerFile | None
+        self,
+        model: Any,
+        ranks: Ranks,
+        together: AbstractContextManager,
+        output: AnswerFile | None,
+        show: Callable[[int, Any], None] | None,
     ) -> dict[int, Any]:
-        """Answer what is not answered yet, divided among the ranks; each answer goes to the file as it comes."""
+        """Answer what is not answered yet, divided among the ranks; each answer goes to the file as it comes, or to
+        `show`, with the number of its prompt.
+        """
         from unmask.distributed.rows import divide_rows, own_rows
         from unmask.report.progress import AnswerProgress
 
@@ -204,6 +233,8 @@ class _Job:
             def arrived(place: int, answer: Any) -> None:
                 if output is not None:
                     output.add(mine[place], self.record(mine[place], answer))
+                if show is not None:
+                    show(mine[place], answer)
                 progress.answered(len(answer.token_ids))
 
             def sample(_: list[str]) -> list[Any]:
@@ -276,15 +307,40 @@ class _Job:
             print(f"wrote {arguments.trace}")
 
 
-def _report(arguments: argparse.Namespace, job: _Job, answers: dict[int, Any], output: AnswerFile | None) -> None:
-    from unmask.sampling.view import printable
+class _Texts:
+    """Prints answers in the order of their prompts, each as soon as all before it are printed."""
 
-    if not job.settings.exact:
-        print(f"approximate sampling: {'; '.join(job.settings.approximations)}", file=sys.stderr)
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._ready: dict[int, Any] = {}
+        self._next = 0
+
+    def add(self, row: int, answer: Any) -> None:
+        """Take an answer, and print those whose turn it is."""
+        self._ready[row] = answer
+        while self._next in self._ready:
+            self._print(self._next)
+            self._next += 1
+
+    def close(self) -> None:
+        """Print what still waited for others, which an interrupted run does not have."""
+        for row in sorted(self._ready):
+            self._print(row)
+
+    def _print(self, row: int) -> None:
+        from unmask.sampling.view import printable
+
+        answer = self._ready.pop(row)
+        text = printable(answer.text) if sys.stdout.isatty() else answer.text
+        print(f"> {self._job.title(row)}\n{text}\n" if len(self._job.rows) > 1 else text, flush=True)
+
+
+def _report(arguments: argparse.Namespace, job: _Job, output: AnswerFile | None) -> None:
+    from unmask.sampling.family_settings import approximation_note
+
+    note = approximation_note(job.settings)
+    if note:
+        print(note, file=sys.stderr)
     if output is not None:
         kept = f", {len(output.kept)} of them from before" if output.kept else ""
         print(f"wrote {len(job.rows)} records to {arguments.output}{kept}")
-    elif not arguments.watch or arguments.infill:
-        for row, answer in answers.items():
-            text = printable(answer.text) if sys.stdout.isatty() else answer.text
-            print(f"> {job.title(row)}\n{text}\n" if len(answers) > 1 else text)

@@ -49,7 +49,7 @@ class DistributedConfig:
         defer_grad_sync: sum gradients over ranks once a step, after the last micro-batch, at the cost of a whole
             gradient on each rank meanwhile; false sums them at every micro-batch and holds a shard only.
         autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
-            on GPUs and on CPUs with AMX.
+            on GPUs and on CPUs that multiply it in hardware (AMX, AVX512_BF16).
         activation_checkpointing: keep only each block's input for backward and recompute the rest.
         attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and
             packed batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.

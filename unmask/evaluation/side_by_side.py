@@ -158,11 +158,16 @@ def _evaluate_one(
 ) -> list[Outcome]:
     from unmask.distributed.answering import load_for_answers
     from unmask.models.tokenizer import load_tokenizer
+    from unmask.sampling.adapters import settings_for
+    from unmask.sampling.family_settings import approximation_note
 
     tokenizer = load_tokenizer(contestant.tokenizer, "--checkpoint")
     model, together = load_for_answers(
         contestant.checkpoint, evaluation.dtype, device, contestant.adapter, ranks, evaluation.shard
     )
+    note = approximation_note(settings_for(model, evaluation.sampler))
+    if note and (evaluation.manager is not None or any(TASKS[name].kind == "answers" for name in evaluation.questions)):
+        console.print(f"{contestant.label}: {note}", highlight=False, soft_wrap=True)
     encoded: dict[int, list[tuple[int, ...]]] = {}  # by list: the tasks share one unless they write literal text
     outcomes = []
     for name in evaluation.tasks:
@@ -203,6 +208,7 @@ def _asking(
 
 
 def _own_task(name: str, contestant: Contestant, evaluation: Evaluation, asking: Asking, console: Console) -> Outcome:
+    from unmask.sampling.adapters import settings_for
     from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 
     path = answers_file(evaluation.output, name, contestant.label)
@@ -233,6 +239,8 @@ def _own_task(name: str, contestant: Contestant, evaluation: Evaluation, asking:
     result = sum_likelihoods(records) if kind == "likelihood" else sum_answers(records)
     not_set = ("task", "weights", "adapter", GROWN_FROM)
     settings = {key: value for key, value in read_records(path)[0].items() if key not in not_set}
+    if kind == "answers":
+        settings["approximations"] = list(settings_for(asking.model, asking.sampler).approximations)
     seconds = time.perf_counter() - began if answered else None
     return Outcome(name, contestant.label, kind, result, settings, path.name, size, records, seconds, answered)
 
@@ -317,11 +325,13 @@ def _harness_tasks(
 def _harness_settings(evaluation: Evaluation, model: Any) -> dict[str, Any]:
     from unmask.sampling.adapters import settings_for
 
+    settings = settings_for(model, evaluation.sampler)
     return {
         "dtype": evaluation.dtype or "as stored",
         "seed": evaluation.seed,
         # A task may set the answer's length and the temperature, where these were not given.
-        "sampler": as_plain(dataclasses.asdict(settings_for(model, evaluation.sampler))),
+        "sampler": as_plain(dataclasses.asdict(settings)),
+        "approximations": list(settings.approximations),
         "few_shot": evaluation.few_shot,
         "limit": evaluation.limit,
         "chat": evaluation.chat,

@@ -13,7 +13,7 @@ from itertools import product
 from unmask.errors import SamplingError
 
 _BLANK = re.compile(r"\{\{(blank(?::[^{}]*)?)\}\}|\{blank(?::([^{}]*))?\}")
-_LENGTH = re.compile(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?")
+_LENGTH = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
 # Blanks of unknown length in a text → lengths tried of each; each combination is sampled.
 _TRIED = {0: 1, 1: 8, 2: 4, 3: 2}
 
@@ -24,6 +24,11 @@ class Blank:
 
     low: int
     high: int
+
+
+def has_blank(text: str) -> bool:
+    """Say whether a blank is written in a text."""
+    return any(found.group(1) is None for found in _BLANK.finditer(text))
 
 
 def parse(text: str, where: str) -> list[str | Blank]:
@@ -64,8 +69,8 @@ def _blank(written: str, inside: str | None, where: str) -> Blank:
     low, high = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (0, 0)
     if low < 1 or high < low:
         raise SamplingError(
-            f"{where}: {written} needs a length of at least 1 token, as {{blank:4}}, or a range, as {{blank:2-6}}; for "
-            f"this text itself write {{{written}}}"
+            f"{where}: {written} needs a length of 1 to 999999999 tokens, as {{blank:4}}, or a range, as "
+            f"{{blank:2-6}}; for this text itself write {{{written}}}"
         )
     return Blank(low, high)
 

@@ -90,7 +90,7 @@ class CanvasAdapter:
             vocab_size=config.vocab_size,
             rows=config.rows,
             max_length=config.max_sequence_length,
-            attention="block_causal",
+            attention=CanvasSettings.attention,
             block_size=config.canvas_length,
         )
 

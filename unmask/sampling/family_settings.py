@@ -11,7 +11,14 @@ Remasking = Literal["low_confidence", "entropy", "margin", "random", "left_to_ri
 Eos = Literal["allow", "suppress", "defer"]
 Cache = Literal["none", "prefix", "dual", "block"]
 Revise = Literal["none", "remask", "edit", "redraw"]
+Attention = Literal["bidirectional", "block_causal"]
 
+# How a network attends → the caches that this permits. Where every position sees all others, whatever is kept changes
+# with every token; where a block sees itself and what is settled before it, finished blocks never change.
+CACHES: dict[str, tuple[Cache, ...]] = {
+    "bidirectional": ("none", "prefix", "dual"),
+    "block_causal": ("block", "none"),
+}
 # Scores in [0, 1], which a threshold or factor can be compared with.
 PROBABILITIES = ("low_confidence", "margin")
 
@@ -68,7 +75,7 @@ class MaskSettings:
     """
 
     family: ClassVar[str] = "LLaDA"
-    caches: ClassVar[tuple[str, ...]] = ("none", "prefix", "dual")
+    attention: ClassVar[Attention] = "bidirectional"
     revises: ClassVar[tuple[str, ...]] = ("none", "remask", "edit")
 
     steps: int = 128
@@ -162,7 +169,7 @@ class CanvasSettings:
     """
 
     family: ClassVar[str] = "DiffusionGemma"
-    caches: ClassVar[tuple[str, ...]] = ("block", "none")
+    attention: ClassVar[Attention] = "block_causal"
     revises: ClassVar[tuple[str, ...]] = ("redraw",)
 
     steps: int = 48
@@ -216,13 +223,14 @@ class CanvasSettings:
 
 def _check_family(settings: Settings) -> None:
     """Refuse a cache or a way to revise that the family's attention or noise does not permit."""
-    if settings.cache not in settings.caches:
+    permitted = CACHES[settings.attention]
+    if settings.cache not in permitted:
         why = (
             "keeps what finished blocks are, which changes with every token where attention goes both ways"
-            if settings.cache == "block"
+            if settings.attention == "bidirectional"
             else "approximates attention that goes both ways; here finished blocks never change and are kept exactly"
         )
-        raise SamplingError(f"cache: {settings.cache} {why}; {settings.family} takes {', '.join(settings.caches)}")
+        raise SamplingError(f"cache: {settings.cache} {why}; {settings.family} takes {', '.join(permitted)}")
     if settings.revise not in settings.revises:
         raise SamplingError(
             f"revise: {settings.family}'s sampler has no {settings.revise}; use {' or '.join(settings.revises)}"
@@ -230,3 +238,8 @@ def _check_family(settings: Settings) -> None:
 
 
 Settings = MaskSettings | CanvasSettings
+
+
+def approximation_note(settings: Settings) -> str:
+    """Return what is to be said beside whatever these settings gave: empty where every call is a full forward."""
+    return "" if settings.exact else f"approximate sampling: {'; '.join(settings.approximations)}"

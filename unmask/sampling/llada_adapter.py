@@ -126,7 +126,7 @@ class LLaDAAdapter:
             vocab_size=config.vocab_size,
             rows=config.rows,
             max_length=config.max_sequence_length,
-            attention="bidirectional",
+            attention=MaskSettings.attention,
         )
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Rows:

@@ -89,11 +89,19 @@ def encode_prompts(
                 template = template or _template(tokenizer, mask_id)
                 ids = template.encode_prompt(messages)
             except DataError as error:
-                raise SamplingError(f"{where}: {error}; or give literal text with raw") from None
+                raise SamplingError(
+                    f"{where}: {template_problem(error)}; use a tokenizer whose template does, or give literal text "
+                    "with raw"
+                ) from None
         if not ids:
             raise SamplingError(f"{where}: the tokenizer makes no tokens of it; write some text")
         encoded.append(ids)
     return encoded
+
+
+def template_problem(error: DataError) -> str:
+    """Return what is wrong with a chat template, without the remedy of those who train."""
+    return str(error).removeprefix("dataset.chat_template: ").partition("; set dataset.chat_template")[0]
 
 
 def _messages(where: str, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:

@@ -142,7 +142,7 @@ def resolve(sampler: SamplerConfig | None, defaults: _SettingsT) -> _SettingsT:
         raise SamplingError("refresh_interval: there is no cache to compute anew; set cache to prefix or dual")
     if "revise_threshold" in given and settings.revise == "none":
         raise SamplingError("revise_threshold: nothing is revised; set revise to remask or edit")
-    if isinstance(settings, MaskSettings):
+    if isinstance(settings, MaskSettings) and settings.revise == "remask":
         sizes = [settings.block_size] * (settings.length // settings.block_size)
         check_remask(settings, [*sizes, settings.length % settings.block_size])
     return settings

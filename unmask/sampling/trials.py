@@ -121,6 +121,9 @@ def trials_of(
     trials: list[Trial] = []
     for index, (text, place) in enumerate(zip(texts, places, strict=True)):
         for lengths in lengths_to_try(text.blanks):
+            # Asked before anything of that size is made.
+            given = len(text.prompt_ids) + sum(map(len, text.ids[:-1]))
+            _check_length(given + sum(lengths), place, settings, max_length)
             trials.append(_lay_out(index, text, lengths, settings, eos_id))
             _check(trials[-1], place, settings, max_length, rows)
     return trials
@@ -153,20 +156,23 @@ def _lay_out(index: int, text: GivenText, lengths: Sequence[int], settings: Sett
 
 
 def _check(trial: Trial, place: str, settings: Settings, max_length: int, rows: int) -> None:
-    total, canvases = trial.length, not isinstance(settings, MaskSettings)
-    if total > max_length:
-        whole = ", in whole canvases from the first blank," if canvases else ""
-        raise SamplingError(
-            f"{place}: {total} tokens{whole} are over the model's max_sequence_length {max_length}; "
-            "shorten the text or its blanks"
-        )
-    if not trial.prompt_ids and canvases:
+    _check_length(trial.length, place, settings, max_length)
+    if not trial.prompt_ids and not isinstance(settings, MaskSettings):
         raise SamplingError(f"{place}: a canvas needs something before it; begin the text with a word, or give a chat")
     outside = [token for token in (*trial.prompt_ids, *trial.template.answer_ids) if not 0 <= token < rows]
     if outside:
         raise SamplingError(
             f"{place}: token id {outside[0]} is outside the model's vocabulary of {rows}; use the tokenizer that "
             "belongs to the checkpoint"
+        )
+
+
+def _check_length(total: int, place: str, settings: Settings, max_length: int) -> None:
+    if total > max_length:
+        whole = "" if isinstance(settings, MaskSettings) else ", in whole canvases from the first blank,"
+        raise SamplingError(
+            f"{place}: {total} tokens{whole} are over the model's max_sequence_length {max_length}; "
+            "shorten the text or its blanks"
         )
 
 
