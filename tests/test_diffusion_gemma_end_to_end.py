@@ -106,6 +106,29 @@ def test_an_adapter_run_saves_the_adapter_alone(lora: Path) -> None:
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
 
 
+@pytest.mark.parametrize("base", [{"model.torch_dtype": "bfloat16"}, {"peft.load_in_4bit": "true"}], ids=str)
+def test_an_adapter_of_a_small_base_trains_and_goes_on(base: dict[str, str], full: Path, tmp_path: Path) -> None:
+    """Experts among its targets: the base in bf16 or in 4 bits, the adapter in fp32."""
+    words = {
+        "distributed.autocast_dtype": "float32", "step_scheduler.max_steps": 2, "step_scheduler.ckpt_every_steps": 1,
+        "peft.target_parameters": '["*experts.gate_up_proj", "*experts.down_proj"]', **base,
+    }  # fmt: skip
+    if "peft.load_in_4bit" in base:
+        del words["peft.target_parameters"]
+    flags = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train("lora", full / "latest", whole, *flags)
+    shutil.copytree(whole, cut, symlinks=True)
+    shutil.rmtree(cut / "step_2")
+    (cut / "latest").unlink()
+    (cut / "latest").symlink_to("step_1")
+    train("lora", full / "latest", cut, *flags)
+    first, second = (load_file(root / "latest" / "adapter_model.safetensors") for root in (whole, cut))
+    assert all(value.dtype == torch.float32 for value in first.values())
+    assert any(value.any() for name, value in first.items() if "lora_B" in name)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def answers(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     path = tmp_path / "answers.jsonl"
     prompts = ["--prompt", "How many apples?", "--prompt", "What is 2 + 2, and how did you find out?"]

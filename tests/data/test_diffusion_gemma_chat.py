@@ -141,6 +141,19 @@ def test_tagged_and_untagged_agree_on_any_conversation(gemma_tokenizer, turns, s
         assert theirs == ours or (theirs is None and between)
 
 
+def test_reasoning_that_parts_an_answer_is_refused_unless_it_is_supervised_too(gemma_tokenizer):
+    template = make("tagged", gemma_tokenizer)
+    first, second = ({"role": "assistant", "content": text} for text in "AB")
+    turns = [THOUGHT[0], first, second | {"reasoning": "hm"}]
+    with pytest.raises(DataError, match="has no end to learn; set dataset.supervise_reasoning: true"):
+        template.encode(turns)
+    assert stretches(gemma_tokenizer, template.encode(turns, mask_history=True)) == ["B<turn|>\n"]
+    whole = ["A<|channel>thought\nhm\n<channel|>B<turn|>\n"]
+    assert stretches(gemma_tokenizer, template.encode(turns, supervise_reasoning=True)) == whole
+    turns = [THOUGHT[0], first | {"reasoning": "hm"}, second]
+    assert stretches(gemma_tokenizer, template.encode(turns)) == ["AB<turn|>\n"]
+
+
 def test_a_turn_in_two_messages_is_one_answer(kind, gemma_tokenizer):
     template = make(kind, gemma_tokenizer)
     turns = [THOUGHT[0], *({"role": "assistant", "content": text} for text in "xyz"), *THOUGHT[2:]]

@@ -168,6 +168,15 @@ def test_copies_that_differ_are_refused(base: Path, tmp_path: Path) -> None:
     assert key in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("role", [".model.decoder.layers.", ".language_model.layers."])
+def test_an_adapter_of_one_role_alone_is_refused(role: str, base: Path, tmp_path: Path) -> None:
+    model, _ = trained(base, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: value for key, value in stored.items() if role in key}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="it was trained on one role alone"):
+        read_adapter(model, tmp_path)
+
+
 def test_what_adapts_the_vision_tower_is_refused(base: Path, tmp_path: Path) -> None:
     theirs = get_peft_model(
         Reference.from_pretrained(base), LoraConfig(target_modules=r".*vision_tower.*q_proj.*linear")

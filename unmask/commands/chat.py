@@ -57,10 +57,11 @@ def run(arguments: argparse.Namespace) -> int | None:
     sampler = sampler_from(arguments)
     from unmask.models.folders import find_folder, read_generation
 
+    adapter = None
     if arguments.adapter is not None:
         from unmask.models.adapter_folder import find_adapter
 
-        find_adapter(arguments.adapter)
+        adapter = find_adapter(arguments.adapter)
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
     from unmask.distributed.runtime import own_device, pick_device
     from unmask.models.registry import load_model, plan_folder
@@ -95,6 +96,10 @@ def run(arguments: argparse.Namespace) -> int | None:
     if talk.interactive:
         talk.note(f"{arguments.checkpoint}: /help lists the commands, Ctrl-D leaves")
     talk.note(approximation_note(settings))
+    if adapter is not None:
+        from unmask.models.adapter_base import base_note
+
+        talk.note(base_note(adapter, Path(folder)))
     return talk.run(conversation)
 
 

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     ranks = join(device)
     if ranks.first:
         _hint(arguments, prompts)
+        _warn_of_base(arguments, folder)
     if ranks.size > 1 and (arguments.watch or arguments.trace):
         raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
     tokenizer = load_tokenizer(str(source), "--checkpoint")
@@ -151,6 +152,16 @@ def _hint(arguments: argparse.Namespace, prompts: dict[str, Any]) -> None:
     where = [place for place, prompt in prompts.items() if isinstance(prompt, str) and has_blank(prompt)]
     if where and not arguments.infill:
         print(f"{where[0]}: its blank is text to the model; --infill fills blanks", file=sys.stderr)
+
+
+def _warn_of_base(arguments: argparse.Namespace, folder: str) -> None:
+    if arguments.adapter is not None:
+        from unmask.models.adapter_base import base_note
+        from unmask.models.adapter_folder import find_adapter
+
+        note = base_note(find_adapter(arguments.adapter), Path(folder))
+        if note:
+            print(f"warning: --adapter: {note}", file=sys.stderr)
 
 
 def _rows(

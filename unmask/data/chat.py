@@ -157,6 +157,8 @@ class ChatTemplate:
             raise DataError(self._unknown_answers(turns, supervise_reasoning))
         if self.tagged and any(map(reasoning_of, turns)):
             self._check_tagged_reasoning(turns, supervise_reasoning)
+            if not mask_history:
+                self._check_whole_answers(turns, len(spans))
         ids, flags = [], []
         for start, end in _pieces(len(text), spans):
             piece_ids = self._tokenize(text[start:end], marked)
@@ -225,6 +227,15 @@ class ChatTemplate:
                     "knows no variable supervise_reasoning; set dataset.supervise_reasoning: false, or name another "
                     "template in dataset.chat_template"
                 )
+
+    def _check_whole_answers(self, turns: list[Turn], spans: int) -> None:
+        """Refuse reasoning that parts an answer: what stands before it would be learned as one that ends there."""
+        if spans > len(self._render([with_reasoning(turn, "") for turn in turns])[1]):
+            raise DataError(
+                f"dataset.supervise_reasoning: {self.name} has reasoning between assistant messages in a row, which "
+                "are one answer, so what stands before it has no end to learn; set dataset.supervise_reasoning: true, "
+                "or give the reasoning with the first of them"
+            )
 
     def _unknown_answers(self, turns: list[Turn], supervise_reasoning: bool) -> str:
         if not supervise_reasoning and any(map(reasoning_of, turns)):

@@ -62,7 +62,7 @@ def resolve_degrees(section: DistributedConfig, world: int, num_experts: int | N
     if world % section.dp_replicate_size:
         raise ConfigError(
             f"distributed.dp_replicate_size: {section.dp_replicate_size} does not divide the number of processes, "
-            f"{world}; {started}"
+            f"{world}; {started}; start a multiple of it with --nproc-per-node, or set it to 1"
         )
     shard = world // section.dp_replicate_size
     if section.ep_size > 1:
@@ -75,7 +75,8 @@ def resolve_degrees(section: DistributedConfig, world: int, num_experts: int | N
         if shard % section.ep_size:
             raise ConfigError(
                 f"distributed.ep_size: {section.ep_size} does not divide the {shard} ranks that share one copy of the "
-                f"model (processes / dp_replicate_size); {started}"
+                f"model (processes / dp_replicate_size); {started}; start a multiple with --nproc-per-node, or set "
+                "ep_size to 1"
             )
     if section.offload_policy is not None and world == 1:
         raise ConfigError("distributed.offload_policy: needs more than one process, which share the model; set null")

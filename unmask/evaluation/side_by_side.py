@@ -157,6 +157,7 @@ def _evaluate_one(
     contestant: Contestant, evaluation: Evaluation, device: torch.device, ranks: Ranks, console: Console
 ) -> list[Outcome]:
     from unmask.distributed.answering import load_for_answers
+    from unmask.models.adapter_base import base_note
     from unmask.models.tokenizer import load_tokenizer
     from unmask.sampling.adapters import settings_for
     from unmask.sampling.family_settings import approximation_note
@@ -168,6 +169,10 @@ def _evaluate_one(
     note = approximation_note(settings_for(model, evaluation.sampler))
     if note and (evaluation.manager is not None or any(TASKS[name].kind == "answers" for name in evaluation.questions)):
         console.print(f"{contestant.label}: {note}", highlight=False, soft_wrap=True)
+    if contestant.adapter is not None:
+        other_base = base_note(Path(contestant.adapter), Path(contestant.checkpoint))
+        if other_base:
+            console.print(f"warning: {contestant.label}: {other_base}", highlight=False, soft_wrap=True)
     encoded: dict[int, list[tuple[int, ...]]] = {}  # by list: the tasks share one unless they write literal text
     outcomes = []
     for name in evaluation.tasks:

@@ -111,11 +111,18 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
     layout, left = layout_of(model), set(stored_keys(folder))
     with _opened(folder) as file:
         for slot in slots(model):
-            names = [name for name in layout.reference_names(slot.key) if name in left]
+            expected = layout.reference_names(slot.key)
+            names = [name for name in expected if name in left]
             if not names:
                 raise ModelError(
                     f"adapter: {folder} was made for another network or other layers (first: {PREFIX + slot.key} is "
                     "missing)"
+                )
+            if len(names) < len(expected):
+                missing = next(name for name in expected if name not in left)
+                raise ModelError(
+                    f"adapter: {folder} has {PREFIX + names[0]} without {PREFIX + missing}, and both are of one weight "
+                    "here; it was trained on one role alone and cannot be applied to the shared weight"
                 )
             left.difference_update(names)
             slot.parameter.copy_(slot.unpack(_one_tensor(file, names, slot, folder)))

@@ -38,11 +38,12 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
     output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
-    plan = plan_folder(checkpoint, "--checkpoint")
+    plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""
     if adapter is not None:
+        from unmask.models.adapter_base import base_note
         from unmask.models.adapter_folder import find_adapter
 
-        find_adapter(adapter)
+        other_base = base_note(find_adapter(adapter), Path(str(plan.folder)))
     from unmask.models.registry import build_model
     from unmask.training.model_files import save_model
 
@@ -67,7 +68,8 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             if wanted is not None:
                 model.to(wanted)
         save_model(model, plan, temporary)
-        warnings = [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
+        warnings = [f"--adapter: {other_base}"] if other_base else []
+        warnings += [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
         if output.exists():
             output.rmdir()
         temporary.rename(output)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from unmask.models.moe import freeze_routers
 from unmask.models.registry import ModelPlan, build_model
 from unmask.training.adapter_draw import draw_adapter
 from unmask.training.checkpoint import CheckpointConfig
-from unmask.training.lora import PeftConfig
+from unmask.training.lora import PeftConfig, resolve_targets
 from unmask.training.model_files import model_files, write_config, write_tokenizer
 from unmask.training.optim import OptimizerConfig, build_optimizer
 from unmask.training.optimizer_state import load_optimizer
@@ -75,6 +76,10 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
 
 
 def _whole(settings: NetworkSettings, runtime: Runtime) -> Network:
+    if settings.peft is not None:
+        # Refused before the weights are read.
+        with torch.device("meta"):
+            resolve_targets(settings.peft, settings.plan.family.build(settings.plan.config))
     model = build_model(settings.plan, settings.dtype, seed=settings.seed)
     files = model_files(model, settings.plan, settings.peft, settings.tokenizer, settings.template, settings.run_config)
     draw_adapter(model, settings.seed)
