@@ -52,6 +52,14 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern: str, model: LLaDA) -
     assert repr(pattern) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_run_refuses_it_before_the_weights_are_read(tiny, train_tiny, tiny_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("unmask.training.network.build_model", lambda *_, **__: pytest.fail("weights were read"))
+    values = tiny.config(tmp_path, peft={"target_modules": ["*.qproj"]})
+    values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
+    with pytest.raises(ConfigError, match="'\\*.qproj' matches no linear layer"):
+        train_tiny(values)
+
+
 def test_excluded_layers_are_left_out(model: LLaDA) -> None:
     section = PeftConfig(exclude_modules=["*.ff_*", "0.q_proj"])
     kinds = [kind for kind in LINEARS if not kind.startswith("ff_")]
