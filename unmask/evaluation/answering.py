@@ -156,6 +156,7 @@ def answer_validator(
     own_seed = key(seed, "validation/answers") % 2**63
 
     def measure(model: nn.Module, step: int) -> dict[str, Any]:
+        """Return exact match over all ranks at a step, and keep answers."""
         from unmask.evaluation.exact_match import Asking, encode_questions
 
         with runtime.autocast(), _in_eval(model):

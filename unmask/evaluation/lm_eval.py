@@ -247,6 +247,7 @@ class UnmaskLM(LM):
 
     def _scored(self, pairs: Sequence[tuple[Ids, Ids]], greedy: bool) -> list[tuple[float, bool]]:
         def scored(rows: list[int]) -> list[tuple[float, bool]]:
+            """Return this rank's (log-likelihood in nats, whether greedy sampling gives it)."""
             own = [pairs[row] for row in rows]
             if has_canvases(self.model):
                 read = [ar_log_likelihood(self.model, *pair) for pair in own]

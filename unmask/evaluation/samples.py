@@ -54,6 +54,7 @@ def sample_answers(asking: Asking, rows: Sequence[int]) -> list[Sample]:
     drawing = Drawing(asking.tokenizer, stop_ids(adapter, asking.tokenizer), shades)
 
     def answered(own: list[int]) -> list[Sample]:
+        """Return this rank's samples."""
         frames: list[list[tuple[int, str]]] = [[] for _ in own]
 
         def watch(event: StepEvent) -> None:

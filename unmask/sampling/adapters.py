@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from unmask.sampling.family_settings import Attention
 from unmask.sampling.settings import SamplerConfig, Settings, default_settings, family_sampler, resolve
 
 
@@ -31,8 +32,7 @@ class FamilySpec:
         vocab_size: logits of rows from here on are padding.
         rows: ids that the model accepts are below this, and the head has as many.
         max_length: longest prompt and answer together, in tokens.
-        attention: `bidirectional`, every position sees all others; or `block_causal`, a block sees itself and what is
-            settled before it, which alone permits an exact cache.
+        attention: the family's, a key of `family_settings.CACHES`.
         block_size: tokens of a block where the model fixes them (DiffusionGemma's canvas); None = any.
         logit_shift: the hidden state at position p − shift predicts the token at p.
     """
@@ -44,7 +44,7 @@ class FamilySpec:
     vocab_size: int
     rows: int
     max_length: int
-    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    attention: Attention = "bidirectional"
     block_size: int | None = None
     logit_shift: int = 0
 

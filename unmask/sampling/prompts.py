@@ -90,8 +90,8 @@ def encode_prompts(
                 ids = template.encode_prompt(messages)
             except DataError as error:
                 raise SamplingError(
-                    f"{where}: {template_problem(error)}; use a tokenizer whose template does, or give literal text "
-                    "with raw"
+                    f"{where}: {template_problem(error)}; use a tokenizer with another chat template, or give literal "
+                    "text with raw"
                 ) from None
         if not ids:
             raise SamplingError(f"{where}: the tokenizer makes no tokens of it; write some text")
