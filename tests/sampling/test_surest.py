@@ -167,3 +167,14 @@ def test_a_batch_takes_that_way_and_gets_the_same_answers(monkeypatch: pytest.Mo
     monkeypatch.setattr(surest, "FEWEST", 10**9)
     assert [answer.token_ids for answer in generate(model, prompts, sampler=sampler)] == tiled
     assert calls == [80]
+
+
+@given(positions=st.integers(1, 3000))
+def test_parts_are_multiples_but_for_the_last(positions: int) -> None:
+    sizes = surest.part_sizes(positions)
+    assert sum(sizes) == positions
+    assert min(sizes) >= 1
+    assert max(sizes) <= surest.MOST
+    assert len(sizes) == -(-positions // surest.MOST)
+    assert all(size % surest.MULTIPLE == 0 for size in sizes[:-1])
+    assert max(sizes) - sizes[-1] < 2 * surest.MULTIPLE

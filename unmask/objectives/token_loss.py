@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.gather import add_rows
-from unmask.tiles import SMALL_CAP, add_product, tile_rows, tiles, write_product
+from unmask.tiles import SMALL_CAP, add_product, tanh_, tile_rows, tiles, write_exp, write_product
 
 # Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^26 fp32 logits are 256 MiB.
 CHUNK_LOGITS = 2**26
@@ -268,11 +268,7 @@ class _Head:
                 if mixed_RD is not None:
                     mixed_RD *= lower_R[:, None]
             shares_WR = scores_WR if other_WR is None else other_WR[:size]
-            if self.bounded:
-                torch.mul(scores_WR, self.scale, out=shares_WR).exp_()
-            else:
-                torch.add(-top_R, scores_WR, alpha=self.scale, out=shares_WR).exp_()
-            total_R += shares_WR.sum(dim=0)
+            total_R += write_exp(shares_WR, scores_WR, -top_R, self.scale).sum(dim=0)
             if kept_VR is None and mixed_RD is None:
                 continue
             if self.softcap is not None:
@@ -295,7 +291,7 @@ class _Head:
         if self.bias_V is not None:
             out_WR.add_(self.bias_V[tile, None], alpha=1 / self.scale)
         if self.softcap is not None:
-            out_WR.tanh_()
+            tanh_(out_WR, self.softcap)
 
     def accumulate(self, sums: _Gradients, part: slice, rows: _Rows, scored: _Scored) -> None:
         """Add R rows' gradients: w · (softmax − onehot) · slope, then through the linear map.

@@ -24,6 +24,7 @@ from unmask.sampling.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings, MaskSettings
 from unmask.sampling.state import State, Tokens
 from unmask.sampling.surest import TiledHead
+from unmask.tiles import cached_rows, exp_
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
 _NEVER = -1e30
@@ -31,8 +32,6 @@ _NEVER = -1e30
 # uniform number (2^-53) to fall on one, or for fp32 to see; without it they underflow to subnormal numbers, with which
 # a CPU multiplies matrices ten times slower.
 _LOWEST = -60.0
-# Logits that a CPU weighs at a time under masks, 2 MiB in fp32: what it reads again is then still in its cache.
-_IN_CACHE = 2**19
 
 
 @dataclass(frozen=True)
@@ -143,11 +142,8 @@ class MaskProcess:
         return torch.tensor([quota(*row) for row in zip(sizes, calls, state.step_B.tolist(), strict=True)])
 
     def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
-        """As in `Process`, on a CPU a few positions at a time."""
-        rows, width = logits_MV.shape
-        size = max(1, _IN_CACHE // width) if logits_MV.device.type == "cpu" else rows
-        parts = (slice(start, start + size) for start in range(0, rows, size))
-        return _joined([self._weigh_few(logits_MV[part], weighing[part]) for part in parts])
+        """As in `Process`."""
+        return _joined([self._weigh_few(logits_MV[part], weighing[part]) for part in cached_rows(logits_MV)])
 
     def weigh_head(
         self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing
@@ -233,7 +229,14 @@ class CanvasProcess:
         """Weigh softmax(logits / T), overwriting the logits: this is the bulk of a step beside the matmuls."""
         self.temperature_K = self.temperature_K.to(logits_MV.device)
         logits_MV = logits_MV.float()
-        highest_M = self._highest(logits_MV) if self.untempered else None
+        weights_MV = self._weights.rows(*logits_MV.shape, like=logits_MV)
+        parts = cached_rows(logits_MV)
+        found = _joined([self._weigh_few(logits_MV[part], weights_MV[part], weighing[part]) for part in parts])
+        return replace(found, weights_MV=weights_MV)
+
+    def _weigh_few(self, logits_MV: Tensor, weights_MV: Tensor, weighing: Weighing) -> Weighed:
+        """Weigh some positions, writing their weights."""
+        highest_M = self._highest(logits_MV, weights_MV) if self.untempered else None
         logits_MV = logits_MV.div_(self.temperature_K[weighing.step_M][:, None])
         finite_M = logits_MV.sum(dim=-1).isfinite()
         logits_MV[:, self.vocab_size :] = _NEVER
@@ -241,7 +244,7 @@ class CanvasProcess:
             logits_MV[:, token : token + 1] = _NEVER
         likely_M = likeliest(logits_MV)
         logits_MV.sub_(logit(logits_MV, likely_M)[:, None]).clamp_(min=_LOWEST)
-        weights_MV = torch.exp(logits_MV, out=self._weights.rows(*logits_MV.shape, like=logits_MV))
+        exp_(weights_MV.copy_(logits_MV))
         total_M = block_sums(weights_MV).sum(dim=-1)
         # H = log Z − Σ p·x with x relative to the highest, so that a sure position's entropy keeps its digits.
         entropy_M = total_M.log() - logits_MV.mul_(weights_MV).sum(dim=-1) / total_M
@@ -251,16 +254,15 @@ class CanvasProcess:
             likely_M,
             -entropy_M,
             total_M.reciprocal() if highest_M is None else highest_M,  # the highest weight is 1
-            weights_MV=weights_MV,
             total_M=total_M,
         )
 
     def weigh_head(self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing) -> None:
         """Return None: candidates are drawn, and a signal may be made of all weights."""
 
-    def _highest(self, logits_MV: Tensor) -> Tensor:
+    def _highest(self, logits_MV: Tensor, scratch_MV: Tensor) -> Tensor:
         """Return the highest probability at temperature 1, leaving the logits as they are."""
-        scratch_MV = self._weights.rows(*logits_MV.shape, like=logits_MV).copy_(logits_MV)
+        scratch_MV.copy_(logits_MV)
         ban_(scratch_MV, self.tokens.banned, self.vocab_size)
         return (scratch_MV.amax(dim=-1) - log_total(scratch_MV)).exp()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unmask.sampling.categorical import BLOCK
 from unmask.sampling.scratch import Scratch
+from unmask.tiles import exp_
 
 # From how many positions on the product is faster vocabulary first; the most that are made at once; and what they are
 # padded to a multiple of, as other numbers take up to twice as long (measured on a Xeon with AMX and an EPYC with
@@ -70,16 +71,12 @@ class TiledHead:
 
     def __call__(self, hidden_MD: Tensor, weight_VD: Tensor) -> Surest:
         """Return the surest tokens of softmax(W h) of hidden states, M ≥ 1, in the weight's dtype."""
-        parts = -(-len(hidden_MD) // MOST)
         if self._largest is None or self._largest[0] is not weight_VD:
             low, high = torch.aminmax(weight_VD)  # ten times faster than a norm on a CPU
             self._largest = weight_VD, torch.maximum(-low, high).float()
         # |w · h| is at most this, so that logits need not be looked at; a nan is below nothing.
         bounded = bool(self._largest[1] * hidden_MD.float().abs().sum(dim=1).max() < _FINITE)
-        found = [
-            self._part(hidden_PD, weight_VD, bounded)
-            for hidden_PD in hidden_MD.split(_rounded(-(-len(hidden_MD) // parts)))
-        ]
+        found = [self._part(hidden_PD, weight_VD, bounded) for hidden_PD in hidden_MD.split(part_sizes(len(hidden_MD)))]
         return Surest(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(Surest)))
 
     def _part(self, hidden_PD: Tensor, weight_VD: Tensor, bounded: bool) -> Surest:
@@ -101,7 +98,7 @@ class TiledHead:
             highest_P = highest_jP.amax(dim=0).clamp(min=torch.finfo(torch.float32).min)
             near = bool(highest_P.abs().max() <= _NEAR)
             tops.append(torch.zeros_like(highest_P) if near else highest_P)
-            totals.append((part_WP if near else part_WP.sub_(highest_P)).exp_().sum(dim=0))
+            totals.append(exp_(part_WP if near else part_WP.sub_(highest_P)).sum(dim=0))
         top_P, block_P = highest_JP.max(dim=0)
         total_P = (torch.stack(totals) * (torch.stack(tops) - top_P).exp_()).sum(dim=0).log_()
         # A sum is finite where all are; a maximum would not show minus infinity.
@@ -133,6 +130,14 @@ def _block_maxima(logits_WP: Tensor, out_jP: Tensor) -> None:
         torch.amax(logits_WP[: whole * BLOCK].unflatten(0, (whole, BLOCK)), dim=1, out=out_jP[:whole])
     if whole < len(out_jP):
         torch.amax(logits_WP[whole * BLOCK :], dim=0, out=out_jP[whole])
+
+
+def part_sizes(positions: int) -> list[int]:
+    """Divide positions into parts of at most `MOST`, nearly alike; all but the last are multiples of `MULTIPLE`."""
+    parts = -(-positions // MOST)
+    groups = -(-positions // MULTIPLE)
+    sizes = [MULTIPLE * (groups // parts + (part < groups % parts)) for part in range(parts)]
+    return [*sizes[:-1], positions - sum(sizes[:-1])]
 
 
 def _rounded(positions: int) -> int:

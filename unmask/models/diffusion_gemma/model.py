@@ -33,6 +33,7 @@ from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import RMSNorm, embedding, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
+from unmask.tiles import cached_rows, tanh_
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -375,7 +376,9 @@ class DiffusionGemma(nn.Module):
         weight_VD = self.stack.embed_tokens.weight
         if out is not None:
             scores = torch.mm(hidden.to(weight_VD.dtype), weight_VD.T, out=out).float()
-            return scores.div_(self.softcap).tanh_().mul_(self.softcap)
+            for part in cached_rows(scores):
+                tanh_(scores[part].div_(self.softcap), self.softcap).mul_(self.softcap)
+            return scores
         scores = F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
         return self.softcap * torch.tanh(scores / self.softcap)
 

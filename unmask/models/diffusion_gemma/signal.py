@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.models.tied import to_add_to
-from unmask.tiles import SMALL_CAP, add_product, tile_rows, tiles, write_product
+from unmask.tiles import SMALL_CAP, add_product, tanh_, tile_rows, tiles, write_exp, write_product
 
 
 def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class _SoftEmbedding(torch.autograd.Function):
                     lower_N = before_N.sub_(top_N).exp_()
                     total_N.mul_(lower_N)
                     mixed_ND.mul_(lower_N[:, None])
-                shares_RN = _shares(scores_RN, softcap, top_N)
+                shares_RN = write_exp(scores_RN, scores_RN, -top_N, softcap)
                 total_N.add_(shares_RN.sum(dim=0))
                 add_product(mixed_ND, shares_RN.to(products).t(), part_RD.to(products))
         ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
@@ -70,7 +70,8 @@ class _SoftEmbedding(torch.autograd.Function):
         grad_VD = to_add_to(grad_VD, weight_VD.shape, weight_VD.dtype, weight_VD.device)
         grad_ND = grad_ND.to(hidden_DN.dtype)
         for part, _, scores_RN in _tiled(hidden_DN, weight_VD, ctx.softcap):
-            add_product(grad_VD[part], _shares(scores_RN, ctx.softcap, logsum_N).to(hidden_DN.dtype), grad_ND)
+            shares_RN = write_exp(scores_RN, scores_RN, -logsum_N, ctx.softcap)
+            add_product(grad_VD[part], shares_RN.to(hidden_DN.dtype), grad_ND)
         return None, grad_VD, None, None
 
 
@@ -84,9 +85,5 @@ def _tiled(hidden_DN: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tup
     room_RN = hidden_DN.new_empty(most, positions, dtype=torch.float32)
     for part in tiles(vocabulary, most):
         part_RD = weight_VD[part].to(hidden_DN.dtype)
-        yield part, part_RD, write_product(room_RN[: len(part_RD)], part_RD, hidden_DN, 1 / softcap).tanh_()
-
-
-def _shares(scores_RN: Tensor, softcap: float, top_N: Tensor) -> Tensor:
-    """Return exp(c · score − top), in the memory of the scores."""
-    return torch.add(-top_N, scores_RN, alpha=softcap, out=scores_RN).exp_()
+        scores_RN = write_product(room_RN[: len(part_RD)], part_RD, hidden_DN, 1 / softcap)
+        yield part, part_RD, tanh_(scores_RN, softcap)
