@@ -14,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.models.key_runs import KeyRun
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    # What is attended to: all, what a bool tensor allows, what FlexAttention's mask does, or each run of rows its keys.
+    Mask = Tensor | BlockMask | tuple[KeyRun, ...] | None
 
 Kernel = Literal["sdpa", "flex"]
 
@@ -71,7 +76,7 @@ def attend(
     q_BHLE: Tensor,
     k_BGLE: Tensor,
     v_BGLE: Tensor,
-    mask: Tensor | BlockMask | None,
+    mask: Mask,
     *,
     causal: bool = False,
     scale: float | None = None,
@@ -84,13 +89,26 @@ def attend(
     Args:
         q_BHLE: queries.
         k_BGLE, v_BGLE: keys and values; each serves H / G query heads; there may be more of them than queries.
-        mask: from `prepare_mask`; a BlockMask goes through FlexAttention.
+        mask: from `prepare_mask`, where a BlockMask goes through FlexAttention; or runs of rows, which are computed one
+            after the other.
         causal: position i sees positions 0..i; only without a mask, which must say so itself.
         scale: factor of the scores; None = 1/√E.
 
     Returns:
         (B, H, L, E) in the queries' dtype.
     """
+    if isinstance(mask, tuple):
+        parts = (
+            attend(
+                q_BHLE[run.rows],
+                k_BGLE[run.rows, :, : run.keys],
+                v_BGLE[run.rows, :, : run.keys],
+                run.mask,
+                scale=scale,
+            )
+            for run in mask
+        )
+        return torch.cat(tuple(parts))
     grouped = q_BHLE.shape[1] != k_BGLE.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
         return compiled_flex()(q_BHLE, k_BGLE, v_BGLE, block_mask=mask, scale=scale, enable_gqa=grouped)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.models.key_runs import KeyRun, key_runs
+
 # Kinds of device on which slices are written several times faster than by index; elsewhere launches count.
 BY_SLICE = ("cpu",)
 
@@ -98,7 +100,7 @@ class Window:
         lengths: Sequence[int],
         rows: Sequence[int] | None = None,
     ) -> None:
-        self._store = store
+        self._store, self._lengths = store, tuple(lengths)
         device = store.keys[0].device
         self.columns = max(lengths)
         self.width = max(e - f for f, e in zip(first, end, strict=True))
@@ -110,12 +112,11 @@ class Window:
         starts = first_K[:1] if same else first_K
         # Position of each query, (1, S) where all rows have the same; padding counts on.
         tensors = {"positions": starts[:, None] + torch.arange(self.width)}
-        if int(lengths_K.min()) < self.columns:  # else nothing is padding, which keeps the fast kernels
-            tensors["mask"] = (torch.arange(self.columns) < lengths_K[:, None])[:, None, None, :]
         if rows is not None:
             tensors["rows"] = torch.tensor(rows)
-        self._pieces = None
+        self._pieces, self._runs = None, None
         if device.type in BY_SLICE:
+            self._runs = key_runs(lengths)
             spans = zip(range(len(first)) if rows is None else rows, first, end, strict=True)
             self._pieces = (
                 [(slice(None), first[0], self.width)]
@@ -128,13 +129,16 @@ class Window:
             tensors["query_row"] = row_N
             tensors["row"] = row_N if rows is None else tensors["rows"][row_N]
             tensors["column"] = first_K[row_N] + tensors["query_column"]
+        if self._runs is None and int(lengths_K.min()) < self.columns:  # else nothing is padding: the fast kernels
+            tensors["mask"] = (torch.arange(self.columns) < lengths_K[:, None])[:, None, None, :]
         self.tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """What windows of one store have in common that differ in the values of their tensors alone."""
         pieces = None if self._pieces is None else tuple((rows.start, *span) for rows, *span in self._pieces)
-        return self.whole, self.columns, self.width, pieces, *self.tensors
+        runs = None if self._runs is None else self._lengths
+        return self.whole, self.columns, self.width, pieces, runs, *self.tensors
 
     def reading(self, tensors: Sequence[Tensor]) -> Window:
         """Return a window of this kind that reads these tensors instead of its own, given in their order."""
@@ -148,9 +152,11 @@ class Window:
         return self.tensors["positions"]
 
     @property
-    def mask(self) -> Tensor | None:
-        """Which columns are attended to, bool (K, 1, 1, columns); None = all."""
-        return self.tensors.get("mask")
+    def mask(self) -> Tensor | tuple[KeyRun, ...] | None:
+        """Which columns are attended to, bool (K, 1, 1, columns), or as runs of rows; None = all."""
+        if self._runs is None:
+            return self.tensors.get("mask")
+        return self._runs if len(self._runs) > 1 else self._runs[0].mask
 
     def exchange(self, layer: int, k_KGSE: Tensor, v_KGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values into the store; return those of all positions, (K, G, columns, E)."""

@@ -25,7 +25,7 @@ from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from unmask.models.attention import Mask
 
 # (keys, values) of some positions → (keys, values) of all that they attend to, each (B, G, ·, E).
 Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -54,7 +54,7 @@ class Block(nn.Module):
         hidden_BLD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | BlockMask | None,
+        mask: Mask,
         exchange: Exchange | None = None,
     ) -> Tensor:
         """Return the block's output, (B, L, D).
@@ -75,7 +75,7 @@ class Block(nn.Module):
         normed_BLD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | BlockMask | None,
+        mask: Mask,
         exchange: Exchange | None = None,
     ) -> Tensor:
         """Bidirectional attention with rotary positions."""
