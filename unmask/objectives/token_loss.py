@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.gather import add_rows
-from unmask.tiles import SMALL_CAP, add_product, tanh_, tile_rows, tiles, write_exp, write_product
+from unmask.products import add_product, write_product
+from unmask.tiles import SMALL_CAP, tanh_, tile_rows, tiles, write_exp
 
 # Logits alive at once. Larger chunks make faster matmuls, smaller ones less memory: 2^26 fp32 logits are 256 MiB.
 CHUNK_LOGITS = 2**26

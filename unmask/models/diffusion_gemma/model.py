@@ -33,6 +33,7 @@ from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import RMSNorm, embedding, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
+from unmask.products import product, write_columns
 from unmask.tiles import cached_rows, tanh_
 
 if TYPE_CHECKING:
@@ -375,7 +376,7 @@ class DiffusionGemma(nn.Module):
         """
         weight_VD = self.stack.embed_tokens.weight
         if out is not None:
-            scores = torch.mm(hidden.to(weight_VD.dtype), weight_VD.T, out=out).float()
+            scores = write_columns(out, hidden.to(weight_VD.dtype), weight_VD.T).float()
             for part in cached_rows(scores):
                 tanh_(scores[part].div_(self.softcap), self.softcap).mul_(self.softcap)
             return scores
@@ -412,7 +413,7 @@ class DiffusionGemma(nn.Module):
             total: (...), what the weights add up to; None = 1.
         """
         weight_VD = self.stack.embed_tokens.weight
-        mixed = weights.to(weight_VD.dtype) @ weight_VD
+        mixed = product(weights.to(weight_VD.dtype), weight_VD)
         if total is not None:
             mixed = (mixed / total[..., None]).to(mixed.dtype)
         return mixed * self.stack.embedding_scale

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.models.tied import to_add_to
-from unmask.tiles import SMALL_CAP, add_product, tanh_, tile_rows, tiles, write_exp, write_product
+from unmask.products import add_product, write_product
+from unmask.tiles import SMALL_CAP, tanh_, tile_rows, tiles, write_exp
 
 
 def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,8 @@ class Window:
         """Which columns are attended to, bool (K, 1, 1, columns), or as runs of rows; None = all."""
         if self._runs is None:
             return self.tensors.get("mask")
-        return self._runs if len(self._runs) > 1 else self._runs[0].mask
+        (first, *others) = self._runs
+        return self._runs if others else first.mask
 
     def exchange(self, layer: int, k_KGSE: Tensor, v_KGSE: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values into the store; return those of all positions, (K, G, columns, E)."""

@@ -23,6 +23,7 @@ from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.layers import RMSNorm, embedding, for_matmuls, rotary_tables, rotate
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
+from unmask.products import linear
 
 if TYPE_CHECKING:
     from unmask.models.attention import Mask
@@ -146,7 +147,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of final hidden states (..., D), all V rows."""
-        return F.linear(scaled_for_head(self.config, hidden), *self.head)
+        return linear(scaled_for_head(self.config, hidden), *self.head)
 
 
 def scaled_for_head(config: LLaDAConfig, hidden: Tensor) -> Tensor:
@@ -260,10 +261,10 @@ def initialise(model: LLaDA, generator: torch.Generator) -> None:
     draw(model.transformer.wte.weight, wide)
     for layer, block in enumerate(model.transformer.blocks):
         assert isinstance(block, Block)
-        for linear in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj):
-            draw(linear.weight, wide)
-        for linear in (block.attn_out, block.ff_out):
-            draw(linear.weight, (2 * linear.in_features * (layer + 1)) ** -0.5)
+        for inner in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj):
+            draw(inner.weight, wide)
+        for outer in (block.attn_out, block.ff_out):
+            draw(outer.weight, (2 * outer.in_features * (layer + 1)) ** -0.5)
     if not config.weight_tying:
         draw(model.transformer.ff_out.weight, wide)
     for name, parameter in model.named_parameters():

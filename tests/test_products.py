@@ -1,0 +1,97 @@
+"""Products of large fp32 matrices by oneDNN against PyTorch's own, whatever this machine is faster with."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unmask import products
+from unmask.products import add_product, by_onednn, linear, product, write_columns, write_product
+
+CLOSE = {"atol": 2e-4, "rtol": 1e-5}
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "blas"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Each library in turn, for products of any size, in parts that do not divide them."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "_LARGE", 1)
+    monkeypatch.setattr(products, "_RESULTS", 300)
+    return request.param
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("rows", "summed", "columns"), [(50, 30, 70), (1, 64, 33), (7, 1, 5), (33, 16, 1)])
+def test_every_product_is_the_matrix_product(library: bool, rows: int, summed: int, columns: int) -> None:
+    left, right = normal(rows, summed), normal(summed, columns, seed=1)
+    # As losses have it: transposed, so that each position's column is strided.
+    for right_KN in (right, right.t().contiguous().t()):
+        theirs = (left.double() @ right_KN.double()).float()
+        assert by_onednn(left, right_KN) == library
+        torch.testing.assert_close(product(left, right_KN), theirs, **CLOSE)
+        torch.testing.assert_close(write_columns(torch.empty(rows, columns), left, right_KN), theirs, **CLOSE)
+        torch.testing.assert_close(
+            write_product(torch.empty(rows, columns), left, right_KN, 0.3), 0.3 * theirs, **CLOSE
+        )
+        total = torch.ones(rows, columns)
+        add_product(total, left, right_KN)
+        torch.testing.assert_close(total, 1 + theirs, **CLOSE)
+
+
+def test_what_is_written_goes_where_it_belongs_in_a_larger_matrix(library: bool) -> None:
+    left, right = normal(20, 8), normal(8, 40, seed=1)
+    room = torch.zeros(22, 40)
+    assert write_product(room[1:21], left, right).data_ptr() == room[1].data_ptr()
+    torch.testing.assert_close(room[1:21], left @ right, **CLOSE)
+    assert not room[0].any()
+    assert not room[21].any()
+    wide = torch.zeros(20, 44)
+    write_columns(wide[:, 2:42], left, right)
+    torch.testing.assert_close(wide[:, 2:42], left @ right, **CLOSE)
+    assert not wide[:, :2].any()
+    assert not wide[:, 42:].any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (0, 6)])
+def test_linear_is_linear(library: bool, shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(6, 9, bias=bias).requires_grad_(False)
+    hidden = normal(*shape)
+    found, theirs = linear(hidden, layer.weight, layer.bias), layer(hidden)
+    assert found.shape == theirs.shape
+    torch.testing.assert_close(found, theirs, **CLOSE)
+
+
+def test_gradients_are_never_lost(library: bool) -> None:
+    """oneDNN's operation has none: what wants one goes the other way."""
+    weight = normal(9, 6, seed=1).requires_grad_()
+    linear(normal(4, 6), weight, None).sum().backward()
+    assert weight.grad is not None
+    assert product(normal(4, 9), weight).requires_grad
+    with torch.no_grad():
+        assert by_onednn(normal(4, 9), weight) == library
+
+
+def test_other_matrices_go_the_other_way(library: bool) -> None:
+    left, right = normal(8, 6), normal(6, 4)
+    assert not by_onednn(left.double(), right.double())
+    assert not by_onednn(left.bfloat16(), right.bfloat16())
+    assert not by_onednn(normal(6, 8).t(), right)
+    assert not by_onednn(left.to("meta"), right.to("meta"))
+    narrow = write_product(torch.empty(8, 4), left.bfloat16(), right.bfloat16())
+    torch.testing.assert_close(narrow, (left.bfloat16() @ right.bfloat16()).float())
+    total = torch.zeros(8, 4, dtype=torch.float64)
+    add_product(total, left.double(), right.double())
+    torch.testing.assert_close(total, left.double() @ right.double())
+
+
+def test_small_products_make_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    assert not by_onednn(normal(64, 64), normal(64, 64))
+    assert by_onednn(torch.empty(1024, 256), torch.empty(256, 256))

@@ -1,0 +1,107 @@
+"""Products of large fp32 matrices, by the library that this CPU is fast with.
+
+PyTorch multiplies fp32 on x86 with Intel's MKL, which on AMD's processors does not use AVX-512: two cores of an EPYC
+(Zen 5, torch 2.13) have 175 GFLOP/s by it and 400 by oneDNN, which PyTorch carries too and uses for bf16. What is asked
+of it here is the operation of compiled models, `mkldnn::_linear_pointwise`; it has no gradient, so it serves where a
+product is made by hand: losses, signals, samplers.
+
+Shapes: M rows, K summed, N columns.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Multiplications from which on a product is worth a kernel, which oneDNN makes anew for each shape (some 3 ms).
+_LARGE = 2**26
+# Results of a product that are made at a time where they go into given memory (1 MiB): they are copied while in the
+# cache, and the C library does not give that much back to the system, to take it again page by page.
+_RESULTS = 2**18
+
+
+@lru_cache(maxsize=1)
+def onednn_is_faster() -> bool:
+    """Say whether fp32 products go by oneDNN: on AMD's processors with AVX-512, where PyTorch has both libraries."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        str(capabilities.get("cpu_name", "")).startswith("AMD")
+        and bool(capabilities.get("avx512_f"))
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """Return left @ right, (M, N)."""
+    return _onednn(left_MK, right_KN) if by_onednn(left_MK, right_KN) else left_MK @ right_KN
+
+
+def linear(hidden: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Return hidden @ weightᵀ + bias, (..., N) of hidden (..., K)."""
+    if not by_onednn(hidden, weight_NK.t()):
+        return F.linear(hidden, weight_NK, bias_N)
+    return _onednn(hidden, weight_NK.t(), bias_N)
+
+
+def write_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, factor: float = 1.0) -> Tensor:
+    """Write factor · left @ right to `out`, of any dtype, and return it."""
+    if by_onednn(left_MK, right_KN):
+        for part in _parts(out_MN):
+            torch.mul(_onednn(left_MK[part], right_KN), factor, out=out_MN[part])
+        return out_MN
+    if left_MK.dtype == out_MN.dtype:
+        return torch.addmm(out_MN, left_MK, right_KN, beta=0, alpha=factor, out=out_MN)
+    return torch.mul(torch.mm(left_MK, right_KN), factor, out=out_MN)
+
+
+def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """Add left @ right to `total`, of any dtype, in place."""
+    if by_onednn(left_MK, right_KN):
+        for part in _parts(total_MN):
+            total_MN[part] += _onednn(left_MK[part], right_KN)
+    elif left_MK.dtype == total_MN.dtype:
+        total_MN.addmm_(left_MK, right_KN)
+    else:
+        total_MN += torch.mm(left_MK, right_KN)
+
+
+def write_columns(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """Write left @ right, of few rows and many columns, to `out` of their dtype, and return it."""
+    if not by_onednn(left_MK, right_KN):
+        return torch.mm(left_MK, right_KN, out=out_MN)
+    for part in _parts(out_MN.t()):
+        out_MN[:, part].copy_(_onednn(left_MK, right_KN[:, part]))
+    return out_MN
+
+
+def _parts(results_MN: Tensor) -> list[slice]:
+    """Divide a product's rows into parts of `_RESULTS` results."""
+    rows, columns = results_MN.shape
+    size = max(1, _RESULTS // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _onednn(left: Tensor, right_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right_KN.t(), bias_N, "none", [], "")
+
+
+def by_onednn(left_MK: Tensor, right_KN: Tensor) -> bool:
+    """Say whether a product goes by oneDNN: a large one of plain fp32 matrices whose gradient nobody will ask for.
+
+    A left matrix that is not contiguous it would copy first.
+    """
+    pair = (left_MK, right_KN)
+    return (
+        left_MK.numel() * right_KN.shape[1] >= _LARGE
+        and all(matrix.dtype == torch.float32 and matrix.device.type == "cpu" for matrix in pair)
+        and all(type(matrix) in (Tensor, nn.Parameter) for matrix in pair)
+        and left_MK.is_contiguous()
+        and not (torch.is_grad_enabled() and any(matrix.requires_grad for matrix in pair))
+        and not torch.compiler.is_compiling()
+        and onednn_is_faster()
+    )
