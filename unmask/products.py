@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 # Multiplications from which on a product is worth a kernel, which oneDNN makes anew for each shape (some 3 ms).
 _LARGE = 2**26
-# Results of a product that are made at a time where they go into given memory (1 MiB): they are copied while in the
-# cache, and the C library does not give that much back to the system, to take it again page by page.
-_RESULTS = 2**18
+# Numbers that are made at a time on the way into given memory (1 MiB): they are read again while in the cache, and the
+# C library does not give that much back to the system, to take it again page by page.
+_AT_ONCE = 2**18
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +61,10 @@ def write_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, factor: flo
 
 def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """Add left @ right to `total`, of any dtype, in place."""
-    if by_onednn(left_MK, right_KN):
+    if by_onednn(left_MK, right_KN) and not left_MK.is_contiguous():
+        for part in _parts(left_MK.t()):
+            total_MN += _onednn(left_MK[:, part], right_KN[part])
+    elif by_onednn(left_MK, right_KN):
         for part in _parts(total_MN):
             total_MN[part] += _onednn(left_MK[part], right_KN)
     elif left_MK.dtype == total_MN.dtype:
@@ -79,10 +82,10 @@ def write_columns(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
     return out_MN
 
 
-def _parts(results_MN: Tensor) -> list[slice]:
-    """Divide a product's rows into parts of `_RESULTS` results."""
-    rows, columns = results_MN.shape
-    size = max(1, _RESULTS // columns)
+def _parts(matrix_MN: Tensor) -> list[slice]:
+    """Divide a matrix's rows into parts of `_AT_ONCE` numbers."""
+    rows, columns = matrix_MN.shape
+    size = max(1, _AT_ONCE // columns)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -93,14 +96,14 @@ def _onednn(left: Tensor, right_KN: Tensor, bias_N: Tensor | None = None) -> Ten
 def by_onednn(left_MK: Tensor, right_KN: Tensor) -> bool:
     """Say whether a product goes by oneDNN: a large one of plain fp32 matrices whose gradient nobody will ask for.
 
-    A left matrix that is not contiguous it would copy first.
+    The left one is copied if it is not contiguous, which pays for a transposed one that is added up in parts.
     """
     pair = (left_MK, right_KN)
     return (
         left_MK.numel() * right_KN.shape[1] >= _LARGE
         and all(matrix.dtype == torch.float32 and matrix.device.type == "cpu" for matrix in pair)
         and all(type(matrix) in (Tensor, nn.Parameter) for matrix in pair)
-        and left_MK.is_contiguous()
+        and (left_MK.is_contiguous() or (left_MK.dim() == 2 and left_MK.t().is_contiguous()))
         and not (torch.is_grad_enabled() and any(matrix.requires_grad for matrix in pair))
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
