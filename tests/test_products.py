@@ -1,9 +1,10 @@
 """Products of large fp32 matrices by oneDNN against PyTorch's own, whatever this machine is faster with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask import products
@@ -71,14 +72,37 @@ def test_linear_is_linear(library: bool, shape: tuple[int, ...], bias: bool) -> 
     torch.testing.assert_close(linear(strided, layer.weight, layer.bias), layer(strided), **CLOSE)
 
 
-def test_gradients_are_never_lost(library: bool) -> None:
-    """oneDNN's operation has none: what wants one goes the other way."""
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("weight", "bias")])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_linear_has_the_gradients_of_linear(library: bool, shape: tuple[int, ...], frozen: tuple, bias: bool) -> None:
+    inputs = {"hidden": normal(*shape), "weight": normal(9, 6, seed=1), "bias": normal(9, seed=2) if bias else None}
+    upstream = normal(*shape[:-1], 9, seed=3)
+    wanted = [name for name, value in inputs.items() if value is not None and name not in frozen]
+
+    def gradients(function: Callable[..., Tensor]) -> list[Tensor | None]:
+        values = {name: None if value is None else value.clone() for name, value in inputs.items()}
+        for name in wanted:
+            values[name].requires_grad_()  # pyright: ignore[reportOptionalMemberAccess]
+        function(*values.values()).backward(upstream)
+        return [values[name].grad for name in wanted]  # pyright: ignore[reportOptionalMemberAccess]
+
+    torch.testing.assert_close(gradients(linear), gradients(F.linear), **CLOSE)
+
+
+def test_no_gradient_is_lost(library: bool) -> None:
+    """oneDNN's operation has none."""
     weight = normal(9, 6, seed=1).requires_grad_()
-    linear(normal(4, 6), weight, None).sum().backward()
-    assert weight.grad is not None
+    assert not by_onednn(normal(4, 9), weight)
     assert product(normal(4, 9), weight).requires_grad
     with torch.no_grad():
         assert by_onednn(normal(4, 9), weight) == library
+
+
+def test_autocast_has_its_own_way(library: bool) -> None:
+    layer = nn.Linear(6, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(normal(4, 6), layer.weight, layer.bias).dtype == torch.bfloat16
 
 
 def test_other_matrices_go_the_other_way(library: bool) -> None:

@@ -2,8 +2,8 @@
 
 PyTorch multiplies fp32 on x86 with Intel's MKL, which on AMD's processors does not use AVX-512: two cores of an EPYC
 (Zen 5, torch 2.13) have 175 GFLOP/s by it and 400 by oneDNN, which PyTorch carries too and uses for bf16. What is asked
-of it here is the operation of compiled models, `mkldnn::_linear_pointwise`; it has no gradient, so it serves where a
-product is made by hand: losses, signals, samplers.
+of it here is the operation of compiled models, `mkldnn::_linear_pointwise`. It has no gradient: `linear` has one of its
+own, and the other functions leave products whose gradient is wanted to PyTorch.
 
 Shapes: M rows, K summed, N columns.
 """
@@ -11,10 +11,12 @@ Shapes: M rows, K summed, N columns.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Multiplications from which on a product is worth a kernel, which oneDNN makes anew for each shape (some 3 ms).
 _LARGE = 2**26
@@ -36,16 +38,39 @@ def onednn_is_faster() -> bool:
     )
 
 
+def linear(hidden: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Return hidden @ weightᵀ + bias, (..., N) of hidden (..., K); differentiable once in all three."""
+    if not _large(hidden, weight_NK.t()):
+        return F.linear(hidden, weight_NK, bias_N)
+    if by_onednn(hidden, weight_NK.t()):
+        return _onednn(hidden, weight_NK.t(), bias_N)
+    return _Linear.apply(hidden, weight_NK, bias_N)  # pyright: ignore[reportReturnType]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return hidden @ weightᵀ + bias."""
+        ctx.save_for_backward(hidden, weight_NK)
+        return _onednn(hidden, weight_NK.t(), bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of those that want one."""
+        hidden, weight_NK = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_MN, hidden_MK = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        return (
+            _onednn(grad_MN, weight_NK).view_as(hidden) if wants_hidden else None,
+            _onednn(grad_MN.t(), hidden_MK) if wants_weight else None,
+            grad_MN.sum(dim=0) if wants_bias else None,
+        )
+
+
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     """Return left @ right, (M, N)."""
     return _onednn(left_MK, right_KN) if by_onednn(left_MK, right_KN) else left_MK @ right_KN
-
-
-def linear(hidden: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Return hidden @ weightᵀ + bias, (..., N) of hidden (..., K)."""
-    if not by_onednn(hidden, weight_NK.t()):
-        return F.linear(hidden, weight_NK, bias_N)
-    return _onednn(hidden, weight_NK.t(), bias_N)
 
 
 def write_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, factor: float = 1.0) -> Tensor:
@@ -94,17 +119,23 @@ def _onednn(left: Tensor, right_KN: Tensor, bias_N: Tensor | None = None) -> Ten
 
 
 def by_onednn(left_MK: Tensor, right_KN: Tensor) -> bool:
-    """Say whether a product goes by oneDNN: a large one of plain fp32 matrices whose gradient nobody will ask for.
+    """Say whether a product goes by oneDNN: a large one whose gradient nobody will ask for."""
+    wanted = torch.is_grad_enabled() and (left_MK.requires_grad or right_KN.requires_grad)
+    return not wanted and _large(left_MK, right_KN)
 
-    The left one is copied if it is not contiguous, which pays for a transposed one that is added up in parts.
+
+def _large(left: Tensor, right_KN: Tensor) -> bool:
+    """Say whether oneDNN is faster with a product: a large one of plain fp32 matrices, which autocast leaves fp32.
+
+    The left one is copied if it is not contiguous, which pays for a transposed one.
     """
-    pair = (left_MK, right_KN)
+    pair = (left, right_KN)
     return (
-        left_MK.numel() * right_KN.shape[1] >= _LARGE
+        left.numel() * right_KN.shape[1] >= _LARGE
         and all(matrix.dtype == torch.float32 and matrix.device.type == "cpu" for matrix in pair)
         and all(type(matrix) in (Tensor, nn.Parameter) for matrix in pair)
-        and (left_MK.is_contiguous() or (left_MK.dim() == 2 and left_MK.t().is_contiguous()))
-        and not (torch.is_grad_enabled() and any(matrix.requires_grad for matrix in pair))
+        and (left.is_contiguous() or (left.dim() == 2 and left.t().is_contiguous()))
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from unmask.errors import ConfigError
+from unmask.models.layers import Linear
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.sections import read_section
@@ -41,7 +42,7 @@ def test_patterns_over_full_names(model: LLaDA) -> None:
 def test_ff_out_does_not_mean_the_head(pattern: str, model: LLaDA) -> None:
     assert names(model, pattern) == [f"{BLOCK}.0.ff_out", f"{BLOCK}.1.ff_out"]
     attach(model, PeftConfig(r=2, target_modules=[pattern]), "base")
-    assert type(model.transformer.ff_out) is torch.nn.Linear
+    assert type(model.transformer.ff_out) is Linear
     assert not model.transformer.ff_out.weight.requires_grad
 
 

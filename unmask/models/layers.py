@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from unmask.products import linear
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, computed in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
@@ -73,6 +75,14 @@ class _ScaledRMSNorm(torch.autograd.Function):
             mean_BL1 = (product_BLD @ weight_D)[..., None].div_(-len(weight_D))
         hidden_grad_BLD = torch.mul(grad_BLD, weight_D, out=product_BLD)
         return hidden_grad_BLD.addcmul_(normed_BLD, mean_BL1).mul_(inverse_BL1), weight_grad_D, None
+
+
+class Linear(nn.Linear):
+    """PyTorch's layer, with the product by the library that this CPU is fast with."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the linear map of (..., I), (..., O)."""
+        return linear(input, self.weight, self.bias)
 
 
 def embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:

@@ -108,7 +108,7 @@ def quantize_base(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             new: nn.Module = _stand_in(module) if module.gate_up_proj.is_meta else QuantizedExperts(module)
-        elif type(module) is nn.Linear and _is_base(name, patterns):
+        elif isinstance(module, nn.Linear) and _is_base(name, patterns):
             new = _stand_in(module) if module.weight.is_meta else QuantizedLinear(module)
         else:
             continue

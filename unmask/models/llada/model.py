@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
 from unmask.models.attention import Kernel, attend, prepare_mask
-from unmask.models.layers import RMSNorm, embedding, for_matmuls, rotary_tables, rotate
+from unmask.models.layers import Linear, RMSNorm, embedding, for_matmuls, rotary_tables, rotate
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
 from unmask.products import linear
@@ -42,13 +42,13 @@ class Block(nn.Module):
         self.head_dim = config.head_dim
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
-        self.q_proj = nn.Linear(width, width, bias=qkv_bias)
-        self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
-        self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
-        self.attn_out = nn.Linear(width, width, bias=bias)
-        self.ff_proj = nn.Linear(width, config.hidden_size, bias=bias)
-        self.up_proj = nn.Linear(width, config.hidden_size, bias=bias)
-        self.ff_out = nn.Linear(config.hidden_size, width, bias=bias)
+        self.q_proj = Linear(width, width, bias=qkv_bias)
+        self.k_proj = Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = Linear(width, kv_width, bias=qkv_bias)
+        self.attn_out = Linear(width, width, bias=bias)
+        self.ff_proj = Linear(width, config.hidden_size, bias=bias)
+        self.up_proj = Linear(width, config.hidden_size, bias=bias)
+        self.ff_out = Linear(config.hidden_size, width, bias=bias)
 
     def forward(
         self,
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
-            self.ff_out = nn.Linear(config.d_model, config.rows, bias=config.include_bias)
+            self.ff_out = Linear(config.d_model, config.rows, bias=config.include_bias)
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
