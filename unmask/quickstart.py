@@ -28,7 +28,7 @@ TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 80, 120
 PROMISED = 0.90  # exact match on the test problems after training
 # Exact match on the validation problems that ends training, and how many times running: once alone is partly luck, and
 # the test problems have to be right as well.
-GOOD_ENOUGH, IN_A_ROW = 0.925, 3
+GOOD_ENOUGH, IN_A_ROW = 0.975, 3
 ANSWER_TOKENS, VOCABULARY = 24, 384
 CONFIG, RUN, TOKENIZER = "quickstart.yaml", "run", "tokenizer"
 
@@ -165,8 +165,9 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
                 "pad_token_id": 1,
             }
         },
-        # Answers are short and half of each is copied: a high least level spends the minutes on what is hard.
-        "dllm": {"mode": "mdlm", "eps": 0.5, "supervise_padding": True, "time_sampling": "stratified"},
+        # Answers are short and half of each is copied: a high least level spends the minutes on what is hard. With a
+        # half, though, a network hardly sees a last mask, and miscopies there.
+        "dllm": {"mode": "mdlm", "eps": 0.3, "supervise_padding": True, "time_sampling": "stratified"},
         "dataset": {"path_or_dataset_id": str(root / "train.jsonl"), **data},
         "validation_dataset": {"path_or_dataset_id": str(root / "validation.jsonl"), **data},
         # Exact match on the validation problems, which ends training: see `learned`.
@@ -179,11 +180,12 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
         "step_scheduler": {
             "global_batch_size": 64,
             "local_batch_size": 64,
-            "max_steps": 1300,
+            "max_steps": 1000,
             "val_every_steps": 100,
             "val_at_start": True,
         },
-        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.01},
+        # There are only 510 sums to learn from, and others to be solved: weight decay is what has it learn the rule.
+        "optimizer": {"lr": 2e-3, "betas": [0.9, 0.99], "weight_decay": 0.3},
         "lr_scheduler": {"lr_decay_style": "cosine", "lr_warmup_steps": 50},
         "distributed": {"autocast_dtype": "bfloat16" if fast_bf16() else "float32", "device": "cpu"},
         "checkpoint": {"checkpoint_dir": str(root / RUN)},
