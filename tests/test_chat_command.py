@@ -16,6 +16,7 @@ from unmask.cli import build_parser, main
 from unmask.commands.chat import Talk
 from unmask.sampling import view
 from unmask.sampling.conversation import Conversation
+from unmask.sampling.generate import Generation, Stats
 from unmask.sampling.settings import SamplerConfig
 
 
@@ -167,6 +168,20 @@ def test_ctrl_c_stops_an_answer_and_forgets_the_question(typed, monkeypatch, tmp
     shown = typed("hi there", "what now", f"/save {path}")
     assert "interrupted" in shown and "2 turns added" in shown
     assert [turn["content"] for turn in json.loads(path.read_text("utf-8"))["messages"]][0] == "what now"
+
+
+def test_what_was_thought_is_saved_and_not_said_again(typed, parts, monkeypatch, tmp_path):
+    asked, path = [], tmp_path / "talk.jsonl"
+
+    def answer(talk: Talk, conversation: Conversation, prompt_ids: list[int]) -> Generation:
+        asked.append(parts[1].decode(prompt_ids))
+        return Generation([5], "4", "eos", prompt_ids, Stats(1, 1.0, 0.1, 10.0), "Two and two.")
+
+    monkeypatch.setattr(Talk, "_answer", answer)
+    typed("2+2?", "and 3+3?", f"/save {path}")
+    assert "4" in asked[1] and "Two and two" not in asked[1]
+    turns = json.loads(path.read_text("utf-8"))["messages"]
+    assert [turn.get("reasoning_content") for turn in turns] == [None, "Two and two.", None, "Two and two."]
 
 
 def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was(typed, tmp_path):

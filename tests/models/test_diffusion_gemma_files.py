@@ -21,7 +21,7 @@ from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.folders import weight_files
 from unmask.models.registry import ModelConfig, build_model, load_model, plan_folder, plan_model
 from unmask.models.weights import carried_tensors, copy_weights, read_slices, read_tensors, save_weights
-from unmask.training.export import export
+from unmask.training.export import export, layer_gaps
 from unmask.training.model_files import save_model
 
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
@@ -278,6 +278,32 @@ def test_an_export_without_a_vision_tower_warns(checkpoint: Path, tmp_path: Path
     source = changed(checkpoint, tmp_path / "in", blind)
     *_, warning = export(str(source), tmp_path / "out")
     assert "no vision tower" in warning and str(source) in warning
+
+
+def test_an_export_of_a_vision_tower_with_holes_names_them(checkpoint: Path, tmp_path: Path) -> None:
+    """The released tower has many layers; the small one gets a second."""
+    first = VISION[0] + "encoder.layers.0."
+
+    def second_layer(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(first)]:
+            tensors[key.replace(".0.", ".1.", 1)] = tensors[key].clone()
+
+    whole = changed(checkpoint, tmp_path / "whole", second_layer)
+    assert not any("vision tower" in warning for warning in export(str(whole), tmp_path / "out"))
+    lost = sorted(key.replace(".0.", ".1.", 1) for key in stored(checkpoint) if key.startswith(first))[:2]
+
+    def holes(tensors: dict[str, Tensor]) -> None:
+        for key in lost:
+            del tensors[key]
+
+    *_, warning = export(str(changed(whole, tmp_path / "holes", holes)), tmp_path / "other")
+    assert f"holes lacks 2 tensors of its vision tower, {lost[0]} first" in warning
+
+
+def test_layers_of_one_stack_are_alike() -> None:
+    keys = ["v.layers.0.a", "v.layers.0.b", "v.layers.2.a", "v.layers.2.b", "v.layers.3.a", "v.norm", "w.layers.0.c"]
+    assert layer_gaps(keys) == ["v.layers.1.a", "v.layers.1.b", "v.layers.3.b"]
+    assert layer_gaps(["v.mlp.0.weight", "v.mlp.2.bias"]) == []
 
 
 def test_the_files_that_prepare_images_go_along(checkpoint: Path, tmp_path: Path) -> None:

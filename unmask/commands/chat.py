@@ -194,7 +194,7 @@ class Talk:
             self.note(f"{len(answer.token_ids)} tokens, {stats.nfe} calls ({rate}), {stats.seconds:.1f} s")
         else:
             print(f"{answer.text}\n", flush=True)
-        return fitted.say("assistant", answer.text or "")
+        return fitted.say("assistant", answer.text or "", answer.reasoning)
 
     def _answer(self, conversation: Conversation, prompt_ids: list[int]) -> Generation:
         from unmask.sampling.generate import generate

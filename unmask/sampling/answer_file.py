@@ -98,7 +98,7 @@ def record_of(prompt: Any, answer: Generation | Infill, sampler: Mapping[str, An
     if isinstance(answer, Infill):
         made |= {"fills": answer.fills, "fill_ids": answer.fill_ids, "log_likelihood": answer.log_likelihood}
     else:
-        made["finish_reason"] = answer.finish_reason
+        made |= {"reasoning": answer.reasoning, "finish_reason": answer.finish_reason}
     return {
         "prompt": prompt,
         **made,

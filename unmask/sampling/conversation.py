@@ -16,7 +16,8 @@ from unmask.errors import SamplingError
 from unmask.sampling.settings import CanvasSettings, MaskSettings, SamplerConfig, Settings, resolve
 from unmask.sections import choice_problem
 
-Turn = dict[str, str]  # {"role", "content"}
+# {"role", "content"}, and of an answer that was thought about "reasoning_content", as in training data.
+Turn = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Conversation:
 
     @property
     def seen(self) -> tuple[Turn, ...]:
-        """The turns that the model sees."""
-        return self.system + self.turns[len(self.system) + self.forgotten :]
+        """The turns that the model sees: without what it thought, which templates show of the newest answer only."""
+        shown = self.system + self.turns[len(self.system) + self.forgotten :]
+        return tuple({"role": turn["role"], "content": turn["content"]} for turn in shown)
 
-    def say(self, role: str, content: str) -> Conversation:
+    def say(self, role: str, content: str, reasoning: str | None = None) -> Conversation:
         """Return the conversation with one more turn."""
-        return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": content}))
+        thought = {"reasoning_content": reasoning} if reasoning else {}
+        return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": content, **thought}))
 
     def fit(self, count: Callable[[Sequence[Turn]], int], room: int) -> Conversation:
         """Return the conversation with as many of the oldest exchanges forgotten as must be.

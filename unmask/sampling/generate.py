@@ -15,6 +15,7 @@ from unmask.sampling.adapters import Adapter, adapter_for, settings_for
 from unmask.sampling.denoise import Request, StepEvent, denoise
 from unmask.sampling.draws import row_keys
 from unmask.sampling.prompts import as_list, encode_prompts, places_of
+from unmask.sampling.reasoning import split_reasoning
 from unmask.sampling.settings import SamplerConfig, Settings
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ class Generation:
 
     Attributes:
         token_ids: the answer without the prompt, up to and without the first stop token, at most `max_new_tokens`.
-        text: `token_ids` decoded without special tokens; None without a tokenizer.
+        text: `token_ids` decoded without special tokens and without reasoning; None without a tokenizer.
         finish_reason: "eos" when a stop token ended it, otherwise "length".
         prompt_ids: the tokens that it answers.
         stats: what it cost.
+        reasoning: what it says between the tokenizer's reasoning tags, "" for nothing between them; None without tags.
     """
 
     token_ids: list[int]
@@ -61,6 +63,7 @@ class Generation:
     finish_reason: str
     prompt_ids: list[int]
     stats: Stats
+    reasoning: str | None = None
 
 
 def generate(
@@ -299,9 +302,9 @@ def _result(
 ) -> Generation:
     end = next((place for place, token in enumerate(answer) if token in stops), None)
     token_ids = answer[:end]
-    text = None if tokenizer is None else str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    text, reasoning = (None, None) if tokenizer is None else split_reasoning(token_ids, tokenizer)
     stats = Stats(nfe, len(token_ids) / nfe, seconds, len(token_ids) / max(seconds, 1e-9))
-    return Generation(token_ids, text, "length" if end is None else "eos", prompt_ids, stats)
+    return Generation(token_ids, text, "length" if end is None else "eos", prompt_ids, stats, reasoning)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from unmask.sampling.adapters import adapter_for, settings_for
 from unmask.sampling.denoise import StepEvent
 from unmask.sampling.generate import Generation, generate, stop_ids
 from unmask.sampling.prompts import as_list
+from unmask.sampling.reasoning import in_reasoning, reasoning_tags
 from unmask.sampling.settings import SamplerConfig
 
 if TYPE_CHECKING:
@@ -58,6 +60,10 @@ class Drawing:
     stops: tuple[int, ...]
     shades: str | None = SHADES
 
+    @cached_property
+    def _tags(self) -> tuple[int, int] | None:
+        return reasoning_tags(self.tokenizer)
+
     def draw(
         self,
         answer: Sequence[int],
@@ -66,7 +72,7 @@ class Drawing:
         confidence: Sequence[float] | None = None,
         given: Collection[int] = (),
     ) -> Text:
-        """Return one answer as styled text: what the last call settled bold, open positions dim.
+        """Return one answer as styled text: what the last call settled bold, open positions dim, reasoning italic.
 
         Args:
             answer: token ids.
@@ -78,13 +84,15 @@ class Drawing:
         settled_stops = (i for i, token in enumerate(answer) if token in self.stops and not open_[i] and i not in given)
         places = range(next(settled_stops, len(answer)))
         text = Text()
+        settled = [-1 if is_open else token for token, is_open in zip(answer, open_, strict=True)]
+        thought = in_reasoning(settled, self._tags)
         # Neighbours are decoded together: a character may be spread over several tokens.
-        for (is_open, is_fresh), run in groupby(places, key=lambda i: (open_[i], fresh[i])):
+        for (is_open, is_fresh, is_thought), run in groupby(places, key=lambda i: (open_[i], fresh[i], thought[i])):
             run = list(run)
             if is_open and self.shades is not None:
                 text.append("".join(self._shade(confidence, i) for i in run), style="dim")
             else:
-                style = "dim" if is_open else "bold" if is_fresh else ""
+                style = "dim" if is_open else "bold" if is_fresh else "italic" if is_thought else ""
                 decoded = self.tokenizer.decode([answer[i] for i in run], skip_special_tokens=True)
                 text.append(printable(str(decoded)), style=style)
         return text

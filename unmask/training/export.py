@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ from unmask.models.tokenizer import tokenizer_folder
 
 if TYPE_CHECKING:
     from unmask.models.registry import ModelPlan
+
+# A tensor of one of a stack's layers.
+_LAYER = re.compile(r"(?P<stack>.*\.(?:layers|blocks))\.(?P<layer>\d+)\.(?P<name>.+)")
 
 
 def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str | None = None) -> list[str]:
@@ -82,15 +87,39 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
 
 
 def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
-    """Warn of a checkpoint that lost the part of its network that training carries along unread."""
+    """Warn of a checkpoint that lost what training carries along unread: all of it, or tensors of single layers."""
     from unmask.models.weights import carried_tensors
 
-    if plan.family.layout is PLAIN or next(carried_tensors(plan.folder, plan.family.layout), None) is not None:
+    if plan.family.layout is PLAIN:
         return []
+    keys = [key for key, _ in carried_tensors(plan.folder, plan.family.layout)]
+    lost = layer_gaps(keys)
+    if keys and not lost:
+        return []
+    what = f"lacks {len(lost)} tensors of its vision tower, {lost[0]} first" if keys else "has no vision tower"
     return [
-        f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it at "
-        "random; text is complete"
+        f"{checkpoint} {what}, so the exported folder does too, and transformers would draw them at random; text is "
+        "complete"
     ]
+
+
+def layer_gaps(keys: Iterable[str]) -> list[str]:
+    """Return the keys that a numbered layer lacks and another layer beside it has, sorted.
+
+    All layers of one stack (`….layers.N.…`) are taken to be alike. What lies beside them is not missed, nor are layers
+    at the end of a stack that are gone whole, or a tensor that every layer lacks.
+    """
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for key in keys:
+        found = _LAYER.fullmatch(key)
+        if found:
+            stacks.setdefault(found["stack"], {}).setdefault(int(found["layer"]), set()).add(found["name"])
+    return sorted(
+        f"{stack}.{layer}.{name}"
+        for stack, layers in stacks.items()
+        for layer in range(max(layers) + 1)
+        for name in set().union(*layers.values()) - layers.get(layer, set())
+    )
 
 
 def _copy_tokenizer(checkpoint: str, adapter: str | None, folder: Path) -> list[str]:
