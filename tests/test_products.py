@@ -21,6 +21,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
     monkeypatch.setattr(products, "_LARGE", 1)
     monkeypatch.setattr(products, "_AT_ONCE", 300)
+    monkeypatch.setattr(products, "_ROWS", 4)
     return request.param
 
 
@@ -73,12 +74,14 @@ def test_linear_is_linear(library: bool, shape: tuple[int, ...], bias: bool) -> 
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("weight", "bias")])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("weight", "bias"), ("hidden", "weight")])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
 def test_linear_has_the_gradients_of_linear(library: bool, shape: tuple[int, ...], frozen: tuple, bias: bool) -> None:
     inputs = {"hidden": normal(*shape), "weight": normal(9, 6, seed=1), "bias": normal(9, seed=2) if bias else None}
     upstream = normal(*shape[:-1], 9, seed=3)
     wanted = [name for name, value in inputs.items() if value is not None and name not in frozen]
+    if not wanted:
+        return
 
     def gradients(function: Callable[..., Tensor]) -> list[Tensor | None]:
         values = {name: None if value is None else value.clone() for name, value in inputs.items()}
@@ -88,6 +91,16 @@ def test_linear_has_the_gradients_of_linear(library: bool, shape: tuple[int, ...
         return [values[name].grad for name in wanted]  # pyright: ignore[reportOptionalMemberAccess]
 
     torch.testing.assert_close(gradients(linear), gradients(F.linear), **CLOSE)
+
+
+def test_a_frozen_layer_keeps_nothing_of_its_input(library: bool) -> None:
+    """As LoRA's base layers, of which there are hundreds."""
+    kept: list[Tensor] = []
+    layer = nn.Linear(6, 9).requires_grad_(False)
+    hidden = normal(4, 6).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear(hidden, layer.weight, layer.bias).sum().backward()
+    assert not any(tensor.data_ptr() == hidden.data_ptr() for tensor in kept)
 
 
 def test_no_gradient_is_lost(library: bool) -> None:
@@ -116,6 +129,15 @@ def test_other_matrices_go_the_other_way(library: bool) -> None:
     total = torch.zeros(8, 4, dtype=torch.float64)
     add_product(total, left.double(), right.double())
     torch.testing.assert_close(total, left.double() @ right.double())
+
+
+@pytest.mark.parametrize("columns", [5, 30, 4000])
+def test_a_part_is_never_a_sliver(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_AT_ONCE", 300)
+    monkeypatch.setattr(products, "_ROWS", 8)
+    parts = products._parts(torch.empty(1, 1).expand(100, columns))
+    assert [row for part in parts for row in range(100)[part]] == list(range(100))
+    assert parts[0].stop == max(8, 300 // columns)
 
 
 def test_small_products_make_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

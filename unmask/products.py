@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Multiplications from which on a product is worth a kernel, which oneDNN makes anew for each shape (some 3 ms).
+# Multiplications from which on a product is worth a kernel, which oneDNN makes for each shape in some 3 ms: a shape
+# comes back in the next layer, tile or call.
 _LARGE = 2**26
-# Numbers that are made at a time on the way into given memory (1 MiB): they are read again while in the cache, and the
-# C library does not give that much back to the system, to take it again page by page.
-_AT_ONCE = 2**18
+# Numbers that are made at a time on the way into given memory (1 MiB), if that are rows enough for a product: they are
+# read again while in the cache, and the C library does not give that much back to the system, to take it again page by
+# page. A total that is added to as a whole may be four times as large.
+_AT_ONCE, _ROWS = 2**18, 128
 
 
 @lru_cache(maxsize=1)
@@ -40,18 +42,20 @@ def onednn_is_faster() -> bool:
 
 def linear(hidden: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """Return hidden @ weightᵀ + bias, (..., N) of hidden (..., K); differentiable once in all three."""
-    if not _large(hidden, weight_NK.t()):
+    if not _large(hidden, weight_NK, len(weight_NK)):
         return F.linear(hidden, weight_NK, bias_N)
-    if by_onednn(hidden, weight_NK.t()):
-        return _onednn(hidden, weight_NK.t(), bias_N)
-    return _Linear.apply(hidden, weight_NK, bias_N)  # pyright: ignore[reportReturnType]
+    given = (hidden, weight_NK) if bias_N is None else (hidden, weight_NK, bias_N)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return _Linear.apply(hidden, weight_NK, bias_N)  # pyright: ignore[reportReturnType]
+    return _onednn(hidden, weight_NK.t(), bias_N)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return hidden @ weightᵀ + bias."""
-        ctx.save_for_backward(hidden, weight_NK)
+        """Return hidden @ weightᵀ + bias; keep what the gradients that are wanted need."""
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(hidden if wants_weight else None, weight_NK if wants_hidden else None)
         return _onednn(hidden, weight_NK.t(), bias_N)
 
     @staticmethod
@@ -59,17 +63,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of those that want one."""
         hidden, weight_NK = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_MN, hidden_MK = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        grad_MN = grad.reshape(-1, grad.shape[-1])
         return (
-            _onednn(grad_MN, weight_NK).view_as(hidden) if wants_hidden else None,
-            _onednn(grad_MN.t(), hidden_MK) if wants_weight else None,
-            grad_MN.sum(dim=0) if wants_bias else None,
+            None if weight_NK is None else _onednn(grad, weight_NK),
+            None if hidden is None else _onednn(grad_MN.t(), hidden.reshape(-1, hidden.shape[-1])),
+            grad_MN.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
 
 
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """Return left @ right, (M, N)."""
+    """Return left @ right, (M, N); the left one may have more dimensions."""
     return _onednn(left_MK, right_KN) if by_onednn(left_MK, right_KN) else left_MK @ right_KN
 
 
@@ -86,12 +89,14 @@ def write_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, factor: flo
 
 def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """Add left @ right to `total`, of any dtype, in place."""
-    if by_onednn(left_MK, right_KN) and not left_MK.is_contiguous():
-        for part in _parts(left_MK.t()):
-            total_MN += _onednn(left_MK[:, part], right_KN[part])
-    elif by_onednn(left_MK, right_KN):
+    fast = by_onednn(left_MK, right_KN)
+    if fast and left_MK.is_contiguous():
         for part in _parts(total_MN):
             total_MN[part] += _onednn(left_MK[part], right_KN)
+    elif fast and total_MN.numel() <= 4 * _AT_ONCE:
+        # Transposed, it is copied a part at a time.
+        for part in _parts(left_MK.t()):
+            total_MN += _onednn(left_MK[:, part], right_KN[part])
     elif left_MK.dtype == total_MN.dtype:
         total_MN.addmm_(left_MK, right_KN)
     else:
@@ -108,9 +113,9 @@ def write_columns(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 
 def _parts(matrix_MN: Tensor) -> list[slice]:
-    """Divide a matrix's rows into parts of `_AT_ONCE` numbers."""
+    """Divide a matrix's rows into parts of `_AT_ONCE` numbers, or of `_ROWS` rows if those are more."""
     rows, columns = matrix_MN.shape
-    size = max(1, _AT_ONCE // columns)
+    size = max(_ROWS, _AT_ONCE // columns)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -118,24 +123,31 @@ def _onednn(left: Tensor, right_KN: Tensor, bias_N: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(left, right_KN.t(), bias_N, "none", [], "")
 
 
-def by_onednn(left_MK: Tensor, right_KN: Tensor) -> bool:
+def by_onednn(left: Tensor, right_KN: Tensor) -> bool:
     """Say whether a product goes by oneDNN: a large one whose gradient nobody will ask for."""
-    wanted = torch.is_grad_enabled() and (left_MK.requires_grad or right_KN.requires_grad)
-    return not wanted and _large(left_MK, right_KN)
+    wanted = torch.is_grad_enabled() and (left.requires_grad or right_KN.requires_grad)
+    return not wanted and _large(left, right_KN, right_KN.shape[1])
 
 
-def _large(left: Tensor, right_KN: Tensor) -> bool:
+def _large(left: Tensor, right: Tensor, columns: int) -> bool:
     """Say whether oneDNN is faster with a product: a large one of plain fp32 matrices, which autocast leaves fp32.
 
-    The left one is copied if it is not contiguous, which pays for a transposed one.
+    A left one that is transposed is copied, which pays. The size comes last: a graph that is compiled must not depend
+    on it.
+
+    Args:
+        left, right: the matrices, `right` in either orientation.
+        columns: of the product.
     """
-    pair = (left, right_KN)
     return (
-        left.numel() * right_KN.shape[1] >= _LARGE
-        and all(matrix.dtype == torch.float32 and matrix.device.type == "cpu" for matrix in pair)
-        and all(type(matrix) in (Tensor, nn.Parameter) for matrix in pair)
-        and (left.is_contiguous() or (left.dim() == 2 and left.t().is_contiguous()))
-        and not torch.is_autocast_enabled("cpu")
+        left.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
+        and left.dtype == right.dtype == torch.float32
+        and left.numel() * columns >= _LARGE
+        and right.device.type == "cpu"
+        and all(type(matrix) in (Tensor, nn.Parameter) for matrix in (left, right))
+        and (left.is_contiguous() or (left.dim() == 2 and left.t().is_contiguous()))
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
     )

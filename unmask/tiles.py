@@ -55,9 +55,12 @@ def write_exp(out: Tensor, numbers: Tensor, shift: Tensor, factor: float = 1.0) 
     return exp_(torch.add(shift, numbers, alpha=factor, out=out))
 
 
-def exp_(numbers: Tensor) -> Tensor:
-    """Make exp in place and return it."""
-    return numbers.mul_(LOG2E).exp2_() if numbers.device.type == "cpu" else numbers.exp_()
+def exp_(numbers: Tensor, out: Tensor | None = None) -> Tensor:
+    """Make exp in place, or in `out`, and return it."""
+    out = numbers if out is None else out
+    if numbers.device.type == "cpu":
+        return torch.mul(numbers, LOG2E, out=out).exp2_()
+    return torch.exp(numbers, out=out)
 
 
 def tanh_(numbers: Tensor, cap: float) -> Tensor:

@@ -1,11 +1,14 @@
 """Rows that attend in runs of like length, against all of them under one mask."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.models import key_runs as key_runs_module
 from unmask.models.attention import attend
 from unmask.models.key_runs import key_runs
 
@@ -19,6 +22,18 @@ def test_runs_cover_the_rows_in_order(lengths: list[int]) -> None:
         assert run.keys == max(own)
         allowed = [run.keys] * len(own) if run.mask is None else run.mask.flatten(1).sum(dim=1).tolist()
         assert allowed == own
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=8))
+def test_no_other_runs_cost_less(lengths: list[int]) -> None:
+    def cost(cuts: tuple[int, ...]) -> int:
+        bounds = [0, *cuts, len(lengths)]
+        return sum((b - a) * max(lengths[a:b]) + key_runs_module._CALL for a, b in pairwise(bounds))
+
+    places = range(1, len(lengths))
+    least = min(cost(cuts) for number in range(len(lengths)) for cuts in combinations(places, number))
+    found = key_runs(lengths)
+    assert cost(tuple(run.rows.start for run in found[1:])) == least
 
 
 def test_like_lengths_stay_together_and_unlike_ones_are_parted() -> None:

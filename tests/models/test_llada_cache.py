@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from unmask.models import key_runs
 from unmask.models.llada import cache
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.model import LLaDA
@@ -42,10 +43,15 @@ def shown(ids_BL: Tensor, first: Sequence[int], width: int) -> Tensor:
     return torch.where(columns < ids_BL.shape[1], ids_BL.gather(1, columns.clamp(max=ids_BL.shape[1] - 1)), 0)
 
 
-@pytest.fixture(params=[("cpu",), ()], ids=["by slice", "by index"])
-def ways_to_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By slices, as on CPUs, or by index, as elsewhere."""
-    monkeypatch.setattr(cache, "BY_SLICE", request.param)
+@pytest.fixture(params=[("cpu",), ("cpu", 1), ()], ids=["by slice", "by slice, in runs", "by index"])
+def ways_to_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on CPUs, as there with rows so long that every other length is a run of its own, and as elsewhere."""
+    monkeypatch.setattr(cache, "BY_SLICE", request.param[:1])
+    if request.param[1:]:
+        monkeypatch.setattr(key_runs, "_CALL", 1)
+    key_runs._split.cache_clear()
+    yield
+    key_runs._split.cache_clear()
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
@@ -121,6 +127,16 @@ def test_a_window_may_read_the_tensors_of_another_of_its_kind(network: Make, mon
         assert_same(store, twin)
     monkeypatch.setattr(cache, "BY_SLICE", ("cpu",))
     assert Window(store, [1], [3], [11], [0]).kind != Window(store, [2], [4], [11], [0]).kind
+    assert Window(store, [1, 1], [3, 3], [11, 9]).kind != Window(store, [1, 1], [3, 3], [11, 8]).kind
+
+
+def test_rows_of_unlike_length_are_told_apart_in_runs(network: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would not reach them."""
+    store = network().new_store(3, 200)
+    assert isinstance(Window(store, [4] * 3, [8] * 3, [20, 199, 200]).mask, tuple)
+    assert Window(store, [4] * 3, [8] * 3, [200, 200, 200]).mask is None
+    monkeypatch.setattr(cache, "BY_SLICE", ())
+    assert isinstance(Window(store, [4] * 3, [8] * 3, [20, 199, 200]).mask, Tensor)
 
 
 def test_what_a_window_writes_is_what_later_windows_see(network: Make) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from unmask.sampling.answer_file import record_of
 from unmask.sampling.conversation import Conversation, save
 from unmask.sampling.generate import generate
-from unmask.sampling.reasoning import TAGS, in_reasoning, reasoning_tags, split_reasoning
+from unmask.sampling.reasoning import TAGS, in_reasoning, reasoning_tags, split_reasoning, unanswered_note
 from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.view import Drawing
 
@@ -44,6 +44,7 @@ def without_thought(text: str) -> str:
         ("a<channel|>b", "ab", ""),
         ("a<|channel>thought\nx<channel|>b", "ab", "x"),
         ("", "", None),
+        ("<|channel>", "", ""),
     ],
 )
 def test_what_is_between_the_tags_is_no_text(thinker, answer: str, text: str, reasoning: str | None) -> None:
@@ -93,6 +94,11 @@ def test_it_is_drawn_in_italics_once_it_is_settled(thinker) -> None:
     noisy = Drawing(thinker, (), None).draw(ids, [True, False, False, False, False], [False] * 5)
     assert noisy.plain == "abc"
     assert not any(span.style == "italic" for span in noisy.spans)
+
+
+def test_reasoning_that_leaves_no_room_is_pointed_out() -> None:
+    assert "raise --max_new_tokens" in (unanswered_note("", "so it went on") or "")
+    assert [unanswered_note(*pair) for pair in (("4", "hm"), ("", ""), ("", None), (None, None))] == [None] * 4
 
 
 def test_every_token_is_inside_or_outside() -> None:

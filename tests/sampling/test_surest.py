@@ -178,3 +178,15 @@ def test_parts_are_multiples_but_for_the_last(positions: int) -> None:
     assert len(sizes) == -(-positions // surest.MOST)
     assert all(size % surest.MULTIPLE == 0 for size in sizes[:-1])
     assert max(sizes) - sizes[-1] < 2 * surest.MULTIPLE
+
+
+@pytest.mark.parametrize("logit", [1.0, 7.9, 30.0, 60.0])
+def test_no_token_is_surer_than_sure(logit: float) -> None:
+    """However the exponentials round, which they do the more the larger the logits are."""
+    weight_VD = torch.full((600, 1), -100.0)
+    weight_VD[3] = 1.0
+    hidden_MD = torch.full((surest.FEWEST, 1), logit)
+    found = TiledHead((), 600)(hidden_MD.bfloat16(), weight_VD.bfloat16())
+    assert (found.token_M == 3).all()
+    assert (found.confidence_M <= 1).all()
+    torch.testing.assert_close(found.confidence_M, torch.ones(surest.FEWEST), rtol=0, atol=2e-6)

@@ -173,6 +173,8 @@ class Talk:
 
     def _exchange(self, conversation: Conversation, question: str) -> Conversation:
         """Answer a turn; return the conversation with both, or as it was where the answer was interrupted."""
+        from unmask.sampling.reasoning import unanswered_note
+
         settings = conversation.settings
         asked = conversation.say("user", question)
         fitted = asked.fit(lambda turns: len(self.template.encode_prompt(turns)), self.context - settings.length)
@@ -188,6 +190,7 @@ class Talk:
                 raise
             self.note("interrupted; the question and what was there of the answer are forgotten")
             return conversation
+        self.note(unanswered_note(answer.text, answer.reasoning) or "")
         if self.interactive:
             stats = answer.stats
             rate = f"{stats.tokens_per_forward:.1f} a call"

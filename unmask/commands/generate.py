@@ -339,10 +339,14 @@ class _Texts:
             self._print(row)
 
     def _print(self, row: int) -> None:
+        from unmask.sampling.reasoning import unanswered_note
         from unmask.sampling.view import printable
 
         answer = self._ready.pop(row)
         text = printable(answer.text) if sys.stdout.isatty() else answer.text
+        note = unanswered_note(answer.text, getattr(answer, "reasoning", None))  # texts filled in have none
+        if note:
+            print(f"{self._job.title(row)}: {note}", file=sys.stderr)
         print(f"> {self._job.title(row)}\n{text}\n" if len(self._job.rows) > 1 else text, flush=True)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Keys whose attention takes about as long as starting a kernel (32 queries of 8 heads of 64, two cores of an EPYC).
 _CALL = 48
+# The longest run that is looked at, so that a batch of a thousand rows is divided in no time.
+_LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def _split(lengths: tuple[int, ...]) -> tuple[slice, ...]:
     best = [(0, 0, 0)]
     for end in range(1, len(lengths) + 1):
         longest, choices = 0, []
-        for start in reversed(range(end)):
+        for start in reversed(range(max(0, end - _LONGEST), end)):
             longest = max(longest, lengths[start])
             choices.append((best[start][0] + (end - start) * longest + _CALL, best[start][1] + 1, start))
         best.append(min(choices))

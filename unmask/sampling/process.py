@@ -244,7 +244,7 @@ class CanvasProcess:
             logits_MV[:, token : token + 1] = _NEVER
         likely_M = likeliest(logits_MV)
         logits_MV.sub_(logit(logits_MV, likely_M)[:, None]).clamp_(min=_LOWEST)
-        exp_(weights_MV.copy_(logits_MV))
+        exp_(logits_MV, out=weights_MV)
         total_M = block_sums(weights_MV).sum(dim=-1)
         # H = log Z − Σ p·x with x relative to the highest, so that a sure position's entropy keeps its digits.
         entropy_M = total_M.log() - logits_MV.mul_(weights_MV).sum(dim=-1) / total_M

@@ -21,8 +21,11 @@ _NAME = re.compile(r"\A\s*thought\s*(?:\n|\Z)")
 
 def reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
     """Return the tokens that reasoning begins and ends with; None where the vocabulary has none."""
-    known = tokenizer.get_vocab()
-    return (known[TAGS[0]], known[TAGS[1]]) if all(tag in known for tag in TAGS) else None
+    begin, end = (tokenizer.convert_tokens_to_ids(tag) for tag in TAGS)
+    if not isinstance(begin, int) or not isinstance(end, int):
+        return None
+    # What is not in the vocabulary may come back as the unknown token.
+    return (begin, end) if tokenizer.convert_ids_to_tokens([begin, end]) == list(TAGS) else None
 
 
 def in_reasoning(token_ids: Sequence[int], tags: tuple[int, int] | None) -> list[bool]:
@@ -41,6 +44,16 @@ def split_reasoning(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
     """Return an answer's text and its reasoning, without special tokens; None where it has no tags."""
     tags = reasoning_tags(tokenizer)
     inside = in_reasoning(token_ids, tags)
-    parts = ([token for token, own in zip(token_ids, inside, strict=True) if own is part] for part in (False, True))
-    text, thought = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
+    kept: dict[bool, list[int]] = {False: [], True: []}
+    for token, own in zip(token_ids, inside, strict=True):
+        if tags is None or token not in tags:
+            kept[own].append(token)
+    text, thought = (str(tokenizer.decode(kept[part], skip_special_tokens=True)) for part in (False, True))
     return text, _NAME.sub("", thought).strip() if any(inside) else None
+
+
+def unanswered_note(text: str | None, reasoning: str | None) -> str | None:
+    """Return what to say of a result that has reasoning and no answer; None of any other."""
+    if not reasoning or text is None or text.strip():
+        return None
+    return "the answer's length was used up by reasoning, which is not shown; raise --max_new_tokens"

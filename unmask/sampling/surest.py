@@ -27,8 +27,8 @@ from unmask.tiles import exp_
 FEWEST, MOST, MULTIPLE = 64, 256, 32
 # Rows of a tile; with 256 positions it is 4 MiB in fp32. Whole blocks.
 _TILE = 8 * BLOCK
-# exp of logits whose largest is no further from 0 than this needs nothing subtracted: neither it nor a sum overflows.
-_NEAR = 60.0
+# exp of logits whose largest is no further from 0 than this needs nothing subtracted, and loses no digits by that.
+_NEAR = 8.0
 # Logits that are bounded by this are finite: less than half of the largest number of bf16, and of fp32.
 _FINITE = 1.5e38
 
@@ -104,7 +104,8 @@ class TiledHead:
         # A sum is finite where all are; a maximum would not show minus infinity.
         finite_P = torch.ones_like(block_P, dtype=torch.bool) if bounded else logits_VP.float().sum(dim=0).isfinite()
         token_P = self._found(logits_VP, block_P)
-        return Surest(finite_P[:given], token_P[:given], (-total_P[:given]).exp(), (total_P + top_P)[:given])
+        confidence_P = (-total_P).exp_().clamp_(max=1)
+        return Surest(finite_P[:given], token_P[:given], confidence_P[:given], (total_P + top_P)[:given])
 
     def _ban(self, logits_WP: Tensor, start: int) -> None:
         """Put -inf for what is banned of the rows from `start` on."""

@@ -93,13 +93,18 @@ def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
     if plan.family.layout is PLAIN:
         return []
     keys = [key for key, _ in carried_tensors(plan.folder, plan.family.layout)]
+    if not keys:
+        return [
+            f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it "
+            "at random; text is complete"
+        ]
     lost = layer_gaps(keys)
-    if keys and not lost:
+    if not lost:
         return []
-    what = f"lacks {len(lost)} tensors of its vision tower, {lost[0]} first" if keys else "has no vision tower"
+    more = f" and {len(lost) - 1} more tensors of its vision tower" if len(lost) > 1 else ""
     return [
-        f"{checkpoint} {what}, so the exported folder does too, and transformers would draw them at random; text is "
-        "complete"
+        f"{checkpoint} lacks {lost[0]}{more}, so the exported folder lacks them as well, and transformers would draw "
+        "them at random; text is complete"
     ]
 
 

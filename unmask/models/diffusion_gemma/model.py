@@ -33,7 +33,7 @@ from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import Linear, RMSNorm, embedding, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
-from unmask.products import product, write_columns
+from unmask.products import linear, product, write_columns
 from unmask.tiles import cached_rows, tanh_
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ class DiffusionGemma(nn.Module):
             for part in cached_rows(scores):
                 tanh_(scores[part].div_(self.softcap), self.softcap).mul_(self.softcap)
             return scores
-        scores = F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
+        scores = linear(hidden.to(weight_VD.dtype), weight_VD, None).float()
         return self.softcap * torch.tanh(scores / self.softcap)
 
     def one_embedding_gradient(self) -> AbstractContextManager[None]:
