@@ -297,3 +297,13 @@ def test_what_the_command_line_refuses_is_one_line_and_status_2(checkpoint, caps
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "hi", "--device", "cpu", *words]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_a_canvas_weighed_in_parts_is_the_same(gemma_model, monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    """Its weights too, of which the next step's signal is made."""
+    prompts, sampler = [[5, 6, 7], [8, 9]], SamplerConfig(max_new_tokens=32, steps=6)
+    whole = generate(gemma_model, prompts, sampler=sampler)
+    monkeypatch.setattr("unmask.tiles._CACHED_LOGITS", 300 * positions)
+    parts = generate(gemma_model, prompts, sampler=sampler)
+    assert [(a.token_ids, a.stats.nfe) for a in parts] == [(a.token_ids, a.stats.nfe) for a in whole]

@@ -56,6 +56,22 @@ def test_a_vocabulary_without_tags_has_no_reasoning(chat_tokenizer) -> None:
     assert split_reasoning(chat_tokenizer.encode(spelt), chat_tokenizer) == (spelt, None)
 
 
+def test_an_unknown_tag_is_no_tag(chat_tokenizer) -> None:
+    """A vocabulary with an unknown token answers with it for whatever it lacks."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.unk_token = "<|start|>"
+    assert isinstance(tokenizer.convert_tokens_to_ids(TAGS[0]), int)
+    assert reasoning_tags(tokenizer) is None
+
+
+def test_tags_that_are_ordinary_tokens_are_no_reasoning_either(chat_tokenizer) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.add_tokens(list(TAGS))
+    ids = tokenizer.encode("<|channel>thought\nTwo.<channel|>4")
+    assert "<|channel>" in tokenizer.decode(ids, skip_special_tokens=True)
+    assert split_reasoning(ids, tokenizer) == ("4", "Two.")
+
+
 @given(pieces=st.lists(st.sampled_from([*TAGS, "a", "b\n", "thought\n"]), max_size=12))
 def test_the_text_is_what_the_template_would_leave(thinker, pieces: list[str]) -> None:
     answer = "".join(pieces)

@@ -60,6 +60,18 @@ def copy_weights(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> 
         places[key].copy_(tensor)
 
 
+def carried_keys(folder: Path | None, layout: FileLayout) -> list[str]:
+    """Return the keys of `carried_tensors`, without reading a tensor."""
+    if folder is None:
+        return []
+    if is_plain(folder):
+        return [key for key in weight_files(folder) if layout.carried(key)]
+    if not (folder / CARRIED).is_file():
+        return []
+    with safe_open(folder / CARRIED, framework="pt") as opened:
+        return list(opened.keys())
+
+
 def carried_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a folder that are not the network's and belong into every copy of it, as stored."""
     if folder is None:

@@ -30,13 +30,14 @@ def reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None
 
 def in_reasoning(token_ids: Sequence[int], tags: tuple[int, int] | None) -> list[bool]:
     """Return for each token whether it is reasoning or one of its tags; without an end it goes on to the last."""
+    if tags is None:
+        return [False] * len(token_ids)
+    begin, end = tags
     inside, found = False, []
     for token in token_ids:
-        if tags is not None and token == tags[0]:
-            inside = True
-        found.append(inside or (tags is not None and token == tags[1]))
-        if tags is not None and token == tags[1]:
-            inside = False
+        inside = inside or token == begin
+        found.append(inside or token == end)
+        inside = inside and token != end
     return found
 
 
@@ -44,16 +45,16 @@ def split_reasoning(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
     """Return an answer's text and its reasoning, without special tokens; None where it has no tags."""
     tags = reasoning_tags(tokenizer)
     inside = in_reasoning(token_ids, tags)
-    kept: dict[bool, list[int]] = {False: [], True: []}
-    for token, own in zip(token_ids, inside, strict=True):
-        if tags is None or token not in tags:
-            kept[own].append(token)
-    text, thought = (str(tokenizer.decode(kept[part], skip_special_tokens=True)) for part in (False, True))
-    return text, _NAME.sub("", thought).strip() if any(inside) else None
+    said = [token for token, own in zip(token_ids, inside, strict=True) if not own]
+    text = str(tokenizer.decode(said, skip_special_tokens=True))
+    if tags is None or not any(inside):
+        return text, None
+    thought = [token for token, own in zip(token_ids, inside, strict=True) if own and token not in tags]
+    return text, _NAME.sub("", str(tokenizer.decode(thought, skip_special_tokens=True))).strip()
 
 
 def unanswered_note(text: str | None, reasoning: str | None) -> str | None:
     """Return what to say of a result that has reasoning and no answer; None of any other."""
     if not reasoning or text is None or text.strip():
         return None
-    return "the answer's length was used up by reasoning, which is not shown; raise --max_new_tokens"
+    return "the answer's length was used up by reasoning; raise --max_new_tokens"

@@ -88,11 +88,11 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
 
 def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
     """Warn of a checkpoint that lost what training carries along unread: all of it, or tensors of single layers."""
-    from unmask.models.weights import carried_tensors
+    from unmask.models.weights import carried_keys
 
     if plan.family.layout is PLAIN:
         return []
-    keys = [key for key, _ in carried_tensors(plan.folder, plan.family.layout)]
+    keys = carried_keys(plan.folder, plan.family.layout)
     if not keys:
         return [
             f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it "

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from unmask.distributed.ranks import Ranks
-from unmask.models.folders import INDEX, WEIGHTS, is_plain, weight_files
-from unmask.models.weights import CARRIED, SHARD_BYTES, carried_tensors, write_tensors
+from unmask.models.folders import INDEX, WEIGHTS
+from unmask.models.weights import CARRIED, SHARD_BYTES, carried_keys, carried_tensors, write_tensors
 from unmask.training.sharded_model import SharedNetwork
 
 
@@ -32,7 +32,7 @@ def write_plain(network: SharedNetwork, ranks: Ranks, folder: Path, shard_bytes:
     carried = dict(carried_tensors(network.source, network.layout)) if ranks.first else {}
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     files = list(_files(sizes, shard_bytes))
-    number_of_files = len(files) + (1 if _any_carried(network) else 0)
+    number_of_files = len(files) + bool(carried_keys(network.source, network.layout))
     written: list[Path] = []
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
@@ -57,14 +57,6 @@ def write_plain(network: SharedNetwork, ranks: Ranks, folder: Path, shard_bytes:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         written.append(folder / INDEX)
     return written
-
-
-def _any_carried(network: SharedNetwork) -> bool:
-    if network.source is None:
-        return False
-    if not is_plain(network.source):
-        return (network.source / CARRIED).is_file()
-    return any(network.layout.carried(key) for key in weight_files(network.source))
 
 
 def write_carried(network: SharedNetwork, folder: Path) -> None:
