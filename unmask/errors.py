@@ -5,6 +5,9 @@ The command line prints the message in one line and exits with `exit_status`; pr
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UnmaskError(Exception):
     """Root of every error raised on purpose by this package."""
@@ -54,3 +57,15 @@ class TrainingError(UnmaskError):
     """Training had to stop, for example at a loss that is not finite. Not the fault of the input as given."""
 
     exit_status = 1
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the choice spelt most like `word`, or "" when none is close."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def choice_problem(value: object, choices: Iterable[object]) -> str:
+    """Say that `value` is none of `choices`, naming them all and the nearest spelling."""
+    names = [str(choice) for choice in choices]
+    return f"{value!r} is not one of {', '.join(names)}{nearest(str(value), names)}"

@@ -8,29 +8,16 @@ torch at the top, so that a bad value is refused before anything heavy loads. A 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from unmask.errors import ConfigError, FieldError
+from unmask.errors import ConfigError, FieldError, choice_problem, nearest
 
 T = TypeVar("T")
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the choice spelt most like `word`, or "" when none is close."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def choice_problem(value: object, choices: Iterable[object]) -> str:
-    """Say that `value` is none of `choices`, naming them all and the nearest spelling."""
-    names = [str(choice) for choice in choices]
-    return f"{value!r} is not one of {', '.join(names)}{nearest(str(value), names)}"
 
 
 def read_section(section: type[T], values: object, where: str) -> T:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unmask.errors import ModelError
-from unmask.sections import nearest
+from unmask.errors import ModelError, nearest
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _PATTERN = 6  # without layer_types every sixth layer is a full one

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from unmask.errors import ModelError
-from unmask.sections import nearest
+from unmask.errors import ModelError, nearest
 
 # Values that this network implements; anything else in a config.json would need other code.
 _ONLY = {
