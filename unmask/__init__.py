@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from unmask.evaluation.likelihood import log_likelihood as log_likelihood
     from unmask.models.registry import load_model as load_model
     from unmask.models.tokenizer import load_tokenizer as load_tokenizer
-    from unmask.sampling.denoise import StepEvent as StepEvent
+    from unmask.sampling.engine.loop import StepEvent as StepEvent
     from unmask.sampling.generate import Generation as Generation
     from unmask.sampling.generate import generate as generate
     from unmask.sampling.generate import stream as stream
@@ -27,7 +27,7 @@ _HOME = {
     "Infill": "unmask.sampling.infill",
     "LogLikelihood": "unmask.evaluation.likelihood",
     "SamplerConfig": "unmask.sampling.settings",
-    "StepEvent": "unmask.sampling.denoise",
+    "StepEvent": "unmask.sampling.engine.loop",
     "ar_log_likelihood": "unmask.evaluation.canvas_likelihood",
     "denoising_cross_entropy": "unmask.evaluation.canvas_likelihood",
     "generate": "unmask.sampling.generate",

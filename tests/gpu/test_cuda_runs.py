@@ -20,7 +20,7 @@ from unmask.models.registry import load_model
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
-from unmask.sampling import replay
+from unmask.sampling.backends import replay
 from unmask.sampling.generate import generate
 from unmask.sampling.settings import SamplerConfig
 from unmask.training.optim import OptimizerConfig, build_optimizer

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from unmask.models.llada.config import LLaDAConfig, parse_config
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.models.registry import load_model
-from unmask.sampling.adapters import FamilySpec
-from unmask.sampling.llada_adapter import Prompts
+from unmask.sampling.backends.backend import FamilySpec
+from unmask.sampling.backends.bidirectional import Prompts
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
 CHAT = (

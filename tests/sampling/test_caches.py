@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unmask.sampling.adapters import Call
+from unmask.sampling.backends.backend import Call
+from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.generate import generate
-from unmask.sampling.llada_adapter import LLaDAAdapter
 from unmask.sampling.settings import MaskSettings, SamplerConfig
 
 CACHES = ("prefix", "dual")
@@ -117,8 +117,8 @@ def call(answer_BC, lengths, first, step, end=None) -> Call:
     return Call(answer_BC, tuple(lengths), first_B // 4, first_B, end_B, torch.tensor(step), rows_M, positions_M)
 
 
-def adapter(model, **settings) -> LLaDAAdapter:
-    return LLaDAAdapter(model, MaskSettings(**settings))
+def adapter(model, **settings) -> BidirectionalBackend:
+    return BidirectionalBackend(model, MaskSettings(**settings))
 
 
 def answers(rows: int, seed: int) -> torch.Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from unmask.cli import main
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import adapter_for
-from unmask.sampling.denoise import Request, StepEvent, denoise
-from unmask.sampling.draws import row_keys
+from unmask.sampling.backends.backend import backend_for
+from unmask.sampling.engine.draws import row_keys
+from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.generate import generate
 from unmask.sampling.settings import CanvasSettings, SamplerConfig
 from unmask.sampling.view import Drawing, watch
@@ -36,7 +36,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 def answers(model, requests: list[Request], settings: CanvasSettings) -> dict[int, tuple[list[int], int]]:
     """Each request's tokens up to a stop, and its network calls."""
     found = {}
-    for event in denoise(adapter_for(model), requests, settings):
+    for event in denoise(backend_for(model), requests, settings):
         for place in event.finished_B.nonzero()[:, 0].tolist():
             settled = int((~event.open_BC[place]).sum())
             found[event.rows[place]] = (event.answer_BC[place, :settled].tolist(), int(event.nfe_B[place]))
@@ -190,7 +190,7 @@ def test_the_signal_is_the_soft_embedding_of_the_tempered_logits(gemma_model, mo
 
 
 def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
-    adapter = adapter_for(gemma_model)
+    adapter = backend_for(gemma_model)
     prompts = prompts_of(3, 20, 7)
     answer = torch.randint(0, 300, (3, 48), generator=torch.Generator().manual_seed(2))
     context = adapter.prefill(prompts)
@@ -212,11 +212,11 @@ def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
 def test_logits_are_weighed_in_chunks_whose_size_changes_nothing(gemma_model, monkeypatch):
     prompts, sampler = prompts_of(2, 5), SamplerConfig(steps=3, max_new_tokens=20)
     whole = tokens(generate(gemma_model, prompts, sampler=sampler))
-    monkeypatch.setattr("unmask.sampling.denoise._LOGITS_AT_ONCE", 300 * 5)
+    monkeypatch.setattr("unmask.sampling.engine.loop._LOGITS_AT_ONCE", 300 * 5)
     widths = []
-    logits = type(adapter_for(gemma_model)).logits
+    logits = type(backend_for(gemma_model)).logits
     monkeypatch.setattr(
-        "unmask.sampling.canvas_adapter.CanvasAdapter.logits",
+        "unmask.sampling.backends.canvas.CanvasBackend.logits",
         lambda self, hidden: widths.append(len(hidden)) or logits(self, hidden),
     )
     assert tokens(generate(gemma_model, prompts, sampler=sampler)) == whole

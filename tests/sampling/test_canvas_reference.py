@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
-from unmask.sampling.adapters import adapter_for
-from unmask.sampling.denoise import Request, StepEvent, denoise
+from unmask.sampling.backends.backend import backend_for
+from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.settings import CanvasSettings
 
 # transformers' generate marks its steps for CUDA graphs, and torch's modules behind that use what torch deprecates.
@@ -61,7 +61,7 @@ def published(reference, prompt: list[int], seed: int, settings: CanvasSettings)
 
 
 def ours(model, prompt: list[int], seed: int, settings: CanvasSettings) -> list[StepEvent]:
-    return list(denoise(adapter_for(model), [Request(0, prompt, 0)], settings, draws=OneGenerator(seed)))
+    return list(denoise(backend_for(model), [Request(0, prompt, 0)], settings, draws=OneGenerator(seed)))
 
 
 def prompt_of(length: int, seed: int) -> list[int]:

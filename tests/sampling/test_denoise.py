@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.sampling.denoise import Request, StepEvent, denoise
-from unmask.sampling.draws import row_keys
+from unmask.sampling.backends.bidirectional import BidirectionalBackend
+from unmask.sampling.engine.draws import row_keys
+from unmask.sampling.engine.loop import Request, StepEvent, denoise
+from unmask.sampling.engine.schedule import planned_calls, quota
 from unmask.sampling.generate import generate
-from unmask.sampling.llada_adapter import LLaDAAdapter
-from unmask.sampling.schedule import planned_calls, quota
 from unmask.sampling.settings import MaskSettings, SamplerConfig
 
 
@@ -161,7 +161,9 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
     model = small_model({favoured: 50.0})
     threshold = threshold if remasking == "low_confidence" else None  # the two exclude each other
     sampler = MaskSettings(steps, length, block, temperature, remasking, threshold, cache=cache)
-    events = list(denoise(LLaDAAdapter(model, sampler), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler))
+    events = list(
+        denoise(BidirectionalBackend(model, sampler), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler)
+    )
     sizes = [min(block, length - start) for start in range(0, length, block)]
     plan = zip(sizes, planned_calls(sizes, steps), strict=True)
     quotas = [quota(size, calls, step) for size, calls in plan for step in range(calls)]
@@ -185,7 +187,7 @@ class Watched:
     """The LLaDA adapter, keeping the narrowest margin between a position's two best tokens."""
 
     def __init__(self, model) -> None:
-        self.inner = LLaDAAdapter(model)
+        self.inner = BidirectionalBackend(model)
         self.spec, self.device = self.inner.spec, self.inner.device
         self.prefill, self.join = self.inner.prefill, self.inner.join
         self.denoise, self.commit = self.inner.denoise, self.inner.commit
@@ -225,6 +227,6 @@ def test_a_row_alone_equals_the_row_in_any_batch_and_order(reference_model, fiel
     )  # decisions are clear enough for fp32, so equality is asked of the sampler, not of luck
     assert len(alone) == 5
     for batch in (requests, requests[::-1], [requests[3], requests[0]], requests[1:]):
-        assert answers(batch, LLaDAAdapter(reference_model)) == {
+        assert answers(batch, BidirectionalBackend(reference_model)) == {
             request.index: alone[request.index] for request in batch
         }

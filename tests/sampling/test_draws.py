@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from unmask.sampling import draws
+from unmask.sampling.engine import draws
 
 
 def splitmix64(state: int, count: int) -> list[int]:

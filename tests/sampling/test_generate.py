@@ -192,7 +192,7 @@ def test_confidences_of_a_bf16_network_are_untempered_and_in_fp32(small_model):
 
 def test_settings_of_a_long_vocabulary_are_weighed_in_pieces(small_model, monkeypatch):
     whole = tokens(generate(small_model(), [[1], [2, 3]], sampler=HOT))
-    monkeypatch.setattr("unmask.sampling.denoise._LOGITS_AT_ONCE", 48 * 3)
+    monkeypatch.setattr("unmask.sampling.engine.loop._LOGITS_AT_ONCE", 48 * 3)
     assert tokens(generate(small_model(), [[1], [2, 3]], sampler=HOT)) == whole
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import unmask
 from unmask.errors import SamplingError
 from unmask.models.registry import load_model
-from unmask.sampling.denoise import StepEvent, denoise
-from unmask.sampling.draws import row_keys
+from unmask.sampling.engine.draws import row_keys
+from unmask.sampling.engine.loop import StepEvent, denoise
 from unmask.sampling.infill import _added, infill
 from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.suffix import columns_behind

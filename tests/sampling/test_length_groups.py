@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.sampling import llada_adapter
+from unmask.sampling.backends import bidirectional
+from unmask.sampling.backends.length_groups import length_groups
 from unmask.sampling.generate import generate
-from unmask.sampling.length_groups import length_groups
 from unmask.sampling.settings import SamplerConfig
 
 
@@ -50,7 +50,7 @@ def test_answers_do_not_depend_on_the_groups(small_model, monkeypatch, values):
             seen.add(len(groups := length_groups(lengths, forward)))
             return groups
 
-        monkeypatch.setattr(llada_adapter, "length_groups", grouped)
+        monkeypatch.setattr(bidirectional, "length_groups", grouped)
         answers = generate(model, prompts, sampler=sampler)
         found.append([(answer.token_ids, answer.stats.nfe) for answer in answers])
         assert max(seen) > 1 if forward == 0 else seen == {1}

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import adapter_for
-from unmask.sampling.denoise import Request, denoise
-from unmask.sampling.draws import row_keys
-from unmask.sampling.llada_adapter import LLaDAAdapter
-from unmask.sampling.request import Template
+from unmask.sampling.backends.backend import backend_for
+from unmask.sampling.backends.bidirectional import BidirectionalBackend
+from unmask.sampling.engine.draws import row_keys
+from unmask.sampling.engine.loop import Request, denoise
+from unmask.sampling.engine.request import Template
 from unmask.sampling.settings import CanvasSettings, MaskSettings
 
 
@@ -83,7 +83,7 @@ def requests_of(prompts: list[list[int]], block: int) -> list[Request]:
 def test_a_masked_row_alone_is_the_row_in_any_refilled_batch(reference_model, fields):
     requests = requests_of(prompts_of(3, 17, 1, 9, high=500), 8)
     settings = MaskSettings(steps=12, max_new_tokens=24, block_size=8, **fields)
-    adapter = LLaDAAdapter(reference_model, settings)
+    adapter = BidirectionalBackend(reference_model, settings)
     alone = {i: answer for request in requests for i, answer in answers(adapter, [request], settings, 1).items()}
     assert len(alone) == 4 and len({calls for _, calls in alone.values()}) > 1
     assert answers(adapter, requests, settings, 3) == alone
@@ -95,7 +95,7 @@ def test_a_canvas_alone_is_the_canvas_in_any_refilled_batch_cached_or_not(gemma_
     requests = requests_of(prompts_of(3, 30, 1, 12, high=300), 16)
     sure = {"steps": 7, "entropy_bound": 30.0, "confidence_threshold": 0.5, "t_min": 0.02, "t_max": 0.2}
     settings = CanvasSettings(max_new_tokens=24, block_size=16, cache=cache, **sure)
-    adapter, cached = adapter_for(gemma_model, settings), adapter_for(gemma_model)
+    adapter, cached = backend_for(gemma_model, settings), backend_for(gemma_model)
     alone = {i: answer for request in requests for i, answer in answers(cached, [request], settings, 1).items()}
     assert len({calls for _, calls in alone.values()}) > 1
     assert answers(adapter, requests[::-1] if cache == "none" else requests, settings, 2) == alone
@@ -106,7 +106,7 @@ def test_without_a_cache_canvases_are_encoded_anew(gemma_model, monkeypatch):
     monkeypatch.setattr(gemma_model, "encode", lambda ids, **o: encoded.append(tuple(ids.shape)) or encode(ids, **o))
     for cache, shapes in (("block", [(1, 5), (1, 16), (1, 16)]), ("none", [(1, 5), (1, 21), (1, 37)])):
         settings = CanvasSettings(steps=2, max_new_tokens=48, block_size=16, cache=cache, eos="suppress")
-        list(denoise(adapter_for(gemma_model, settings), [Request(0, [9] * 5, 0)], settings))
+        list(denoise(backend_for(gemma_model, settings), [Request(0, [9] * 5, 0)], settings))
         assert encoded == shapes
         encoded.clear()
 
@@ -186,7 +186,7 @@ def test_cut_rows_alone_are_the_rows_in_any_refilled_batch(small_model, cache):
     # The end of text is likely, so rows end in all blocks, and what is behind is cut while others go on.
     model = small_model(favour={38: 1.5}, n_layers=2)
     settings = MaskSettings(steps=24, max_new_tokens=24, block_size=8, cache=cache)
-    adapter, seen = LLaDAAdapter(model, settings), set()
+    adapter, seen = BidirectionalBackend(model, settings), set()
     inner = adapter.denoise
     adapter.denoise = lambda context, call: seen.update(call.lengths) or inner(context, call)
     prompts = prompts_of(3, 17, 1, 9, 2, 30, high=36)

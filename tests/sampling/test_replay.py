@@ -11,9 +11,9 @@ from torch import Tensor
 
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.sampling import replay
+from unmask.sampling.backends import replay
+from unmask.sampling.backends.replay import Function, Recording, Replays, replays_for
 from unmask.sampling.generate import generate
-from unmask.sampling.replay import Function, Recording, Replays, replays_for
 from unmask.sampling.settings import SamplerConfig
 
 
@@ -119,7 +119,7 @@ def test_llada_answers_are_the_same_by_replays(cache: str, batch_size: int, monk
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12]]
     expected = generate(model, prompts, sampler=sampler, batch_size=batch_size)
     recorder = Recorder()
-    monkeypatch.setattr("unmask.sampling.llada_adapter.replays_for", lambda _: Replays(recorder))
+    monkeypatch.setattr("unmask.sampling.backends.bidirectional.replays_for", lambda _: Replays(recorder))
     monkeypatch.setattr("unmask.models.llada.cache.BY_SLICE", ())
     found = generate(model, prompts, sampler=sampler, batch_size=batch_size)
     assert recorder.replayed > 8
@@ -132,7 +132,7 @@ def test_canvases_are_the_same_by_replays(gemma_model, monkeypatch: pytest.Monke
     prompts = [[1, 2, 3], [4, 5, 6], [9, 8, 7, 6]]
     expected = generate(gemma_model, prompts, sampler=sampler, batch_size=2)
     recorder = Recorder()
-    monkeypatch.setattr("unmask.sampling.canvas_adapter.replays_for", lambda _: Replays(recorder))
+    monkeypatch.setattr("unmask.sampling.backends.canvas.replays_for", lambda _: Replays(recorder))
     found = generate(gemma_model, prompts, sampler=sampler, batch_size=2)
     assert recorder.replayed > 4
     assert not any(made() for made in recorder.made)

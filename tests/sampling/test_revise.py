@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.sampling.denoise import Request, StepEvent, denoise
-from unmask.sampling.request import Template
-from unmask.sampling.revise import REVISERS
-from unmask.sampling.rules import RULES, SCORES
+from unmask.sampling.engine.loop import Request, StepEvent, denoise
+from unmask.sampling.engine.request import Template
+from unmask.sampling.engine.revise import REVISERS
+from unmask.sampling.engine.rules import RULES, SCORES
 from unmask.sampling.settings import MaskSettings
 from unmask.sampling.trials import Filled
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.sampling import draws, rules
+from unmask.sampling.engine import draws, rules
 from unmask.sampling.settings import CanvasSettings, MaskSettings
 
 OFF = -torch.inf

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.sampling.schedule import planned_calls, quota
+from unmask.sampling.engine.schedule import planned_calls, quota
 
 
 def quotas(sizes: list[int], steps: int) -> list[list[int]]:

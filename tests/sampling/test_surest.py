@@ -12,14 +12,14 @@ from torch import Tensor
 
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.sampling import surest
-from unmask.sampling.draws import KeyedDraws, Places
+from unmask.sampling.engine import surest
+from unmask.sampling.engine.draws import KeyedDraws, Places
+from unmask.sampling.engine.noise import MaskProcess, Weighed, Weighing
+from unmask.sampling.engine.state import Tokens
+from unmask.sampling.engine.surest import TiledHead
 from unmask.sampling.family_settings import MaskSettings
 from unmask.sampling.generate import generate
-from unmask.sampling.process import MaskProcess, Weighed, Weighing
 from unmask.sampling.settings import SamplerConfig
-from unmask.sampling.state import Tokens
-from unmask.sampling.surest import TiledHead
 
 WIDTH = 16
 

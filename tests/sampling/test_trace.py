@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import settings_for
-from unmask.sampling.denoise import StepEvent
+from unmask.sampling.backends.backend import settings_for
+from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
 from unmask.sampling.infill import infill
 from unmask.sampling.settings import SamplerConfig

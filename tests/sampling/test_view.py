@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from unmask.sampling.denoise import StepEvent
+from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
 from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.view import Drawing, Watcher, printable, watch

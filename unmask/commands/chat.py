@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     model = load_model(folder, arguments.dtype, device, arguments.adapter)
     from rich.console import Console
 
-    from unmask.sampling.adapters import adapter_for
+    from unmask.sampling.backends.backend import backend_for
 
-    spec = adapter_for(model).spec
+    spec = backend_for(model).spec
     template = _template(tokenizer, arguments.chat_template, spec.mask_id, conversation)
     console = Console(highlight=False)
     talk = Talk(model, tokenizer, template, spec.max_length, console, sys.stdin.isatty())

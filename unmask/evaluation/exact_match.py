@@ -217,11 +217,11 @@ class Asking:
 
     def check_prompts(self) -> None:
         """Raise SamplingError, with the place of its row, for a prompt that does not fit the model."""
-        from unmask.sampling.adapters import adapter_for, settings_for
+        from unmask.sampling.backends.backend import backend_for, settings_for
         from unmask.sampling.generate import check_prompt
 
         settings = settings_for(self.model, self.sampler)
-        spec = adapter_for(self.model, settings).spec
+        spec = backend_for(self.model, settings).spec
         for question, ids in zip(self.questions, self.asked, strict=True):
             check_prompt(question.place, ids, spec.max_length, spec.rows, settings)
 

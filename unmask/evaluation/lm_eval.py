@@ -203,7 +203,7 @@ class UnmaskLM(LM):
     def _generate(
         self, requests: Sequence[Instance], indices: Sequence[int], options: dict[str, Any], texts: list[str], bar: tqdm
     ) -> None:
-        from unmask.sampling.adapters import settings_for
+        from unmask.sampling.backends.backend import settings_for
         from unmask.sampling.generate import generate
 
         sampler, stops = self._sampler(options), _stops(options)

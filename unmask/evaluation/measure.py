@@ -83,7 +83,7 @@ def answers_identity(asking: Asking, model_identity: Mapping[str, Any], rows: in
 
     Of the model only its config is looked at.
     """
-    from unmask.sampling.adapters import settings_for
+    from unmask.sampling.backends.backend import settings_for
 
     references = (question.reference for question in asking.questions[:rows])
     return {

@@ -15,7 +15,7 @@ from unmask.evaluation.grade import grade
 
 if TYPE_CHECKING:
     from unmask.evaluation.questions import Question
-    from unmask.sampling.denoise import StepEvent
+    from unmask.sampling.engine.loop import StepEvent
 
 _MASKED = "░"
 _MOST_FRAMES = 32
@@ -45,11 +45,11 @@ def sample_answers(asking: Asking, rows: Sequence[int]) -> list[Sample]:
     """Answer some questions once more and watch; the same on every rank. A collective."""
     if not rows:
         return []
-    from unmask.sampling.adapters import adapter_for, settings_for
+    from unmask.sampling.backends.backend import backend_for, settings_for
     from unmask.sampling.generate import generate, stop_ids
     from unmask.sampling.view import Drawing
 
-    adapter = adapter_for(asking.model, settings_for(asking.model, asking.sampler))
+    adapter = backend_for(asking.model, settings_for(asking.model, asking.sampler))
     shades = _MASKED * 2 if adapter.spec.noise == "mask" else None
     drawing = Drawing(asking.tokenizer, stop_ids(adapter, asking.tokenizer), shades)
 

@@ -159,7 +159,7 @@ def _evaluate_one(
     from unmask.distributed.answering import load_for_answers
     from unmask.models.adapter_base import base_note
     from unmask.models.tokenizer import load_tokenizer
-    from unmask.sampling.adapters import settings_for
+    from unmask.sampling.backends.backend import settings_for
     from unmask.sampling.family_settings import approximation_note
 
     tokenizer = load_tokenizer(contestant.tokenizer, "--checkpoint")
@@ -213,7 +213,7 @@ def _asking(
 
 
 def _own_task(name: str, contestant: Contestant, evaluation: Evaluation, asking: Asking, console: Console) -> Outcome:
-    from unmask.sampling.adapters import settings_for
+    from unmask.sampling.backends.backend import settings_for
     from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 
     path = answers_file(evaluation.output, name, contestant.label)
@@ -328,7 +328,7 @@ def _harness_tasks(
 
 
 def _harness_settings(evaluation: Evaluation, model: Any) -> dict[str, Any]:
-    from unmask.sampling.adapters import settings_for
+    from unmask.sampling.backends.backend import settings_for
 
     settings = settings_for(model, evaluation.sampler)
     return {

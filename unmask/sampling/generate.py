@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import Adapter, adapter_for, settings_for
-from unmask.sampling.denoise import Request, StepEvent, denoise
-from unmask.sampling.draws import row_keys
+from unmask.sampling.backends.backend import Backend, backend_for, settings_for
+from unmask.sampling.engine.draws import row_keys
+from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.prompts import as_list, encode_prompts, places_of
 from unmask.sampling.reasoning import split_reasoning
 from unmask.sampling.settings import SamplerConfig, Settings
@@ -181,7 +181,7 @@ def stream(
 class _Job:
     """What a call of `generate` or `stream` asks of the loop."""
 
-    adapter: Adapter
+    adapter: Backend
     settings: Settings
     prompts: list[list[int]]
     requests: list[Request]
@@ -202,7 +202,7 @@ def _prepare(
 ) -> _Job:
     size = checked_batch_size(batch_size)
     settings = settings_for(model, sampler)
-    adapter = adapter_for(model, settings)
+    adapter = backend_for(model, settings)
     items = as_list(prompts)
     called = places_of(len(items), "prompt", places)
     encoded = encode_prompts(items, tokenizer, raw, adapter.spec.mask_id, called)
@@ -251,7 +251,7 @@ def checked_batch_size(batch_size: int | None) -> int:
     return size
 
 
-def stop_ids(adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def stop_ids(adapter: Backend, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Return the tokens that end an answer: the model's, and the tokenizer's end of text and end of turn."""
     ids = set(adapter.spec.eos_ids)
     if tokenizer is not None:

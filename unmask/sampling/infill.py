@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import adapter_for, settings_for
+from unmask.sampling.backends.backend import backend_for, settings_for
 from unmask.sampling.blanks import Blank
-from unmask.sampling.denoise import StepEvent, denoise
-from unmask.sampling.draws import repeats, row_key
+from unmask.sampling.engine.draws import repeats, row_key
+from unmask.sampling.engine.loop import StepEvent, denoise
+from unmask.sampling.engine.request import Request
 from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating, stop_ids
 from unmask.sampling.prompts import GivenText, as_list, encode_given, places_of
-from unmask.sampling.request import Request
 from unmask.sampling.settings import MaskSettings, SamplerConfig
 from unmask.sampling.trials import Filled, Trial, check_revise, title, trials_of, whole_text
 
@@ -123,7 +123,7 @@ def infill(
     check_sampler(sampler)
     size = checked_batch_size(batch_size)
     settings = settings_for(model, sampler)
-    adapter = adapter_for(model, settings)
+    adapter = backend_for(model, settings)
     items = as_list(texts)
     called = places_of(len(items), "text", places)
     given = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from unmask.errors import ModelError, SamplingError
+from unmask.sampling.engine.schedule import planned_calls
 from unmask.sampling.family_settings import (
     Cache,
     CanvasSettings,
@@ -24,7 +25,6 @@ from unmask.sampling.family_settings import (
     check_rule,
 )
 from unmask.sampling.presets import Preset, preset_settings
-from unmask.sampling.schedule import planned_calls
 from unmask.sections import choice_problem
 
 # name → least value
@@ -230,8 +230,8 @@ class FamilySampler:
 
 # Name of a configuration's class → how its family is sampled. A new family is a line here.
 SAMPLERS: dict[str, FamilySampler] = {
-    "LLaDAConfig": FamilySampler("unmask.sampling.llada_adapter", "LLaDAAdapter", mask_defaults),
-    "DiffusionGemmaConfig": FamilySampler("unmask.sampling.canvas_adapter", "CanvasAdapter", canvas_defaults),
+    "LLaDAConfig": FamilySampler("unmask.sampling.backends.bidirectional", "BidirectionalBackend", mask_defaults),
+    "DiffusionGemmaConfig": FamilySampler("unmask.sampling.backends.canvas", "CanvasBackend", canvas_defaults),
 }
 
 

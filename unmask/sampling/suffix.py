@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from unmask.sampling.adapters import Adapter, Call
+from unmask.sampling.backends.backend import Backend, Call
 
 
 def columns_behind(spans: Sequence[tuple[int, int]], length: int, most: int) -> list[int]:
@@ -30,7 +30,7 @@ def columns_behind(spans: Sequence[tuple[int, int]], length: int, most: int) -> 
 
 @torch.no_grad()
 def log_probabilities(
-    adapter: Adapter, prompt_ids: Sequence[int], answer: Sequence[int], columns: Sequence[int]
+    adapter: Backend, prompt_ids: Sequence[int], answer: Sequence[int], columns: Sequence[int]
 ) -> list[float]:
     """Return log p, in nats, of the tokens at some columns where all of these are masked and the rest is seen.
 

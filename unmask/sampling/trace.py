@@ -25,7 +25,7 @@ from unmask.sampling.token_text import token_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from unmask.sampling.denoise import StepEvent
+    from unmask.sampling.engine.loop import StepEvent
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 # Scores and confidences are kept in thousandths: the page shows three digits.
@@ -175,15 +175,15 @@ def trace_for(
 
     Args:
         model, tokenizer: as in `generate`.
-        settings: what the model is sampled with (`adapters.settings_for`).
+        settings: what the model is sampled with (`backend.settings_for`).
         prompts: as in `generate`.
         checkpoint, seed: as in `Trace`.
     """
-    from unmask.sampling.adapters import adapter_for
+    from unmask.sampling.backends.backend import backend_for
     from unmask.sampling.generate import stop_ids
     from unmask.sampling.view import title_of
 
-    adapter = adapter_for(model, settings)
+    adapter = backend_for(model, settings)
     return Trace(
         tokenizer,
         stops=stop_ids(adapter, tokenizer),

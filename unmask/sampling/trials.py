@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import Adapter
+from unmask.sampling.backends.backend import Backend
 from unmask.sampling.blanks import Blank, lengths_to_try
-from unmask.sampling.denoise import StepEvent
+from unmask.sampling.engine.loop import StepEvent
+from unmask.sampling.engine.request import Template
 from unmask.sampling.prompts import GivenText
-from unmask.sampling.request import Template
 from unmask.sampling.settings import MaskSettings, Settings, check_remask
 from unmask.sampling.suffix import columns_behind, log_probabilities
 
@@ -82,7 +82,7 @@ class Filled:
         if event.finished_B[place]:
             self.answer = event.answer_BC[place, :length].tolist()
 
-    def ask_behind(self, adapter: Adapter, trial: Trial, most: int) -> None:
+    def ask_behind(self, adapter: Backend, trial: Trial, most: int) -> None:
         """Ask how likely the text behind the blanks is, with what was written into them; a call, if there is any."""
         columns = columns_behind(trial.spans, len(self.answer), most)
         if columns:

@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.text import Text
 from torch import nn
 
-from unmask.sampling.adapters import adapter_for, settings_for
-from unmask.sampling.denoise import StepEvent
+from unmask.sampling.backends.backend import backend_for, settings_for
+from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, generate, stop_ids
 from unmask.sampling.prompts import as_list
 from unmask.sampling.reasoning import in_reasoning, reasoning_tags
@@ -225,7 +225,7 @@ def watcher(
         SamplingError: a model of no known family, or a setting that its family does not have.
     """
     console = console if console is not None else Console()
-    adapter = adapter_for(model, settings_for(model, sampler))
+    adapter = backend_for(model, settings_for(model, sampler))
     shades = SHADES if console.encoding.lower().startswith("utf") else ASCII_SHADES
     drawing = Drawing(tokenizer, stop_ids(adapter, tokenizer), shades if adapter.spec.noise == "mask" else None)
     return Watcher(drawing, console, titles)

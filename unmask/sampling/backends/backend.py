@@ -74,7 +74,7 @@ class Call:
     positions_M: Tensor
 
 
-class Adapter(Protocol):
+class Backend(Protocol):
     """One family's way to compute logits, made as `Class(model, settings)`.
 
     The context is whatever `prefill` returns; the loop calls its `take(keep_B)`, and where the network conditions on
@@ -141,8 +141,8 @@ def settings_for(model: nn.Module, sampler: SamplerConfig | None = None) -> Sett
     return resolve(sampler, default_settings(model.config, getattr(model, "generation", {})))
 
 
-def adapter_for(model: nn.Module, settings: Settings | None = None) -> Adapter:
-    """Return the adapter for a model, found by the name of its configuration's class (`settings.SAMPLERS`).
+def backend_for(model: nn.Module, settings: Settings | None = None) -> Backend:
+    """Return the backend for a model, found by the name of its configuration's class (`settings.SAMPLERS`).
 
     Args:
         model: the network.

@@ -1,6 +1,6 @@
 """The denoising loop: every answer begins as noise and is settled block by block, from left to right.
 
-One loop serves every family and every setting: the adapter computes logits, the kind of noise (`process`) says what
+One loop serves every family and every setting: the backend computes logits, the kind of noise (`process`) says what
 they mean, a rule (`rules`) which positions take their candidate and a way to revise (`revise`) what becomes of the
 others; each network call ends in a `StepEvent`, from which views draw and results are read.
 
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.sampling.adapters import Adapter, Call
-from unmask.sampling.draws import Draws, KeyedDraws, Places
-from unmask.sampling.process import PROCESSES, Process, Weighed, Weighing
-from unmask.sampling.request import Request, starting_state
-from unmask.sampling.revise import REVISERS, Proposal
-from unmask.sampling.rules import RULES
+from unmask.sampling.backends.backend import Backend, Call
+from unmask.sampling.engine.draws import Draws, KeyedDraws, Places
+from unmask.sampling.engine.noise import PROCESSES, Process, Weighed, Weighing
+from unmask.sampling.engine.request import Request, starting_state
+from unmask.sampling.engine.revise import REVISERS, Proposal
+from unmask.sampling.engine.rules import RULES
+from unmask.sampling.engine.state import State, Tokens
 from unmask.sampling.settings import Settings
-from unmask.sampling.state import State, Tokens
 
 __all__ = ["Request", "StepEvent", "denoise", "special_tokens"]
 
@@ -94,10 +94,10 @@ class StepEvent:
 
 
 def special_tokens(
-    adapter: Adapter, settings: Settings, stop_ids: Sequence[int] = (), banned_ids: Sequence[int] = ()
+    backend: Backend, settings: Settings, stop_ids: Sequence[int] = (), banned_ids: Sequence[int] = ()
 ) -> Tokens:
     """Sort a model's and a tokenizer's special tokens by what the settings say of them."""
-    spec = adapter.spec
+    spec = backend.spec
     stop = tuple(sorted({*spec.eos_ids, *stop_ids}))
     # Families that pad with an end-of-text token mean the padding to be written, as the end of the text.
     banned = {token for token in spec.banned_ids if token not in stop or token == spec.mask_id}
@@ -107,7 +107,7 @@ def special_tokens(
 
 
 def denoise(
-    adapter: Adapter,
+    backend: Backend,
     requests: Iterable[Request],
     settings: Settings,
     stop_ids: Sequence[int] = (),
@@ -123,9 +123,9 @@ def denoise(
     place before the next call. So its answer and its number of calls are those that it would have alone.
 
     Args:
-        adapter: the model.
+        backend: the model.
         requests: taken from as places become free; prompt and answer of each must fit the model.
-        settings: the settings, of the adapter's family.
+        settings: the settings, of the backend's family.
         stop_ids: tokens that end an answer beside the model's own end-of-text tokens.
         draws: where random numbers come from; None = the rows' own keys.
         batch_size: rows denoised together at the most; None = all.
@@ -136,7 +136,7 @@ def denoise(
     Raises:
         SamplingError: logits that are not finite; names the block, the step and the requests.
     """
-    spec, tokens = adapter.spec, special_tokens(adapter, settings, stop_ids, banned_ids)
+    spec, tokens = backend.spec, special_tokens(backend, settings, stop_ids, banned_ids)
     draws = draws if draws is not None else KeyedDraws()
     process = PROCESSES[spec.noise](settings, tokens, spec.vocab_size, draws, untempered)
     reviser = REVISERS[settings.revise]
@@ -145,16 +145,16 @@ def denoise(
         rows = 0 if state is None else len(state.rows)
         more = list(islice(queue, None if batch_size is None else batch_size - rows))
         if more:
-            joining, taken_in = starting_state(more, settings, spec.mask_id), _prefill(adapter, more)
+            joining, taken_in = starting_state(more, settings, spec.mask_id), _prefill(backend, more)
             state = joining if state is None or not rows else state.join(joining)
-            context = taken_in if not rows else adapter.join(context, taken_in)
+            context = taken_in if not rows else backend.join(context, taken_in)
         if state is None or not state.rows:
             return
         state = process.begin(state)
         active_BC = state.active_BC
         weighed_BC = active_BC | state.revisable_BC if reviser.rereads else active_BC
         call = _call(state, weighed_BC, spec.logit_shift)
-        proposal, context = _propose(adapter, context, call, state, active_BC, weighed_BC, process, places)
+        proposal, context = _propose(backend, context, call, state, active_BC, weighed_BC, process, places)
         accept_BC = RULES[settings.rule](proposal.score_BC, active_BC, process.quota(state), settings)
         revision = reviser.apply(state, accept_BC, proposal, settings, process.noise)
 
@@ -175,12 +175,12 @@ def denoise(
         if completed_B.any():
             # What is given up to the next open block is settled, too.
             end_B = torch.where(completed_B, _block_starts(state), end_B)
-            context = adapter.commit(context, state.answer_BC, first_B, end_B, completed_B)
+            context = backend.commit(context, state.answer_BC, first_B, end_B, completed_B)
 
 
 @torch.no_grad()
-def _prefill(adapter: Adapter, requests: Sequence[Request]) -> Any:
-    return adapter.prefill([request.prompt_ids for request in requests])
+def _prefill(backend: Backend, requests: Sequence[Request]) -> Any:
+    return backend.prefill([request.prompt_ids for request in requests])
 
 
 def _block_starts(state: State) -> Tensor:
@@ -204,7 +204,7 @@ def _call(state: State, weighed_BC: Tensor, logit_shift: int) -> Call:
 
 @torch.no_grad()
 def _propose(
-    adapter: Adapter,
+    backend: Backend,
     context: Any,
     call: Call,
     state: State,
@@ -215,17 +215,17 @@ def _propose(
 ) -> tuple[Proposal, Any]:
     """Call the network; return what it says of the weighed positions, and the context with what it is told next."""
     at = rows_M, positions_M = weighed_BC.nonzero(as_tuple=True)
-    hidden_MD, context = adapter.denoise(context, call)
+    hidden_MD, context = backend.denoise(context, call)
     weighing = Weighing(
-        Places(state.key_B[rows_M], state.nfe_B[rows_M], positions_M).to(adapter.device),
-        state.step_B[rows_M].to(adapter.device),
-        state.answer_BC[at].to(adapter.device),
+        Places(state.key_B[rows_M], state.nfe_B[rows_M], positions_M).to(backend.device),
+        state.step_B[rows_M].to(backend.device),
+        state.answer_BC[at].to(backend.device),
     )
     columns: list[tuple[Tensor, ...]] = []
     signals: list[Tensor] = []
-    for weighed in _weigh(adapter, process, hidden_MD, weighing):
-        if adapter.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
-            signals.append(adapter.signal(weighed.weights_MV, weighed.total_M))
+    for weighed in _weigh(backend, process, hidden_MD, weighing):
+        if backend.signal is not None and weighed.weights_MV is not None and weighed.total_M is not None:
+            signals.append(backend.signal(weighed.weights_MV, weighed.total_M))
         columns.append(weighed.columns)
     finite_M, *found = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
     _require_finite(finite_M, state, rows_M, places)
@@ -244,18 +244,18 @@ def _propose(
     return proposal, context
 
 
-def _weigh(adapter: Adapter, process: Process, hidden_MD: Tensor, weighing: Weighing) -> Iterator[Weighed]:
+def _weigh(backend: Backend, process: Process, hidden_MD: Tensor, weighing: Weighing) -> Iterator[Weighed]:
     """Yield what the head says of the positions, part by part; `weights_MV` of one is valid until the next."""
-    head = adapter.head(hidden_MD)
+    head = backend.head(hidden_MD)
     whole = None if head is None else process.weigh_head(*head, weighing)
     if whole is not None:
         yield whole
         return
-    size = max(1, _LOGITS_AT_ONCE * (1 if adapter.device.type == "cpu" else 4) // adapter.spec.rows)
+    size = max(1, _LOGITS_AT_ONCE * (1 if backend.device.type == "cpu" else 4) // backend.spec.rows)
     size = size // _ROWS * _ROWS or size
     for start in range(0, len(hidden_MD), size):
         part = slice(start, start + size)
-        yield process.weigh(adapter.logits(hidden_MD[part]), weighing[part])
+        yield process.weigh(backend.logits(hidden_MD[part]), weighing[part])
 
 
 def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor, places: Sequence[str] | None) -> None:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.models.llada.cache import KeyValueStore, Window
-from unmask.sampling.adapters import Call, FamilySpec
-from unmask.sampling.length_groups import length_groups
-from unmask.sampling.replay import replays_for
+from unmask.sampling.backends.backend import Call, FamilySpec
+from unmask.sampling.backends.length_groups import length_groups
+from unmask.sampling.backends.replay import replays_for
 from unmask.sampling.settings import MaskSettings
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Rows:
         return Rows(self.prompts.take(keep_B), self.store.take(keep_R.nonzero()[:, 0].tolist()))
 
 
-class LLaDAAdapter:
+class BidirectionalBackend:
     """LLaDA with a full forward a call, or with keys and values kept within a block, which is an approximation.
 
     The first call of a block is a full forward whose keys and values are kept; the block's later calls compute with
@@ -134,7 +134,7 @@ class LLaDAAdapter:
         return Rows(Prompts.of(prompts))
 
     def join(self, context: Rows, more: Rows) -> Rows:
-        """As in `Adapter`; rows that no call has computed yet have an empty store."""
+        """As in `Backend`; rows that no call has computed yet have an empty store."""
         prompts = context.prompts.join(more.prompts)
         if context.store is None and more.store is None:
             return Rows(prompts)
@@ -190,7 +190,7 @@ class LLaDAAdapter:
         return unconditional_MV + (self.cfg_scale + 1) * (conditional_MV - unconditional_MV)
 
     def head(self, hidden_MD: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """As in `Adapter`: with guidance logits are a sum of two."""
+        """As in `Backend`: with guidance logits are a sum of two."""
         return None if self.cfg_scale else self.model.head_inputs(hidden_MD)
 
     def commit(self, context: Rows, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor) -> Rows:

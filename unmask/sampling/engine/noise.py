@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unmask.sampling.categorical import block_sums
-from unmask.sampling.draws import Draws, Places
-from unmask.sampling.revise import REVISERS
-from unmask.sampling.rules import SCORES, Candidates, ban_, choose, likeliest, log_total, logit
-from unmask.sampling.schedule import quota
-from unmask.sampling.scratch import Scratch
+from unmask.sampling.engine.categorical import block_sums
+from unmask.sampling.engine.draws import Draws, Places
+from unmask.sampling.engine.revise import REVISERS
+from unmask.sampling.engine.rules import SCORES, Candidates, ban_, choose, likeliest, log_total, logit
+from unmask.sampling.engine.schedule import quota
+from unmask.sampling.engine.scratch import Scratch
+from unmask.sampling.engine.state import State, Tokens
+from unmask.sampling.engine.surest import TiledHead
 from unmask.sampling.settings import CanvasSettings, MaskSettings
-from unmask.sampling.state import State, Tokens
-from unmask.sampling.surest import TiledHead
 from unmask.tiles import cached_rows, exp_
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.

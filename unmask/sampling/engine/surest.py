@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.sampling.categorical import BLOCK
-from unmask.sampling.scratch import Scratch
+from unmask.sampling.engine.categorical import BLOCK
+from unmask.sampling.engine.scratch import Scratch
 from unmask.tiles import exp_
 
 # From how many positions on the product is faster vocabulary first; the most that are made at once; and what they are

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 
 from unmask.errors import SamplingError
-from unmask.sampling.schedule import planned_calls
+from unmask.sampling.engine.schedule import planned_calls
+from unmask.sampling.engine.state import State
 from unmask.sampling.settings import MaskSettings, Settings
-from unmask.sampling.state import State
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unmask.sampling.rules import ranks
+from unmask.sampling.engine.rules import ranks
+from unmask.sampling.engine.state import State
 from unmask.sampling.settings import CanvasSettings, MaskSettings, Settings
-from unmask.sampling.state import State
 
 # (state, where_BC) → int64 (B, C), what stands at open positions before the next call: masks, or random tokens.
 Noise = Callable[[State, Tensor], Tensor]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import Encoded
-from unmask.sampling.adapters import Call, FamilySpec
-from unmask.sampling.replay import Replays, replays_for
-from unmask.sampling.scratch import Scratch
+from unmask.sampling.backends.backend import Call, FamilySpec
+from unmask.sampling.backends.replay import Replays, replays_for
+from unmask.sampling.engine.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Canvases:
         return replace(self, signal_BSD=self.signal_BSD.index_put(self.told_at, signal_MD), told_at=None)
 
 
-class CanvasAdapter:
+class CanvasBackend:
     """DiffusionGemma, whose clean tokens never change what they are: their keys and values are kept.
 
     Args:
@@ -103,7 +103,7 @@ class CanvasAdapter:
         return Canvases(encoded, tuple(map(tuple, prompts)), zeros_BSD)
 
     def join(self, context: Canvases, more: Canvases) -> Canvases:
-        """As in `Adapter`."""
+        """As in `Backend`."""
         return context.join(more)
 
     @torch.no_grad()
