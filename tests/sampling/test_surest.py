@@ -153,7 +153,7 @@ def test_a_batch_takes_that_way_and_gets_the_same_answers(monkeypatch: pytest.Mo
     model = LLaDA(config)
     initialise(model, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.transformer.head[0].mul_(8)  # clear preferences: bf16 rounds sums in another order otherwise
+        model.transformer.head.weight.mul_(8)  # clear preferences: bf16 rounds sums in another order otherwise
     model.to(torch.bfloat16)
     prompts = [[1 + row, 2, 3] for row in range(5)]
     sampler = SamplerConfig(steps=4, max_new_tokens=16, block_size=16)

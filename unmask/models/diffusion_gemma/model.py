@@ -33,7 +33,8 @@ from unmask.models.diffusion_gemma.signal import soft_embedding_of
 from unmask.models.layers import Linear, RMSNorm, embedding, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
-from unmask.products import linear, product, write_columns
+from unmask.ops.head import Head
+from unmask.products import product, write_columns
 from unmask.tiles import cached_rows, tanh_
 
 if TYPE_CHECKING:
@@ -366,6 +367,11 @@ class DiffusionGemma(nn.Module):
         embedded_KCD = stack.self_conditioning(stack.embed(canvas_ids), self_conditioning)
         return stack(embedded_KCD, sights, encoded, rows, scalars)[0]
 
+    @property
+    def head(self) -> Head:
+        """The output head: the embedding, softcapped."""
+        return Head(self.stack.uses.weight(self.stack.embed_tokens), softcap=self.softcap)
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned.
 
@@ -380,8 +386,7 @@ class DiffusionGemma(nn.Module):
             for part in cached_rows(scores):
                 tanh_(scores[part].div_(self.softcap), self.softcap).mul_(self.softcap)
             return scores
-        scores = linear(hidden.to(weight_VD.dtype), weight_VD, None).float()
-        return self.softcap * torch.tanh(scores / self.softcap)
+        return Head(weight_VD, softcap=self.softcap).logits(hidden)
 
     def one_embedding_gradient(self) -> AbstractContextManager[None]:
         """Within this, let what uses the embedding in one forward pass share one gradient of it (`models/tied.py`).
@@ -391,8 +396,8 @@ class DiffusionGemma(nn.Module):
         return self.stack.uses.open()
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (hidden, matrix, bias) whose linear map, softcapped, is `logits`, for losses that never build them."""
-        return hidden, self.stack.uses.weight(self.stack.embed_tokens), None
+        """Return (hidden, matrix, bias) whose linear map, softcapped, is `logits`; `head` replaces it."""
+        return hidden, self.head.weight, None
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Return softmax(logits) @ embedding · √D, the self-conditioning signal of those logits.

@@ -53,7 +53,7 @@ class LLaDAModelLM(PreTrainedModel):
             raise ModelError("LLaDA's forward needs input_ids")
         transformer = self.model["transformer"]
         hidden_BLD = transformer(input_ids, attention_mask, position_ids)
-        return MaskedLMOutput(logits=transformer.logits(hidden_BLD))  # pyright: ignore[reportCallIssue]
+        return MaskedLMOutput(logits=transformer.head.logits(hidden_BLD))  # pyright: ignore[reportCallIssue]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""

@@ -23,7 +23,7 @@ from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.layers import Linear, RMSNorm, embedding, for_matmuls, rotary_tables, rotate
 from unmask.models.llada.cache import KeyValueStore, Window
 from unmask.models.llada.config import LLaDAConfig
-from unmask.products import linear
+from unmask.ops.head import Head
 
 if TYPE_CHECKING:
     from unmask.models.attention import Mask
@@ -106,11 +106,12 @@ class Transformer(nn.Module):
             self.ff_out = Linear(config.d_model, config.rows, bias=config.include_bias)
 
     @property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """The output matrix (V, D) and bias (V,) or None; the embedding itself when tied."""
+    def head(self) -> Head:
+        """The output head; its matrix is the embedding when tied."""
+        scale = 1 / math.sqrt(self.config.d_model) if self.config.scale_logits else 1.0
         if self.config.weight_tying:
-            return self.wte.weight, None
-        return self.ff_out.weight, self.ff_out.bias
+            return Head(self.wte.weight, scale=scale)
+        return Head(self.ff_out.weight, self.ff_out.bias, scale=scale)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """Return final hidden states (B, L, D), normed. Arguments as in `LLaDA.forward`."""
@@ -144,15 +145,6 @@ class Transformer(nn.Module):
         """Return what the first block sees of tokens (..., L): (..., L, D)."""
         hidden = self.wte(input_ids)
         return hidden * math.sqrt(self.config.d_model) if self.config.input_emb_norm else hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits (..., V) of final hidden states (..., D), all V rows."""
-        return linear(scaled_for_head(self.config, hidden), *self.head)
-
-
-def scaled_for_head(config: LLaDAConfig, hidden: Tensor) -> Tensor:
-    """Apply `scale_logits` to hidden states before the head, which is linear, instead of to V logits."""
-    return hidden / math.sqrt(config.d_model) if config.scale_logits else hidden
 
 
 def attention_mask_4d(mask: Tensor | None) -> Tensor | None:
@@ -230,13 +222,18 @@ class LLaDA(nn.Module):
         """
         return self.transformer.forward_window(input_ids, window)
 
+    @property
+    def head(self) -> Head:
+        """The output head, for losses and samplers that never build the logits."""
+        return self.transformer.head
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D): all `embedding_size` rows, nothing banned."""
-        return self.transformer.logits(hidden)
+        return self.head.logits(hidden)
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (hidden, matrix, bias) whose linear map is `logits`, for losses that never build the logits."""
-        return scaled_for_head(self.config, hidden), *self.transformer.head
+        """Return (hidden, matrix, bias) whose linear map is `logits`; `head` replaces it."""
+        return self.head.scaled(hidden), self.head.weight, self.head.bias
 
 
 @torch.no_grad()
