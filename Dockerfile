@@ -12,7 +12,7 @@ RUN apt-get update \
 ENV PATH=/opt/unmask/bin:$PATH PYTHONUNBUFFERED=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE _unmask_lm_eval.py unmask_lm_eval.pth ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY unmask unmask
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
 RUN python3 -m venv /opt/unmask \

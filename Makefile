@@ -18,8 +18,7 @@ VENV := .venv/.stamp-venv
 TORCH := .venv/.stamp-torch
 RUNTIME := .venv/.stamp-runtime
 DEV := .venv/.stamp-dev
-# An editable installation copies the last two.
-PINS := pyproject.toml constraints.txt _unmask_lm_eval.py unmask_lm_eval.pth
+PINS := pyproject.toml constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help

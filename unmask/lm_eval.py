@@ -1,23 +1,18 @@
-"""`python -m unmask.lm_eval …`: lm-evaluation-harness's own command line, with the model `unmask` in its table.
-
-Where the package is installed, `lm_eval` itself has it there (`_unmask_lm_eval.py`). This is for a checkout
-on PYTHONPATH, where Python reads no `.pth` file.
-"""
+"""`python -m unmask.lm_eval …`: lm-evaluation-harness's own command line, with the model `unmask` in its table."""
 
 from __future__ import annotations
 
 import sys
 
+from unmask.distributed.failures import report
+from unmask.distributed.ranks import leave
+from unmask.errors import UnmaskError
+from unmask.evaluation.harness import register_model
+
 
 def main() -> int:
     """Run the harness's command line; return its exit status, 2 after one line for a mistake of the user's."""
-    from unmask.distributed.failures import report
-    from unmask.distributed.ranks import leave
-    from unmask.errors import UnmaskError
-
     try:
-        from unmask.evaluation.harness import register_model
-
         register_model()
         from lm_eval.__main__ import cli_evaluate
 

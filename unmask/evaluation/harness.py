@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from types import TracebackType
+from collections.abc import Sequence
 from typing import Any
 
-from unmask.distributed.failures import report
-from unmask.distributed.ranks import leave
-from unmask.errors import ConfigError, MissingDependencyError, UnmaskError
+from unmask.errors import ConfigError, MissingDependencyError
 from unmask.evaluation.tasks import HARNESS, TASKS, near_miss
 from unmask.sections import choice_problem, nearest
 
@@ -55,37 +49,17 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
 
 
 def register_model() -> None:
-    """Register the model `unmask` with the harness, where no finder did; again and again if need be.
+    """Put the model `unmask` into the harness's table; its class, and with it torch, loads when it is asked for.
 
     Raises:
         MissingDependencyError: no harness.
     """
     check_harness("the model `unmask` of lm_eval")
     import lm_eval.models  # noqa: F401 - the harness imports its own models only where the table is still empty
+    from lm_eval.api.registry import model_registry
 
-    from _unmask_lm_eval import register
-
-    register()
-
-
-def end_readably() -> None:
-    """Let the harness's command line end with one line and status 2 for a mistake of the user's, as our commands do.
-
-    `lm_eval` itself prints a traceback. A program that calls the harness is left alone.
-    """
-    hook = sys.excepthook
-    if "lm_eval._cli" not in sys.modules or (isinstance(hook, partial) and hook.func is _report_uncaught):
-        return
-    sys.excepthook = partial(_report_uncaught, hook)
-    atexit.register(leave)
-
-
-def _report_uncaught(
-    otherwise: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    if isinstance(error, UnmaskError):
-        raise SystemExit(report(str(error), error.exit_status))
-    otherwise(kind, error, trace)
+    if "unmask" not in model_registry:
+        model_registry.register("unmask", target="unmask.evaluation.lm_eval:UnmaskLM")
 
 
 def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:

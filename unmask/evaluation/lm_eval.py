@@ -25,7 +25,6 @@ from unmask.errors import ConfigError, FieldError
 from unmask.evaluation.canvas_likelihood import ar_log_likelihood, has_canvases
 from unmask.evaluation.exact_match import cut_at, divide, rows_between_saves
 from unmask.evaluation.greedy import greedily_written
-from unmask.evaluation.harness import end_readably
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.sampling.prompts import as_document, start_of_text
 from unmask.sampling.settings import SamplerConfig
@@ -106,7 +105,6 @@ class UnmaskLM(LM):
         **sampler: Any,
     ) -> None:
         super().__init__()
-        end_readably()
         if pretrained is None:
             raise ConfigError("--model_args: pretrained is missing; give a folder, a run directory or a hub id")
         if isinstance(pretrained, (bool, int, float)):
