@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
-from unmask.gather import inverse, permute_rows
 from unmask.models.moe import Dispatch, sort_by_expert
+from unmask.ops.rows import inverse, permute_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

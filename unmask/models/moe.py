@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.gather import inverse, permute_rows, take_rows
 from unmask.models.layers import RMSNorm
+from unmask.ops.rows import inverse, permute_rows, take_rows
 
 
 class Router(nn.Module):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unmask.gather import add_rows
+from unmask.ops.rows import add_rows
 
 Use = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
-from unmask.gather import take_rows
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
 from unmask.objectives.registry import Shown
 from unmask.objectives.terms import Scored, loss_terms, token_losses
+from unmask.ops.rows import take_rows
 from unmask.rng import NoiseStream
 
 

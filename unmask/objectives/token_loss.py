@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unmask.gather import add_rows
+from unmask.ops.rows import add_rows
 from unmask.products import add_product, write_product
 from unmask.tiles import SMALL_CAP, tanh_, tile_rows, tiles, write_exp
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
-from unmask.gather import take_rows
 from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
@@ -34,6 +33,7 @@ from unmask.models.layers import Linear, RMSNorm, embedding, rotary_tables, rota
 from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
 from unmask.ops.head import Head
+from unmask.ops.rows import take_rows
 from unmask.products import product, write_columns
 from unmask.tiles import cached_rows, tanh_
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unmask import rng
-from unmask.sampling.engine.categorical import categorical
+from unmask.ops.categorical import categorical
 
 # Names of the draws of one network call; different streams are independent.
 CANDIDATES, ORDER, NOISE = 1, 2, 3

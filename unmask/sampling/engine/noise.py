@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unmask.sampling.engine.categorical import block_sums
+from unmask.ops.categorical import block_sums
 from unmask.sampling.engine.draws import Draws, Places
 from unmask.sampling.engine.revise import REVISERS
 from unmask.sampling.engine.rules import SCORES, Candidates, ban_, choose, likeliest, log_total, logit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.sampling.engine.categorical import BLOCK
+from unmask.ops.categorical import BLOCK
 from unmask.sampling.settings import MaskSettings, Settings
 from unmask.tiles import exp_
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.sampling.engine.categorical import BLOCK
+from unmask.ops.categorical import BLOCK
 from unmask.sampling.engine.scratch import Scratch
 from unmask.tiles import exp_
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.gather import add_rows, inverse, permute_rows, take_rows
+from unmask.ops.rows import add_rows, inverse, permute_rows, take_rows
 
 RUNS = 6
 pytestmark = pytest.mark.usefixtures("two_threads")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.sampling.engine.categorical import BLOCK, block_sums, categorical
+from unmask.ops.categorical import BLOCK, block_sums, categorical
 
 
 @pytest.mark.parametrize("width", [5, BLOCK, BLOCK + 1, 3 * BLOCK - 7, 4 * BLOCK])
