@@ -101,7 +101,8 @@ def table(results: dict[str, Any]) -> str:
 def _model() -> Any:
     from unmask.distributed.runtime import pick_device
     from unmask.models.folders import read_json
-    from unmask.models.registry import ModelConfig, build_model, plan_model
+    from unmask.models.loading import build_model
+    from unmask.models.registry import ModelConfig, plan_model
     from unmask.quickstart import fast_bf16
 
     ids = read_json(FIXTURES / "mdlm_step" / "config.json")  # its tokenizer has 4096 ids

@@ -70,12 +70,13 @@ def _values(family: str, layers: int | None) -> dict[str, Any]:
 def _network(family: str, layers: int | None = None) -> Any:
     import torch
 
-    from unmask.models.registry import family_of
+    from unmask.models.loading import empty_network
+    from unmask.models.registry import family_named
 
     values = _values(family, layers)
-    chosen = family_of(values, "config.json")
+    chosen = family_named(values, "config.json")
     with torch.device("meta"):
-        model = chosen.build(chosen.parse_config(values, "config.json")).bfloat16()
+        model = empty_network(chosen, chosen.parse_config(values, "config.json")).bfloat16()
     model.to_empty(device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     with torch.no_grad():

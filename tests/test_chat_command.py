@@ -48,7 +48,7 @@ def chat(checkpoint, monkeypatch, capsys):
 def parts(fixtures: Path):
     """A model, its tokenizer and its template."""
     from unmask.data.chat import load_template
-    from unmask.models.registry import load_model
+    from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer
 
     folder = str(fixtures / "mdlm_step")
@@ -191,7 +191,7 @@ def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was(t
 
 
 def test_an_answer_as_long_as_the_context_is_refused_before_the_weights_load(chat, monkeypatch):
-    monkeypatch.setattr("unmask.models.registry.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("unmask.models.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
     status, _, err = chat("so?\n", "--max_new_tokens", "96")
     assert status == 2 and "--max_new_tokens: answers of 96 tokens leave no room" in err
 

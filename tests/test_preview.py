@@ -24,6 +24,7 @@ from unmask.assemble import assemble
 from unmask.prepare import build_parts, prepare
 from unmask.config import load_config
 from unmask.distributed.runtime import Runtime, build_runtime
+from unmask.models.loading import empty_network
 from unmask.training.estimate import estimate_memory
 from unmask.training.loop import train
 import unmask.report.progress, unmask.training.network, unmask.training.resume, torch.utils.checkpoint
@@ -41,7 +42,7 @@ for path in sys.argv[1:]:
         continue
     prepared = prepare(load_config(path))
     with torch.device("meta"):
-        shape = prepared.plan.family.build(prepared.plan.config)
+        shape = empty_network(prepared.plan.family, prepared.plan.config)
     estimate = estimate_memory(prepared.config, prepared.plan, shape)
     runtime = Runtime(torch.device("cpu"), None)
     before = runtime.memory_gib()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from unmask.evaluation.canvas_likelihood import denoising_cross_entropy as denoising_cross_entropy
     from unmask.evaluation.likelihood import LogLikelihood as LogLikelihood
     from unmask.evaluation.likelihood import log_likelihood as log_likelihood
-    from unmask.models.registry import load_model as load_model
+    from unmask.models.loading import load_model as load_model
     from unmask.models.tokenizer import load_tokenizer as load_tokenizer
     from unmask.sampling.engine.loop import StepEvent as StepEvent
     from unmask.sampling.generate import Generation as Generation
@@ -32,7 +32,7 @@ _HOME = {
     "denoising_cross_entropy": "unmask.evaluation.canvas_likelihood",
     "generate": "unmask.sampling.generate",
     "infill": "unmask.sampling.infill",
-    "load_model": "unmask.models.registry",
+    "load_model": "unmask.models.loading",
     "load_tokenizer": "unmask.models.tokenizer",
     "log_likelihood": "unmask.evaluation.likelihood",
     "register": "unmask.models.llada.auto",

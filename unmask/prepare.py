@@ -78,7 +78,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     degrees = resolve_degrees(config.distributed, processes, getattr(plan.config, "num_experts", None))
     _check_batch(config, processes)
     check_answering(config.validation, plan.config, stored_generation(plan))
-    check_against_model(config.dllm, plan.family.provides, plan.family.model_type, plan.config)
+    check_against_model(config.dllm, plan.family, plan.config)
     tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
     room = plan.config.max_sequence_length - most_padding(config.dllm, plan.config)
     for name, section in (("dataset", config.dataset), ("validation_dataset", config.validation_dataset)):

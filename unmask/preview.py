@@ -27,6 +27,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     from rich.rule import Rule
     from rich.syntax import Syntax
 
+    from unmask.models.loading import empty_network
     from unmask.models.moe import freeze_routers
     from unmask.models.weights import check_tensors
     from unmask.rng import NoiseStream
@@ -35,9 +36,9 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     config, plan = prepared.config, prepared.plan
     parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
     with torch.device("meta"):
-        model = plan.family.build(plan.config).to(getattr(torch, config.model.torch_dtype))
+        model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
         if plan.folder is not None and plan.hub_id is None:  # of a hub id the weights need not be here
-            check_tensors(model, plan.folder, plan.family.layout)
+            check_tensors(model, plan.folder, plan.family.files)
         if config.peft is not None:
             attach(model, config.peft, "")
         if config.dllm.freeze_router:

@@ -73,7 +73,7 @@ def quickstart(root: Path, seed: int = 42, own_process: bool = False) -> int:
 
     from unmask.assemble import run_training
     from unmask.config import load_config
-    from unmask.models.registry import build_model
+    from unmask.models.loading import build_model
     from unmask.models.tokenizer import load_tokenizer
     from unmask.prepare import prepare
 
@@ -217,7 +217,7 @@ def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> floa
 
 def _show_answers(console: Console, root: Path, test: Sequence[Problem]) -> float:
     """Draw two answers as they are denoised; return the share of test problems that the trained model solves."""
-    from unmask.models.registry import load_model
+    from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer
     from unmask.sampling.settings import SamplerConfig
     from unmask.sampling.view import watch

@@ -14,6 +14,7 @@ from unmask.config import config_from_mapping
 from unmask.distributed.mesh import Degrees, resolve_degrees
 from unmask.distributed.runtime import DistributedConfig
 from unmask.errors import ConfigError
+from unmask.models.loading import empty_network
 from unmask.prepare import prepare
 from unmask.training.estimate import estimate_memory
 from unmask.training.estimate_shared import SharedEstimate, estimate_shared
@@ -22,7 +23,7 @@ from unmask.training.estimate_shared import SharedEstimate, estimate_shared
 def counted(values: dict, processes: int) -> SharedEstimate:
     prepared = prepare(config_from_mapping(values), processes=processes)
     with torch.device("meta"):
-        model = prepared.plan.family.build(prepared.plan.config)
+        model = empty_network(prepared.plan.family, prepared.plan.config)
     whole = estimate_memory(prepared.config, prepared.plan, model)
     return estimate_shared(prepared.config, prepared.plan, model, whole, prepared.degrees)
 

@@ -71,7 +71,7 @@ def test_the_attention_kernel_is_set_or_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_blocks_are_compiled_or_it_is_refused(monkeypatch: pytest.MonkeyPatch, fixtures: Path) -> None:
-    from unmask.models.registry import load_model
+    from unmask.models.loading import load_model
 
     section = DistributedConfig(compile=True, device="cpu")
     model = load_model(str(fixtures / "llada_tiny"), "float32")

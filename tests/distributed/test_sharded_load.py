@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unmask.models.loading import empty_network
 from unmask.models.registry import ModelConfig, plan_model
 from unmask.models.weights import save_weights
 
@@ -21,7 +22,7 @@ def ones(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {**tiny.model, **SIZES}
     plan = plan_model(ModelConfig(config=values))
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in plan.family.build(plan.config).state_dict().items()}
+        shapes = {key: tensor.shape for key, tensor in empty_network(plan.family, plan.config).state_dict().items()}
     save_weights(((key, torch.ones(shape)) for key, shape in shapes.items()), folder, 50_000_000)
     (folder / "config.json").write_text(json.dumps(plan.config_json))
     return folder

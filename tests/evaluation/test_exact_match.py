@@ -11,7 +11,7 @@ from unmask.data.conversation import Message
 from unmask.errors import SamplingError
 from unmask.evaluation.exact_match import cut_at, divide, score_answers
 from unmask.evaluation.questions import Question
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.models.tokenizer import load_tokenizer
 from unmask.sampling.settings import SamplerConfig
 

@@ -23,7 +23,8 @@ from unmask.evaluation.exact_match import encode_questions
 from unmask.evaluation.greedy import greedily_written
 from unmask.evaluation.lm_eval import UnmaskLM
 from unmask.evaluation.questions import Question
-from unmask.models.registry import ModelConfig, build_model, plan_model
+from unmask.models.loading import build_model
+from unmask.models.registry import ModelConfig, plan_model
 from unmask.models.tokenizer import load_tokenizer
 from unmask.sampling.settings import SamplerConfig
 

@@ -14,7 +14,7 @@ from unmask.data.encode import RowEncoder
 from unmask.data.loader import validation_set
 from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import fixed_noise, validation_losses
-from unmask.models.registry import build_model
+from unmask.models.loading import build_model
 from unmask.objectives.mdlm import MDLM
 from unmask.prepare import build_parts, prepare
 

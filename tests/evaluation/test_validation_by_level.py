@@ -18,7 +18,7 @@ from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import FixedBatch, fixed_noise, validation_losses
 from unmask.models.diffusion_gemma.config import parse_config as parse_gemma
 from unmask.models.diffusion_gemma.model import DiffusionGemma
-from unmask.models.registry import build_model
+from unmask.models.loading import build_model
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.prepare import build_parts, prepare

@@ -13,8 +13,8 @@ from torch import Tensor
 from unmask.batch import Batch
 from unmask.distributed.runtime import DistributedConfig, Runtime, set_switches
 from unmask.models.attention import attend, flex_available, prepare_mask
+from unmask.models.loading import load_model
 from unmask.models.moe import grouped_kernel, grouped_linear
-from unmask.models.registry import load_model
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.objectives.token_loss import linear_cross_entropy

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from unmask.distributed.mesh import Degrees, build_meshes
 from unmask.distributed.runtime import DistributedConfig, Runtime
 from unmask.distributed.shard import shard_model
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream

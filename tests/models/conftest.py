@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from unmask.errors import ModelError
 from unmask.models.adapter import attach_adapter, load_adapter, merge_adapter, read_adapter, write_adapter
 from unmask.models.adapter_folder import find_adapter
 from unmask.models.llada.auto import register
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 
 # PEFT asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -18,7 +18,7 @@ from unmask import load_tokenizer
 from unmask.errors import ModelError
 from unmask.models.llada.auto import LLaDAModelLM, register
 from unmask.models.llada.model import LLaDA
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.models.weights import save_weights
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])

@@ -16,7 +16,7 @@ from transformers import DiffusionGemmaForBlockDiffusion as Reference
 
 from unmask.errors import ConfigError, ModelError
 from unmask.models.adapter import merge_adapter, read_adapter, write_adapter
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.training.export import export
 from unmask.training.lora import PeftConfig, attach, target_names
 

@@ -19,7 +19,8 @@ from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.family import FAMILY
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.folders import weight_files
-from unmask.models.registry import ModelConfig, build_model, load_model, plan_folder, plan_model
+from unmask.models.loading import build_model, empty_network, load_model
+from unmask.models.registry import ModelConfig, plan_folder, plan_model
 from unmask.models.weights import carried_tensors, copy_weights, read_slices, read_tensors, save_weights
 from unmask.training.export import export, layer_gaps
 from unmask.training.model_files import save_model
@@ -101,7 +102,7 @@ def test_what_transformers_wrote_comes_out_again(dtype: torch.dtype, shards: str
 def test_large_checkpoints_come_out_in_shards(checkpoint: Path, gemma_reference, tmp_path: Path) -> None:
     plan = plan_folder(str(checkpoint), "checkpoint")
     model = build_model(plan, None)
-    tensors = chain(model.state_dict().items(), carried_tensors(plan.folder, FAMILY.layout))
+    tensors = chain(model.state_dict().items(), carried_tensors(plan.folder, FAMILY.files))
     written = save_weights(tensors, tmp_path, shard_bytes=20_000)
     assert len(written) > 4 and written[-1].name == "model.safetensors.index.json"
     shutil.copy(checkpoint / "config.json", tmp_path)
@@ -156,7 +157,7 @@ def test_training_changes_the_text_part_and_nothing_else(checkpoint: Path, tmp_p
     # As a run that resumes does it: into parameters that an optimizer holds.
     other = build_model(plan, None)
     held = {name: parameter for name, parameter in other.named_parameters()}
-    copy_weights(other, tmp_path, FAMILY.layout)
+    copy_weights(other, tmp_path, FAMILY.files)
     assert all(held[name] is parameter for name, parameter in other.named_parameters())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
 
@@ -172,9 +173,9 @@ def twins(tensors: dict[str, Tensor]) -> None:
 def whole(folder: Path, config: Any) -> dict[str, Tensor]:
     """The folder through `read_slices`, two rows or columns of each tensor left out."""
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in FAMILY.build(config).state_dict().items()}
+        shapes = {key: tensor.shape for key, tensor in empty_network(FAMILY, config).state_dict().items()}
     places = {key: tuple(slice(0, max(1, size - 1)) for size in shape) for key, shape in shapes.items()}
-    return dict(read_slices(shapes, places, folder, FAMILY.layout))
+    return dict(read_slices(shapes, places, folder, FAMILY.files))
 
 
 def test_tied_weights_may_be_written_twice(checkpoint: Path, tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_a_fresh_network_has_no_vision_part(gemma_values: Callable[..., dict], t
 
 def test_an_export_without_a_vision_tower_warns(checkpoint: Path, tmp_path: Path) -> None:
     def blind(tensors: dict[str, Tensor]) -> None:
-        for key in [key for key in tensors if FAMILY.layout.carried(key)]:
+        for key in [key for key in tensors if FAMILY.files.passthrough(key)]:
             del tensors[key]
 
     source = changed(checkpoint, tmp_path / "in", blind)

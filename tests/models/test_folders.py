@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,17 @@ from unmask.errors import ConfigError, ModelError
 from unmask.evaluation.contestant import Contestant
 from unmask.models import folders
 from unmask.models.folders import find_folder, weights_fingerprint
-from unmask.models.registry import FAMILIES, ModelConfig, load_model, plan_folder, plan_model
+from unmask.models.llada.config import LLaDAConfig
+from unmask.models.loading import load_model
+from unmask.models.registry import (
+    FAMILIES,
+    ModelConfig,
+    family_named,
+    family_of,
+    plan_folder,
+    plan_model,
+    resolve,
+)
 from unmask.models.tokenizer import find_tokenizer, load_tokenizer
 from unmask.sections import read_section
 
@@ -112,10 +125,24 @@ def test_the_model_section_takes_one_source(tmp_path: Path) -> None:
 
 
 def test_every_family_of_the_table_says_its_own_name() -> None:
-    import importlib
-
     for model_type, module in FAMILIES.items():
-        assert importlib.import_module(module).FAMILY.model_type == model_type
+        family = resolve(f"{module}:FAMILY")
+        assert family.model_type == model_type and set(family.sampler.presets) == {"reference", "balanced", "fast"}
+        assert family_named({"model_type": model_type, "architectures": [family.architectures[0]]}, "x") is family
+
+
+def test_a_family_is_found_by_its_architecture_where_two_share_a_model_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaDA-MoE's released config.json says `llada` too."""
+    values = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}
+    with pytest.raises(ModelError, match=r"config.json: architectures \['LLaDAMoEModelLM'\] is not .* LLaDAModelLM"):
+        family_named(values, "config.json")
+    llada = family_named({"model_type": "llada"}, "x")
+    other = SimpleNamespace(FAMILY=dataclasses.replace(llada, architectures=("LLaDAMoEModelLM",)))
+    monkeypatch.setitem(sys.modules, "moe_family", other)  # type: ignore[arg-type]
+    monkeypatch.setitem(FAMILIES, "LLaDAMoEModelLM", "moe_family")
+    assert family_named(values, "x") is other.FAMILY
+    assert family_named({"model_type": "llada", "architectures": ["LLaDAModelLM"]}, "x") is llada
+    assert family_of(LLaDAConfig()) is llada
 
 
 REPOSITORY = [

@@ -11,6 +11,7 @@ import torch
 from unmask.errors import ModelError
 from unmask.models.llada.config import LLaDAConfig, parse_config
 from unmask.models.llada.family import FAMILY
+from unmask.models.loading import empty_network
 
 SMALL = {
     "model_type": "llada",
@@ -154,7 +155,7 @@ def test_the_released_configuration_is_the_default_and_counts_eight_billion(fixt
     filled = {"n_kv_heads": 32, "embedding_size": 126464, "mlp_hidden_size": 12288}
     assert config == LLaDAConfig(**filled)  # type: ignore[arg-type]
     with torch.device("meta"):
-        model = FAMILY.build(config)
+        model = empty_network(FAMILY, config)
     attention = 4 * 4096 * 4096
     mlp = 3 * 4096 * 12288
     norms = 2 * 4096

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from unmask.models.expert_adapter import AdaptedExperts
+from unmask.models.loading import load_model
 from unmask.models.moe import Experts
 from unmask.models.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
-from unmask.models.registry import load_model
 from unmask.training.lora import PeftConfig, attach
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])

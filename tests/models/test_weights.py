@@ -17,7 +17,8 @@ from torch import Tensor
 from unmask.errors import ModelError
 from unmask.models import weights
 from unmask.models.folders import weight_files
-from unmask.models.registry import ModelConfig, build_model, load_model, plan_folder, plan_model
+from unmask.models.loading import build_model, empty_network, load_model
+from unmask.models.registry import ModelConfig, plan_folder, plan_model
 from unmask.models.weights import check_tensors, copy_weights, load_weights, read_tensors, save_weights
 
 QUERY = "model.transformer.blocks.1.q_proj.weight"
@@ -237,7 +238,7 @@ def test_load_weights_gives_trainable_parameters(state: dict[str, Tensor], folde
     save_weights(state.items(), folder)
     plan = plan_folder(str(folder), "x")
     with torch.device("meta"):
-        model = plan.family.build(plan.config)
+        model = empty_network(plan.family, plan.config)
     load_weights(model, folder, torch.float32, "cpu")
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
 

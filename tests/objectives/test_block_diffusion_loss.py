@@ -23,7 +23,7 @@ from unmask.distributed.runtime import Runtime
 from unmask.models.diffusion_gemma import model as network
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.objectives import terms
 from unmask.objectives.block_diffusion import BlockDiffusion, filled_rows, find_answers
 from unmask.rng import NoiseStream

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unmask.batch import Batch, LossTerms, NoisyBatch
 from unmask.models.llada.model import LLaDA
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 

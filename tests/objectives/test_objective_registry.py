@@ -15,8 +15,8 @@ from unmask.objectives.registry import OBJECTIVES, DllmConfig, build_objective, 
 from unmask.sections import read_section
 
 MODEL = SimpleNamespace(mask_token_id=29, rows=32, canvas_length=16, vocab_size=32, eos_token_id=5)
-PROVIDES = frozenset({"mask_token"})
-CANVAS = frozenset({"encoder_cache", "self_conditioning"})
+MASK = SimpleNamespace(model_type="llada", noise="mask", attention="bidirectional")
+CANVAS = SimpleNamespace(model_type="diffusion_gemma", noise="uniform", attention="canvas")
 
 
 @pytest.mark.parametrize(
@@ -93,30 +93,31 @@ def test_fields_left_out_take_their_modes_defaults() -> None:
 
 def test_the_mask_token_must_be_the_models() -> None:
     for fine in (None, 29):
-        check_against_model(DllmConfig(mask_token_id=fine), PROVIDES, "llada", MODEL)
+        check_against_model(DllmConfig(mask_token_id=fine), MASK, MODEL)
     with pytest.raises(ConfigError, match="dllm.mask_token_id: 7 contradicts .* 29; leave the field out"):
-        check_against_model(DllmConfig(mask_token_id=7), PROVIDES, "llada", MODEL)
+        check_against_model(DllmConfig(mask_token_id=7), MASK, MODEL)
     for outside in (32, 10**9):
         with pytest.raises(ConfigError, match=f"dllm.mask_token_id: {outside} is outside .* 32; .* says 29"):
-            check_against_model(DllmConfig(mask_token_id=outside), PROVIDES, "llada", MODEL)
+            check_against_model(DllmConfig(mask_token_id=outside), MASK, MODEL)
 
 
 def test_canvas_and_vocabulary_must_be_the_models() -> None:
     for values in ({}, {"block_size": 16}, {"vocab_size": 32, "block_size": 16}):
-        check_against_model(DllmConfig(mode="block_diffusion", **values), CANVAS, "diffusion_gemma", MODEL)
+        check_against_model(DllmConfig(mode="block_diffusion", **values), CANVAS, MODEL)
     for name, value, said in (("block_size", 32, "canvas_length 16"), ("vocab_size", 31, "vocab_size 32")):
         section = DllmConfig(mode="block_diffusion", **{name: value})
         with pytest.raises(ConfigError, match=f"dllm.{name}: {value} contradicts .* {said}; leave the field out"):
-            check_against_model(section, CANVAS, "diffusion_gemma", MODEL)
+            check_against_model(section, CANVAS, MODEL)
 
 
 def test_a_family_that_cannot_serve_the_objective_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dllm.mode: mdlm needs mask_token, which .* has not; .* block_diffusion"):
-        check_against_model(DllmConfig(), CANVAS, "diffusion_gemma", MODEL)
-    with pytest.raises(
-        ConfigError, match="dllm.mode: block_diffusion needs encoder_cache, self_conditioning, which llada .* mdlm"
-    ):
-        check_against_model(DllmConfig(mode="block_diffusion"), PROVIDES, "llada", MODEL)
+    with pytest.raises(ConfigError, match="dllm.mode: mdlm: .*gemma has no mask token; use .*: block_diffusion"):
+        check_against_model(DllmConfig(), CANVAS, MODEL)
+    with pytest.raises(ConfigError, match="dllm.mode: block_diffusion: llada has no noise drawn .*; use .*: mdlm"):
+        check_against_model(DllmConfig(mode="block_diffusion"), MASK, MODEL)
+    other = SimpleNamespace(model_type="other", noise="mask", attention="block_causal")
+    with pytest.raises(ConfigError, match="dllm.mode: mdlm: other has no bidirectional attention; no objective trains"):
+        check_against_model(DllmConfig(), other, MODEL)
 
 
 def test_build_passes_the_options_on() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unmask.models.llada.config import LLaDAConfig, parse_config
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.sampling.backends.backend import FamilySpec
 from unmask.sampling.backends.bidirectional import Prompts
 

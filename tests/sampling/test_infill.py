@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import unmask
 from unmask.errors import SamplingError
-from unmask.models.registry import load_model
+from unmask.models.loading import load_model
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import StepEvent, denoise
 from unmask.sampling.infill import _added, infill

@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 def test_a_step_that_is_not_finite_leaves_model_and_optimizer_alone(tiny) -> None:
     from unmask.config import config_from_mapping
     from unmask.distributed.runtime import Runtime
-    from unmask.models.registry import build_model
+    from unmask.models.loading import build_model
     from unmask.prepare import build_parts, prepare
     from unmask.rng import NoiseStream
     from unmask.training.optim import OptimizerConfig, build_optimizer

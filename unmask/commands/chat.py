@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         adapter = find_adapter(arguments.adapter)
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
     from unmask.distributed.runtime import own_device, pick_device
-    from unmask.models.registry import load_model, plan_folder
+    from unmask.models.loading import load_model
+    from unmask.models.registry import plan_folder
     from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
     from unmask.sampling.conversation import Conversation
     from unmask.sampling.family_settings import approximation_note

@@ -17,7 +17,8 @@ from unmask.distributed.runtime import DistributedConfig
 from unmask.distributed.shard import shard_model
 from unmask.errors import ConfigError
 from unmask.models.folders import is_plain, read_generation, weight_files
-from unmask.models.registry import ModelPlan, load_model, plan_folder
+from unmask.models.loading import empty_network, load_model
+from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.sharded_folder import MODEL, stored_sizes
 
 
@@ -55,7 +56,7 @@ def load_shared(
     """Build, shard and fill a network that is not trained; all ranks call it. Arguments as `load_for_answers`."""
     assert plan.folder is not None
     with torch.device("meta"):
-        model = plan.family.build(plan.config)
+        model = empty_network(plan.family, plan.config)
     model = _in_dtype(model, plan.folder, dtype)
     whole = None
     if adapter is not None:
@@ -68,7 +69,7 @@ def load_shared(
     meshes = build_meshes(Degrees(ranks.size), device.type)
     shard_model(model, plan.family.model_type, DistributedConfig(), meshes)
     allocate(model, device, ranks, "use more processes")
-    load_folder(model, meshes, plan.folder, plan.family.layout)
+    load_folder(model, meshes, plan.folder, plan.family.files)
     if whole is not None:
         load_tensors(model, meshes, adapter_tensors(whole))
     model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]

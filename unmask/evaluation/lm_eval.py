@@ -306,7 +306,7 @@ def _load(name: str, adapter: str | None, dtype: str | None, device: str | None)
     from unmask.distributed.ranks import join
     from unmask.distributed.runtime import own_device, pick_device
     from unmask.models.folders import find_folder
-    from unmask.models.registry import load_model
+    from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 
     folder = str(find_folder(name, "--model_args: pretrained"))

@@ -1,14 +1,19 @@
-"""What a model family tells the rest of the package about itself; a family's `family.py` holds one of these."""
+"""What a model family tells the rest of the package about itself; a family's `family.py` holds one `Family`. No torch.
+
+Code outside a family's folder asks a record for `noise`, `attention` or a capability, never for the family's name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+# What corruption does to a token: hides it behind the mask token, or replaces it by one drawn from the vocabulary.
+Noise = Literal["mask", "uniform"]
+# What a position sees: all others; its own block and those before it; the same with clean tokens read by a causal
+# encoder and one canvas of noise at a time by a decoder.
+Attention = Literal["bidirectional", "block_causal", "canvas"]
 
 
 def _never(key: str) -> bool:
@@ -21,41 +26,144 @@ def _untied(key: str) -> None:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """What a family's released files hold beside the tensors of its network, whose keys are the file's own.
+    """What released files hold beside the network's own tensors, whose keys are the files'.
 
     Attributes:
-        carried: whether a stored tensor is none of the network's and is written again as it was read.
-        twin: the key that a stored tensor repeats, where files may write tied weights twice; None otherwise.
+        passthrough: whether a stored tensor is none of the network's and is written again as it was read.
+        tied_to: the key that a stored tensor repeats, where files may hold tied weights twice; None otherwise.
     """
 
-    carried: Callable[[str], bool] = _never
-    twin: Callable[[str], str | None] = _untied
+    passthrough: Callable[[str], bool] = _never
+    tied_to: Callable[[str], str | None] = _untied
 
 
-PLAIN = FileLayout()  # the network and nothing else
+PLAIN = FileLayout()  # the network's tensors and nothing else
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """The part of a network that LoRA may adapt. Patterns are globs over full module names.
+
+    Attributes:
+        linears: linear layers that a low-rank update may be added to.
+        default: those of them that are adapted when a run names none.
+        whole: modules that may be trained whole beside the adapter (`modules_to_save`).
+        frozen: part of a module's name → why nothing of that name can be adapted.
+        roles: (our prefix, theirs): names under which the reference class has the same weight once more.
+    """
+
+    linears: tuple[str, ...]
+    default: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    roles: tuple[tuple[str, str], ...] = ()
+
+    def reference_names(self, name: str) -> list[str]:
+        """Return every name that the reference class has for a module or parameter of ours, ours first."""
+        others = [theirs + name.removeprefix(ours) for ours, theirs in self.roles if name.startswith(ours)]
+        return [name, *others]
+
+    def own_name(self, name: str) -> str:
+        """Return our name of a module or parameter of the reference class."""
+        for ours, theirs in self.roles:
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
+
+    def why_frozen(self, text: str) -> str | None:
+        """Return why the module (or pattern) of that name cannot be adapted; None when no reason is listed."""
+        return next((reason for word, reason in self.frozen.items() if word in text), None)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How a network is divided over ranks.
+
+    Attributes:
+        blocks: path of the list of blocks, each of which is gathered and freed as one.
+        methods: methods of the network, other than forward, that run blocks; FSDP2 hooks module calls alone.
+        experts: name of a block's mixture of experts; None without one.
+        over_tokens: method that runs every block once, given token ids (B, L) alone; None = forward.
+        forward_passes, backward_passes: how often a training step runs the blocks for a micro-batch, to count what
+            travels between ranks.
+    """
+
+    blocks: str
+    methods: tuple[str, ...] = ()
+    experts: str | None = None
+    over_tokens: str | None = None
+    forward_passes: int = 1
+    backward_passes: int = 1
+
+
+@dataclass(frozen=True)
+class SamplerDefaults:
+    """How a family samples when a caller says nothing; names are those of `SamplerConfig`.
+
+    Attributes:
+        values: setting → the released value.
+        presets: preset → settings over `values`: `reference` (the published algorithm), `balanced`, `fast`.
+        from_config: setting → attribute of the parsed config.json that fixes it; no other value is taken.
+        from_generation: entry of a checkpoint's generation_config.json → setting, over `values`. An entry within an
+            entry is written with a dot.
+    """
+
+    values: Mapping[str, Any]
+    presets: Mapping[str, Mapping[str, Any]]
+    from_config: Mapping[str, str] = field(default_factory=dict)
+    from_generation: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The control tokens of a family's released tokenizer, for a tokenizer trained from scratch.
+
+    Attributes:
+        tokens: in the order of their ids, from 0.
+        roles: which of them is what, in transformers' names (`bos_token`, `eos_token`, `pad_token`, `mask_token`).
+    """
+
+    tokens: tuple[str, ...]
+    roles: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table of families, light enough to build without torch.
+    """One model family. What is named "module:attribute" is imported when it is used.
 
     Attributes:
+        name: as people write it.
         model_type: the value of config.json's `model_type`.
-        provides: what its networks offer to objectives, for example `mask_token`.
-        architecture: class name that a written config.json carries.
-        parse_config: checks a config.json's values; arguments (values, where); raises ModelError.
-        build: the network of a parsed configuration, weights undefined; respects torch's default device.
-        initialise: draws fresh weights in place from an explicit generator.
+        architectures: class names that a config.json may carry; the first is written.
+        noise: what corruption does to its tokens.
+        attention: what its positions see of each other.
+        parse_config: (values of a config.json, where they stand) → its frozen configuration; raises ModelError.
+        network: "module:Class", made from a configuration, its weights undefined; respects torch's default device.
+        initialise: "module:function" (network, generator) that draws fresh weights in place.
         activation_bytes: bytes that a forward pass keeps for backward; arguments (config, tokens, bytes of a residual
             element, bytes of a matmul input, whether activation checkpointing is on).
-        layout: what its files hold beside the network.
+        lora: what LoRA may adapt.
+        shard: how the network is divided over ranks.
+        sampler: how it samples when nothing is said.
+        files: what its files hold beside the network.
+        chat_template: name of the packaged chat template that marks the assistant's tokens; None = none.
+        control_tokens: of its released tokenizer; None = no tokenizer can be trained from scratch for it.
+        auto: module whose `register()` makes transformers' Auto classes load it; None where transformers has it.
     """
 
+    name: str
     model_type: str
-    provides: frozenset[str]
-    architecture: str
+    architectures: tuple[str, ...]
+    noise: Noise
+    attention: Attention
     parse_config: Callable[[Mapping[str, Any], str], Any]
-    build: Callable[[Any], nn.Module]
-    initialise: Callable[[Any, torch.Generator], None]
+    network: str
+    initialise: str
     activation_bytes: Callable[[Any, int, int, int, bool], int]
-    layout: FileLayout = PLAIN
+    lora: LoraTargets
+    shard: ShardPlan
+    sampler: SamplerDefaults
+    files: FileLayout = PLAIN
+    chat_template: str | None = None
+    control_tokens: ControlTokens | None = None
+    auto: str | None = None

@@ -1,4 +1,4 @@
-"""From a name to a network: the table of families, the `model` section, and loading. Torch loads last."""
+"""The table of families, the `model` section, and what is known of a model before its weights load. No torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from unmask.errors import FieldError, ModelError
 from unmask.models.family import Family
-from unmask.models.folders import find_folder, is_plain, read_generation, read_json, weight_files
+from unmask.models.folders import find_folder, is_plain, read_json, weight_files
 from unmask.sections import choice_problem
 
-if TYPE_CHECKING:
-    from torch import nn
-
-# model_type of a config.json → the module whose FAMILY describes it. A new family is a folder and a line here.
+# model_type of a config.json → the module whose FAMILY describes it. A new family is a folder and a line here. Where
+# two families share a model_type, the one that came later stands under the name of its architecture.
 FAMILIES: dict[str, str] = {
     "llada": "unmask.models.llada.family",
     "diffusion_gemma": "unmask.models.diffusion_gemma.family",
@@ -69,16 +67,34 @@ class ModelPlan:
         return self.hub_id or str(self.folder or "")
 
 
-def family_of(values: Mapping[str, Any], where: str) -> Family:
-    """Return the family that a config.json names.
+def resolve(target: str) -> Any:
+    """Import what a record names as "module:attribute"."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def family_named(values: Mapping[str, Any], where: str) -> Family:
+    """Return the family that a config.json names by `architectures` and `model_type`.
 
     Raises:
-        ModelError: no `model_type`, or one that no family here has.
+        ModelError: no `model_type`, one that no family here has, or an architecture that its family has not.
     """
-    model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    model_type, architectures = values.get("model_type"), values.get("architectures") or ()
+    key = next((name for name in architectures if name in FAMILIES), model_type)
+    if key not in FAMILIES:
         raise ModelError(f"{where}: model_type {choice_problem(model_type, FAMILIES)}")
-    return importlib.import_module(FAMILIES[model_type]).FAMILY
+    family = resolve(f"{FAMILIES[key]}:FAMILY")
+    if architectures and not set(architectures) & set(family.architectures):
+        raise ModelError(
+            f"{where}: architectures {list(architectures)} is not supported; {family.name} is "
+            f"{' or '.join(family.architectures)}"
+        )
+    return family
+
+
+def family_of(config: Any) -> Family:
+    """Return the family of a parsed configuration, such as a network's `config`; it is found by its `model_type`."""
+    return resolve(f"{FAMILIES[config.model_type]}:FAMILY")
 
 
 def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
@@ -100,8 +116,8 @@ def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
         values, where = read_json(path), str(path)
     else:
         values, where = dict(section.config or {}), "model.config"
-    family = family_of(values, where)
-    written = {"architectures": [family.architecture], "model_type": family.model_type, **_portable(values, None)}
+    family = family_named(values, where)
+    written = {"architectures": [family.architectures[0]], "model_type": family.model_type, **_portable(values, None)}
     return ModelPlan(family, family.parse_config(values, where), written, None)
 
 
@@ -111,64 +127,11 @@ def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     folder = find_folder(name, where, weights)
     path = folder / "config.json"
     values = read_json(path)
-    family = family_of(values, str(path))
+    family = family_named(values, str(path))
     config = family.parse_config(values, str(path))
     if (weights or hub_id is None) and is_plain(folder):
         weight_files(folder)
     return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id)
-
-
-def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: int = 42) -> nn.Module:
-    """Load a planned model's weights, or draw them for a fresh one from `seed`.
-
-    A loaded network has the values of its generation_config.json as `model.generation`, which sampling starts from.
-
-    Args:
-        plan: from `plan_model` or `plan_folder`.
-        dtype: `float32`, `bfloat16` or `float16`; None = as stored (float32 for a fresh model).
-        device: where the parameters go.
-        seed: for fresh weights only.
-    """
-    import torch
-
-    from unmask import rng
-    from unmask.models.weights import load_weights
-
-    kind = None if dtype is None else getattr(torch, dtype)
-    with torch.device("meta"):
-        model = plan.family.build(plan.config)
-    if plan.folder is not None:
-        load_weights(model, plan.folder, kind, device, plan.family.layout)
-        model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
-        return model
-    model.to_empty(device="cpu")
-    plan.family.initialise(model, torch.Generator().manual_seed(rng.key(seed, "model/init") % 2**32))
-    return model.to(device=device, dtype=kind)
-
-
-def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter: str | None = None) -> nn.Module:
-    """Load a checkpoint for inference, without remote code.
-
-    Args:
-        name: a folder in the released layout, a run directory or a hub id.
-        dtype: `float32`, `bfloat16` or `float16`; None = as stored.
-        device: a torch device.
-        adapter: folder of a LoRA adapter in PEFT's format to apply on top.
-
-    Returns:
-        the network in eval mode: LLaDA's forward gives hidden states (B, L, D), `.logits` the logits (B, L, V).
-
-    Raises:
-        ModelError: what is missing, cut short or not supported.
-    """
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ModelError(f"dtype {choice_problem(dtype, ('float32', 'bfloat16', 'float16'))}")
-    model = build_model(plan_folder(name, "checkpoint"), dtype, device)
-    if adapter is not None:
-        from unmask.models.adapter import load_adapter
-
-        load_adapter(model, adapter)
-    return model.eval()
 
 
 def _portable(values: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:

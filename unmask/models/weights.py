@@ -65,7 +65,7 @@ def carried_keys(folder: Path | None, layout: FileLayout) -> list[str]:
     if folder is None:
         return []
     if is_plain(folder):
-        return [key for key in weight_files(folder) if layout.carried(key)]
+        return [key for key in weight_files(folder) if layout.passthrough(key)]
     if not (folder / CARRIED).is_file():
         return []
     with safe_open(folder / CARRIED, framework="pt") as opened:
@@ -82,7 +82,7 @@ def carried_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[s
                 for key in opened.keys():  # noqa: SIM118 - no mapping
                     yield key, opened.get_tensor(key)
         return
-    yield from read_tensors(folder, layout.carried)
+    yield from read_tensors(folder, layout.passthrough)
 
 
 def _check_twin(folder: Path, key: str, twin: str, tensor: Tensor, part: tuple[slice, ...] = ()) -> None:
@@ -102,8 +102,8 @@ def _fitting_tensors(model: nn.Module, folder: Path, layout: FileLayout) -> Iter
     """Yield every tensor of a folder that the network has, checked to be exactly its set."""
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     missing = dict.fromkeys(wanted)
-    for key, tensor in read_tensors(folder, lambda key: not layout.carried(key)):
-        twin = layout.twin(key)
+    for key, tensor in read_tensors(folder, lambda key: not layout.passthrough(key)):
+        twin = layout.tied_to(key)
         if twin in wanted:
             _check_twin(folder, key, twin, tensor)
             continue
@@ -134,10 +134,10 @@ def read_slices(
     for file, keys in _keys_by_file(folder).items():
         with safe_open(file, framework="pt") as opened:
             for key in keys:
-                if layout.carried(key):
+                if layout.passthrough(key):
                     continue
                 stored = opened.get_slice(key)
-                twin = layout.twin(key)
+                twin = layout.tied_to(key)
                 if twin is not None and twin in shapes:
                     part = places[twin]
                     if all(side.stop > side.start for side in part):
@@ -161,7 +161,7 @@ def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) ->
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     missing = dict.fromkeys(shapes)
     for key, shape in _stored_shapes(folder):
-        if not layout.carried(key) and layout.twin(key) not in shapes:
+        if not layout.passthrough(key) and layout.tied_to(key) not in shapes:
             _check_fit(key, shape, shapes, folder)
             del missing[key]
     _check_none_missing(missing, folder)

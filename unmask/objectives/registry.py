@@ -67,7 +67,7 @@ class ObjectiveEntry:
     Attributes:
         module: where `class_name` lives.
         class_name: a frozen dataclass that implements `Objective`.
-        needs: what a model family must provide.
+        noise, attention: those of the model families that it trains.
         defaults: the fields of the `dllm` section that belong to this objective, with their defaults; any other is
             refused.
         options: those of them that the class takes.
@@ -77,7 +77,8 @@ class ObjectiveEntry:
 
     module: str
     class_name: str
-    needs: frozenset[str]
+    noise: str
+    attention: str
     defaults: Mapping[str, Any]
     options: tuple[str, ...]
     from_model: Mapping[str, str]
@@ -89,7 +90,8 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "mdlm": ObjectiveEntry(
         "unmask.objectives.mdlm",
         "MDLM",
-        needs=frozenset({"mask_token"}),
+        noise="mask",
+        attention="bidirectional",
         defaults={
             "eps": 1e-3,
             "mask_token_id": None,
@@ -103,7 +105,8 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "block_diffusion": ObjectiveEntry(
         "unmask.objectives.block_diffusion",
         "BlockDiffusion",
-        needs=frozenset({"encoder_cache", "self_conditioning"}),
+        noise="uniform",
+        attention="canvas",
         defaults={
             "eps": 1e-3,
             "block_size": None,
@@ -182,24 +185,35 @@ class DllmConfig:
             raise FieldError("self_conditioning_p", f"must lie in [0, 1], got {self.self_conditioning_p}")
 
 
+# How a message calls what a model family lacks.
+_NOISES = {"mask": "mask token", "uniform": "noise drawn from the vocabulary"}
+
+
 def _of_mode(name: str) -> str:
     modes = [mode for mode, entry in OBJECTIVES.items() if name in entry.defaults]
     return f"it belongs to {', '.join(modes)}"
 
 
-def check_against_model(section: DllmConfig, provides: frozenset[str], model_type: str, model_config: Any) -> None:
-    """Refuse an objective that the model cannot serve, or a field that contradicts the model. Needs no torch.
+def check_against_model(section: DllmConfig, family: Any, model_config: Any) -> None:
+    """Refuse an objective for another noise or attention than the model's, or a field that contradicts the model.
+
+    Args:
+        section: the `dllm` section.
+        family: the model's `Family`.
+        model_config: its parsed configuration.
 
     Raises:
         ConfigError: naming the field, both values and the remedy.
     """
-    missing = OBJECTIVES[section.mode].needs - provides
-    if missing:
-        served = [mode for mode, entry in OBJECTIVES.items() if entry.needs <= provides]
-        raise ConfigError(
-            f"dllm.mode: {section.mode} needs {', '.join(sorted(missing))}, which {model_type} has not; "
-            f"set it to {' or '.join(served)}"
-        )
+    entry = OBJECTIVES[section.mode]
+    if (family.noise, family.attention) != (entry.noise, entry.attention):
+        if entry.noise != family.noise:
+            lacks = _NOISES[entry.noise]
+        else:
+            lacks = f"{entry.attention} attention"
+        modes = [mode for mode, o in OBJECTIVES.items() if (o.noise, o.attention) == (family.noise, family.attention)]
+        remedy = f"use dllm.mode: {' or '.join(modes)}" if modes else "no objective trains it"
+        raise ConfigError(f"dllm.mode: {section.mode}: {family.model_type} has no {lacks}; {remedy}")
     if section.mask_token_id is not None and section.mask_token_id >= model_config.rows:
         raise ConfigError(
             f"dllm.mask_token_id: {section.mask_token_id} is outside the model's vocabulary of {model_config.rows}; "

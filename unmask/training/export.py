@@ -49,7 +49,7 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         from unmask.models.adapter_folder import find_adapter
 
         other_base = base_note(find_adapter(adapter), Path(str(plan.folder)))
-    from unmask.models.registry import build_model
+    from unmask.models.loading import build_model
     from unmask.training.model_files import save_model
 
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
@@ -90,9 +90,9 @@ def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
     """Warn of a checkpoint that lost what training carries along unread: all of it, or tensors of single layers."""
     from unmask.models.weights import carried_keys
 
-    if plan.family.layout is PLAIN:
+    if plan.family.files is PLAIN:
         return []
-    keys = carried_keys(plan.folder, plan.family.layout)
+    keys = carried_keys(plan.folder, plan.family.files)
     if not keys:
         return [
             f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it "

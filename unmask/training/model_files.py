@@ -66,12 +66,12 @@ def model_files(
         save_model(model, plan, folder)
         write_common(folder)
 
-    return ModelFiles(write_full, lambda folder: copy_weights(model, folder, plan.family.layout))
+    return ModelFiles(write_full, lambda folder: copy_weights(model, folder, plan.family.files))
 
 
 def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
     """Write the weights, config.json as it was read with the dtype of the weights in it, and the files beside it."""
-    carried = carried_tensors(plan.folder, plan.family.layout)
+    carried = carried_tensors(plan.folder, plan.family.files)
     save_weights(chain(model.state_dict().items(), carried), folder)
     write_config(plan, str(next(model.parameters()).dtype).removeprefix("torch."), folder)
 

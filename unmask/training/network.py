@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from unmask.distributed.runtime import DistributedConfig, Runtime, prepare_model
 from unmask.models.adapter_files import is_trained
 from unmask.models.folders import SHARDED
+from unmask.models.loading import build_model, empty_network
 from unmask.models.moe import freeze_routers
-from unmask.models.registry import ModelPlan, build_model
+from unmask.models.registry import ModelPlan
 from unmask.training.adapter_draw import draw_adapter
 from unmask.training.checkpoint import CheckpointConfig
 from unmask.training.lora import PeftConfig, resolve_targets
@@ -79,7 +80,7 @@ def _whole(settings: NetworkSettings, runtime: Runtime) -> Network:
     if settings.peft is not None:
         # Refused before the weights are read.
         with torch.device("meta"):
-            resolve_targets(settings.peft, settings.plan.family.build(settings.plan.config))
+            resolve_targets(settings.peft, empty_network(settings.plan.family, settings.plan.config))
     model = build_model(settings.plan, settings.dtype, seed=settings.seed)
     files = model_files(model, settings.plan, settings.peft, settings.tokenizer, settings.template, settings.run_config)
     draw_adapter(model, settings.seed)

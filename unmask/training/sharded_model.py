@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmask import rng
 from unmask.distributed.load import adapter_tensors, allocate, load_folder, load_tensors, whole_adapter
 from unmask.distributed.mesh import Meshes
 from unmask.distributed.runtime import DistributedConfig, Runtime, set_switches
@@ -22,6 +21,7 @@ from unmask.distributed.shard import shard_model, whole_view
 from unmask.errors import ConfigError
 from unmask.models.adapter_files import is_trained, read_adapter, write_adapter
 from unmask.models.family import FileLayout
+from unmask.models.loading import draw_weights, empty_network
 from unmask.models.registry import ModelPlan
 from unmask.training.adapter_draw import draw_adapter
 from unmask.training.lora import PeftConfig
@@ -101,7 +101,7 @@ def build_shared(
     meshes = runtime.meshes
     assert meshes is not None
     with torch.device("meta"):
-        model = plan.family.build(plan.config).to(getattr(torch, dtype))
+        model = empty_network(plan.family, plan.config).to(getattr(torch, dtype))
     adapter = config = None
     if peft is not None:
         for name in ("load_in_4bit", "use_dora"):
@@ -117,18 +117,18 @@ def build_shared(
     place = runtime.device if section.offload_policy is None else torch.device("cpu")
     allocate(model, place, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
     if plan.folder is not None:
-        load_folder(model, meshes, plan.folder, plan.family.layout)
+        load_folder(model, meshes, plan.folder, plan.family.files)
     else:
         load_tensors(model, meshes, _fresh(plan, dtype, seed))
     if adapter is not None:
         load_tensors(model, meshes, ((n, p) for n, p in adapter_tensors(adapter) if ".lora_" in n))
-    return SharedNetwork(model.train(), meshes, plan.folder, plan.family.layout, adapter, config)
+    return SharedNetwork(model.train(), meshes, plan.folder, plan.family.files, adapter, config)
 
 
 def _fresh(plan: ModelPlan, dtype: str, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Draw a fresh network whole, as one process does, so that its weights do not depend on the number of ranks."""
     with torch.device("meta"):
-        whole = plan.family.build(plan.config)
+        whole = empty_network(plan.family, plan.config)
     whole.to_empty(device="cpu")
-    plan.family.initialise(whole, torch.Generator().manual_seed(rng.key(seed, "model/init") % 2**32))
+    draw_weights(whole, plan.family, seed)
     yield from whole.to(getattr(torch, dtype)).state_dict().items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from unmask.errors import ModelError, nearest
 
@@ -77,6 +77,8 @@ class DiffusionGemmaConfig:
         pad_token_id: its embedding is never trained by lookups.
         initializer_range: standard deviation of a fresh model's weights.
     """
+
+    model_type: ClassVar[str] = "diffusion_gemma"
 
     vocab_size: int
     hidden_size: int

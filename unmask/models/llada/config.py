@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from unmask.errors import ModelError, nearest
 
@@ -70,6 +70,8 @@ class LLaDAConfig:
         init_cutoff_factor: `normal` draws beyond this many deviations are redrawn; None = none are.
         mask_token_id, eos_token_id, pad_token_id: ids with a meaning to corruption and sampling.
     """
+
+    model_type: ClassVar[str] = "llada"
 
     d_model: int = 4096
     n_heads: int = 32

@@ -1,27 +1,9 @@
-"""LLaDA's row in the table of families."""
+"""LLaDA's record in the table of families."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from unmask.models.family import Family
+from unmask.models.family import ControlTokens, Family, LoraTargets, SamplerDefaults, ShardPlan
 from unmask.models.llada.config import LLaDAConfig, parse_config
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-
-def _build(config: LLaDAConfig) -> nn.Module:
-    from unmask.models.llada.model import LLaDA
-
-    return LLaDA(config)
-
-
-def _initialise(model: Any, generator: torch.Generator) -> None:
-    from unmask.models.llada.model import initialise
-
-    initialise(model, generator)
 
 
 def activation_bytes(config: LLaDAConfig, tokens: int, residual: int, compute: int, checkpointing: bool) -> int:
@@ -41,11 +23,53 @@ def activation_bytes(config: LLaDAConfig, tokens: int, residual: int, compute: i
 
 
 FAMILY = Family(
+    name="LLaDA",
     model_type="llada",
-    provides=frozenset({"mask_token"}),
-    architecture="LLaDAModelLM",
+    architectures=("LLaDAModelLM",),
+    noise="mask",
+    attention="bidirectional",
     parse_config=parse_config,
-    build=_build,
-    initialise=_initialise,
+    network="unmask.models.llada.model:LLaDA",
+    initialise="unmask.models.llada.model:initialise",
     activation_bytes=activation_bytes,
+    lora=LoraTargets(
+        linears=("model.transformer.blocks.*",),
+        default=("model.transformer.blocks.*",),
+        whole=("*norm", "model.transformer.ln_f", "model.transformer.wte", "model.transformer.ff_out"),
+        frozen={
+            "transformer.ff_out": "the head is read as a matrix by the loss; peft.modules_to_save can train it whole",
+            "wte": "the embedding is a lookup; peft.modules_to_save can train it whole",
+        },
+    ),
+    shard=ShardPlan("model.transformer.blocks", methods=("forward_window",)),
+    sampler=SamplerDefaults(  # Nie et al. 2025, appendix A.3; ML-GSAI/LLaDA, generate.py
+        values={
+            "steps": 128,
+            "max_new_tokens": 128,
+            "block_size": 32,
+            "temperature": 0.0,
+            "remasking": "low_confidence",
+            "cfg_scale": 0.0,
+            "eos": "allow",
+            "cache": "none",
+            "revise": "none",
+            "revise_threshold": 0.9,
+        },
+        presets={
+            "reference": {},
+            "balanced": {"threshold": 0.9, "cache": "prefix"},
+            "fast": {"threshold": 0.9, "cache": "dual"},
+        },
+    ),
+    chat_template="llada",
+    control_tokens=ControlTokens(
+        ("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"),
+        {
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "mask_token": "<|mdm_mask|>",
+        },
+    ),
+    auto="unmask.models.llada.auto",
 )
