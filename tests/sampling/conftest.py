@@ -141,9 +141,6 @@ class Script:
         self.calls += 1
         return found, context
 
-    def head(self, hidden_MD) -> None:
-        return None
-
     def logits(self, hidden_MD) -> Tensor:
         return hidden_MD.clone()
 

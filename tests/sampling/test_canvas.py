@@ -38,7 +38,7 @@ def answers(model, requests: list[Request], settings: CanvasSettings) -> dict[in
     found = {}
     for event in denoise(backend_for(model), requests, settings):
         for place in event.finished_B.nonzero()[:, 0].tolist():
-            settled = int((~event.open_BC[place]).sum())
+            settled = int((~event.masked_BC[place]).sum())
             found[event.rows[place]] = (event.answer_BC[place, :settled].tolist(), int(event.nfe_B[place]))
     return found
 
@@ -73,7 +73,7 @@ def test_an_answer_has_exactly_the_tokens_asked_for(gemma_model, length):
     assert len(answer.token_ids) == length and answer.finish_reason == "length"
     assert not set(answer.token_ids) & {1, 7}
     assert answer.stats.nfe == len(events) == 2 * -(-length // 16)
-    assert all(event.answer_BC.shape == event.open_BC.shape == (1, length) for event in events)
+    assert all(event.answer_BC.shape == event.masked_BC.shape == (1, length) for event in events)
     longer = generate(gemma_model, [5, 6], sampler=SamplerConfig(steps=2, max_new_tokens=48, eos="suppress"))[0]
     assert answer.token_ids == longer.token_ids[:length]  # the last canvas is denoised whole, then cut
 

@@ -47,7 +47,7 @@ def test_a_settled_token_never_changes_though_the_network_changes_its_mind(scrip
     events = run(script(lambda row, at, call: peak(call % 8)), steps=5, max_new_tokens=5, block_size=5)
     assert events[-1].answer_BC.tolist() == [[0, 1, 2, 3, 4]]
     for before, after in zip(events, events[1:], strict=False):
-        settled = ~before.open_BC
+        settled = ~before.masked_BC
         assert torch.equal(before.answer_BC[settled], after.answer_BC[settled])
 
 
@@ -126,7 +126,7 @@ def test_the_mask_is_never_written_even_if_it_is_named_as_a_stop_token(script):
 
 def test_every_call_draws_afresh(script):
     first, second = run(script(lambda *_: peak(1)), steps=2, max_new_tokens=6, remasking="random")
-    weighed_twice = first.open_BC
+    weighed_twice = first.masked_BC
     assert weighed_twice.sum() == 3
     assert not (first.score_BC == second.score_BC)[weighed_twice].any()
 
@@ -170,7 +170,7 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
     for row in (0, 1):
         mine = [(event, event.rows.index(row)) for event in events if row in event.rows]
         last, at = mine[-1]
-        answer, is_open = last.answer_BC[at], last.open_BC[at]
+        answer, is_open = last.answer_BC[at], last.masked_BC[at]
         assert not set(answer[~is_open].tolist()) & {37, 39, *range(40, 48)}
         assert bool(last.finished_B[at]) and int(last.nfe_B[at]) == len(mine)
         ended_early = 38 in answer

@@ -100,7 +100,7 @@ def test_a_spelt_mask_is_text_and_with_raw_it_is_a_token_that_is_given(text_mode
     )
     x, y = chat_tokenizer.encode("xy")
     assert raw.token_ids == [x, 257, *raw.fill_ids[0], 257, y] and 257 not in raw.fill_ids[0]
-    assert [int(event.open_BC.sum()) for event in events] == [1, 0]
+    assert [int(event.masked_BC.sum()) for event in events] == [1, 0]
 
 
 def test_stop_tokens_are_never_filled_in_and_given_ones_end_nothing(text_model, chat_tokenizer):

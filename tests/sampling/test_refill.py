@@ -23,7 +23,7 @@ def answers(adapter, requests, settings, batch_size) -> dict[int, tuple[list[int
     for event in denoise(adapter, iter(requests), settings, batch_size=batch_size):
         assert len(event.rows) <= batch_size
         for place in event.finished_B.nonzero()[:, 0].tolist():
-            is_open = event.open_BC[place, : event.lengths[place]].tolist()
+            is_open = event.masked_BC[place, : event.lengths[place]].tolist()
             settled = is_open.index(True) if True in is_open else len(is_open)
             found[event.rows[place]] = (event.answer_BC[place, :settled].tolist(), int(event.nfe_B[place]))
     return found
@@ -143,7 +143,7 @@ def test_a_given_stop_token_ends_nothing_and_a_written_one_does(script):
     end = lambda *_: peak(8)  # noqa: E731
     for logits, opened in ((lambda *_: peak(1), [0, 0]), (end, [0, 1])):
         events = list(denoise(script(logits), [Request(0, [0], 0, template)], MaskSettings(steps=2)))
-        assert events[-1].open_BC[0, [1, 3]].tolist() == [bool(flag) for flag in opened]
+        assert events[-1].masked_BC[0, [1, 3]].tolist() == [bool(flag) for flag in opened]
 
 
 @pytest.mark.parametrize(

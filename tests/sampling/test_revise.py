@@ -42,7 +42,7 @@ def test_a_token_that_has_become_improbable_is_masked_again(script):
     events = run(script(answers), steps=2, max_new_tokens=4, block_size=4, revise="remask", revise_threshold=0.3)
     assert marks(events[0].committed_BC) == [0, 1] and not events[0].revised_BC.any()
     assert marks(events[1].committed_BC) == [2, 3] and marks(events[1].revised_BC) == [0]
-    assert events[1].answer_BC[0, 0] == MASK and events[1].open_BC[0, 0] and not events[1].finished_B[0]
+    assert events[1].answer_BC[0, 0] == MASK and events[1].masked_BC[0, 0] and not events[1].finished_B[0]
     assert marks(events[2].committed_BC) == [0] and events[2].answer_BC.tolist() == [[2, 3, 3, 3]]
     assert len(events) == 3
 
@@ -80,7 +80,7 @@ def test_a_token_is_replaced_by_one_that_has_become_probable_and_the_call_count_
     for event in events:
         filled.take(event, 0)
     assert filled.logs_C.exp().tolist() == pytest.approx(shares)
-    assert not any(event.open_BC[0, 0] for event in events)
+    assert not any(event.masked_BC[0, 0] for event in events)
 
 
 def test_given_tokens_and_other_blocks_are_never_revised(script):
@@ -89,7 +89,7 @@ def test_given_tokens_and_other_blocks_are_never_revised(script):
         adapter = script(lambda row, at, call: logits_of(**{f"t{(at + call) % 8}": 0.9}))
         events = run(adapter, template, steps=2, revise=revise, revise_threshold=0.5)
         for event in events:
-            assert event.answer_BC[0, [0, 3]].tolist() == [5, 9] and not event.open_BC[0, [0, 3]].any()
+            assert event.answer_BC[0, [0, 3]].tolist() == [5, 9] and not event.masked_BC[0, [0, 3]].any()
             inside = torch.tensor([[0, 0, 0, 0, 1, 1]]) == event.block_B[:, None]
             assert not (event.revised_BC & ~inside).any()
 
@@ -162,13 +162,13 @@ def test_whatever_is_combined_given_tokens_stay_and_every_row_ends_with_allowed_
         for place, number in enumerate(event.rows):
             template, length = templates[number], event.lengths[place]
             assert length == len(template.open)
-            answer, is_open = event.answer_BC[place, :length].tolist(), event.open_BC[place, :length].tolist()
+            answer, is_open = event.answer_BC[place, :length].tolist(), event.masked_BC[place, :length].tolist()
             written = [at for at in range(length) if template.open[at] and not is_open[at]]
             assert all(answer[at] == template.answer_ids[at] for at in range(length) if not template.open[at])
             assert not any(is_open[at] for at in range(length) if not template.open[at])
             assert all(answer[at] != MASK and (eos != "suppress" or answer[at] != EOS) for at in written)
-            assert int(event.committed_BC[place].sum()) > int((event.revised_BC & event.open_BC)[place].sum())
-            assert not event.open_BC[place, length:].any()
+            assert int(event.committed_BC[place].sum()) > int((event.revised_BC & event.masked_BC)[place].sum())
+            assert not event.masked_BC[place, length:].any()
             # The bound: never more calls than one for each open position.
             assert int(event.nfe_B[place]) <= sum(template.open)
             if event.finished_B[place]:

@@ -41,7 +41,7 @@ def event(
         "step_B": torch.tensor([nfe - 1]),
         "nfe_B": torch.tensor([nfe]),
         "answer_BC": torch.tensor([answer]),
-        "open_BC": torch.tensor([open_]),
+        "masked_BC": torch.tensor([open_]),
         "committed_BC": torch.tensor([[i in settled for i in range(size)]]),
         "revised_BC": torch.zeros(1, size, dtype=torch.bool),
         "score_BC": score_1C,

@@ -34,7 +34,7 @@ def event(row: int, answer: list[int], open_: list[bool], sure: list[float], fin
         step_B=one - 1,
         nfe_B=one,
         answer_BC=torch.tensor([answer]),
-        open_BC=torch.tensor([open_]),
+        masked_BC=torch.tensor([open_]),
         committed_BC=nothing,
         revised_BC=nothing,
         score_BC=sure_1C.nan_to_num(nan=-math.inf),

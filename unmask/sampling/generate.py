@@ -168,7 +168,7 @@ def stream(
         >>> initialise(model, torch.Generator().manual_seed(0))
         >>> sampler = unmask.SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
         >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
-        ...     print(int(event.nfe_B[0]), "calls,", int(event.open_BC[0].sum()), "tokens open")
+        ...     print(int(event.nfe_B[0]), "calls,", int(event.masked_BC[0].sum()), "tokens open")
         1 calls, 6 tokens open
         2 calls, 4 tokens open
         3 calls, 2 tokens open

@@ -83,7 +83,7 @@ class Trace:
     def __call__(self, event: StepEvent) -> None:
         """Record what a network call changed."""
         for place, (index, length) in enumerate(zip(event.rows, event.lengths, strict=True)):
-            ids, is_open = event.answer_BC[place, :length].tolist(), event.open_BC[place, :length].tolist()
+            ids, is_open = event.answer_BC[place, :length].tolist(), event.masked_BC[place, :length].tolist()
             settled = event.committed_BC[place, :length].tolist()
             score, sure = event.score_BC[place, :length].tolist(), event.confidence_BC[place, :length].tolist()
             weighed = [i for i, value in enumerate(score) if math.isfinite(value)]
@@ -96,7 +96,7 @@ class Trace:
                 row = self._rows[index] = _Row([-1] * len(ids), was_open, given, start)
                 for position in given:
                     row.ids[position] = ids[position]
-            edited = event.revised_BC[place, :length] & ~event.open_BC[place, :length]
+            edited = event.revised_BC[place, :length] & ~event.masked_BC[place, :length]
             told = sorted({*weighed, *edited.nonzero()[:, 0].tolist()})
             call = {
                 "nfe": int(event.nfe_B[place]),

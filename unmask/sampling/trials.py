@@ -74,7 +74,7 @@ class Filled:
     def take(self, event: StepEvent, place: int) -> None:
         """Take in an event in which the trial is row `place`."""
         length = event.lengths[place]
-        edited_C = event.revised_BC[place, :length] & ~event.open_BC[place, :length]
+        edited_C = event.revised_BC[place, :length] & ~event.masked_BC[place, :length]
         settled_C = event.committed_BC[place, :length] | edited_C
         logs_C = event.confidence_BC[place, :length].clamp(min=torch.finfo(torch.float32).tiny).log()
         self.logs_C = torch.where(settled_C, logs_C, self.logs_C)

@@ -101,7 +101,7 @@ class Drawing:
         """Return one row of an event as styled text; without `highlight` nothing is bold, `given` as in `draw`."""
         # A canvas that has not begun holds nothing; masks are drawn from the start.
         end = event.lengths[row] if self.shades is not None else int(event.begun_B[row])
-        answer, is_open = event.answer_BC[row, :end].tolist(), event.open_BC[row, :end].tolist()
+        answer, is_open = event.answer_BC[row, :end].tolist(), event.masked_BC[row, :end].tolist()
         fresh = event.committed_BC[row, :end].tolist() if highlight else [False] * end
         weighed = event.score_BC[row, :end].isfinite()
         confidence = event.confidence_BC[row, :end].masked_fill(~weighed, math.nan).tolist()
@@ -159,7 +159,7 @@ class Watcher:
         """Draw what a network call changed."""
         for place, row in enumerate(event.rows):
             if row not in self._given:  # the row's first call: what was open before it was settled by it
-                was_open = event.open_BC[place] | event.committed_BC[place]
+                was_open = event.masked_BC[place] | event.committed_BC[place]
                 self._given[row] = frozenset((~was_open).nonzero()[:, 0].tolist())
         if self._live is None:
             self._print_lines(event)
@@ -179,7 +179,7 @@ class Watcher:
     def _print_lines(self, event: StepEvent) -> None:
         for place, row in enumerate(event.rows):
             length = event.lengths[place]
-            settled = int((~event.open_BC[place, :length]).sum())
+            settled = int((~event.masked_BC[place, :length]).sum())
             if row not in self._printed:
                 for heading in self._heading(row):
                     self.console.print(heading, soft_wrap=True)

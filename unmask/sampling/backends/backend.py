@@ -118,10 +118,6 @@ class Backend(Protocol):
         """
         ...
 
-    def head(self, hidden_MD: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return (hidden, matrix, bias) whose linear map is `logits`; None where they are made otherwise."""
-        ...
-
     def commit(self, context: Any, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor) -> Any:
         """Return the context after rows with `completed_B` True have settled their columns [first, end).
 

@@ -189,10 +189,6 @@ class BidirectionalBackend:
         conditional_MV, unconditional_MV = (self.model.logits(hidden) for hidden in hidden_MD.unbind(dim=1))
         return unconditional_MV + (self.cfg_scale + 1) * (conditional_MV - unconditional_MV)
 
-    def head(self, hidden_MD: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """As in `Backend`: with guidance logits are a sum of two."""
-        return None if self.cfg_scale else self.model.head_inputs(hidden_MD)
-
     def commit(self, context: Rows, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor) -> Rows:
         """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
         return context

@@ -141,9 +141,6 @@ class CanvasBackend:
         """Return softmax @ embedding · √D of a prediction, (M, D) in the embedding's dtype."""
         return self.model.mixed_embedding(weights_MV, total_M)
 
-    def head(self, hidden_MD: Tensor) -> None:
-        """Return None: logits are capped."""
-
     @torch.no_grad()
     def commit(
         self, context: Canvases, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor

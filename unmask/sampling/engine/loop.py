@@ -51,7 +51,7 @@ class StepEvent:
         step_B: int64 (B,), the call's number within that block, from 0.
         nfe_B: int64 (B,), network calls each row has taken part in, this one included.
         answer_BC: int64 (B, C), the answers so far. At open positions: the mask, or the current block's noisy tokens.
-        open_BC: bool (B, C), positions that are not settled yet. Only this says so: a given token may be a mask.
+        masked_BC: bool (B, C), positions that are not settled yet. Only this says so: a given token may be a mask.
         committed_BC: bool (B, C), positions settled by this call.
         revised_BC: bool (B, C), positions that had a token which this call took back (masked again, drawn anew) or
             replaced.
@@ -73,7 +73,7 @@ class StepEvent:
         >>> initialise(model, torch.Generator().manual_seed(0))
         >>> sampler = unmask.SamplerConfig(steps=2, max_new_tokens=4, remasking="left_to_right", eos="suppress")
         >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
-        ...     print(event.rows, event.committed_BC[0].tolist(), event.open_BC[0].tolist())
+        ...     print(event.rows, event.committed_BC[0].tolist(), event.masked_BC[0].tolist())
         (0,) [True, True, False, False] [False, False, True, True]
         (0,) [False, False, True, True] [False, False, False, False]
     """
@@ -85,7 +85,7 @@ class StepEvent:
     step_B: Tensor
     nfe_B: Tensor
     answer_BC: Tensor
-    open_BC: Tensor
+    masked_BC: Tensor
     committed_BC: Tensor
     revised_BC: Tensor
     score_BC: Tensor
@@ -159,11 +159,11 @@ def denoise(
         revision = reviser.apply(state, accept_BC, proposal, settings, process.noise)
 
         within_BC = state.within_BC
-        state = revision.state.opened(revision.settled_BC, revision.reopened_BC)
-        completed_B = ~(state.open_BC & within_BC).any(dim=1)
+        state = revision.state.opened(revision.settled_BC, revision.remasked_BC)
+        completed_B = ~(state.masked_BC & within_BC).any(dim=1)
         state = replace(state, nfe_B=state.nfe_B + 1, step_B=torch.where(completed_B, 0, call.step_B + 1))
         stopped_BC = _stopped(state, tokens.stop)
-        finished_B = ~state.open_BC.any(dim=1) | stopped_BC.any(dim=1)
+        finished_B = ~state.masked_BC.any(dim=1) | stopped_BC.any(dim=1)
         yield _event(state, call, revision.settled_BC, revision.revised_BC, proposal, finished_B)
         if settings.cuts:
             state = _cut(state, call, tokens.stop)
@@ -246,11 +246,6 @@ def _propose(
 
 def _weigh(backend: Backend, process: Process, hidden_MD: Tensor, weighing: Weighing) -> Iterator[Weighed]:
     """Yield what the head says of the positions, part by part; `weights_MV` of one is valid until the next."""
-    head = backend.head(hidden_MD)
-    whole = None if head is None else process.weigh_head(*head, weighing)
-    if whole is not None:
-        yield whole
-        return
     size = max(1, _LOGITS_AT_ONCE * (1 if backend.device.type == "cpu" else 4) // backend.spec.rows)
     size = size // _ROWS * _ROWS or size
     for start in range(0, len(hidden_MD), size):
@@ -273,14 +268,16 @@ def _require_finite(finite_M: Tensor, state: State, rows_M: Tensor, places: Sequ
 
 def _stopped(state: State, stop: Sequence[int]) -> Tensor:
     """Return bool (B, C): stop tokens that the sampler settled and that have nothing open to their left."""
-    open_so_far_BC = state.open_BC.long().cumsum(dim=1) > 0  # the position itself counts: a stop token must be settled
+    open_so_far_BC = (
+        state.masked_BC.long().cumsum(dim=1) > 0
+    )  # the position itself counts: a stop token must be settled
     return _stops(state, stop) & ~open_so_far_BC
 
 
 def _stops(state: State, stop: Sequence[int]) -> Tensor:
     """Return bool (B, C): stop tokens that the sampler settled. Given ones are text."""
     is_stop_BC = torch.isin(state.answer_BC, torch.tensor(stop, dtype=torch.long))
-    return is_stop_BC & ~state.open_BC & ~state.given_BC
+    return is_stop_BC & ~state.masked_BC & ~state.given_BC
 
 
 def _cut(state: State, call: Call, stop: Sequence[int]) -> State:
@@ -292,7 +289,7 @@ def _cut(state: State, call: Call, stop: Sequence[int]) -> State:
 def _event(
     state: State, call: Call, settled_BC: Tensor, revised_BC: Tensor, proposal: Proposal, finished_B: Tensor
 ) -> StepEvent:
-    edited_BC = revised_BC & ~state.open_BC
+    edited_BC = revised_BC & ~state.masked_BC
     confidence_BC = torch.where(edited_BC, proposal.highest_BC, proposal.confidence_BC)
     width = int(state.shown_B.max())  # whole canvases are denoised; what is over the answer's length is not shown
     return StepEvent(
@@ -303,7 +300,7 @@ def _event(
         step_B=call.step_B,
         nfe_B=state.nfe_B,
         answer_BC=state.answer_BC[:, :width],
-        open_BC=state.open_BC[:, :width],
+        masked_BC=state.masked_BC[:, :width],
         committed_BC=settled_BC[:, :width],
         revised_BC=revised_BC[:, :width],
         score_BC=proposal.score_BC[:, :width],

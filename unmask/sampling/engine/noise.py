@@ -22,7 +22,6 @@ from unmask.sampling.engine.rules import SCORES, Candidates, ban_, choose, likel
 from unmask.sampling.engine.schedule import quota
 from unmask.sampling.engine.scratch import Scratch
 from unmask.sampling.engine.state import State, Tokens
-from unmask.sampling.engine.surest import TiledHead
 from unmask.sampling.settings import CanvasSettings, MaskSettings
 from unmask.tiles import cached_rows, exp_
 
@@ -108,12 +107,6 @@ class Process(Protocol):
         """Return what logits mean; they may be overwritten."""
         ...
 
-    def weigh_head(
-        self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing
-    ) -> Weighed | None:
-        """Return what `weigh` would of the logits W h + b, by a way of its own; None where it has none."""
-        ...
-
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
         """Return what stands at open positions where nothing is accepted, int64 (B, C); elsewhere any."""
         ...
@@ -128,7 +121,6 @@ class MaskProcess:
         self.settings, self.tokens, self.vocab_size, self.draws = settings, tokens, vocab_size, draws
         self.rereads = REVISERS[settings.revise].rereads
         self._floats = Scratch()
-        self._tiled = TiledHead(tokens.banned, vocab_size)
 
     def begin(self, state: State) -> State:
         """Return the state: open positions are masks from the start."""
@@ -144,22 +136,6 @@ class MaskProcess:
     def weigh(self, logits_MV: Tensor, weighing: Weighing) -> Weighed:
         """As in `Process`."""
         return _joined([self._weigh_few(logits_MV[part], weighing[part]) for part in cached_rows(logits_MV)])
-
-    def weigh_head(
-        self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing
-    ) -> Weighed | None:
-        """As in `Process`: where only the most likely token counts, and `TiledHead` is faster."""
-        settings, score = self.settings, SCORES[self.settings.score]
-        if (
-            settings.temperature
-            or score.reads_logits
-            or self.rereads
-            or not TiledHead.pays(hidden_MD, weight_VD, bias_V)
-        ):
-            return None
-        found = self._tiled(hidden_MD, weight_VD)
-        score_M = self._score(hidden_MD[:, :0].float(), found.token_M, found.total_M, found.confidence_M, weighing)
-        return Weighed(found.finite_M, found.token_M, found.token_M, score_M, found.confidence_M)
 
     def _score(
         self, logits_MV: Tensor, token_M: Tensor, total_M: Tensor, confidence_M: Tensor, weighing: Weighing
@@ -256,9 +232,6 @@ class CanvasProcess:
             total_M.reciprocal() if highest_M is None else highest_M,  # the highest weight is 1
             total_M=total_M,
         )
-
-    def weigh_head(self, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weighing: Weighing) -> None:
-        """Return None: candidates are drawn, and a signal may be made of all weights."""
 
     def _highest(self, logits_MV: Tensor, scratch_MV: Tensor) -> Tensor:
         """Return the highest probability at temperature 1, leaving the logits as they are."""

@@ -70,9 +70,9 @@ def starting_state(requests: Sequence[Request], settings: Settings, mask_id: int
 def _row(request: Request, settings: Settings, mask_id: int | None) -> State:
     template = open_answer(settings) if request.template is None else request.template
     length = len(template.answer_ids)
-    open_1C = torch.tensor([template.open], dtype=torch.bool)
+    masked_1C = torch.tensor([template.open], dtype=torch.bool)
     block_of_1C = torch.tensor([template.block_of], dtype=torch.long)
-    sizes = torch.bincount(block_of_1C[open_1C], minlength=int(block_of_1C.max()) + 1).tolist()
+    sizes = torch.bincount(block_of_1C[masked_1C], minlength=int(block_of_1C.max()) + 1).tolist()
     # A canvas has its own number of calls at the most, whatever is open in it; it stops by itself.
     calls = (
         planned_calls(sizes, settings.steps) if isinstance(settings, MaskSettings) else [settings.steps] * len(sizes)
@@ -80,9 +80,9 @@ def _row(request: Request, settings: Settings, mask_id: int | None) -> State:
     zero_1 = torch.zeros(1, dtype=torch.long)
     return State(
         rows=(request.index,),
-        answer_BC=torch.tensor([template.answer_ids]).masked_fill(open_1C, 0 if mask_id is None else mask_id),
-        open_BC=open_1C,
-        given_BC=~open_1C,
+        answer_BC=torch.tensor([template.answer_ids]).masked_fill(masked_1C, 0 if mask_id is None else mask_id),
+        masked_BC=masked_1C,
+        given_BC=~masked_1C,
         block_of_BC=block_of_1C,
         calls_BC=torch.tensor(calls)[block_of_1C],
         length_B=zero_1 + length,

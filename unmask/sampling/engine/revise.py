@@ -54,13 +54,13 @@ class Revision:
     Attributes:
         state: with the next answer; which positions are open is still as before.
         settled_BC: bool, open positions that are settled now.
-        reopened_BC: bool, settled positions that are open again.
+        remasked_BC: bool, settled positions that are open again.
         revised_BC: bool, positions that a call before had given a token which is now taken back or replaced.
     """
 
     state: State
     settled_BC: Tensor
-    reopened_BC: Tensor
+    remasked_BC: Tensor
     revised_BC: Tensor
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # What a padding column holds of each field; a token 0 that is given, in no block.
-_PADDING = {"answer_BC": 0, "open_BC": False, "given_BC": True, "block_of_BC": -1, "calls_BC": 0, "likely_BC": -1}
+_PADDING = {"answer_BC": 0, "masked_BC": False, "given_BC": True, "block_of_BC": -1, "calls_BC": 0, "likely_BC": -1}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class State:
     Attributes:
         rows: the requests' indices; the tensors' rows follow this order.
         answer_BC: int64, the answers so far. At open positions: the mask, or the current block's noisy tokens.
-        open_BC: bool, positions that are not settled yet. Only this says so: a given token may be a mask.
+        masked_BC: bool, positions that are not settled yet. Only this says so: a given token may be a mask.
         given_BC: bool, positions that were never open, and padding.
         block_of_BC: int64, the block that each position belongs to, rising from left to right; -1 at padding.
         calls_BC: int64, calls that the schedule plans for that block; 0 where nothing was open.
@@ -38,7 +38,7 @@ class State:
 
     rows: tuple[int, ...]
     answer_BC: Tensor
-    open_BC: Tensor
+    masked_BC: Tensor
     given_BC: Tensor
     block_of_BC: Tensor
     calls_BC: Tensor
@@ -53,7 +53,7 @@ class State:
     @cached_property
     def block_B(self) -> Tensor:
         """The current block of each row: the first with an open position."""
-        return self.block_of_BC.masked_fill(~self.open_BC, torch.iinfo(torch.int64).max).amin(dim=1)
+        return self.block_of_BC.masked_fill(~self.masked_BC, torch.iinfo(torch.int64).max).amin(dim=1)
 
     @cached_property
     def within_BC(self) -> Tensor:
@@ -63,12 +63,12 @@ class State:
     @cached_property
     def active_BC(self) -> Tensor:
         """The open positions of each row's current block, bool."""
-        return self.open_BC & self.within_BC
+        return self.masked_BC & self.within_BC
 
     @cached_property
     def revisable_BC(self) -> Tensor:
         """The positions of each row's current block that this sampler has settled, bool."""
-        return self.within_BC & ~self.open_BC & ~self.given_BC
+        return self.within_BC & ~self.masked_BC & ~self.given_BC
 
     def take(self, keep_B: Tensor) -> State:
         """Return the rows where `keep_B` is True, without columns that are then padding in all."""
@@ -87,9 +87,9 @@ class State:
         }
         return State(tuple(row for state in states for row in state.rows), **joined)
 
-    def opened(self, settled_BC: Tensor, reopened_BC: Tensor) -> State:
+    def opened(self, settled_BC: Tensor, remasked_BC: Tensor) -> State:
         """Return the state with some positions settled and others open again."""
-        return replace(self, open_BC=(self.open_BC & ~settled_BC) | reopened_BC)
+        return replace(self, masked_BC=(self.masked_BC & ~settled_BC) | remasked_BC)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "rows"]
