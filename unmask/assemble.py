@@ -214,8 +214,7 @@ def _validators(
     if section is not None and prepared.validation_rows is not None:
         questions = questions_of(prepared.validation_rows, section.max_samples)
         check_lengths(questions, section, parts.tokenizer, prepared.plan.config, stored_generation(prepared.plan))
-        family = prepared.plan.family.model_type
-        measure = answer_validator(questions, section, parts.tokenizer, family, runtime, config.seed, root)
+        measure = answer_validator(questions, section, parts.tokenizer, runtime, config.seed, root)
         found.append(Validator("exact_match", section.generate_every_steps, measure))
     return found
 

@@ -176,7 +176,7 @@ def test_a_sharded_step_equals_a_whole_one(fixtures: Path, cuda, nccl, batch, fa
         meshes = None
         if sharded:
             meshes = build_meshes(Degrees(1, 1, 1), "cuda")
-            shard_model(model, family, DistributedConfig(offload_policy=offload), meshes)
+            shard_model(model, DistributedConfig(offload_policy=offload), meshes)
             if offload is not None:
                 for parameter in model.parameters():  # what FSDP2 holds on the host; buffers stay on the device
                     parameter.data = parameter.data.cpu()

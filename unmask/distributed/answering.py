@@ -47,7 +47,7 @@ def load_for_answers(
         raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
     plan = plan_folder(name, "checkpoint")
     model = load_shared(plan, dtype, device, adapter, ranks)
-    return model, JointCalls(model, plan.family.model_type, ranks)
+    return model, JointCalls(model, ranks)
 
 
 def load_shared(
@@ -67,7 +67,7 @@ def load_shared(
         read_adapter(whole, find_adapter(adapter))
     model.requires_grad_(False)
     meshes = build_meshes(Degrees(ranks.size), device.type)
-    shard_model(model, plan.family.model_type, DistributedConfig(), meshes)
+    shard_model(model, DistributedConfig(), meshes)
     allocate(model, device, ranks, "use more processes")
     load_folder(model, meshes, plan.folder, plan.family.files)
     if whole is not None:

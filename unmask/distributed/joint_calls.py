@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from unmask.distributed.ranks import Ranks
-from unmask.distributed.shard import PLANS
+from unmask.models.registry import family_of
 
 
 class JointCalls:
@@ -25,12 +25,11 @@ class JointCalls:
 
     Args:
         model: sharded by `shard.shard_model`.
-        model_type: its family.
         ranks: all that share it.
     """
 
-    def __init__(self, model: nn.Module, model_type: str, ranks: Ranks) -> None:
-        plan = PLANS[model_type]
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        plan = family_of(model.config).shard
         self._first = next(model.get_submodule(plan.blocks).children())
         self._pass = model if plan.over_tokens is None else getattr(model, plan.over_tokens)
         self._model, self._ranks = model, ranks

@@ -23,50 +23,23 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from unmask.distributed.expert import expert_dispatch, narrow_experts
 from unmask.distributed.mesh import Meshes
 from unmask.distributed.runtime import DistributedConfig, MixedPrecisionConfig
+from unmask.models.registry import family_of
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """How one family is divided.
-
-    Attributes:
-        blocks: path of the list of blocks.
-        methods: methods of the network, other than forward, that run blocks; FSDP2 hooks module calls alone.
-        experts: name of a block's mixture of experts; None where a family has none.
-        over_tokens: method that runs every block once, given token ids (B, L) alone; None = forward.
-        forward_passes, backward_passes: how often a step runs the blocks for a micro-batch, for counting what travels.
-    """
-
-    blocks: str
-    methods: tuple[str, ...] = ()
-    experts: str | None = None
-    over_tokens: str | None = None
-    forward_passes: int = 1
-    backward_passes: int = 1
-
-
-# model_type → its plan. A family that is to run on several ranks needs a line here.
-PLANS: dict[str, ShardPlan] = {
-    "llada": ShardPlan("model.transformer.blocks", ("forward_window",)),
-    # Encoder, self-conditioning pass (without gradient, in the steps that have one), decoder.
-    "diffusion_gemma": ShardPlan("model.decoder.layers", ("encode", "decode"), "experts", "encode", 3, 2),
-}
-
-
-def shard_model(model: nn.Module, model_type: str, section: DistributedConfig, meshes: Meshes) -> None:
+def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
     """Shard a network in place; its parameters may be on the meta device.
 
     Args:
         model: the whole network, adapters attached.
-        model_type: its family.
         section: the `distributed` section.
         meshes: the arrangement of ranks.
     """
-    plan = PLANS[model_type]
+    plan = family_of(model.config).shard
     options = {"mp_policy": _precision(section.mp_policy), "offload_policy": _offload(section)}
     for block in model.get_submodule(plan.blocks).children():
         if meshes.experts is not None and plan.experts is not None:
@@ -165,8 +138,6 @@ def pieces(model: nn.Module, meshes: Meshes) -> Iterator[tuple[str, Piece]]:
 
 
 def _place(tensor: DTensor) -> tuple[slice, ...]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
 

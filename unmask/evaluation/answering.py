@@ -135,7 +135,6 @@ def answer_validator(
     questions: Sequence[Question],
     section: ValidationConfig,
     tokenizer: Any,
-    model_type: str,
     runtime: Runtime,
     seed: int,
     root: Path,
@@ -146,7 +145,6 @@ def answer_validator(
         questions: all of them; ranks divide them.
         section: how they are asked.
         tokenizer: with the chat template that training uses.
-        model_type: the network's family.
         runtime: device and ranks.
         seed: the run's.
         root: the run directory, for samples.jsonl.
@@ -164,7 +162,7 @@ def answer_validator(
             if runtime.meshes is not None:
                 from unmask.distributed.joint_calls import JointCalls
 
-                together = JointCalls(model, model_type, runtime.ranks)
+                together = JointCalls(model, runtime.ranks)
             asking = Asking(
                 model,
                 questions,

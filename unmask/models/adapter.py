@@ -18,10 +18,11 @@ from torch import nn
 from unmask.errors import ModelError
 from unmask.models.adapter_files import PREFIX, is_trained, read_adapter, stored_keys, write_adapter
 from unmask.models.adapter_folder import CONFIG, find_adapter
-from unmask.models.adapter_layout import AdapterLayout, layout_of
 from unmask.models.expert_adapter import AdaptedExperts
+from unmask.models.family import LoraTargets
 from unmask.models.folders import read_json
 from unmask.models.moe import Experts
+from unmask.models.registry import family_of
 
 __all__ = ["attach_adapter", "load_adapter", "merge_adapter", "read_adapter", "restart_magnitudes", "write_adapter"]
 
@@ -102,17 +103,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ModelError: no adapter in the folder, one made for another network, or one that asks for what is not supported.
     """
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
 
     folder = find_adapter(folder)
     kind = read_json(folder / CONFIG).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"adapter: {folder} is of peft_type {kind!r}; only LORA adapters can be applied")
-    config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
-    layout = layout_of(model)
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    targets = family_of(model.config).lora
     _refuse_unsupported(folder, config)
-    modules, parameters, whole = _adapted(model, layout, folder, config)
+    modules, parameters, whole = _adapted(model, targets, folder, config)
     own = dataclasses.replace(
         config, target_modules=modules, target_parameters=parameters, modules_to_save=whole, exclude_modules=None
     )
@@ -133,46 +133,46 @@ def _refuse_unsupported(folder: Path, config: Any) -> None:
 
 
 def _adapted(
-    model: nn.Module, layout: AdapterLayout, folder: Path, config: Any
+    model: nn.Module, targets: LoraTargets, folder: Path, config: Any
 ) -> tuple[list[str], list[str], list[str] | None]:
     """Return our names of the linear layers, stacked matrices and whole modules that an adapter's tensors belong to."""
     modules: dict[str, None] = {}
     stacks: dict[str, int] = {}
     whole: dict[str, None] = {}
     for key in stored_keys(folder):
-        name, lora, _ = layout.own_name(key).rpartition(".lora_")
+        name, lora, _ = targets.own_name(key).rpartition(".lora_")
         if not lora:
-            name = layout.own_name(key).rpartition(".")[0]
+            name = targets.own_name(key).rpartition(".")[0]
         owner = re.sub(r"(\.base_layer)+$", "", name)
-        _check_place(model, layout, folder, key, owner, bool(lora))
+        _check_place(model, targets, folder, key, owner, bool(lora))
         if not lora:
             whole[name] = None
         elif isinstance(_find(model, owner), Experts):
             stacks[owner] = max(stacks.get(owner, 0), name.count(".base_layer") + 1)
         else:
             modules[name] = None
-    _check_listed(folder, config, layout, list(modules))
-    return list(modules), _stacked_names(model, layout, folder, config, stacks), list(whole) or None
+    _check_listed(folder, config, targets, list(modules))
+    return list(modules), _stacked_names(model, targets, folder, config, stacks), list(whole) or None
 
 
-def _check_place(model: nn.Module, layout: AdapterLayout, folder: Path, key: str, owner: str, lora: bool) -> None:
+def _check_place(model: nn.Module, targets: LoraTargets, folder: Path, key: str, owner: str, lora: bool) -> None:
     module = _find(model, owner)
     if module is None:
         raise ModelError(
             f"adapter: {folder} was made for another network (it adapts {PREFIX + key!r}, not in this one)"
         )
-    allowed = layout.linears if lora else layout.whole
+    allowed = targets.linears if lora else targets.whole
     if isinstance(module, Experts) or any(fnmatchcase(owner, pattern) for pattern in allowed):
         return
-    reason = layout.why_frozen(owner) or "only linear layers of the network's layers can be adapted"
+    reason = targets.why_frozen(owner) or "only linear layers of the network's layers can be adapted"
     raise ModelError(f"adapter: {folder} adapts {PREFIX + key!r}, but {reason}; train it without")
 
 
 def _stacked_names(
-    model: nn.Module, layout: AdapterLayout, folder: Path, config: Any, stacks: dict[str, int]
+    model: nn.Module, targets: LoraTargets, folder: Path, config: Any, stacks: dict[str, int]
 ) -> list[str]:
     """Return the full names of the adapted stacked matrices, which the tensors' names alone do not tell."""
-    listed = [layout.own_name(name) for name in config.target_parameters or []]
+    listed = [targets.own_name(name) for name in config.target_parameters or []]
     names = []
     for owner, depth in stacks.items():
         every = [f"{owner}.{weight}" for weight, _ in model.get_submodule(owner).named_parameters()]
@@ -186,11 +186,11 @@ def _stacked_names(
     return names
 
 
-def _check_listed(folder: Path, config: Any, layout: AdapterLayout, modules: list[str]) -> None:
+def _check_listed(folder: Path, config: Any, targets: LoraTargets, modules: list[str]) -> None:
     """Refuse a configuration that lists other modules than there are tensors of: one of the two files is foreign."""
     if not isinstance(config.target_modules, (list, set)):
         return  # a regular expression, which PEFT applies to names of a whole model
-    listed = {layout.own_name(name) for name in config.target_modules}
+    listed = {targets.own_name(name) for name in config.target_modules}
     odd = [name for name in modules if not _is_listed(name, listed)]
     odd += sorted(name for name in listed if not any(_is_listed(module, [name]) for module in modules))
     if odd:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from unmask.errors import ModelError
 from unmask.models.adapter_folder import WEIGHTS
-from unmask.models.adapter_layout import layout_of
 from unmask.models.expert_adapter import AdaptedExperts, from_file, to_file
+from unmask.models.registry import family_of
 from unmask.models.weights import write_tensors
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
@@ -108,10 +108,10 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: tensors missing or too many, of other shapes, or copies of one weight that differ.
     """
-    layout, left = layout_of(model), set(stored_keys(folder))
+    targets, left = family_of(model.config).lora, set(stored_keys(folder))
     with _opened(folder) as file:
         for slot in slots(model):
-            expected = layout.reference_names(slot.key)
+            expected = targets.reference_names(slot.key)
             names = [name for name in expected if name in left]
             if not names:
                 raise ModelError(
@@ -158,10 +158,10 @@ def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
         config: peft.LoraConfig with our names.
         folder: an existing folder.
     """
-    layout = layout_of(model)
+    targets = family_of(model.config).lora
     tensors: dict[str, Tensor] = {}
     for slot in slots(model):
-        for name in layout.reference_names(slot.key):
+        for name in targets.reference_names(slot.key):
             tensors[PREFIX + name] = (
                 slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
             )
@@ -170,10 +170,10 @@ def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         names = getattr(config, field)
         if names is not None:
-            setattr(written, field, sorted({twin for name in names for twin in layout.reference_names(name)}))
+            setattr(written, field, sorted({twin for name in names for twin in targets.reference_names(name)}))
     written.inference_mode = True
     written.save_pretrained(str(folder))
-    (folder / "README.md").write_text(_card(config, several=bool(layout.roles)), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, several=bool(targets.roles)), encoding="utf-8")
 
 
 def _card(config: Any, several: bool) -> str:

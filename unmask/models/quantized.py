@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.models.adapter_layout import layout_of
 from unmask.models.moe import Experts, gated_mlps, grouped_linear
+from unmask.models.registry import family_of
 
 
 class Packed(nn.Module):
@@ -104,7 +104,7 @@ def quantize_base(model: nn.Module) -> None:
 
     Embedding, head, router and norms stay as they are. On the meta device a tensor of the codes' size stands in.
     """
-    patterns = layout_of(model).linears
+    patterns = family_of(model.config).lora.linears
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             new: nn.Module = _stand_in(module) if module.gate_up_proj.is_meta else QuantizedExperts(module)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unmask.distributed.mesh import Degrees
+from unmask.models.family import ShardPlan
 from unmask.models.registry import ModelPlan
 from unmask.training.estimate import Estimate, head_gradients
 
@@ -70,11 +71,8 @@ class Groups:
     layers: int
 
 
-def count_groups(model: nn.Module, model_type: str) -> Groups:
+def count_groups(model: nn.Module, plan: ShardPlan) -> Groups:
     """Count a network's parameters by group; on any device, the meta device included."""
-    from unmask.distributed.shard import PLANS
-
-    plan = PLANS[model_type]
     counts = dict.fromkeys(("root", "blocks", "experts"), 0)
     trained = dict(counts)
     for name, parameter in model.named_parameters():
@@ -110,9 +108,8 @@ def estimate_shared(
         whole: its result, for one device.
         degrees: the arrangement of ranks.
     """
-    from unmask.distributed.shard import PLANS
-
-    groups, passes = count_groups(model, plan.family.model_type), PLANS[plan.family.model_type]
+    passes = plan.family.shard
+    groups = count_groups(model, passes)
     section, steps = config.distributed, config.step_scheduler
     master = 4 if config.model.torch_dtype == "float32" else 2
     policy = section.mp_policy

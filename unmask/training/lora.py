@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from unmask.errors import ConfigError, FieldError
+from unmask.models.registry import family_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from unmask.models.adapter_layout import AdapterLayout
+    from unmask.models.family import LoraTargets
 
 
 @dataclass(frozen=True)
@@ -104,49 +105,47 @@ def resolve_targets(section: PeftConfig, model: nn.Module) -> Targets:
         ConfigError: a pattern that matches nothing, or only what cannot be adapted (head, embedding, router); the
             message lists what can.
     """
-    from unmask.models.adapter_layout import layout_of
+    from torch import nn as torch_nn
 
-    layout = layout_of(model)
+    lora, head = family_of(model.config).lora, cast(Any, model.head)
     modules = target_names(section, model)
     stacks = _stacked_matrices(model)
-    parameters = _match("target_parameters", section.target_parameters or [], stacks, stacks, model, layout)
+    parameters = _match("target_parameters", section.target_parameters or [], stacks, stacks, model, lora)
     whole_kinds = [
         name
         for name, module in model.named_modules()
-        if any(fnmatchcase(name, pattern) for pattern in layout.whole) and next(module.parameters(), None) is not None
+        if any(fnmatchcase(name, pattern) for pattern in lora.whole)
+        and next(module.parameters(), None) is not None
+        and not (isinstance(module, torch_nn.Embedding) and module.weight is head.weight)  # tied: it is also the head
     ]
-    if getattr(model.config, "weight_tying", False):  # the embedding is also the head
-        whole_kinds = [name for name in whole_kinds if not name.endswith(".wte")]
-    whole = _match("modules_to_save", section.modules_to_save or [], whole_kinds, whole_kinds, model, layout)
+    whole = _match("modules_to_save", section.modules_to_save or [], whole_kinds, whole_kinds, model, lora)
     return Targets(modules, parameters, whole)
 
 
 def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
     """Return the full names of the linear layers that the section's patterns match.
 
-    A pattern is matched against the whole module path. LLaDA's head is left out although `*.ff_out` spells it: its name
-    is also that of each block's down projection, and the loss never calls it as a module.
+    A pattern is matched against the whole module path. A head is left out even where a pattern spells its name: the
+    loss never calls it as a module.
 
     Raises:
         ConfigError: a pattern that matches no linear layer that can be adapted.
     """
     from torch import nn as torch_nn
 
-    from unmask.models.adapter_layout import layout_of, matches
-
-    layout = layout_of(model)
+    lora = family_of(model.config).lora
     linears = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch_nn.Linear) and any(fnmatchcase(name, pattern) for pattern in layout.linears)
+        if isinstance(module, torch_nn.Linear) and any(fnmatchcase(name, pattern) for pattern in lora.linears)
     ]
-    default = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in layout.default)]
+    default = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in lora.default)]
     chosen = default
     if section.target_modules is not None:
-        chosen = _match("target_modules", section.target_modules, linears, linears, model, layout)
+        chosen = _match("target_modules", section.target_modules, linears, linears, model, lora)
     excluded = section.exclude_modules or []
-    _match("exclude_modules", excluded, chosen, linears, model, layout)
-    kept = [name for name in chosen if not any(matches(name, pattern) for pattern in excluded)]
+    _match("exclude_modules", excluded, chosen, linears, model, lora)
+    kept = [name for name in chosen if not any(_matches(name, pattern) for pattern in excluded)]
     if chosen and not kept:
         raise ConfigError(f"peft.exclude_modules: {excluded} leaves no linear layer to adapt; exclude fewer")
     return kept
@@ -163,6 +162,11 @@ def _stacked_matrices(model: nn.Module) -> list[str]:
     ]
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """Say whether a glob means a full name; a name's last parts alone are enough, as in PEFT."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
 _KINDS = {
     "target_modules": "linear layer that can be adapted",
     "exclude_modules": "linear layer that target_modules takes",
@@ -172,18 +176,16 @@ _KINDS = {
 
 
 def _match(
-    field: str, patterns: list[str], names: list[str], listed: list[str], model: nn.Module, layout: AdapterLayout
+    field: str, patterns: list[str], names: list[str], listed: list[str], model: nn.Module, lora: LoraTargets
 ) -> list[str]:
     """Return the names that the patterns match, in their order; ConfigError for a pattern without any."""
-    from unmask.models.adapter_layout import matches
-
     found: list[str] = []
     for pattern in patterns:
-        hits = [name for name in names if matches(name, pattern)]
+        hits = [name for name in names if _matches(name, pattern)]
         if not hits:
             others = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
-            named = next((name for name in others if name and matches(name, pattern)), None)
-            reason = layout.why_frozen(named or pattern)
+            named = next((name for name in others if name and _matches(name, pattern)), None)
+            reason = lora.why_frozen(named or pattern)
             why = "" if reason is None else f" ({reason})"
             kinds = ", ".join(sorted({"*." + ".".join(name.rsplit(".", 2)[-_parts(field) :]) for name in listed}))
             raise ConfigError(

@@ -113,7 +113,7 @@ def build_shared(
         adapter = whole_adapter(model)
         draw_adapter(adapter, seed)
     set_switches(model, section, runtime)
-    shard_model(model, plan.family.model_type, section, meshes)
+    shard_model(model, section, meshes)
     place = runtime.device if section.offload_policy is None else torch.device("cpu")
     allocate(model, place, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
     if plan.folder is not None:
