@@ -198,7 +198,7 @@ def test_settings_of_a_long_vocabulary_are_weighed_in_pieces(small_model, monkey
 
 def test_messages_call_a_prompt_what_the_caller_does(small_model):
     def ask(*prompts: list[int]) -> None:
-        generate(model, list(prompts), sampler=SamplerConfig(steps=2, max_new_tokens=4), places=["f:3", "f:8"])
+        generate(model, list(prompts), sampler=SamplerConfig(steps=2, max_new_tokens=4), labels=["f:3", "f:8"])
 
     model = small_model(favour={5: torch.nan})
     with pytest.raises(SamplingError, match=r"^f:8: token id 900 is outside"):
@@ -207,7 +207,7 @@ def test_messages_call_a_prompt_what_the_caller_does(small_model):
         ask([1], [])
     with pytest.raises(SamplingError, match=r"not finite at f:3 \(block 1, step 1\), f:8 \(block 1, step 1\)"):
         ask([1], [2])
-    with pytest.raises(SamplingError, match="places: 2 for 1 prompts"):
+    with pytest.raises(SamplingError, match="labels: 2 for 1 prompts"):
         ask([1])
 
 

@@ -181,9 +181,9 @@ def test_blocks_count_from_the_first_blank_and_given_blocks_cost_nothing(text_mo
         ("{blank:2}", {"batch_size": 0}, "batch_size: must be"),
         ([7], {}, "expected a text or a chat"),
         ("{blank:2} \ud83d", {}, "text 0 holds half a surrogate pair"),
-        (["{blank:2}", "a {blank:200}"], {"places": ["f:1", "f:9"]}, "f:9: 202 tokens are over"),
-        (["{blank:2}", "nothing"], {"places": ["f:1", "f:9"]}, "f:9: there is no blank"),
-        ("{blank:2}", {"places": []}, "places: 0 for 1 prompts"),
+        (["{blank:2}", "a {blank:200}"], {"labels": ["f:1", "f:9"]}, "f:9: 202 tokens are over"),
+        (["{blank:2}", "nothing"], {"labels": ["f:1", "f:9"]}, "f:9: there is no blank"),
+        ("{blank:2}", {"labels": []}, "labels: 0 for 1 prompts"),
     ],
 )
 def test_bad_calls_are_refused(text_model, chat_tokenizer, texts, options, says):
@@ -326,7 +326,7 @@ def test_what_is_not_finite_is_called_by_its_text_not_by_the_length_tried(text_m
     with torch.no_grad():
         text_model.transformer.ff_out.bias[5] = torch.nan
     with pytest.raises(SamplingError, match=r"not finite at f:9 \(block 1, step 1\); "):
-        infill(text_model, ["a{blank:1-4}", "{blank:1}"], tokenizer=chat_tokenizer, batch_size=1, places=["f:1", "f:9"])
+        infill(text_model, ["a{blank:1-4}", "{blank:1}"], tokenizer=chat_tokenizer, batch_size=1, labels=["f:1", "f:9"])
     with pytest.raises(SamplingError, match=r"not finite at text 0 \(block 1, step 1\); "):
         infill(text_model, "a{blank:1-2}", tokenizer=chat_tokenizer)
 

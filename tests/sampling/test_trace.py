@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from unmask.errors import SamplingError
-from unmask.sampling.backends.backend import settings_for
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
 from unmask.sampling.infill import infill
+from unmask.sampling.jobs import as_loaded
 from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.token_text import byte_alphabet, token_text
 from unmask.sampling.trace import Trace, trace_for
@@ -96,8 +96,8 @@ def test_tokens_are_text_or_the_bytes_of_a_part_of_a_character(tokenizer):
 
 
 def test_a_replay_of_the_record_gives_the_answers(text_model, tokenizer):
-    settings, prompts = settings_for(text_model, SAMPLER), ["hi", "a longer one"]
-    trace = trace_for(text_model, tokenizer, settings, prompts, checkpoint="c", seed=1)
+    prompts = ["hi", "a longer one"]
+    trace = trace_for(as_loaded(text_model, tokenizer, SAMPLER), prompts, checkpoint="c", seed=1)
     answers = generate(text_model, prompts, tokenizer=tokenizer, sampler=SAMPLER, seed=1, on_event=trace)
     data = data_of(trace.page())
     assert (data["noise"], data["seed"], data["label"], data["sampler"]["steps"]) == ("mask", 1, "exact", 8)
@@ -200,7 +200,7 @@ def test_a_browser_joins_the_bytes_of_a_character_and_marks_the_unsure(browse, t
 @pytest.mark.slow
 def test_keys_the_slider_and_the_choice_of_a_prompt_move_the_replay(browse, text_model, tokenizer):
     prompts = ["hi", "there"]
-    trace = trace_for(text_model, tokenizer, settings_for(text_model, SAMPLER), prompts, checkpoint="c", seed=1)
+    trace = trace_for(as_loaded(text_model, tokenizer, SAMPLER), prompts, checkpoint="c", seed=1)
     generate(text_model, prompts, tokenizer=tokenizer, sampler=SAMPLER, on_event=trace)
     driver = """<p id="seen"></p><script>
       const seen = [], note = () => seen.push(find("status").textContent.split(/[,:]/)[0] + " " + location.hash);
@@ -241,7 +241,7 @@ def test_a_browser_shows_a_canvas_changing(browse, tokenizer):
 
 def test_titles_that_are_known_only_later_are_in_the_page(text_model, tokenizer):
     sampler = SamplerConfig(steps=2)
-    trace = trace_for(text_model, tokenizer, settings_for(text_model, sampler), ["?"], checkpoint="c", seed=1)
+    trace = trace_for(as_loaded(text_model, tokenizer, sampler), ["?"], checkpoint="c", seed=1)
     infill(text_model, "so{blank:1-3}", tokenizer=tokenizer, sampler=sampler, on_event=trace, on_trials=trace.entitle)
     rows = data_of(trace.page())["rows"]
     assert [row["prompt"] for row in rows] == [f"so{{blank:{length}}}" for length in (1, 2, 3)]
@@ -249,7 +249,7 @@ def test_titles_that_are_known_only_later_are_in_the_page(text_model, tokenizer)
 
 def test_a_token_that_was_written_over_has_its_own_confidence(text_model, tokenizer):
     sampler = SamplerConfig(steps=2, max_new_tokens=4, remasking="left_to_right", eos="suppress")
-    trace = trace_for(text_model, tokenizer, settings_for(text_model, sampler), ["a"], checkpoint="c", seed=1)
+    trace = trace_for(as_loaded(text_model, tokenizer, sampler), ["a"], checkpoint="c", seed=1)
     events: list[StepEvent] = []
     generate(text_model, "a", tokenizer=tokenizer, sampler=sampler, on_event=events.append)
     first, last = events

@@ -202,6 +202,7 @@ class Talk:
 
     def _answer(self, conversation: Conversation, prompt_ids: list[int]) -> Generation:
         from unmask.sampling.generate import generate
+        from unmask.sampling.jobs import as_loaded
         from unmask.sampling.view import watcher
 
         options: dict[str, Any] = {
@@ -211,7 +212,7 @@ class Talk:
         }
         if not self.interactive:
             return generate(self.model, prompt_ids, **options)[0]
-        with watcher(self.model, self.tokenizer, conversation.sampler, self.console) as draw:
+        with watcher(as_loaded(self.model, self.tokenizer, conversation.sampler), self.console) as draw:
             return generate(self.model, prompt_ids, on_event=draw, **options)[0]
 
     def _lines(self) -> Iterator[str]:

@@ -168,8 +168,7 @@ def _rows(
     arguments: argparse.Namespace, prompts: dict[str, Any], tokenizer: Any, config: Any, settings: Settings
 ) -> list[str]:
     """Return a text a prompt that says which tokens are asked for; refuse a prompt that cannot be answered."""
-    from unmask.sampling.generate import check_prompt
-    from unmask.sampling.prompts import encode_given, encode_prompts
+    from unmask.sampling.prompts import check_prompts, encode_given, encode_prompts
     from unmask.sampling.trials import trials_of, whole_text
 
     mask_id = getattr(config, "mask_token_id", None)
@@ -178,8 +177,7 @@ def _rows(
         trials_of(texts, list(prompts), settings, config.max_sequence_length, config.rows, config.eos_token_id)
         return [str(whole_text(text)) for text in texts]
     rows = encode_prompts(list(prompts.values()), tokenizer, arguments.raw, mask_id, list(prompts))
-    for place, ids in zip(prompts, rows, strict=True):
-        check_prompt(place, ids, config.max_sequence_length, config.rows, settings)
+    check_prompts(rows, list(prompts), config, settings)
     return [str(ids) for ids in rows]
 
 
@@ -276,7 +274,7 @@ class _Job:
         arguments = self.arguments
         batch_size = 1 if arguments.watch else arguments.batch_size
         options = {"tokenizer": self.tokenizer, "sampler": self.sampler, "seed": arguments.seed, "raw": arguments.raw}
-        options["places"] = [self.places[row] for row in rows]
+        options["labels"] = [self.places[row] for row in rows]
         prompts = [self.prompts[row] for row in rows]
         return (infill if arguments.infill else generate)(model, prompts, batch_size=batch_size, **options, **more)
 
@@ -287,16 +285,16 @@ class _Job:
         if not (arguments.watch or arguments.trace):
             yield {}
             return
+        from unmask.sampling.jobs import as_loaded
         from unmask.sampling.trace import trace_for
         from unmask.sampling.view import watcher
 
         prompts = [self.prompts[row] for row in rows]
-        trace = trace_for(
-            model, self.tokenizer, self.settings, prompts, checkpoint=arguments.checkpoint, seed=arguments.seed
-        )
+        loaded = as_loaded(model, self.tokenizer, self.sampler)
+        trace = trace_for(loaded, prompts, checkpoint=arguments.checkpoint, seed=arguments.seed)
         titles = dict(enumerate(map(self.title, rows))) if len(self.rows) > 1 else {}
         events = 0
-        with watcher(model, self.tokenizer, self.sampler, titles=titles) if arguments.watch else nullcontext() as draw:
+        with watcher(loaded, titles=titles) if arguments.watch else nullcontext() as draw:
             followers: list[Any] = [one for one in (draw, trace) if one is not None]
 
             def follow(event: Any) -> None:

@@ -217,13 +217,11 @@ class Asking:
 
     def check_prompts(self) -> None:
         """Raise SamplingError, with the place of its row, for a prompt that does not fit the model."""
-        from unmask.sampling.backends.backend import backend_for, settings_for
-        from unmask.sampling.generate import check_prompt
+        from unmask.sampling.backends.backend import settings_for
+        from unmask.sampling.prompts import check_prompts
 
         settings = settings_for(self.model, self.sampler)
-        spec = backend_for(self.model, settings).spec
-        for question, ids in zip(self.questions, self.asked, strict=True):
-            check_prompt(question.place, ids, spec.max_length, spec.rows, settings)
+        check_prompts(self.asked, [question.place for question in self.questions], self.model.config, settings)
 
     def chunks(self, ends: Sequence[int] = ()) -> list[Chunk]:
         """Divide the questions into chunks: the same ones, whatever was answered already; `ends` as in `divide`."""

@@ -45,13 +45,13 @@ def sample_answers(asking: Asking, rows: Sequence[int]) -> list[Sample]:
     """Answer some questions once more and watch; the same on every rank. A collective."""
     if not rows:
         return []
-    from unmask.sampling.backends.backend import backend_for, settings_for
-    from unmask.sampling.generate import generate, stop_ids
+    from unmask.sampling.generate import generate
+    from unmask.sampling.jobs import as_loaded
     from unmask.sampling.view import Drawing
 
-    adapter = backend_for(asking.model, settings_for(asking.model, asking.sampler))
-    shades = _MASKED * 2 if adapter.spec.noise == "mask" else None
-    drawing = Drawing(asking.tokenizer, stop_ids(adapter, asking.tokenizer), shades)
+    loaded = as_loaded(asking.model, asking.tokenizer, asking.sampler)
+    shades = _MASKED * 2 if loaded.backend.spec.noise == "mask" else None
+    drawing = Drawing(asking.tokenizer, loaded.stop_ids, shades)
 
     def answered(own: list[int]) -> list[Sample]:
         """Return this rank's samples."""

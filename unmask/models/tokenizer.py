@@ -48,7 +48,7 @@ def load_tokenizer(name: str, where: str = "tokenizer") -> PreTrainedTokenizerBa
         raise ModelError(f"{where}: the tokenizer in {folder} cannot be loaded ({reason})") from error
 
 
-def tokenizer_folder(checkpoint: str, adapter: str | None) -> Path:
+def tokenizer_folder(checkpoint: str, adapter: str | None, where: str = "--checkpoint") -> Path:
     """Return the folder of the tokenizer to use: the adapter's, whose chat template it was trained with, if it has one.
 
     Raises:
@@ -60,4 +60,4 @@ def tokenizer_folder(checkpoint: str, adapter: str | None) -> Path:
         folder = find_adapter(adapter)
         if any((folder / file).is_file() for file in FILES):
             return folder
-    return find_tokenizer(checkpoint, "--checkpoint")
+    return find_tokenizer(checkpoint, where)

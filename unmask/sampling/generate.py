@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from unmask.errors import SamplingError
-from unmask.sampling.backends.backend import Backend, backend_for, settings_for
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
-from unmask.sampling.prompts import as_list, encode_prompts, places_of
+from unmask.sampling.jobs import LoadedModel, as_loaded
+from unmask.sampling.prompts import as_list, check_prompts, encode_prompts, labels_of
 from unmask.sampling.reasoning import split_reasoning
-from unmask.sampling.settings import SamplerConfig, Settings
+from unmask.sampling.settings import SamplerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Rows denoised together unless the caller says otherwise.
 DEFAULT_BATCH_SIZE = 16
-
-# Ends a turn in Llama-3-style templates, LLaDA's among them.
-END_OF_TURN = "<|eot_id|>"
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def generate(
     batch_size: int | None = None,
     on_event: Callable[[StepEvent], None] | None = None,
     on_answer: Callable[[int, Generation], None] | None = None,
-    places: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Generation]:
     """Sample an answer to each prompt.
 
@@ -97,7 +94,7 @@ def generate(
         batch_size: rows denoised together, at least 1; None = 16. A finished row's place goes to the next prompt.
         on_event: called after each network call.
         on_answer: called with a prompt's number and its answer as soon as that is finished.
-        places: what messages call each prompt; None = `prompt NUMBER`, from 0.
+        labels: what messages call each prompt; None = `prompt NUMBER`, from 0.
 
     Returns:
         a `Generation` for each prompt, in their order; a list of one for a single prompt.
@@ -121,20 +118,34 @@ def generate(
         8 length 4
         8 length 4
     """
-    job = _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size, places)
+    loaded = as_loaded(model, tokenizer, sampler)
+    encoded, called = _encode(loaded, prompts, raw, labels)
+    return answer(loaded, encoded, called, seed, batch_size, on_event, on_answer)
+
+
+def answer(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    labels: Sequence[str],
+    seed: int = 42,
+    batch_size: int | None = None,
+    on_event: Callable[[StepEvent], None] | None = None,
+    on_answer: Callable[[int, Generation], None] | None = None,
+) -> list[Generation]:
+    """Sample an answer to each prompt, given as tokens that fit the model; arguments and errors as in `generate`."""
     results: dict[int, Generation] = {}
     clock = RowClock()
-    for event in _events(model, job):
+    for event in _events(loaded, prompts, labels, seed, batch_size):
         clock.tick(event.rows)
         if on_event is not None:
             on_event(event)
         for row in event.finished_B.nonzero()[:, 0].tolist():
             index, length = event.rows[row], event.lengths[row]
-            answer, nfe = event.answer_BC[row, :length].tolist(), int(event.nfe_B[row])
-            results[index] = _result(job.prompts[index], answer, nfe, clock.seconds(index), job.stops, tokenizer)
+            written, nfe = event.answer_BC[row, :length].tolist(), int(event.nfe_B[row])
+            results[index] = _result(loaded, prompts[index], written, nfe, clock.seconds(index))
             if on_answer is not None:
                 on_answer(index, results[index])
-    return [results[index] for index in range(len(job.prompts))]
+    return [results[index] for index in range(len(prompts))]
 
 
 def stream(
@@ -174,51 +185,29 @@ def stream(
         3 calls, 2 tokens open
         4 calls, 0 tokens open
     """
-    return _events(model, _prepare(model, prompts, tokenizer, sampler, seed, raw, batch_size))
+    loaded = as_loaded(model, tokenizer, sampler)
+    return _events(loaded, *_encode(loaded, prompts, raw), seed, checked_batch_size(batch_size))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a call of `generate` or `stream` asks of the loop."""
-
-    adapter: Backend
-    settings: Settings
-    prompts: list[list[int]]
-    requests: list[Request]
-    stops: tuple[int, ...]
-    batch_size: int
-    places: Sequence[str]
-
-
-def _prepare(
-    model: nn.Module,
-    prompts: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    sampler: SamplerConfig | None,
-    seed: int,
-    raw: bool,
-    batch_size: int | None,
-    places: Sequence[str] | None = None,
-) -> _Job:
-    size = checked_batch_size(batch_size)
-    settings = settings_for(model, sampler)
-    adapter = backend_for(model, settings)
+def _encode(
+    loaded: LoadedModel, prompts: Any, raw: bool, labels: Sequence[str] | None = None
+) -> tuple[list[list[int]], Sequence[str]]:
     items = as_list(prompts)
-    called = places_of(len(items), "prompt", places)
-    encoded = encode_prompts(items, tokenizer, raw, adapter.spec.mask_id, called)
-    for place, ids in zip(called, encoded, strict=True):
-        check_prompt(place, ids, adapter.spec.max_length, adapter.spec.rows, settings)
-    keyed = zip(range(len(encoded)), encoded, row_keys(seed, encoded), strict=True)
+    called = labels_of(len(items), "prompt", labels)
+    encoded = encode_prompts(items, loaded.tokenizer, raw, loaded.mask_id, called)
+    check_prompts(encoded, called, loaded.config, loaded.settings)
+    return encoded, called
+
+
+def _events(
+    loaded: LoadedModel, prompts: Sequence[list[int]], labels: Sequence[str], seed: int, batch_size: int | None
+) -> Generator[StepEvent]:
+    size = checked_batch_size(batch_size)
+    keyed = zip(range(len(prompts)), prompts, row_keys(seed, prompts), strict=True)
     # Prompts of like length need little padding.
     requests = sorted((Request(*request) for request in keyed), key=lambda request: len(request.prompt_ids))
-    return _Job(adapter, settings, encoded, requests, stop_ids(adapter, tokenizer), size, called)
-
-
-def _events(model: nn.Module, job: _Job) -> Generator[StepEvent]:
-    with evaluating(model):
-        yield from denoise(
-            job.adapter, job.requests, job.settings, job.stops, batch_size=job.batch_size, places=job.places
-        )
+    with evaluating(loaded.model):
+        yield from denoise(loaded.backend, requests, loaded.settings, loaded.stop_ids, batch_size=size, places=labels)
 
 
 class RowClock:
@@ -251,58 +240,10 @@ def checked_batch_size(batch_size: int | None) -> int:
     return size
 
 
-def stop_ids(adapter: Backend, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Return the tokens that end an answer: the model's, and the tokenizer's end of text and end of turn."""
-    ids = set(adapter.spec.eos_ids)
-    if tokenizer is not None:
-        if isinstance(tokenizer.eos_token_id, int):
-            ids.add(tokenizer.eos_token_id)
-        end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        if isinstance(end_of_turn, int) and end_of_turn != tokenizer.unk_token_id:
-            ids.add(end_of_turn)
-    return tuple(sorted(ids))
-
-
-def check_prompt(place: str, ids: Sequence[int], max_length: int, rows: int, settings: Settings) -> None:
-    """Refuse a prompt that does not fit a model.
-
-    Args:
-        place: what to call it.
-        ids: its tokens.
-        max_length: longest prompt and answer together, in tokens.
-        rows: ids that the model accepts are below this.
-        settings: of the model's family.
-
-    Raises:
-        SamplingError: it is too long, or has a token that the model does not know.
-    """
-    total = len(ids) + settings.length
-    if total > max_length:
-        whole = settings.length // settings.block_size
-        rounded = "" if settings.length == settings.max_new_tokens else f" ({whole} whole canvases)"
-        raise SamplingError(
-            f"{place}: {len(ids)} tokens and max_new_tokens={settings.max_new_tokens}{rounded} make {total}, over the "
-            f"model's max_sequence_length {max_length}; shorten the prompt or the answer"
-        )
-    outside = [token for token in ids if not 0 <= token < rows]
-    if outside:
-        raise SamplingError(
-            f"{place}: token id {outside[0]} is outside the model's vocabulary of {rows}; use the tokenizer that "
-            "belongs to the checkpoint"
-        )
-
-
-def _result(
-    prompt_ids: list[int],
-    answer: list[int],
-    nfe: int,
-    seconds: float,
-    stops: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Generation:
-    end = next((place for place, token in enumerate(answer) if token in stops), None)
-    token_ids = answer[:end]
-    text, reasoning = (None, None) if tokenizer is None else split_reasoning(token_ids, tokenizer)
+def _result(loaded: LoadedModel, prompt_ids: list[int], written: list[int], nfe: int, seconds: float) -> Generation:
+    end = next((place for place, token in enumerate(written) if token in loaded.stop_ids), None)
+    token_ids = written[:end]
+    text, reasoning = (None, None) if loaded.tokenizer is None else split_reasoning(token_ids, loaded.tokenizer)
     stats = Stats(nfe, len(token_ids) / nfe, seconds, len(token_ids) / max(seconds, 1e-9))
     return Generation(token_ids, text, "length" if end is None else "eos", prompt_ids, stats, reasoning)
 

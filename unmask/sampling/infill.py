@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from unmask.errors import SamplingError
-from unmask.sampling.backends.backend import backend_for, settings_for
 from unmask.sampling.blanks import Blank
 from unmask.sampling.engine.draws import repeats, row_key
 from unmask.sampling.engine.loop import StepEvent, denoise
 from unmask.sampling.engine.request import Request
-from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating, stop_ids
-from unmask.sampling.prompts import GivenText, as_list, encode_given, places_of
+from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating
+from unmask.sampling.jobs import as_loaded
+from unmask.sampling.prompts import GivenText, as_list, encode_given, labels_of
 from unmask.sampling.settings import MaskSettings, SamplerConfig
 from unmask.sampling.trials import Filled, Trial, check_revise, title, trials_of, whole_text
 
@@ -61,7 +61,7 @@ def infill(
     on_event: Callable[[StepEvent], None] | None = None,
     on_answer: Callable[[int, Infill], None] | None = None,
     on_trials: Callable[[list[str]], None] | None = None,
-    places: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Infill]:
     """Fill the blanks of each text: `{blank:N}` is N tokens, `{blank:A-B}` A to B; `{{blank:N}}` is text.
 
@@ -93,7 +93,7 @@ def infill(
         on_answer: called with a text's number and its `Infill` as soon as all lengths are tried.
         on_trials: called once, before the first event, with a title for each number that `rows` may have: the text (of
             a chat, its last message) with the length tried in each blank.
-        places: what messages call each text; None = `text NUMBER`, from 0.
+        labels: what messages call each text; None = `text NUMBER`, from 0.
 
     Returns:
         an `Infill` for each text, in their order; a list of one for a single text.
@@ -122,10 +122,10 @@ def infill(
     """
     check_sampler(sampler)
     size = checked_batch_size(batch_size)
-    settings = settings_for(model, sampler)
-    adapter = backend_for(model, settings)
+    loaded = as_loaded(model, tokenizer, sampler)
+    settings, adapter = loaded.settings, loaded.backend
     items = as_list(texts)
-    called = places_of(len(items), "text", places)
+    called = labels_of(len(items), "text", labels)
     given = [
         encode_given(place, text, tokenizer, raw, adapter.spec.mask_id)
         for place, text in zip(called, items, strict=True)
@@ -144,7 +144,7 @@ def infill(
         tried.setdefault(trial.index, []).append(number)
     waiting = {index: len(numbers) for index, numbers in tried.items()}
     results: dict[int, Infill] = {}
-    stops, clock = stop_ids(adapter, tokenizer), RowClock()
+    stops, clock = loaded.stop_ids, RowClock()
     with evaluating(model):
         for event in denoise(adapter, requests, settings, stops, None, size, stops, untempered=True, places=names):
             clock.tick(event.rows)

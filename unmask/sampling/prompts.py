@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unmask.data.controls import PROBE, control_pattern
 from unmask.errors import DataError, SamplingError
 from unmask.sampling.blanks import Blank, parse
+from unmask.sampling.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,17 +37,17 @@ def as_list(prompts: Any) -> list[Any]:
     return [items] if single else list(items)
 
 
-def places_of(count: int, kind: str, places: Sequence[str] | None = None) -> Sequence[str]:
-    """Return what messages call each of some prompts: what the caller does, or `KIND NUMBER`, from 0.
+def labels_of(count: int, name: str, labels: Sequence[str] | None = None) -> Sequence[str]:
+    """Return what messages call each of some prompts: what the caller does, or `NAME NUMBER`, from 0.
 
     Raises:
-        SamplingError: another number of places.
+        SamplingError: another number of labels.
     """
-    if places is None:
-        return [f"{kind} {index}" for index in range(count)]
-    if len(places) != count:
-        raise SamplingError(f"places: {len(places)} for {count} prompts; give one each, or leave them out")
-    return places
+    if labels is None:
+        return [f"{name} {index}" for index in range(count)]
+    if len(labels) != count:
+        raise SamplingError(f"labels: {len(labels)} for {count} prompts; give one each, or leave them out")
+    return labels
 
 
 def encode_prompts(
@@ -54,7 +55,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase | None,
     raw: bool = False,
     mask_id: int | None = None,
-    places: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each prompt.
 
@@ -64,7 +65,7 @@ def encode_prompts(
         tokenizer: needed for texts and chats.
         raw: tokenize texts as they stand, control tokens spelt in them included. Nothing is put before them.
         mask_id: the model's mask, which the text of a chat cannot spell.
-        places: what messages call each prompt; None = `prompt NUMBER`, from 0.
+        labels: what messages call each prompt; None = `prompt NUMBER`, from 0.
 
     Raises:
         SamplingError: no tokenizer for a text, an empty prompt, half a surrogate pair, a prompt of another kind, or a
@@ -73,7 +74,7 @@ def encode_prompts(
     items = [_plain(prompt) for prompt in as_list(prompts)]
     template: ChatTemplate | None = None
     encoded = []
-    for where, prompt in zip(places_of(len(items), "prompt", places), items, strict=True):
+    for where, prompt in zip(labels_of(len(items), "prompt", labels), items, strict=True):
         if _is_ids(prompt):
             encoded.append(list(prompt))
             continue
@@ -97,6 +98,47 @@ def encode_prompts(
             raise SamplingError(f"{where}: the tokenizer makes no tokens of it; write some text")
         encoded.append(ids)
     return encoded
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], labels: Sequence[str], config: Any, settings: Settings) -> None:
+    """Refuse prompts that do not fit a model together with their answers.
+
+    Args:
+        prompts: their tokens.
+        labels: what messages call each.
+        config: of the model.
+        settings: in force.
+
+    Raises:
+        SamplingError: one is too long, or has a token that the model does not know.
+    """
+    length, most = settings.length, config.max_sequence_length
+    rounded = "" if length == settings.max_new_tokens else f" ({length // settings.block_size} whole canvases)"
+    for label, ids in zip(labels, prompts, strict=True):
+        if len(ids) + length > most:
+            raise SamplingError(
+                f"{label}: {len(ids)} tokens and max_new_tokens={settings.max_new_tokens}{rounded} make "
+                f"{len(ids) + length}, over the model's max_sequence_length {most}; shorten the prompt or the answer"
+            )
+        check_vocabulary(label, ids, config)
+
+
+def check_vocabulary(label: str, ids: Sequence[int], config: Any) -> None:
+    """Refuse a token that a model does not know; raises SamplingError."""
+    outside = [token for token in ids if not 0 <= token < config.rows]
+    if outside:
+        raise SamplingError(
+            f"{label}: token id {outside[0]} is outside the model's vocabulary of {config.rows}; use the tokenizer "
+            "that belongs to the checkpoint"
+        )
+
+
+def title_of(prompt: Any, index: int) -> str:
+    """Return what to call a prompt: its text, the last turn of a chat, or its number where it is token ids."""
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
+    return str(last.get("content")) if isinstance(last, Mapping) else f"prompt {index + 1}"
 
 
 def template_problem(error: DataError) -> str:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.errors import SamplingError
+from unmask.sampling.prompts import title_of
 from unmask.sampling.token_text import token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from unmask.sampling.engine.loop import StepEvent
+    from unmask.sampling.jobs import LoadedModel
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 # Scores and confidences are kept in thousandths: the page shows three digits.
@@ -162,32 +164,20 @@ class Trace:
         return {str(token): token_text(self.tokenizer, token) for token in sorted(shown)}
 
 
-def trace_for(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Any,
-    prompts: Iterable[Any],
-    *,
-    checkpoint: str,
-    seed: int,
-) -> Trace:
+def trace_for(loaded: LoadedModel, prompts: Iterable[Any], *, checkpoint: str, seed: int) -> Trace:
     """Return the trace for answers of a model.
 
     Args:
-        model, tokenizer: as in `generate`.
-        settings: what the model is sampled with (`backend.settings_for`).
+        loaded: with a tokenizer.
         prompts: as in `generate`.
         checkpoint, seed: as in `Trace`.
     """
-    from unmask.sampling.backends.backend import backend_for
-    from unmask.sampling.generate import stop_ids
-    from unmask.sampling.view import title_of
-
-    adapter = backend_for(model, settings)
+    assert loaded.tokenizer is not None
+    settings = loaded.settings
     return Trace(
-        tokenizer,
-        stops=stop_ids(adapter, tokenizer),
-        noise=adapter.spec.noise,
+        loaded.tokenizer,
+        stops=loaded.stop_ids,
+        noise=loaded.backend.spec.noise,
         checkpoint=checkpoint,
         sampler={"family": settings.family} | dataclasses.asdict(settings),
         label="exact" if settings.exact else "approximate: " + "; ".join(settings.approximations),

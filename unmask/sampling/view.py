@@ -21,10 +21,10 @@ from rich.live import Live
 from rich.text import Text
 from torch import nn
 
-from unmask.sampling.backends.backend import backend_for, settings_for
 from unmask.sampling.engine.loop import StepEvent
-from unmask.sampling.generate import Generation, generate, stop_ids
-from unmask.sampling.prompts import as_list
+from unmask.sampling.generate import Generation, generate
+from unmask.sampling.jobs import LoadedModel, as_loaded
+from unmask.sampling.prompts import as_list, title_of
 from unmask.sampling.reasoning import in_reasoning, reasoning_tags
 from unmask.sampling.settings import SamplerConfig
 
@@ -207,27 +207,18 @@ class Watcher:
         return Text("\n").join(lines[start : start + height])
 
 
-def watcher(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    sampler: SamplerConfig | None = None,
-    console: Console | None = None,
-    titles: Mapping[int, str] | None = None,
-) -> Watcher:
+def watcher(loaded: LoadedModel, console: Console | None = None, titles: Mapping[int, str] | None = None) -> Watcher:
     """Return the watcher for a model's answers.
 
     Args:
-        model, tokenizer, sampler: as in `generate`.
+        loaded: with a tokenizer.
         console: where to draw; None = standard output.
         titles: what to print above an answer, by the number of its prompt.
-
-    Raises:
-        SamplingError: a model of no known family, or a setting that its family does not have.
     """
+    assert loaded.tokenizer is not None
     console = console if console is not None else Console()
-    adapter = backend_for(model, settings_for(model, sampler))
     shades = SHADES if console.encoding.lower().startswith("utf") else ASCII_SHADES
-    drawing = Drawing(tokenizer, stop_ids(adapter, tokenizer), shades if adapter.spec.noise == "mask" else None)
+    drawing = Drawing(loaded.tokenizer, loaded.stop_ids, shades if loaded.backend.spec.noise == "mask" else None)
     return Watcher(drawing, console, titles)
 
 
@@ -257,7 +248,7 @@ def watch(
     """
     items = as_list(prompts)
     titles = {index: title_of(item, index) for index, item in enumerate(items)} if len(items) > 1 else {}
-    with watcher(model, tokenizer, sampler, console, titles) as draw:
+    with watcher(as_loaded(model, tokenizer, sampler), console, titles) as draw:
 
         def show(event: StepEvent) -> None:
             draw(event)
@@ -266,11 +257,3 @@ def watch(
 
         options: dict[str, Any] = {"tokenizer": tokenizer, "sampler": sampler, "seed": seed, "raw": raw}
         return generate(model, items, batch_size=1, on_event=show, **options)
-
-
-def title_of(prompt: Any, index: int) -> str:
-    """Return what to call a prompt: its text, the last turn of a chat, or its number where it is token ids."""
-    if isinstance(prompt, str):
-        return prompt
-    last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
-    return str(last.get("content")) if isinstance(last, Mapping) else f"prompt {index + 1}"

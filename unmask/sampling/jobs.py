@@ -1,0 +1,122 @@
+"""A network made ready to answer: its weights loaded, its settings resolved, its backend built, each once.
+
+`generate`, `infill`, `chat`, `eval`, lm-evaluation-harness and validation during training all sample from a
+LoadedModel: `plan.plan_job` → `load`, or `as_loaded` of a network that is in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from unmask.distributed.answering import load_shared
+from unmask.distributed.joint_calls import JointCalls
+from unmask.distributed.ranks import ALONE, Ranks
+from unmask.errors import ConfigError
+from unmask.models.adapter import load_adapter
+from unmask.models.loading import build_model
+from unmask.sampling.backends.backend import Backend, backend_for, settings_for
+from unmask.sampling.plan import JobPlan
+from unmask.sampling.settings import SamplerConfig, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Ends a turn in Llama-3-style templates, LLaDA's among them.
+END_OF_TURN = "<|eot_id|>"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network that can be sampled from, on one rank or several.
+
+    Attributes:
+        model: the network.
+        tokenizer: its tokenizer; None where prompts are token ids.
+        settings: those in force.
+        ranks: among whom prompts are divided.
+        together: the context in which ranks call a network that they share (`distributed.rows.divide_rows`).
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    settings: Settings
+    ranks: Ranks = ALONE
+    together: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
+
+    @property
+    def config(self) -> Any:
+        """The family's configuration."""
+        return self.model.config
+
+    @property
+    def mask_id(self) -> int | None:
+        """The mask token; None where noise is no mask."""
+        return getattr(self.config, "mask_token_id", None)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """How the denoising loop calls the network."""
+        return backend_for(self.model, self.settings)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the model's end of text, and the tokenizer's ends of text and of turn."""
+        ids = set(self.backend.spec.eos_ids)
+        if self.tokenizer is not None:
+            if isinstance(self.tokenizer.eos_token_id, int):
+                ids.add(self.tokenizer.eos_token_id)
+            end_of_turn = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+            if isinstance(end_of_turn, int) and end_of_turn != self.tokenizer.unk_token_id:
+                ids.add(end_of_turn)
+        return tuple(sorted(ids))
+
+    def with_sampler(self, sampler: SamplerConfig | None) -> LoadedModel:
+        """Return the same network sampled with other settings; raises SamplingError."""
+        return dataclasses.replace(self, settings=settings_for(self.model, sampler))
+
+
+def load(
+    plan: JobPlan, device: torch.device, dtype: str | None = None, ranks: Ranks = ALONE, shard: bool = False
+) -> LoadedModel:
+    """Load a planned checkpoint in eval mode; with several ranks a collective.
+
+    Args:
+        plan: from `plan.plan_job`.
+        device: where the weights go.
+        dtype: `float32`, `bfloat16` or `float16`; None = as stored.
+        ranks: all processes.
+        shard: every rank holds a part of the weights; False loads the whole network on each.
+
+    Raises:
+        ConfigError: `shard` on one rank.
+        ModelError, TrainingError: as loading does; no memory for a part.
+    """
+    if not shard:
+        model, together = build_model(plan.model, dtype, device), nullcontext()
+        if plan.adapter is not None:
+            load_adapter(model, plan.adapter)
+    elif ranks.size == 1:
+        raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
+    else:
+        model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
+        together = JointCalls(model, plan.model.family.model_type, ranks)
+    return LoadedModel(model.eval(), plan.tokenizer, plan.settings, ranks, together)
+
+
+def as_loaded(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, sampler: SamplerConfig | None = None
+) -> LoadedModel:
+    """Return a network that is in memory as a LoadedModel, with the settings that a caller wants.
+
+    Raises:
+        SamplingError: a model of no known family, or a setting that its family does not have.
+        ModelError: a bad value in the checkpoint's generation_config.json.
+    """
+    return LoadedModel(model, tokenizer, settings_for(model, sampler))
