@@ -143,12 +143,13 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
     import torch
 
     from unmask.batch import Batch
+    from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
     from unmask.models.diffusion_gemma.config import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.block_diffusion import BlockDiffusion
     from unmask.rng import NoiseStream
-    from unmask.training.optim import OptimizerConfig, build_optimizer
+    from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step
 
     before = peak_resident_gib()

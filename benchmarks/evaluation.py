@@ -29,11 +29,11 @@ def run(pairs: int = 3) -> dict[str, Any]:
     import numpy as np
 
     from benchmarks.machine import measure
+    from unmask.config.sampler import SamplerConfig
     from unmask.evaluation.exact_match import encode_questions, score_answers
     from unmask.evaluation.likelihood import log_likelihoods
     from unmask.evaluation.questions import read_questions
     from unmask.models.tokenizer import load_tokenizer
-    from unmask.sampling.settings import SamplerConfig
 
     machine = measure()
     model, tokenizer = _model(), load_tokenizer(str(FIXTURES / "mdlm_step"))
@@ -99,10 +99,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _model() -> Any:
+    from unmask.config.model import ModelConfig
     from unmask.distributed.runtime import pick_device
     from unmask.models.folders import read_json
     from unmask.models.loading import build_model
-    from unmask.models.registry import ModelConfig, plan_model
+    from unmask.models.registry import plan_model
     from unmask.quickstart import fast_bf16
 
     ids = read_json(FIXTURES / "mdlm_step" / "config.json")  # its tokenizer has 4096 ids

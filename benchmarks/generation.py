@@ -151,8 +151,8 @@ def _measure(variant: str, case: Case, seed: int) -> dict[str, float]:
 
 
 def _ours(model: Any, prompts: Any, ends: list[int], case: Case, seed: int) -> dict[str, float]:
+    from unmask.config.sampler import SamplerConfig
     from unmask.sampling.generate import generate
-    from unmask.sampling.settings import SamplerConfig
 
     model.generation = {"eos_token_id": ends}
     generate(model, prompts[:1], sampler=SamplerConfig(steps=1, max_new_tokens=case.canvas))  # allocates and compiles

@@ -113,12 +113,14 @@ def _train(
 ) -> dict[str, float]:
     import torch
 
+    from unmask.config.model import PeftConfig
+    from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime, compile_blocks
     from unmask.objectives.block_diffusion import BlockDiffusion
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
-    from unmask.training.lora import PeftConfig, attach
-    from unmask.training.optim import OptimizerConfig, build_optimizer
+    from unmask.training.lora import attach
+    from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step
 
     model = _network(family)
@@ -195,8 +197,8 @@ def _timed(steps: Sequence[Callable[[], Any]]) -> list[float]:
 def _generate(family: str, rows: int, layers: int | None = None, cache: Any = "none") -> dict[str, float]:
     import torch
 
+    from unmask.config.sampler import SamplerConfig
     from unmask.sampling.generate import generate
-    from unmask.sampling.settings import SamplerConfig
 
     model = _network(family, layers).eval()
     generator = torch.Generator().manual_seed(2)

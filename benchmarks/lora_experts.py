@@ -63,13 +63,15 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     import torch
 
     import unmask.models.adapter  # noqa: F401  (before PEFT, which else warns of bitsandbytes's kernels)
+    from unmask.config.model import PeftConfig
+    from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
     from unmask.models.diffusion_gemma.config import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.block_diffusion import BlockDiffusion
     from unmask.rng import NoiseStream
-    from unmask.training.lora import PeftConfig, attach
-    from unmask.training.optim import OptimizerConfig, build_optimizer
+    from unmask.training.lora import attach
+    from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step
 
     importlib.import_module("peft")  # `attach` loads it, and it is not what is measured

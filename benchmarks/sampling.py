@@ -170,8 +170,8 @@ def _published(model: Any, prompt: list[int]) -> dict[str, float]:
 
 
 def _ours(model: Any, given: list[list[int]], settings: dict[str, Any], size: int = 1) -> dict[str, float]:
+    from unmask.config.sampler import SamplerConfig
     from unmask.sampling.generate import generate
-    from unmask.sampling.settings import SamplerConfig
 
     # Random networks write stop tokens anywhere, and both sides are to write all tokens.
     values: dict[str, Any] = {"block_size": BLOCK, "eos": "suppress"}

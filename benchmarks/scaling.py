@@ -97,15 +97,17 @@ def _worker(note: Path) -> None:
     import torch
 
     from unmask.batch import Batch
+    from unmask.config.distributed import DistributedConfig
+    from unmask.config.model import ModelConfig
+    from unmask.config.results import CheckpointConfig
+    from unmask.config.training import OptimizerConfig
     from unmask.distributed.mesh import Degrees
     from unmask.distributed.ranks import leave, world_size
-    from unmask.distributed.runtime import DistributedConfig, build_runtime
-    from unmask.models.registry import ModelConfig, plan_model
+    from unmask.distributed.runtime import build_runtime
+    from unmask.models.registry import plan_model
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
-    from unmask.training.checkpoint import CheckpointConfig
     from unmask.training.network import NetworkSettings, build_network
-    from unmask.training.optim import OptimizerConfig
     from unmask.training.step import train_step
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

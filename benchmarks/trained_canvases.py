@@ -129,8 +129,8 @@ def _name(change: dict[str, Any]) -> str:
 
 
 def _solve(model: Any, tokenizer: Any, test: Sequence[Any], settings: dict[str, Any], seed: int) -> dict[str, float]:
+    from unmask.config.sampler import SamplerConfig
     from unmask.sampling.generate import generate
-    from unmask.sampling.settings import SamplerConfig
 
     sampler = SamplerConfig(**{"max_new_tokens": CANVAS, **settings})
     questions = [problem.question for problem in test]

@@ -86,8 +86,8 @@ def train_on_problems(
 
 def solve(model: Any, tokenizer: Any, problems: Sequence[Any], settings: dict[str, Any]) -> tuple[float, list[Any]]:
     """Return the share of problems whose whole answer is right, and the answers."""
+    from unmask.config.sampler import SamplerConfig
     from unmask.sampling.generate import generate
-    from unmask.sampling.settings import SamplerConfig
 
     values: dict[str, Any] = {"max_new_tokens": NEW, "block_size": BLOCK}
     sampler = SamplerConfig(**(values | settings))

@@ -123,12 +123,13 @@ def peak_resident_gib() -> float:
 def _measure(variant: str, masked: float, steps: int) -> dict[str, float]:
     import torch
 
+    from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
     from unmask.models.llada.config import LLaDAConfig
     from unmask.models.llada.model import LLaDA, initialise
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
-    from unmask.training.optim import OptimizerConfig, build_optimizer
+    from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step
 
     after_imports = peak_resident_gib()

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from unmask.config.data import DatasetConfig
 from unmask.data.chat import read_template
-from unmask.data.sources import DatasetConfig, open_rows
+from unmask.data.sources import open_rows
 from unmask.data.vocabulary import DIFFUSION_GEMMA, train_tokenizer
 from unmask.errors import UnmaskError
 

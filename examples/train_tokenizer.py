@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from unmask.data.sources import DatasetConfig, open_rows
+from unmask.config.data import DatasetConfig
+from unmask.data.sources import open_rows
 from unmask.data.vocabulary import train_tokenizer
 
 if __name__ == "__main__":

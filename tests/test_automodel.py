@@ -10,7 +10,7 @@ import pytest
 
 from unmask.automodel import translate
 from unmask.config import RunConfig, config_from_mapping, load_config
-from unmask.distributed.runtime import DistributedConfig, MixedPrecisionConfig
+from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "dllm_sft"

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from unmask.cli import build_parser, main
 from unmask.commands.chat import Talk
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling import view
 from unmask.sampling.conversation import Conversation
 from unmask.sampling.generate import Generation, Stats
-from unmask.sampling.settings import SamplerConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from unmask.cli import build_parser, main
-from unmask.sampling.settings import SamplerConfig
+from unmask.config.sampler import SamplerConfig
 
 COMMANDS = ("quickstart", "train", "generate", "chat", "prep", "plot", "export")
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.errors import ConfigError, FieldError
-from unmask.sections import choice_problem, differences, nearest, read_section, to_mapping
+from unmask.config.reader import differences, read_section, to_mapping
+from unmask.errors import ConfigError, FieldError, choice_problem, nearest
 
 
 @dataclass(frozen=True)

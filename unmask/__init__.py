@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unmask.config.sampler import SamplerConfig as SamplerConfig
     from unmask.evaluation.canvas_likelihood import ar_log_likelihood as ar_log_likelihood
     from unmask.evaluation.canvas_likelihood import denoising_cross_entropy as denoising_cross_entropy
     from unmask.evaluation.likelihood import LogLikelihood as LogLikelihood
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from unmask.sampling.generate import stream as stream
     from unmask.sampling.infill import Infill as Infill
     from unmask.sampling.infill import infill as infill
-    from unmask.sampling.settings import SamplerConfig as SamplerConfig
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOME = {
     "Generation": "unmask.sampling.generate",
     "Infill": "unmask.sampling.infill",
     "LogLikelihood": "unmask.evaluation.likelihood",
-    "SamplerConfig": "unmask.sampling.settings",
+    "SamplerConfig": "unmask.config.sampler",
     "StepEvent": "unmask.sampling.engine.loop",
     "ar_log_likelihood": "unmask.evaluation.canvas_likelihood",
     "denoising_cross_entropy": "unmask.evaluation.canvas_likelihood",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from unmask.config import RunConfig, dump_config
+from unmask.config.reader import differences
 from unmask.prepare import Prepared, stored_generation
 from unmask.sampling.family_settings import approximation_note
 from unmask.sampling.settings import default_settings, resolve
-from unmask.sections import differences
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
-from unmask.commands.flags import spellings
-from unmask.errors import ConfigError, UnmaskError
-from unmask.sections import nearest
+from unmask.config.flags import spellings
+from unmask.errors import ConfigError, UnmaskError, nearest
 
 # In the order of `unmask --help`.
 COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)

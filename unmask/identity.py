@@ -8,8 +8,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from unmask.config import dump_config
+from unmask.config.reader import to_mapping
 from unmask.models.folders import weights_fingerprint
-from unmask.sections import to_mapping
 
 if TYPE_CHECKING:
     from unmask.prepare import Prepared

@@ -205,10 +205,10 @@ def fast_bf16() -> bool:
 
 def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> float:
     """Return the share of problems that the model solves, its answers sampled as `unmask generate` would."""
+    from unmask.config.sampler import SamplerConfig
     from unmask.data.conversation import Message
     from unmask.evaluation.exact_match import score_answers
     from unmask.evaluation.questions import Question
-    from unmask.sampling.settings import SamplerConfig
 
     sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
     questions = [Question((Message("user", problem.question),), problem.answer) for problem in problems]
@@ -217,9 +217,9 @@ def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> floa
 
 def _show_answers(console: Console, root: Path, test: Sequence[Problem]) -> float:
     """Draw two answers as they are denoised; return the share of test problems that the trained model solves."""
+    from unmask.config.sampler import SamplerConfig
     from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer
-    from unmask.sampling.settings import SamplerConfig
     from unmask.sampling.view import watch
 
     run = str(root / RUN)

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate, Encoded, load_template, read_template
 from unmask.data.conversation import Columns, Message, read_conversation
 from unmask.data.encode import EncodedRow, RowEncoder
 from unmask.data.prep import prep_gsm8k
-from unmask.data.sources import DatasetConfig, open_rows
+from unmask.data.sources import open_rows
 from unmask.errors import DataError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -10,14 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unmask.config.data import DataloaderConfig, DatasetConfig
+from unmask.config.reader import read_section
 from unmask.data.chat import load_template
 from unmask.data.collate import rounded
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.loader import DataloaderConfig, TrainLoader, validation_set
+from unmask.data.loader import TrainLoader, validation_set
 from unmask.data.order import epoch_order
-from unmask.data.sources import DatasetConfig, open_rows
+from unmask.data.sources import open_rows
 from unmask.errors import ConfigError, DataError
-from unmask.sections import read_section
 
 PAD = 9999  # no row's token
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from unmask.config.data import DatasetConfig
 from unmask.data.prep import PREPARERS, prep_gsm8k
-from unmask.data.sources import DatasetConfig, open_rows
+from unmask.data.sources import open_rows
 from unmask.errors import DataError
 
 ROW = {"question": "Half of 48?", "answer": "48/2 = <<48/2=24>>24\n#### 24"}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from unmask.config.data import DatasetConfig
+from unmask.config.reader import read_section
 from unmask.data.conversation import Message
-from unmask.data.sources import DatasetConfig, open_rows
+from unmask.data.sources import open_rows
 from unmask.errors import ConfigError, DataError
-from unmask.sections import read_section
 
 
 def chat(answer: str, question: str = "q") -> dict:
@@ -382,7 +383,7 @@ def test_bad_values_are_refused_by_the_section(values, problem):
 def test_opening_a_file_imports_nothing_heavy(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD)
     code = (
-        "import sys; from unmask.data.sources import *; from unmask.data.loader import DataloaderConfig;"
+        "import sys; from unmask.data.sources import open_rows; from unmask.config.data import DatasetConfig;"
         f"open_rows(DatasetConfig({path!r}));"
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)"
     )

@@ -135,9 +135,10 @@ def load_peak(folder: str, trained: bool) -> dict[str, int]:
     """
     import threading
 
+    from unmask.config.distributed import DistributedConfig
     from unmask.distributed.answering import load_shared
     from unmask.distributed.mesh import Degrees
-    from unmask.distributed.runtime import DistributedConfig, build_runtime
+    from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
     from unmask.training.sharded_model import build_shared
 
@@ -247,8 +248,9 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
 
 def rewrite(source: str, target: str, experts: int) -> list[str]:
     """Load a checkpoint in shards and write it again as a plain folder; return the files that this rank wrote."""
+    from unmask.config.distributed import DistributedConfig
     from unmask.distributed.mesh import Degrees
-    from unmask.distributed.runtime import DistributedConfig, build_runtime
+    from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
     from unmask.training.sharded_model import build_shared
     from unmask.training.sharded_plain import write_plain

@@ -12,12 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from unmask.distributed.runtime import (
-    DistributedConfig,
-    build_runtime,
-    pick_device,
-    prepare_model,
-)
+from unmask.config.distributed import DistributedConfig
+from unmask.distributed.runtime import build_runtime, pick_device, prepare_model
 from unmask.errors import ConfigError
 
 

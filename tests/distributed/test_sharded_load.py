@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from unmask.config.model import ModelConfig
 from unmask.models.loading import empty_network
-from unmask.models.registry import ModelConfig, plan_model
+from unmask.models.registry import plan_model
 from unmask.models.weights import save_weights
 
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 2048, "vocab_size": 8192}

@@ -87,10 +87,11 @@ def test_a_resumed_run_measures_what_a_whole_one_does(
 
 def test_the_share_is_what_the_scorer_says(answered: Any, tiny, tiny_base: Path) -> None:
     import unmask
-    from unmask.data.sources import DatasetConfig, open_rows
+    from unmask.config.data import DatasetConfig
+    from unmask.config.sampler import SamplerConfig
+    from unmask.data.sources import open_rows
     from unmask.evaluation.exact_match import score_answers
     from unmask.rng import key
-    from unmask.sampling.settings import SamplerConfig
 
     model = unmask.load_model(str(tiny_base), adapter=str(answered.root / "step_6"))
     tokenizer = unmask.load_tokenizer(str(answered.root / "step_6"))
@@ -122,7 +123,8 @@ def test_what_cannot_be_done_is_refused_before_the_first_step(tiny, train_tiny, 
 
 
 def test_a_row_that_asks_nothing_is_named(tmp_path: Path) -> None:
-    from unmask.data.sources import DatasetConfig, open_rows
+    from unmask.config.data import DatasetConfig
+    from unmask.data.sources import open_rows
 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "hello"}]}) + "\n")

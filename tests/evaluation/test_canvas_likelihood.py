@@ -8,10 +8,11 @@ import torch
 
 import unmask
 from unmask import rng
+from unmask.config.model import ModelConfig
 from unmask.errors import ModelError, SamplingError
 from unmask.evaluation.likelihood import content_key
 from unmask.models.loading import build_model
-from unmask.models.registry import ModelConfig, plan_model
+from unmask.models.registry import plan_model
 
 PROMPT, ANSWER = [3, 4, 5], [7, 9, 11, 13, 7, 9, 11, 13, 2, 6, 8]  # two canvases of 8, the second with 5 of fill
 

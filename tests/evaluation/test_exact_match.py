@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Message
 from unmask.errors import SamplingError
 from unmask.evaluation.exact_match import cut_at, divide, score_answers
 from unmask.evaluation.questions import Question
 from unmask.models.loading import load_model
 from unmask.models.tokenizer import load_tokenizer
-from unmask.sampling.settings import SamplerConfig
 
 SHORT = SamplerConfig(max_new_tokens=8, steps=8, block_size=8)
 

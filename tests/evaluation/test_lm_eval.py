@@ -18,15 +18,16 @@ from tokenizers.processors import TemplateProcessing
 import unmask
 from unmask import lm_eval as command
 from unmask.cli import main
+from unmask.config.model import ModelConfig
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import ConfigError
 from unmask.evaluation.exact_match import encode_questions
 from unmask.evaluation.greedy import greedily_written
 from unmask.evaluation.lm_eval import UnmaskLM
 from unmask.evaluation.questions import Question
 from unmask.models.loading import build_model
-from unmask.models.registry import ModelConfig, plan_model
+from unmask.models.registry import plan_model
 from unmask.models.tokenizer import load_tokenizer
-from unmask.sampling.settings import SamplerConfig
 
 SHORT = {"max_new_tokens": 8, "steps": 8, "block_size": 8}
 TASK = """task: {name}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unmask.batch import Batch
-from unmask.distributed.runtime import DistributedConfig, Runtime, set_switches
+from unmask.config.distributed import DistributedConfig
+from unmask.distributed.runtime import Runtime, set_switches
 from unmask.models.attention import attend, flex_available, prepare_mask
 from unmask.models.loading import load_model
 from unmask.models.moe import grouped_kernel, grouped_linear

@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unmask.config.distributed import DistributedConfig
+from unmask.config.sampler import SamplerConfig
+from unmask.config.training import OptimizerConfig
 from unmask.distributed.mesh import Degrees, build_meshes
-from unmask.distributed.runtime import DistributedConfig, Runtime
+from unmask.distributed.runtime import Runtime
 from unmask.distributed.shard import shard_model
 from unmask.models.loading import load_model
 from unmask.objectives.block_diffusion import BlockDiffusion
@@ -22,8 +25,7 @@ from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 from unmask.sampling.backends import replay
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig
-from unmask.training.optim import OptimizerConfig, build_optimizer
+from unmask.training.optim import build_optimizer
 from unmask.training.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]

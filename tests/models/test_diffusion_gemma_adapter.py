@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig as ReferenceConfig
 from transformers import DiffusionGemmaForBlockDiffusion as Reference
 
+from unmask.config.model import PeftConfig
 from unmask.errors import ConfigError, ModelError
 from unmask.models.adapter import merge_adapter, read_adapter, write_adapter
 from unmask.models.loading import load_model
 from unmask.training.export import export
-from unmask.training.lora import PeftConfig, attach, target_names
+from unmask.training.lora import attach, target_names
 
 # PEFT asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig, parse_config
 from unmask.models.diffusion_gemma.family import FAMILY
 from unmask.models.loading import empty_network
-from unmask.models.registry import ModelConfig, plan_model
+from unmask.models.registry import plan_model
 
 Values = Callable[..., dict]
 

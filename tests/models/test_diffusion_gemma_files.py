@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.family import FAMILY
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.folders import weight_files
 from unmask.models.loading import build_model, empty_network, load_model
-from unmask.models.registry import ModelConfig, plan_folder, plan_model
+from unmask.models.registry import plan_folder, plan_model
 from unmask.models.weights import carried_tensors, copy_weights, read_slices, read_tensors, save_weights
 from unmask.training.export import export, layer_gaps
 from unmask.training.model_files import save_model

@@ -14,23 +14,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from unmask.config.model import ModelConfig
+from unmask.config.reader import read_section
 from unmask.errors import ConfigError, ModelError
 from unmask.evaluation.contestant import Contestant
 from unmask.models import folders
 from unmask.models.folders import find_folder, weights_fingerprint
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.loading import load_model
-from unmask.models.registry import (
-    FAMILIES,
-    ModelConfig,
-    family_named,
-    family_of,
-    plan_folder,
-    plan_model,
-    resolve,
-)
+from unmask.models.registry import FAMILIES, family_named, family_of, plan_folder, plan_model, resolve
 from unmask.models.tokenizer import find_tokenizer, load_tokenizer
-from unmask.sections import read_section
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from unmask.config.model import PeftConfig
 from unmask.models.expert_adapter import AdaptedExperts
 from unmask.models.loading import load_model
 from unmask.models.moe import Experts
 from unmask.models.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
-from unmask.training.lora import PeftConfig, attach
+from unmask.training.lora import attach
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 

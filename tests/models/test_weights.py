@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
 from unmask.models import weights
 from unmask.models.folders import weight_files
 from unmask.models.loading import build_model, empty_network, load_model
-from unmask.models.registry import ModelConfig, plan_folder, plan_model
+from unmask.models.registry import plan_folder, plan_model
 from unmask.models.weights import check_tensors, copy_weights, load_weights, read_tensors, save_weights
 
 QUERY = "model.transformer.blocks.1.q_proj.weight"

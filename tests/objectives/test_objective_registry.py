@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from unmask.config.objective import MODES, DllmConfig
+from unmask.config.reader import read_section
 from unmask.errors import ConfigError
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
-from unmask.objectives.registry import OBJECTIVES, DllmConfig, build_objective, check_against_model
-from unmask.sections import read_section
+from unmask.objectives.registry import OBJECTIVES, build_objective, check_against_model
 
 MODEL = SimpleNamespace(mask_token_id=29, rows=32, canvas_length=16, vocab_size=32, eos_token_id=5)
 MASK = SimpleNamespace(model_type="llada", noise="mask", attention="bidirectional")
@@ -61,7 +62,7 @@ def test_bad_values_of_block_diffusion_are_refused(values: dict, named: str) -> 
         read_section(DllmConfig, {"mode": "block_diffusion", **values}, "dllm")
 
 
-@pytest.mark.parametrize("mode", OBJECTIVES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_field_of_another_mode_is_refused_whatever_its_value(mode: str) -> None:
     """A value that equals the other mode's default would do nothing either."""
     values = {
@@ -70,23 +71,23 @@ def test_a_field_of_another_mode_is_refused_whatever_its_value(mode: str) -> Non
         "stop_gradient_to_encoder": False, "eps": 0.1, "time_sampling": "iid",
     }  # fmt: skip
     assert set(values) == {field.name for field in dataclasses.fields(DllmConfig)} - {"mode"}
-    own = OBJECTIVES[mode].defaults
+    own = MODES[mode]
     for name, value in values.items():
         section = {"mode": mode, name: value}
         if name in own:
             assert getattr(read_section(DllmConfig, section, "dllm"), name) == value
             continue
-        owner = next(other for other in OBJECTIVES if name in OBJECTIVES[other].defaults)
+        owner = next(other for other in OBJECTIVES if name in MODES[other])
         with pytest.raises(ConfigError, match=f"dllm.{name}: .* has no meaning for mode {mode}; .*belongs to {owner}"):
             read_section(DllmConfig, section, "dllm")
 
 
 def test_fields_left_out_take_their_modes_defaults() -> None:
-    for mode, entry in OBJECTIVES.items():
+    for mode, defaults in MODES.items():
         section = DllmConfig(mode=mode)
         for field in dataclasses.fields(DllmConfig):
             if field.name != "mode":
-                assert getattr(section, field.name) == entry.defaults.get(field.name)
+                assert getattr(section, field.name) == defaults.get(field.name)
     assert DllmConfig(mode="block_diffusion").freeze_router is True
     assert DllmConfig(mode="block_diffusion").supervise_padding is None
 
@@ -134,9 +135,10 @@ def test_build_passes_the_options_on() -> None:
 
 
 def test_every_entry_of_the_table_can_be_built() -> None:
+    assert set(OBJECTIVES) == set(MODES)
     for mode, entry in OBJECTIVES.items():
         built = build_objective(DllmConfig(mode=mode), MODEL)
         assert type(built) is getattr(importlib.import_module(entry.module), entry.class_name)
-        assert set(entry.options) <= set(entry.defaults)
+        assert set(entry.options) <= set(MODES[mode])
         # A field that nobody can set would be a field that does nothing.
-        assert set(entry.defaults) <= {field.name for field in dataclasses.fields(DllmConfig)}
+        assert set(MODES[mode]) <= {field.name for field in dataclasses.fields(DllmConfig)}

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from unmask.config.results import WandbConfig
 from unmask.errors import MissingDependencyError
-from unmask.report.trackers import WandbConfig, check_tracker, numbers, open_tracker
+from unmask.report.trackers import check_tracker, numbers, open_tracker
 
 EVENT = {"event": "train", "step": 3, "loss": 0.5, "lr": 1e-3, "time": 12.0, "note": "text", "good": True}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.backends.backend import Call
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import MaskSettings, SamplerConfig
+from unmask.sampling.settings import MaskSettings
 
 CACHES = ("prefix", "dual")
 PROMPTS = [[3, 9, 4], [11, 2, 30, 8, 5, 17, 21], [6], [1, 2, 3, 4, 5], [3, 3], [20, 19, 18, 17, 16, 15]]

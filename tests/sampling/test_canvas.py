@@ -11,12 +11,13 @@ from rich.console import Console
 from torch import Tensor
 
 from unmask.cli import main
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import CanvasSettings, SamplerConfig
+from unmask.sampling.settings import CanvasSettings
 from unmask.sampling.view import Drawing, watch
 
 # At low temperatures the network is sure, so canvases stop before their last step and rows at different times.

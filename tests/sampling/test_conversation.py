@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Columns
 from unmask.data.files import FileRows
 from unmask.errors import SamplingError
 from unmask.sampling.conversation import COMMANDS, Conversation, as_turn, is_command, run_command
-from unmask.sampling.settings import CanvasSettings, MaskSettings, SamplerConfig
+from unmask.sampling.settings import CanvasSettings, MaskSettings
 
 
 def talked(exchanges: int, system: bool = False) -> Conversation:

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.engine.schedule import planned_calls, quota
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import MaskSettings, SamplerConfig
+from unmask.sampling.settings import MaskSettings
 
 
 def peak(token: int, height: float = 5.0) -> Tensor:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig
 
 SHORT = SamplerConfig(steps=4, max_new_tokens=8, block_size=4)
 HOT = SamplerConfig(steps=8, max_new_tokens=16, block_size=8, temperature=1.0)

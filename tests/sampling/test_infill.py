@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.models.loading import load_model
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import StepEvent, denoise
 from unmask.sampling.infill import _added, infill
-from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.suffix import columns_behind
 
 TEXT = "the {blank:3} sat on {blank:5}, twice"

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.backends import bidirectional
 from unmask.sampling.backends.length_groups import length_groups
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig
 
 
 def cost(groups, lengths, forward) -> int:

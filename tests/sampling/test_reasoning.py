@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.answer_file import record_of
 from unmask.sampling.conversation import Conversation, save
 from unmask.sampling.generate import generate
 from unmask.sampling.reasoning import TAGS, in_reasoning, reasoning_tags, split_reasoning, unanswered_note
-from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.view import Drawing
 
 

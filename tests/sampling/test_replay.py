@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from unmask.config.sampler import SamplerConfig
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.sampling.backends import replay
 from unmask.sampling.backends.replay import Function, Recording, Replays, replays_for
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig
 
 
 class Recorder:

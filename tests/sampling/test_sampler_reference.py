@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig
 
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "llada_tiny" / "expected.json").read_text())["generate"]
 

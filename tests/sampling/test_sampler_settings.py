@@ -7,16 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import ModelError, SamplingError
 from unmask.sampling.presets import PRESETS
-from unmask.sampling.settings import (
-    CanvasSettings,
-    MaskSettings,
-    SamplerConfig,
-    canvas_defaults,
-    mask_defaults,
-    resolve,
-)
+from unmask.sampling.settings import CanvasSettings, MaskSettings, canvas_defaults, mask_defaults, resolve
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import unmask
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
-from unmask.sampling.settings import SamplerConfig
 
 SHORT = SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
 

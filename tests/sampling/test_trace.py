@@ -12,12 +12,12 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
 from unmask.sampling.infill import infill
 from unmask.sampling.jobs import as_loaded
-from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.token_text import byte_alphabet, token_text
 from unmask.sampling.trace import Trace, trace_for
 

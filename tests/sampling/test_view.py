@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import SamplerConfig
 from unmask.sampling.view import Drawing, Watcher, printable, watch
 
 SAMPLER = SamplerConfig(steps=24, max_new_tokens=24, block_size=12, eos="suppress")

@@ -85,11 +85,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 
 def test_a_step_that_is_not_finite_leaves_model_and_optimizer_alone(tiny) -> None:
     from unmask.config import config_from_mapping
+    from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
     from unmask.models.loading import build_model
     from unmask.prepare import build_parts, prepare
     from unmask.rng import NoiseStream
-    from unmask.training.optim import OptimizerConfig, build_optimizer
+    from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step
 
     prepared = prepare(config_from_mapping(tiny.config(Path("unused"))))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from unmask.config.model import PeftConfig
+from unmask.config.reader import read_section
 from unmask.errors import ConfigError
 from unmask.models.layers import Linear
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.sections import read_section
 from unmask.training import lora
-from unmask.training.lora import PeftConfig, attach, check_quantization, target_names
+from unmask.training.lora import attach, check_quantization, target_names
 
 BLOCK = "model.transformer.blocks"
 LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from unmask.training.optim import OptimizerConfig, build_optimizer, clip_gradients, scale_gradients, set_learning_rate
+from unmask.config.training import OptimizerConfig
+from unmask.training.optim import build_optimizer, clip_gradients, scale_gradients, set_learning_rate
 
 
 def network() -> nn.Module:

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from unmask.cli import main
+from unmask.config.results import CheckpointConfig
 from unmask.errors import CheckpointError
-from unmask.training.checkpoint import CheckpointConfig
 from unmask.training.run_directory import LOCK, hold_run_dir
 
 ON, OFF = CheckpointConfig(), CheckpointConfig(enabled=False)
 HOLD = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from unmask.training.checkpoint import CheckpointConfig\n"
+    "from unmask.config.results import CheckpointConfig\n"
     "from unmask.training.run_directory import hold_run_dir\n"
     "with hold_run_dir(Path(sys.argv[1]), CheckpointConfig()):\n"
     "    print('held', flush=True)\n"

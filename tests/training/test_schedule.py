@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
 from unmask.errors import FieldError
-from unmask.training.schedule import LRSchedulerConfig, StepSchedulerConfig, due, learning_rate
+from unmask.training.schedule import due, learning_rate
 
 
 def rates(total: int, peak: float = 1.0, **fields) -> list[float]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.commands.flags import command, flag
-from unmask.commands.sampling_flags import add_sampling_flags, sampler_from
+from unmask.config.flags import add_sampling_flags, command, flag, sampler_from
 from unmask.errors import ConfigError, DataError, SamplingError
 
 if TYPE_CHECKING:

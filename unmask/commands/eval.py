@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.commands.flags import command, flag
-from unmask.commands.sampling_flags import add_sampling_flags, sampler_from
+from unmask.config.flags import add_sampling_flags, command, flag, sampler_from
 from unmask.errors import ConfigError, DataError
 from unmask.evaluation.tasks import HARNESS, TASKS, split_names
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unmask.commands.flags import command, flag
+from unmask.config.flags import command, flag
 
 
 def add(commands: Any) -> None:

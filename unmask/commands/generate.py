@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.commands.flags import command, flag
-from unmask.commands.sampling_flags import add_sampling_flags, sampler_from
+from unmask.config.flags import add_sampling_flags, command, flag, sampler_from
 from unmask.errors import ConfigError, SamplingError
 
 if TYPE_CHECKING:
+    from unmask.config.sampler import SamplerConfig
     from unmask.distributed.ranks import Ranks
     from unmask.sampling.answer_file import AnswerFile
-    from unmask.sampling.settings import SamplerConfig, Settings
+    from unmask.sampling.settings import Settings
 
 _GENERATE_HELP = """\
 A prompt is one user turn through the checkpoint's chat template; --raw takes it literally.

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from unmask.commands.flags import command, flag
+from unmask.config.flags import command, flag
 from unmask.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.data.prep import PREPARERS
-    from unmask.sections import choice_problem
+    from unmask.errors import choice_problem
 
     if arguments.dataset not in PREPARERS:
         raise ConfigError(f"prep: {choice_problem(arguments.dataset, PREPARERS)}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from unmask.commands.flags import command, flag
+from unmask.config.flags import command, flag
 
 _REPORT_HELP = """\
 The page needs nothing but itself: what differs between the configurations, curves, validation by noise level,

@@ -12,7 +12,8 @@ from unmask.data.conversation import Conversation
 from unmask.errors import DataError
 
 if TYPE_CHECKING:
-    from unmask.data.sources import DatasetConfig, Rows
+    from unmask.config.data import DatasetConfig
+    from unmask.data.sources import Rows
 
 TOO_LONG = "longer than seq_length, and truncation is off"
 NOTHING_LEFT = "no supervised token within seq_length"

@@ -12,34 +12,16 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from unmask.config.data import DataloaderConfig
 from unmask.data.ahead import Encode, encoded_ahead
 from unmask.data.encode import Dropped, EncodedRow
 from unmask.data.order import epoch_order
-from unmask.errors import ConfigError, DataError, FieldError
+from unmask.errors import ConfigError, DataError
 from unmask.rng import generator
 
 if TYPE_CHECKING:
     from unmask.batch import Batch
     from unmask.data.sources import Rows
-
-
-@dataclass(frozen=True)
-class DataloaderConfig:
-    """The `dataloader` section.
-
-    Attributes:
-        shuffle: visit the rows in a new random order each epoch; false takes them as they lie in the source.
-        group_by_length: batch rows of like length, for less padding; the batches still come in random order.
-        num_workers: processes that encode rows ahead, on each rank; 0 encodes in the training process.
-    """
-
-    shuffle: bool = True
-    group_by_length: bool = False
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise FieldError("num_workers", f"must be 0 or more, got {self.num_workers}")
 
 
 @dataclass(frozen=True)

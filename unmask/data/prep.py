@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.conversation import Columns, RowProblem, check_row
-from unmask.errors import DataError
-from unmask.sections import choice_problem
+from unmask.errors import DataError, choice_problem
 
 GSM8K_HUB_ID = "openai/gsm8k"
 GSM8K_SPLITS = ("train", "test")

@@ -5,104 +5,19 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Protocol
 
-from unmask.data.conversation import Columns, Conversation, Message
+from unmask.config.data import DatasetConfig
+from unmask.data.conversation import Columns, Conversation
 from unmask.data.files import FileRows
-from unmask.errors import DataError, FieldError
-from unmask.sections import choice_problem, nearest
-
-__all__ = ["Conversation", "DatasetConfig", "Message", "Rows", "open_rows"]
+from unmask.errors import DataError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
-OnMalformed = Literal["error", "skip"]
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """The `dataset` and `validation_dataset` sections.
-
-    Attributes:
-        path_or_dataset_id: a .jsonl, .json, .parquet or .arrow file, a folder of them, a folder that `datasets` saved,
-            or a hub id `owner/name`. A path, or a name in a folder that is here, is never sent to the hub.
-        name: the hub dataset's configuration.
-        split: which split of a hub dataset, a saved folder, or a folder of files named after their splits.
-        shuffle_seed: seed of the row order; null takes the run's seed.
-        seq_length: longest row, in tokens.
-        truncation: cut rows that are longer; false drops and counts them.
-        unshifted: must be true: a diffusion model predicts the token at its own position.
-        mask_history: supervise the last assistant turn only.
-        tokenizer: folder or hub id of the tokenizer; null takes the model's.
-        chat_template: name of one of ours ("llada", "diffusion_gemma") or path of a .jinja file; null takes the
-            tokenizer's.
-        chat_template_kwargs: values for the template's own variables, such as enable_thinking; null for none.
-        supervise_reasoning: supervise the reasoning of the assistant's turns that is rendered, too.
-        prompt_column: with `completion_column`, the columns of one-turn rows; null for chat rows.
-        completion_column: see `prompt_column`.
-        max_samples: use the first rows only; null for all.
-        on_malformed: "error" stops at a malformed row, "skip" leaves it out and counts it.
-    """
-
-    path_or_dataset_id: str
-    name: str | None = None
-    split: str | None = None
-    shuffle_seed: int | None = None
-    seq_length: int = 1024
-    truncation: bool = True
-    unshifted: bool = True
-    mask_history: bool = False
-    tokenizer: str | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    supervise_reasoning: bool = False
-    prompt_column: str | None = None
-    completion_column: str | None = None
-    max_samples: int | None = None
-    on_malformed: OnMalformed = "error"
-
-    def __post_init__(self) -> None:
-        for field in ("path_or_dataset_id", "name", "split", "tokenizer", "chat_template"):
-            if getattr(self, field) is not None and not getattr(self, field).strip():
-                raise FieldError(field, "is empty")
-        for name, value in (self.chat_template_kwargs or {}).items():
-            _check_variable(name, value)
-        if not self.unshifted:
-            raise FieldError("unshifted", "a diffusion model predicts the token at its own position; set it to true")
-        if self.seq_length < 2:
-            raise FieldError("seq_length", f"must be at least 2 tokens, got {self.seq_length}")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise FieldError("max_samples", f"must be at least 1, or null for all rows, got {self.max_samples}")
-        if (self.prompt_column is None) != (self.completion_column is None):
-            given, other = ("prompt_column", "completion_column")[:: 1 if self.prompt_column is not None else -1]
-            raise FieldError(other, f"must be set too, since {given} is; or delete both")
-        if self.prompt_column is not None and self.prompt_column == self.completion_column:
-            raise FieldError("completion_column", f"is the prompt column, {self.prompt_column!r}, too")
-        if self.on_malformed not in get_args(OnMalformed):
-            raise FieldError("on_malformed", choice_problem(self.on_malformed, get_args(OnMalformed)))
-
-    @property
-    def columns(self) -> Columns:
-        """The prompt and completion columns."""
-        return Columns(self.prompt_column, self.completion_column)
-
-
-def _check_variable(name: object, value: object) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise FieldError("chat_template_kwargs", f"{name!r} is no name of a template's variable")
-    field = f"chat_template_kwargs.{name}"
-    if name == "supervise_reasoning":
-        raise FieldError(field, "has a field of its own; set dataset.supervise_reasoning")
-    if name in _RENDERING or name.endswith("_token"):
-        raise FieldError(field, "is set by what renders a conversation; remove it")
-    if not (value is None or isinstance(value, (bool, int, float, str))):
-        raise FieldError(field, f"must be true or false, a number, text or null, got {value!r}")
 
 
 class Rows(Protocol):
@@ -189,7 +104,7 @@ def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
         from unmask.data.tables import TableRows, read_hub
 
         table = read_hub(text, config.name, config.split, where)
-        return TableRows(table, text, config.columns, where, config.max_samples)
+        return TableRows(table, text, _columns(config), where, config.max_samples)
     if config.name is not None:
         raise DataError(f"{where}.name: {text} is local, and only hub datasets have configurations; delete it")
     if path.is_dir():
@@ -199,14 +114,18 @@ def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
     return _open_file(path, config, where, config.max_samples)
 
 
+def _columns(config: DatasetConfig) -> Columns:
+    return Columns(config.prompt_column, config.completion_column)
+
+
 def _open_file(path: Path, config: DatasetConfig, where: str, max_rows: int | None) -> Rows:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{where}.path_or_dataset_id: {path} is none of {', '.join(SUFFIXES)}")
     if path.suffix in (".jsonl", ".json"):
-        return FileRows(path, config.columns, where, config.on_malformed == "skip", max_rows)
+        return FileRows(path, _columns(config), where, config.on_malformed == "skip", max_rows)
     from unmask.data.tables import TableRows, read_table
 
-    return TableRows(read_table(path), str(path), config.columns, where, max_rows)
+    return TableRows(read_table(path), str(path), _columns(config), where, max_rows)
 
 
 def _open_folder(path: Path, config: DatasetConfig, where: str) -> Rows:
@@ -214,7 +133,7 @@ def _open_folder(path: Path, config: DatasetConfig, where: str) -> Rows:
         from unmask.data.tables import TableRows, read_saved
 
         table = read_saved(path, config.split, where)
-        return TableRows(table, str(path), config.columns, where, config.max_samples)
+        return TableRows(table, str(path), _columns(config), where, config.max_samples)
     parts: list[Rows] = []
     left = config.max_samples
     for file in _split_files(path, config.split, where):

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.conversation import Columns, Conversation, RowProblem, read_conversation
-from unmask.errors import DataError
-from unmask.sections import nearest
+from unmask.errors import DataError, nearest
 
 
 class TableRows:

@@ -9,8 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import DataError
-from unmask.sections import nearest
+from unmask.errors import DataError, nearest
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from unmask.config.distributed import DistributedConfig
 from unmask.distributed.joint_calls import JointCalls
 from unmask.distributed.load import adapter_tensors, allocate, load_folder, load_tensors, whole_adapter
 from unmask.distributed.mesh import Degrees, build_meshes
 from unmask.distributed.ranks import Ranks
-from unmask.distributed.runtime import DistributedConfig
 from unmask.distributed.shard import shard_model
 from unmask.errors import ConfigError
 from unmask.models.folders import is_plain, read_generation, weight_files

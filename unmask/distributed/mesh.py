@@ -14,7 +14,7 @@ from unmask.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from unmask.distributed.runtime import DistributedConfig
+    from unmask.config.distributed import DistributedConfig
 
 
 @dataclass(frozen=True)

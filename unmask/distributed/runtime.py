@@ -4,91 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.distributed.mesh import Degrees, Meshes, build_meshes
 from unmask.distributed.ranks import ALONE, Ranks, join, local_rank, world_size
-from unmask.errors import ConfigError, FieldError
+from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-@dataclass(frozen=True)
-class MixedPrecisionConfig:
-    """`distributed.mp_policy`: in which dtypes weights and gradients travel between ranks (FSDP2's policy).
-
-    Attributes:
-        param_dtype: dtype in which a rank gathers the others' shards and multiplies them; None = that of the master
-            weights. bfloat16 implies `autocast_dtype: bfloat16`, and means no more on one process, which gathers
-            nothing.
-        reduce_dtype: dtype in which gradients are summed over ranks.
-        output_dtype: dtype of the network's final hidden states; None = as computed.
-    """
-
-    param_dtype: Literal["float32", "bfloat16"] | None = None
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    output_dtype: Literal["float32", "bfloat16"] | None = None
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """Section `distributed`: how the network runs on its device, and how several processes share it.
-
-    Attributes:
-        strategy: `fsdp2` shards weights, gradients and optimizer state over the processes (torch's `fully_shard`); one
-            process holds everything and wraps nothing.
-        dp_size: number of processes, checked against how many were started; None = that many.
-        dp_replicate_size: copies of the model, each sharded over the other processes (HSDP).
-        ep_size: processes that share out the experts of a mixture and exchange tokens; 1 = experts are gathered like
-            everything else.
-        tp_size, cp_size, pp_size: tensor, context and pipeline parallelism, of which there is none: 1.
-        mp_policy: dtypes in which weights and gradients travel.
-        offload_policy: `cpu` keeps shards, gradients and optimizer state in the host's memory.
-        defer_grad_sync: sum gradients over ranks once a step, after the last micro-batch, at the cost of a whole
-            gradient on each rank meanwhile; false sums them at every micro-batch and holds a shard only.
-        autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
-            on GPUs and on CPUs that multiply it in hardware (AMX, AVX512_BF16).
-        activation_checkpointing: keep only each block's input for backward and recompute the rest.
-        attention: `sdpa` is PyTorch's scaled_dot_product_attention, with its flash kernels; `flex` runs padded and
-            packed batches through FlexAttention, compiled, on CUDA devices of compute capability 8.0 or later.
-        compile: compile each block with torch.compile, whose kernels do several steps at once: faster after a start of
-            a minute or more, on CUDA devices with Triton. Not of a network with experts, whose grouped matmul torch
-            does not compile.
-        device: `auto` takes a CUDA device when there is one.
-        timeout_minutes: how long a rank waits for the others before it gives up.
-    """
-
-    strategy: Literal["fsdp2"] = "fsdp2"
-    dp_size: int | None = None
-    dp_replicate_size: int = 1
-    ep_size: int = 1
-    tp_size: int = 1
-    cp_size: int = 1
-    pp_size: int = 1
-    mp_policy: MixedPrecisionConfig | None = None
-    offload_policy: Literal["cpu"] | None = None
-    defer_grad_sync: bool = True
-    autocast_dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
-    attention: Literal["sdpa", "flex"] = "sdpa"
-    compile: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_minutes: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name, kind in (("tp_size", "tensor"), ("cp_size", "context"), ("pp_size", "pipeline")):
-            if getattr(self, name) != 1:
-                raise FieldError(
-                    name, f"{getattr(self, name)} is not available: there is no {kind} parallelism here; set it to 1"
-                )
-        for name in ("dp_size", "dp_replicate_size", "ep_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FieldError(name, f"must be at least 1, got {value}")
-        if self.timeout_minutes <= 0:
-            raise FieldError("timeout_minutes", f"must be positive, got {self.timeout_minutes}")
 
 
 @dataclass(frozen=True)

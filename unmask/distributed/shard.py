@@ -25,9 +25,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.distributed.expert import expert_dispatch, narrow_experts
 from unmask.distributed.mesh import Meshes
-from unmask.distributed.runtime import DistributedConfig, MixedPrecisionConfig
 from unmask.models.registry import family_of
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from unmask.errors import ConfigError, DataError, FieldError, SamplingError
+from unmask.config.results import ValidationConfig
+from unmask.errors import ConfigError, DataError, SamplingError
 from unmask.evaluation.grade import check_grader
 from unmask.rng import key
-from unmask.sampling.settings import SamplerConfig, default_settings, resolve
-from unmask.sections import choice_problem
+from unmask.sampling.settings import default_settings, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,48 +25,6 @@ if TYPE_CHECKING:
     from unmask.evaluation.questions import Question
 
 SAMPLES = "samples.jsonl"
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Section `validation`: answer rows of `validation_dataset` during training and count the right ones.
-
-    Attributes:
-        generate_every_steps: how often, in optimizer steps, and at the end; None = at the end only.
-        max_samples: answer the first rows only; None answers all.
-        batch_size: rows denoised together; None = `unmask generate`'s.
-        grader: how an answer is compared with the row's: `number` (after `####`, or the last one), `text` or
-            `expression` (math-verify).
-        sampler: settings of the sampler by name, as `unmask generate` takes them; what is not there is the model's.
-        keep_samples: answers, to the first rows, written to samples.jsonl each time with how they were denoised.
-    """
-
-    generate_every_steps: int | None = None
-    max_samples: int | None = 64
-    batch_size: int | None = None
-    grader: Literal["number", "text", "expression"] = "number"
-    sampler: dict[str, Any] | None = None
-    keep_samples: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("generate_every_steps", "max_samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FieldError(name, f"must be at least 1, or null, got {value}")
-        if self.keep_samples < 0:
-            raise FieldError("keep_samples", f"must not be negative, got {self.keep_samples}")
-        known = [field.name for field in fields(SamplerConfig)]
-        for name in self.sampler or {}:
-            if name not in known:
-                raise FieldError("sampler", choice_problem(name, known))
-        try:
-            self.settings()
-        except SamplingError as error:
-            raise FieldError("sampler", str(error)) from None
-
-    def settings(self) -> SamplerConfig:
-        """Return the sampler's settings."""
-        return SamplerConfig(**(self.sampler or {}))
 
 
 def check_answering(section: ValidationConfig | None, model_config: Any, generation: Mapping[str, Any]) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from unmask.config.sampler import SamplerConfig
     from unmask.sampling.generate import Generation
-    from unmask.sampling.settings import SamplerConfig
 
 # Batches between two saves of an evaluation's answers: enough for the engine to keep its batches full, few enough that
 # an interruption costs little.

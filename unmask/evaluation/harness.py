@@ -6,9 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from unmask.errors import ConfigError, MissingDependencyError
+from unmask.errors import ConfigError, MissingDependencyError, choice_problem, nearest
 from unmask.evaluation.tasks import HARNESS, TASKS, near_miss
-from unmask.sections import choice_problem, nearest
 
 
 def check_harness(what: str) -> None:

@@ -19,16 +19,16 @@ from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from unmask.config.reader import read_section
+from unmask.config.sampler import SamplerConfig
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.distributed.rows import divide_rows
-from unmask.errors import ConfigError, FieldError
+from unmask.errors import ConfigError, FieldError, choice_problem
 from unmask.evaluation.canvas_likelihood import ar_log_likelihood, has_canvases
 from unmask.evaluation.exact_match import cut_at, divide, rows_between_saves
 from unmask.evaluation.greedy import greedily_written
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
 from unmask.sampling.prompts import as_document, start_of_text
-from unmask.sampling.settings import SamplerConfig
-from unmask.sections import choice_problem, read_section
 
 # Requests between two steps of the progress bar, and of the harness's own cache.
 _PAIRS_AT_ONCE = 64

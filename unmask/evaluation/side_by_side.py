@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from unmask.sampling.settings import SamplerConfig
+    from unmask.config.sampler import SamplerConfig
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from unmask import rng
-from unmask.errors import ModelError
+from unmask.errors import ModelError, choice_problem
 from unmask.models.adapter import load_adapter
 from unmask.models.family import Family
 from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_folder, resolve
 from unmask.models.weights import load_weights
-from unmask.sections import choice_problem
 
 
 def empty_network(family: Family, config: Any) -> nn.Module:

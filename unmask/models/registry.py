@@ -6,12 +6,12 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from unmask.errors import FieldError, ModelError
+from unmask.config.model import ModelConfig
+from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
 from unmask.models.folders import find_folder, is_plain, read_json, weight_files
-from unmask.sections import choice_problem
 
 # model_type of a config.json → the module whose FAMILY describes it. A new family is a folder and a line here. Where
 # two families share a model_type, the one that came later stands under the name of its architecture.
@@ -19,28 +19,6 @@ FAMILIES: dict[str, str] = {
     "llada": "unmask.models.llada.family",
     "diffusion_gemma": "unmask.models.diffusion_gemma.family",
 }
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Section `model`: which network to train.
-
-    Attributes:
-        pretrained_model_name_or_path: a local folder, a run directory or a hub id.
-        config: instead of the above, a fresh network: the fields of a config.json inline, or the path of one.
-        torch_dtype: dtype of the trained (master) weights.
-    """
-
-    pretrained_model_name_or_path: str | None = None
-    config: dict[str, Any] | str | None = None
-    torch_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        if (self.pretrained_model_name_or_path is None) == (self.config is None):
-            raise FieldError(
-                "pretrained_model_name_or_path",
-                "set either this (a folder or hub id) or model.config (a fresh network), and not both",
-            )
 
 
 @dataclass(frozen=True)

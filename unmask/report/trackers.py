@@ -6,30 +6,10 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from unmask.config.results import WandbConfig
 from unmask.errors import MissingDependencyError
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Section `wandb`: where and under which name a run is tracked.
-
-    Attributes:
-        enable: False leaves tracking off.
-        tracker: `wandb`, `tensorboard` (files in the run directory) or `trackio`.
-        project: project name (wandb, trackio).
-        name: run name; None lets the tracker choose.
-        entity: wandb team or user.
-        mode: wandb's own online, offline or disabled.
-    """
-
-    enable: bool = True
-    tracker: Literal["wandb", "tensorboard", "trackio"] = "wandb"
-    project: str = "unmask"
-    name: str | None = None
-    entity: str | None = None
-    mode: Literal["online", "offline", "disabled"] | None = None
 
 
 @dataclass(frozen=True)

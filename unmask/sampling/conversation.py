@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unmask.errors import SamplingError
-from unmask.sampling.settings import CanvasSettings, MaskSettings, SamplerConfig, Settings, resolve
-from unmask.sections import choice_problem
+from unmask.config.sampler import SamplerConfig
+from unmask.errors import SamplingError, choice_problem
+from unmask.sampling.settings import CanvasSettings, MaskSettings, Settings, resolve
 
 # {"role", "content"}, and of an answer that was thought about "reasoning_content", as in training data.
 Turn = dict[str, str]

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from unmask.config.sampler import Cache, Eos, Remasking, Revise, check_rule
 from unmask.errors import SamplingError
 
-Remasking = Literal["low_confidence", "entropy", "margin", "random", "left_to_right"]
-Eos = Literal["allow", "suppress", "defer"]
-Cache = Literal["none", "prefix", "dual", "block"]
-Revise = Literal["none", "remask", "edit", "redraw"]
 Attention = Literal["bidirectional", "block_causal"]
 
 # How a network attends → the caches that this permits. Where every position sees all others, whatever is kept changes
@@ -19,26 +16,6 @@ CACHES: dict[str, tuple[Cache, ...]] = {
     "bidirectional": ("none", "prefix", "dual"),
     "block_causal": ("block", "none"),
 }
-# Scores in [0, 1], which a threshold or factor can be compared with.
-PROBABILITIES = ("low_confidence", "margin")
-
-
-def check_rule(
-    remasking: Remasking | None, threshold: float | None, factor: float | None, entropy_bound: float | None
-) -> None:
-    """Refuse two rules at once, and a rule that cannot compare the scores; None as the score fits every rule."""
-    rules = {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
-    given = {name: value for name, value in rules.items() if value is not None}
-    if len(given) > 1:
-        one, other = list(given)[:2]
-        raise SamplingError(f"{one}: cannot be set together with {other}, since each is a rule; leave one out")
-    for name, value in given.items():
-        fitting = ("entropy",) if name == "entropy_bound" else PROBABILITIES
-        if remasking is not None and remasking not in fitting:
-            raise SamplingError(
-                f"remasking: {remasking} scores cannot be compared with {name} {value}; use {' or '.join(fitting)}, or "
-                f"leave {name} out"
-            )
 
 
 @dataclass(frozen=True)

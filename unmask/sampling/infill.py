@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.sampling.blanks import Blank
 from unmask.sampling.engine.draws import repeats, row_key
@@ -17,7 +18,7 @@ from unmask.sampling.engine.request import Request
 from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating
 from unmask.sampling.jobs import as_loaded
 from unmask.sampling.prompts import GivenText, as_list, encode_given, labels_of
-from unmask.sampling.settings import MaskSettings, SamplerConfig
+from unmask.sampling.settings import MaskSettings
 from unmask.sampling.trials import Filled, Trial, check_revise, title, trials_of, whole_text
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from unmask.config.sampler import SamplerConfig
 from unmask.distributed.answering import load_shared
 from unmask.distributed.joint_calls import JointCalls
 from unmask.distributed.ranks import ALONE, Ranks
@@ -23,7 +24,7 @@ from unmask.models.adapter import load_adapter
 from unmask.models.loading import build_model
 from unmask.sampling.backends.backend import Backend, backend_for, settings_for
 from unmask.sampling.plan import JobPlan
-from unmask.sampling.settings import SamplerConfig, Settings
+from unmask.sampling.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

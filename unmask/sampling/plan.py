@@ -9,12 +9,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unmask.config.sampler import SamplerConfig
 from unmask.models import adapter_folder
 from unmask.models.adapter_base import base_note
 from unmask.models.folders import read_generation, weights_fingerprint
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
-from unmask.sampling.settings import SamplerConfig, Settings, default_settings, resolve
+from unmask.sampling.settings import Settings, default_settings, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

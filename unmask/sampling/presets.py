@@ -7,11 +7,9 @@ they cost and save is in docs/sampling.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from unmask.sampling.family_settings import PROBABILITIES
-
-Preset = Literal["reference", "balanced", "fast"]
+from unmask.config.sampler import PROBABILITIES
 
 # Family → preset → settings over the family's own.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -7,110 +7,15 @@ defaults, and `resolve` joins the two. No torch here, so a bad setting is refuse
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
+from unmask.config.sampler import SamplerConfig
 from unmask.errors import ModelError, SamplingError
 from unmask.sampling.engine.schedule import planned_calls
-from unmask.sampling.family_settings import (
-    Cache,
-    CanvasSettings,
-    Eos,
-    MaskSettings,
-    Remasking,
-    Revise,
-    Settings,
-    check_rule,
-)
-from unmask.sampling.presets import Preset, preset_settings
-from unmask.sections import choice_problem
-
-# name → least value
-_COUNTS = {"steps": 1, "max_new_tokens": 1, "block_size": 1, "stability_threshold": 0, "refresh_interval": 1}
-_NUMBERS = (
-    "temperature", "cfg_scale", "threshold", "factor", "entropy_bound", "t_min", "t_max", "confidence_threshold",
-    "revise_threshold",
-)  # fmt: skip
-_ABOVE_ZERO = ("t_max",)
-_CHOICES = {"remasking": Remasking, "eos": Eos, "cache": Cache, "revise": Revise, "preset": Preset}
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """What a caller wants of the sampler. None leaves a setting to the model's family and its generation_config.json.
-
-    Attributes:
-        steps: network calls, at least 1: LLaDA's for the whole answer, DiffusionGemma's for a canvas at the most.
-        max_new_tokens: length of the answer, at least 1. None: the checkpoint's, otherwise the family's, then at most
-            half of the model's max_sequence_length.
-        block_size: LLaDA's blocks; DiffusionGemma's is the model's canvas, and no other value is taken.
-        temperature: LLaDA's; 0 takes the most likely token.
-        remasking, threshold, factor, cfg_scale, refresh_interval, revise_threshold: LLaDA's, see `MaskSettings`.
-        eos: `allow`, `suppress` or (LLaDA) `defer`.
-        entropy_bound: a rule of LLaDA's, and DiffusionGemma's own.
-        t_min, t_max, stability_threshold, confidence_threshold: DiffusionGemma's, see `CanvasSettings`.
-        cache: what is kept between calls: `none`, `prefix` or `dual` (LLaDA, approximate), `block` (DiffusionGemma,
-            exact).
-        revise: what becomes of settled tokens: LLaDA's `none`, `remask` or `edit`; DiffusionGemma's is `redraw`.
-        preset: `reference`, `balanced` or `fast`, see `presets.PRESETS`; other settings given here win over it.
-
-    Raises:
-        SamplingError: a value outside its range, or two that exclude each other; the message names it.
-
-    Example:
-        >>> from unmask import SamplerConfig
-        >>> SamplerConfig(max_new_tokens=64, threshold=0.9).given
-        {'max_new_tokens': 64, 'threshold': 0.9}
-        >>> SamplerConfig(remasking="random", threshold=0.9)
-        Traceback (most recent call last):
-        unmask.errors.SamplingError: remasking: random scores cannot be compared with threshold 0.9; use \
-low_confidence or margin, or leave threshold out
-    """
-
-    steps: int | None = None
-    max_new_tokens: int | None = None
-    block_size: int | None = None
-    temperature: float | None = None
-    remasking: Remasking | None = None
-    threshold: float | None = None
-    cfg_scale: float | None = None
-    eos: Eos | None = None
-    entropy_bound: float | None = None
-    t_min: float | None = None
-    t_max: float | None = None
-    stability_threshold: int | None = None
-    confidence_threshold: float | None = None
-    factor: float | None = None
-    cache: Cache | None = None
-    refresh_interval: int | None = None
-    revise: Revise | None = None
-    revise_threshold: float | None = None
-    preset: Preset | None = None
-
-    def __post_init__(self) -> None:
-        given = self.given
-        for name in given.keys() & _COUNTS:
-            value, least = given[name], _COUNTS[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SamplingError(f"{name}: must be an integer of at least {least}, got {value!r}")
-        for name in given.keys() & set(_NUMBERS):
-            value, bound = given[name], "above 0" if name in _ABOVE_ZERO else "of at least 0"
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise SamplingError(f"{name}: must be a number {bound}, got {value!r}")
-            if not math.isfinite(value) or value < 0 or (value == 0 and name in _ABOVE_ZERO):
-                raise SamplingError(f"{name}: must be a finite number {bound}, got {value!r}")
-        for name, choices in _CHOICES.items():
-            if name in given and given[name] not in get_args(choices):
-                raise SamplingError(f"{name}: {choice_problem(given[name], get_args(choices))}")
-        check_rule(self.remasking, self.threshold, self.factor, self.entropy_bound)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The settings that are set, by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-
+from unmask.sampling.family_settings import CanvasSettings, MaskSettings, Settings
+from unmask.sampling.presets import preset_settings
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
 

@@ -21,12 +21,12 @@ from rich.live import Live
 from rich.text import Text
 from torch import nn
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, generate
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_list, title_of
 from unmask.sampling.reasoning import in_reasoning, reasoning_tags
-from unmask.sampling.settings import SamplerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

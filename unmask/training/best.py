@@ -22,19 +22,17 @@ class Metric:
         event: the kind of event that reports it in metrics.jsonl.
         field: its name there.
         larger: larger is better.
-        needs: section of the configuration without which nothing reports it.
     """
 
     event: str
     field: str
     larger: bool
-    needs: str
 
 
-# checkpoint.best_metric → what it means.
+# checkpoint.best_metric → where it is reported; its keys are those of `unmask.config.results.METRICS`.
 METRICS: dict[str, Metric] = {
-    "validation_loss": Metric("validation", "loss", larger=False, needs="validation_dataset"),
-    "exact_match": Metric("exact_match", "exact_match", larger=True, needs="validation"),
+    "validation_loss": Metric("validation", "loss", larger=False),
+    "exact_match": Metric("exact_match", "exact_match", larger=True),
 }
 
 

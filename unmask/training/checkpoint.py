@@ -14,10 +14,9 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from unmask.errors import CheckpointError, FieldError
-from unmask.sections import choice_problem
+from unmask.errors import CheckpointError
 from unmask.training import best
 
 LATEST = "latest"
@@ -25,37 +24,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP = re.compile(r"step_(\d+)")
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Section `checkpoint`: the run directory and what is kept in it.
-
-    Attributes:
-        enabled: False writes logs only and cannot resume.
-        checkpoint_dir: the run directory; a run that finds checkpoints there goes on from the newest whole one.
-        max_recent_checkpoints: older ones are removed after each save, the best one aside; null keeps all.
-        best_metric: `validation_loss` or `exact_match`: the checkpoint of the best evaluation by it is saved, kept, and
-            linked as `best`; null compares nothing.
-        save_consolidated: with several processes, which checkpoints are plain Hugging Face folders too: none (false),
-            the one at the run's end (`final`) or all (`every`, true). One process writes nothing else.
-    """
-
-    enabled: bool = True
-    checkpoint_dir: str = "checkpoints"
-    max_recent_checkpoints: int | None = 3
-    save_consolidated: bool | Literal["final", "every"] = "final"
-    best_metric: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.best_metric is not None and self.best_metric not in best.METRICS:
-            raise FieldError("best_metric", choice_problem(self.best_metric, best.METRICS))
-        if self.best_metric is not None and not self.enabled:
-            raise FieldError("best_metric", "keeps a checkpoint, and enabled is false; set it to null")
-        if self.save_consolidated is True:
-            object.__setattr__(self, "save_consolidated", "every")
-        if self.max_recent_checkpoints is not None and self.max_recent_checkpoints < 1:
-            raise FieldError("max_recent_checkpoints", f"must be at least 1 or null, got {self.max_recent_checkpoints}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unmask.batch import Batch
+from unmask.config.results import CheckpointConfig
+from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
 from unmask.distributed.runtime import Runtime
 from unmask.errors import DataError, TrainingError
 from unmask.objectives.registry import Objective
@@ -27,12 +29,11 @@ from unmask.report.metrics import MetricsLog, SilentLog
 from unmask.report.progress import TrainingProgress
 from unmask.rng import NoiseStream, key
 from unmask.training.best import Best
-from unmask.training.checkpoint import CheckpointConfig
 from unmask.training.evaluate import Validator, due_after, evaluate
 from unmask.training.optim import set_learning_rate
 from unmask.training.resume import ResumePoint
 from unmask.training.saver import Saver
-from unmask.training.schedule import LRSchedulerConfig, StepSchedulerConfig, due, learning_rate
+from unmask.training.schedule import due, learning_rate
 from unmask.training.signals import StopRequest
 from unmask.training.step import StepResult, train_step
 

@@ -7,59 +7,14 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
-from unmask.errors import ConfigError, FieldError
+from unmask.config.model import PeftConfig
+from unmask.errors import ConfigError
 from unmask.models.registry import family_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from unmask.models.family import LoraTargets
-
-
-@dataclass(frozen=True)
-class PeftConfig:
-    """Section `peft`: train an adapter instead of the model. Names are those of PEFT's LoraConfig.
-
-    Patterns are globs over full names (`*` matches anything); a name's last parts alone are enough, as in PEFT.
-
-    Attributes:
-        r: rank.
-        lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: dropout on the adapter's input, in [0, 1).
-        target_modules: patterns of linear layers, for example `*.q_proj`; None takes attention and dense MLP of every
-            layer. Head, embedding and router are never adapted. [] takes none (for experts alone).
-        exclude_modules: patterns of linear layers that are left out again.
-        target_parameters: patterns of stacked expert matrices, for example `*.experts.down_proj`.
-        modules_to_save: patterns of modules that are trained whole beside the adapter, for example `*norm`.
-        use_rslora: scale by lora_alpha / √r (Kalajdzievski 2023, arXiv 2312.03732).
-        use_dora: learn the magnitude of each output apart from its direction (Liu et al. 2024, arXiv 2402.09353).
-        load_in_4bit: keep frozen linear layers and experts in 4-bit NF4 (QLoRA, arXiv 2305.14314).
-    """
-
-    r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: list[str] | None = None
-    exclude_modules: list[str] | None = None
-    target_parameters: list[str] | None = None
-    modules_to_save: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    load_in_4bit: bool = False
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise FieldError("r", f"must be at least 1, got {self.r}")
-        if self.lora_alpha <= 0:
-            raise FieldError("lora_alpha", f"must be positive, got {self.lora_alpha}")
-        if not 0 <= self.lora_dropout < 1:
-            raise FieldError("lora_dropout", f"must lie in [0, 1), got {self.lora_dropout}")
-        if self.target_parameters and self.use_dora:
-            raise FieldError("use_dora", "experts take plain or rank-stabilised LoRA; remove it or target_parameters")
-        if self.target_parameters and self.lora_dropout:
-            raise FieldError("lora_dropout", "experts take no dropout; set it to 0 or remove target_parameters")
-        if self.target_modules == [] and not self.target_parameters:
-            raise FieldError("target_modules", "[] adapts nothing; name layers, or experts in target_parameters")
 
 
 def check_quantization(section: PeftConfig | None, processes: int) -> None:

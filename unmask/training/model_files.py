@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from unmask.config.model import PeftConfig
 from unmask.models.registry import ModelPlan
 from unmask.models.weights import carried_tensors, copy_weights, save_weights
-from unmask.training.lora import PeftConfig
 
 # Files that go with every copy of a model: generation defaults, and how images are prepared for its vision part.
 BESIDE = ("generation_config.json", "processor_config.json", "preprocessor_config.json")

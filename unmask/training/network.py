@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.distributed.runtime import DistributedConfig, Runtime, prepare_model
+from unmask.config.distributed import DistributedConfig
+from unmask.config.model import PeftConfig
+from unmask.config.results import CheckpointConfig
+from unmask.config.training import OptimizerConfig
+from unmask.distributed.runtime import Runtime, prepare_model
 from unmask.models.adapter_files import is_trained
 from unmask.models.folders import SHARDED
 from unmask.models.loading import build_model, empty_network
 from unmask.models.moe import freeze_routers
 from unmask.models.registry import ModelPlan
 from unmask.training.adapter_draw import draw_adapter
-from unmask.training.checkpoint import CheckpointConfig
-from unmask.training.lora import PeftConfig, resolve_targets
+from unmask.training.lora import resolve_targets
 from unmask.training.model_files import model_files, write_config, write_tokenizer
-from unmask.training.optim import OptimizerConfig, build_optimizer
+from unmask.training.optim import build_optimizer
 from unmask.training.optimizer_state import load_optimizer
 from unmask.training.saver import LocalSaver, Saver
 

@@ -2,55 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from unmask.errors import FieldError
+from unmask.config.training import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Section `optimizer`: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
-
-    Attributes:
-        name: `adamw`.
-        lr: peak learning rate.
-        betas: decay of the two moments, each in [0, 1).
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay of matrices; norms and biases are never decayed.
-    """
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise FieldError(name, f"must not be negative, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise FieldError("betas", f"must lie in [0, 1), got {list(self.betas)}")
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Section `clip_grad_norm`.
-
-    Attributes:
-        max_norm: gradients are scaled down to this global 2-norm; None = never.
-    """
-
-    max_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_norm is not None and self.max_norm <= 0:
-            raise FieldError("max_norm", f"must be positive or null, got {self.max_norm}")
 
 
 def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:

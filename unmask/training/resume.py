@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from unmask.config.results import CheckpointConfig
 from unmask.distributed.ranks import ALONE, Ranks, from_first
 from unmask.report.metrics import cut_after
 from unmask.training.best import LINK, Best, from_state
-from unmask.training.checkpoint import CheckpointConfig, find_checkpoint, point
+from unmask.training.checkpoint import find_checkpoint, point
 
 
 class Positioned(Protocol):

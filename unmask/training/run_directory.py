@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from unmask.config.results import CheckpointConfig
 from unmask.errors import CheckpointError
 from unmask.report.metrics import FILE
-from unmask.training.checkpoint import CheckpointConfig, checkpoints, prepare_run_dir
+from unmask.training.checkpoint import checkpoints, prepare_run_dir
 
 LOCK = ".lock"
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from unmask.training.checkpoint import CheckpointConfig, prune, save_checkpoint
+from unmask.config.results import CheckpointConfig
+from unmask.training.checkpoint import prune, save_checkpoint
 from unmask.training.optimizer_state import save_optimizer
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask.config.distributed import DistributedConfig
+from unmask.config.model import PeftConfig
 from unmask.distributed.load import adapter_tensors, allocate, load_folder, load_tensors, whole_adapter
 from unmask.distributed.mesh import Meshes
-from unmask.distributed.runtime import DistributedConfig, Runtime, set_switches
+from unmask.distributed.runtime import Runtime, set_switches
 from unmask.distributed.shard import shard_model, whole_view
 from unmask.errors import ConfigError
 from unmask.models.adapter_files import is_trained, read_adapter, write_adapter
@@ -24,7 +26,6 @@ from unmask.models.family import FileLayout
 from unmask.models.loading import draw_weights, empty_network
 from unmask.models.registry import ModelPlan
 from unmask.training.adapter_draw import draw_adapter
-from unmask.training.lora import PeftConfig
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from unmask.config.results import CheckpointConfig
 from unmask.distributed.ranks import Ranks, from_first
 from unmask.errors import CheckpointError
 from unmask.models.folders import SHARDED
 from unmask.training.checkpoint import (
-    CheckpointConfig,
     begin_checkpoint,
     cannot_save,
     commit_checkpoint,

@@ -16,8 +16,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from unmask.config.sampler import SamplerConfig
 from unmask.sampling.family_settings import Attention
-from unmask.sampling.settings import SamplerConfig, Settings, default_settings, family_sampler, resolve
+from unmask.sampling.settings import Settings, default_settings, family_sampler, resolve
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """Typed configuration sections: mappings in, frozen dataclasses out, every mistake named with its dotted path.
 
-A section is a frozen dataclass declared right above the code that it configures, in a module that does not import
-torch at the top, so that a bad value is refused before anything heavy loads. A section may check itself in
-`__post_init__` by raising `FieldError`; `read_section` turns that into a `ConfigError` with the full path.
+A section is a frozen dataclass of this folder whose docstring describes its fields, for the code, `--help` and the
+documents alike. It may check itself in `__post_init__` by raising `FieldError`; `read_section` turns that into a
+`ConfigError` with the full path.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
 import json
 import math
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -54,6 +58,14 @@ def read_section(section: type[T], values: object, where: str) -> T:
         return section(**arguments)
     except FieldError as error:
         raise ConfigError(f"{_path(where, error.field)}: {error.problem}") from None
+
+
+def described(section: type) -> dict[str, str]:
+    """Return field → what it means, each in one line, as the docstring's Attributes say; empty under `python -OO`."""
+    _, _, attributes = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
+    lines = itertools.takewhile(lambda line: not line or line.startswith(" "), attributes.splitlines())
+    entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent("\n".join(lines)), re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def to_mapping(section: Any) -> dict[str, Any]:

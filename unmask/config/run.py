@@ -10,25 +10,19 @@ from typing import Any
 import yaml
 
 from unmask.automodel import translate
-from unmask.data.loader import DataloaderConfig
-from unmask.data.sources import DatasetConfig
-from unmask.distributed.runtime import DistributedConfig
+from unmask.config.data import DataloaderConfig, DatasetConfig
+from unmask.config.distributed import DistributedConfig
+from unmask.config.model import ModelConfig, PeftConfig
+from unmask.config.objective import DllmConfig
+from unmask.config.reader import read_section, to_mapping
+from unmask.config.results import METRICS, CheckpointConfig, ValidationConfig, WandbConfig
+from unmask.config.training import ClipConfig, LRSchedulerConfig, OptimizerConfig, StepSchedulerConfig
 from unmask.errors import ConfigError
-from unmask.evaluation.answering import ValidationConfig
-from unmask.models.registry import ModelConfig
-from unmask.objectives.registry import DllmConfig
-from unmask.report.trackers import WandbConfig
-from unmask.sections import read_section, to_mapping
-from unmask.training.best import METRICS
-from unmask.training.checkpoint import CheckpointConfig
-from unmask.training.lora import PeftConfig
-from unmask.training.optim import ClipConfig, OptimizerConfig
-from unmask.training.schedule import LRSchedulerConfig, StepSchedulerConfig
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a training run; each section is declared beside the code that it configures."""
+    """Everything that defines a training run."""
 
     model: ModelConfig
     dataset: DatasetConfig
@@ -127,9 +121,9 @@ def _check_validation(config: RunConfig) -> None:
 def _check_best(config: RunConfig) -> None:
     """Refuse a metric that nothing in the run measures."""
     metric = config.checkpoint.best_metric
-    if metric is not None and getattr(config, METRICS[metric].needs) is None:
+    if metric is not None and getattr(config, METRICS[metric]) is None:
         raise ConfigError(
-            f"checkpoint.best_metric: nothing in this run measures {metric}; add a {METRICS[metric].needs} section, or "
+            f"checkpoint.best_metric: nothing in this run measures {metric}; add a {METRICS[metric]} section, or "
             "set best_metric: null"
         )
 

@@ -1,0 +1,111 @@
+"""Where training rows come from, how they become tokens (`dataset`), and how they are batched (`dataloader`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from unmask.errors import FieldError, choice_problem
+
+OnMalformed = Literal["error", "skip"]
+
+# Variables that rendering a conversation sets itself.
+_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Sections `dataset` and `validation_dataset`: rows and how they become tokens.
+
+    A path, or a name in a folder that exists here, is never sent to the hub.
+
+    Attributes:
+        path_or_dataset_id: a .jsonl, .json, .parquet or .arrow file, a folder of them, a folder that `datasets` saved,
+            or a hub id `owner/name`
+        name: the hub dataset's configuration
+        split: which split of a hub dataset, a saved folder, or a folder of files named after their splits
+        shuffle_seed: seed of the row order; null takes the run's `seed`
+        seq_length: longest row, in tokens; at least 2 and at most the model's `max_sequence_length`
+        truncation: cut rows that are longer; false drops and counts them
+        unshifted: must be true: a diffusion model predicts the token at its own position
+        mask_history: supervise the last assistant turn only
+        tokenizer: folder or hub id of the tokenizer; null takes the model's; a fresh network needs one
+        chat_template: name of one that comes with the package (`llada`, `diffusion_gemma`) or path of a .jinja file;
+            null takes the tokenizer's
+        chat_template_kwargs: values of the template's own variables, such as `enable_thinking: true`; true or false,
+            numbers, text or null
+        supervise_reasoning: supervise the assistant's reasoning where the template renders it, as part of the answer
+        prompt_column: with `completion_column`, the columns of one-turn rows; null for chat rows
+        completion_column: see `prompt_column`
+        max_samples: use the first rows only; null for all
+        on_malformed: `error` stops at a malformed row, `skip` leaves it out and counts it
+    """
+
+    path_or_dataset_id: str
+    name: str | None = None
+    split: str | None = None
+    shuffle_seed: int | None = None
+    seq_length: int = 1024
+    truncation: bool = True
+    unshifted: bool = True
+    mask_history: bool = False
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    supervise_reasoning: bool = False
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    max_samples: int | None = None
+    on_malformed: OnMalformed = "error"
+
+    def __post_init__(self) -> None:
+        for field in ("path_or_dataset_id", "name", "split", "tokenizer", "chat_template"):
+            if getattr(self, field) is not None and not getattr(self, field).strip():
+                raise FieldError(field, "is empty")
+        for name, value in (self.chat_template_kwargs or {}).items():
+            _check_variable(name, value)
+        if not self.unshifted:
+            raise FieldError("unshifted", "a diffusion model predicts the token at its own position; set it to true")
+        if self.seq_length < 2:
+            raise FieldError("seq_length", f"must be at least 2 tokens, got {self.seq_length}")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise FieldError("max_samples", f"must be at least 1, or null for all rows, got {self.max_samples}")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            given, other = ("prompt_column", "completion_column")[:: 1 if self.prompt_column is not None else -1]
+            raise FieldError(other, f"must be set too, since {given} is; or delete both")
+        if self.prompt_column is not None and self.prompt_column == self.completion_column:
+            raise FieldError("completion_column", f"is the prompt column, {self.prompt_column!r}, too")
+        if self.on_malformed not in get_args(OnMalformed):
+            raise FieldError("on_malformed", choice_problem(self.on_malformed, get_args(OnMalformed)))
+
+
+def _check_variable(name: object, value: object) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise FieldError("chat_template_kwargs", f"{name!r} is no name of a template's variable")
+    field = f"chat_template_kwargs.{name}"
+    if name == "supervise_reasoning":
+        raise FieldError(field, "has a field of its own; set dataset.supervise_reasoning")
+    if name in _RENDERING or name.endswith("_token"):
+        raise FieldError(field, "is set by what renders a conversation; remove it")
+    if not (value is None or isinstance(value, (bool, int, float, str))):
+        raise FieldError(field, f"must be true or false, a number, text or null, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DataloaderConfig:
+    """Section `dataloader`: the order of rows, and encoding ahead.
+
+    Attributes:
+        shuffle: visit the rows in a new random order each epoch; false takes them as they lie in the source
+        group_by_length: batch rows of like length, for less padding; the batches still come in random order
+        num_workers: processes that encode rows ahead, on each rank; 0 encodes in the training process, which remembers
+            up to 64 MiB of rows for later epochs; the result is the same
+    """
+
+    shuffle: bool = True
+    group_by_length: bool = False
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise FieldError("num_workers", f"must be 0 or more, got {self.num_workers}")

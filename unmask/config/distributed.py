@@ -1,0 +1,86 @@
+"""How the network runs on its device, and how several processes share it (`distributed`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unmask.errors import FieldError
+
+
+@dataclass(frozen=True)
+class MixedPrecisionConfig:
+    """`distributed.mp_policy`: in which dtypes weights and gradients travel between ranks (FSDP2's policy).
+
+    Attributes:
+        param_dtype: in which a rank gathers the others' shards and multiplies them; null = that of the master weights;
+            bfloat16 implies `autocast_dtype: bfloat16`, and means no more on one process, which gathers nothing
+        reduce_dtype: in which gradients are summed over ranks
+        output_dtype: of the network's final hidden states; null = as computed
+    """
+
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    output_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Section `distributed`: how the network runs on its device, and how several processes share it.
+
+    Attributes:
+        strategy: several processes share weights, gradients and optimizer state (torch's `fully_shard`); one holds
+            everything and wraps nothing
+        dp_size: number of processes, checked against how many were started; null = that many
+        dp_replicate_size: copies of the model, each sharded over the other processes (HSDP); divides the number of
+            processes
+        ep_size: processes that share out the experts of a mixture and exchange tokens; divides the experts and the
+            processes of one copy; 1 gathers experts like everything else
+        tp_size: there is no tensor parallelism: 1
+        cp_size: there is no context parallelism: 1
+        pp_size: there is no pipeline parallelism: 1
+        mp_policy: dtypes in which weights and gradients travel, see below
+        offload_policy: `cpu` keeps shards, gradients and optimizer state in host memory; several processes on CUDA
+            devices only
+        defer_grad_sync: sum gradients over processes once a step, with a whole gradient on each meanwhile; false sums
+            at every micro-batch and holds a shard only
+        autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
+            on GPUs and on CPUs that multiply it in hardware (AMX, AVX512_BF16)
+        activation_checkpointing: keep only each block's input for backward and recompute the rest
+        attention: PyTorch's scaled_dot_product_attention with its flash kernels, or FlexAttention, compiled, for padded
+            and packed batches; `flex` needs a CUDA device of compute capability 8.0 or later
+        compile: compile each block with torch.compile: faster after a start of a minute or more (see
+            [performance.md](performance.md)); needs a CUDA device with Triton and a network without experts
+        device: `auto` takes a CUDA device when there is one
+        timeout_minutes: how long a process waits for the others before it gives up
+    """
+
+    strategy: Literal["fsdp2"] = "fsdp2"
+    dp_size: int | None = None
+    dp_replicate_size: int = 1
+    ep_size: int = 1
+    tp_size: int = 1
+    cp_size: int = 1
+    pp_size: int = 1
+    mp_policy: MixedPrecisionConfig | None = None
+    offload_policy: Literal["cpu"] | None = None
+    defer_grad_sync: bool = True
+    autocast_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("tp_size", "tensor"), ("cp_size", "context"), ("pp_size", "pipeline")):
+            if getattr(self, name) != 1:
+                raise FieldError(
+                    name, f"{getattr(self, name)} is not available: there is no {kind} parallelism here; set it to 1"
+                )
+        for name in ("dp_size", "dp_replicate_size", "ep_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FieldError(name, f"must be at least 1, got {value}")
+        if self.timeout_minutes <= 0:
+            raise FieldError("timeout_minutes", f"must be positive, got {self.timeout_minutes}")

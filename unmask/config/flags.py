@@ -1,0 +1,68 @@
+"""How every command declares itself and its options; the sampler's flags are the fields of `SamplerConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from unmask.config.reader import described
+from unmask.config.sampler import SamplerConfig
+
+# Settings that one kind of network alone has, under a heading of their own in `--help`.
+_GROUPS = {
+    "LLaDA": (
+        "block_size", "temperature", "remasking", "threshold", "factor", "cfg_scale", "refresh_interval",
+        "revise_threshold",
+    ),
+    "DiffusionGemma (in brackets: where generation_config.json has nothing)": (
+        "t_min", "t_max", "stability_threshold", "confidence_threshold",
+    ),
+}  # fmt: skip
+
+
+def command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str, more: str = ""
+) -> Any:
+    """Add a command; return its parser. `run` takes the parsed arguments and returns an exit status, None for 0."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def spellings(parser: argparse.ArgumentParser) -> list[str]:
+    """Return all options of a command as they may be written."""
+    return [spelling for action in parser._actions for spelling in action.option_strings]
+
+
+def flag(parser: Any, name: str, **options: Any) -> None:
+    """Add an option under both spellings, --two_words and --two-words."""
+    names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    parser.add_argument(*names, dest=name, **options)
+
+
+def add_sampling_flags(parser: Any) -> None:
+    """Declare a flag for each setting of the sampler; none has a default, so that what is not given is the model's."""
+    hints = typing.get_type_hints(SamplerConfig)
+    groups = {name: parser.add_argument_group(title) for title, names in _GROUPS.items() for name in names}
+    for name, text in described(SamplerConfig).items():
+        numbers = [option for option in typing.get_args(hints[name]) if option in (int, float)]
+        flag(groups.get(name, parser), name, type=numbers[0] if numbers else str, help=text)
+
+
+def sampler_from(arguments: argparse.Namespace) -> SamplerConfig:
+    """Return the settings that were given.
+
+    Raises:
+        SamplingError: a value outside its range, or two that exclude each other.
+    """
+    return SamplerConfig(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)})

@@ -1,0 +1,129 @@
+"""What a caller may ask of the sampler. `unmask.sampling.settings` fills in what the model's family and files say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from unmask.errors import SamplingError, choice_problem
+
+Remasking = Literal["low_confidence", "entropy", "margin", "random", "left_to_right"]
+Eos = Literal["allow", "suppress", "defer"]
+Cache = Literal["none", "prefix", "dual", "block"]
+Revise = Literal["none", "remask", "edit", "redraw"]
+Preset = Literal["reference", "balanced", "fast"]
+
+# Scores in [0, 1], which a threshold or factor can be compared with.
+PROBABILITIES = ("low_confidence", "margin")
+
+# name → least value
+_COUNTS = {"steps": 1, "max_new_tokens": 1, "block_size": 1, "stability_threshold": 0, "refresh_interval": 1}
+_NUMBERS = (
+    "temperature", "cfg_scale", "threshold", "factor", "entropy_bound", "t_min", "t_max", "confidence_threshold",
+    "revise_threshold",
+)  # fmt: skip
+_ABOVE_ZERO = ("t_max",)
+_CHOICES = {"remasking": Remasking, "eos": Eos, "cache": Cache, "revise": Revise, "preset": Preset}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """What a caller wants of the sampler. None leaves a setting to the model's family and its generation_config.json.
+
+    Attributes:
+        preset: reference (the published sampler), balanced or fast (fewer calls; LLaDA's with an approximate cache);
+            other settings win over it
+        steps: denoising steps (LLaDA 128 an answer, DiffusionGemma 48 a canvas at the most)
+        max_new_tokens: longest answer (LLaDA 128, DiffusionGemma 256; at most half the context)
+        eos: end-of-text token: allow (default), suppress or (LLaDA) defer
+        entropy_bound: commit tokens by rising entropy while those before have at most this much, in nats
+            (DiffusionGemma 0.1)
+        cache: none (LLaDA), prefix or dual (LLaDA, approximate), block (DiffusionGemma, exact)
+        revise: none (default), remask or edit (LLaDA); redraw (DiffusionGemma)
+        block_size: tokens of a denoising block (32)
+        temperature: Gumbel noise; 0 is greedy (0)
+        remasking: low_confidence (default), entropy, margin, random or left_to_right
+        threshold: commit all tokens with at least this confidence; steps is then unused
+        factor: commit r tokens while the r-th has at least 1 - factor/(r + 1)
+        cfg_scale: classifier-free guidance (0, off)
+        refresh_interval: calls after which a cache is computed anew (at block starts only)
+        revise_threshold: probability that revising goes by (0.9)
+        t_min: temperature towards a canvas's last step (0.4)
+        t_max: temperature of a canvas's first step (0.8)
+        stability_threshold: steps without change before a canvas may stop early (1)
+        confidence_threshold: mean entropy below which it then stops, in nats (0.005)
+
+    Raises:
+        SamplingError: a value outside its range, or two that exclude each other; the message names it.
+
+    Example:
+        >>> from unmask import SamplerConfig
+        >>> SamplerConfig(max_new_tokens=64, threshold=0.9).given
+        {'max_new_tokens': 64, 'threshold': 0.9}
+        >>> SamplerConfig(remasking="random", threshold=0.9)
+        Traceback (most recent call last):
+        unmask.errors.SamplingError: remasking: random scores cannot be compared with threshold 0.9; use \
+low_confidence or margin, or leave threshold out
+    """
+
+    steps: int | None = None
+    max_new_tokens: int | None = None
+    block_size: int | None = None
+    temperature: float | None = None
+    remasking: Remasking | None = None
+    threshold: float | None = None
+    cfg_scale: float | None = None
+    eos: Eos | None = None
+    entropy_bound: float | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
+    factor: float | None = None
+    cache: Cache | None = None
+    refresh_interval: int | None = None
+    revise: Revise | None = None
+    revise_threshold: float | None = None
+    preset: Preset | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given
+        for name in given.keys() & _COUNTS:
+            value, least = given[name], _COUNTS[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SamplingError(f"{name}: must be an integer of at least {least}, got {value!r}")
+        for name in given.keys() & set(_NUMBERS):
+            value, bound = given[name], "above 0" if name in _ABOVE_ZERO else "of at least 0"
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise SamplingError(f"{name}: must be a number {bound}, got {value!r}")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in _ABOVE_ZERO):
+                raise SamplingError(f"{name}: must be a finite number {bound}, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if name in given and given[name] not in get_args(choices):
+                raise SamplingError(f"{name}: {choice_problem(given[name], get_args(choices))}")
+        check_rule(self.remasking, self.threshold, self.factor, self.entropy_bound)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are set, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def check_rule(
+    remasking: Remasking | None, threshold: float | None, factor: float | None, entropy_bound: float | None
+) -> None:
+    """Refuse two rules at once, and a rule that cannot compare the scores; None as the score fits every rule."""
+    rules = {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) > 1:
+        one, other = list(given)[:2]
+        raise SamplingError(f"{one}: cannot be set together with {other}, since each is a rule; leave one out")
+    for name, value in given.items():
+        fitting = ("entropy",) if name == "entropy_bound" else PROBABILITIES
+        if remasking is not None and remasking not in fitting:
+            raise SamplingError(
+                f"remasking: {remasking} scores cannot be compared with {name} {value}; use {' or '.join(fitting)}, or "
+                f"leave {name} out"
+            )
