@@ -216,7 +216,7 @@ def prompt_path() -> list[Measure]:
         calls[frame.f_code.co_name] += 1
         if frame.f_code.co_flags & inspect.CO_OPTIMIZED and not frame.f_code.co_name.startswith("<"):  # no class body
             run.add(place)
-        if frame.f_code.co_name in ("forward", "forward_window") and "/models/" in name:
+        if frame.f_code.co_name == "forward" and "/models/" in name:
             raise Reached
         if any(holds(value) for value in list(frame.f_locals.values())) and (not way or way[-1] != place):
             way.append(place)

@@ -59,7 +59,7 @@ def test_the_attention_kernel_is_set_or_refused(monkeypatch: pytest.MonkeyPatch)
     model, section = nn.Sequential(Layer()), DistributedConfig(attention="flex", device="cpu")
     with pytest.raises(ConfigError, match=r"distributed\.attention: flex needs a CUDA.* on cpu; set attention: sdpa"):
         prepare_model(model, section, build_runtime(section))
-    monkeypatch.setattr("unmask.models.attention.flex_available", lambda device: True)
+    monkeypatch.setattr("unmask.distributed.runtime.flex_available", lambda device: True)
     prepare_model(model, section, build_runtime(section))
     assert model[0].attention_kernel == "flex"
     prepare_model(model, DistributedConfig(device="cpu"), build_runtime(section))

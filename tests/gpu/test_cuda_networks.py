@@ -12,8 +12,8 @@ from torch import Tensor
 
 from unmask.batch import Batch
 from unmask.config.distributed import DistributedConfig
-from unmask.distributed.runtime import Runtime, set_switches
-from unmask.models.attention import attend, flex_available, prepare_mask
+from unmask.distributed.runtime import Runtime, flex_available, set_switches
+from unmask.models.layers import attend, prepare_mask
 from unmask.models.loading import load_model
 from unmask.models.moe import grouped_kernel, grouped_linear
 from unmask.objectives.block_diffusion import BlockDiffusion
@@ -106,7 +106,7 @@ def test_flex_attention_equals_sdpa(cuda, kind, grouped, dtype):
         mask[0, 0, 90:, :90] = False
     found = []
     for kernel in ("flex", "sdpa"):
-        out = attend(*tensors, prepare_mask(mask, kernel, rows, length))
+        out = attend(*tensors, prepare_mask(mask, kernel, rows, length, length))
         found.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
     bound = 2e-3 if dtype == torch.float32 else 2e-2
     for flex, sdpa in zip(*found, strict=True):

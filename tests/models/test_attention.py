@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from unmask.models import attention
-from unmask.models.attention import attend, flex_available, prepare_mask
+from unmask.distributed.runtime import flex_available
+from unmask.models import layers
+from unmask.models.layers import attend, prepare_mask
 
 ROWS, LENGTH = 3, 150  # more than one block of 128, and not a whole number of them
 
@@ -32,7 +33,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return flex_attention(*tensors, **options)  # pyright: ignore[reportReturnType]
 
-    monkeypatch.setattr(attention, "compiled_flex", lambda: eager)
+    monkeypatch.setattr(layers, "compiled_flex", lambda: eager)
     return calls
 
 
@@ -43,7 +44,7 @@ def test_flex_is_sdpa_with_the_same_mask(make, groups: int, uncompiled: list[int
     generator = torch.Generator().manual_seed(7)
     q, k, v = (torch.randn(ROWS, heads, LENGTH, 16, generator=generator) for heads in (4, groups, groups))
     mask = make()
-    prepared = prepare_mask(mask, "flex", ROWS, LENGTH)
+    prepared = prepare_mask(mask, "flex", ROWS, LENGTH, LENGTH)
     assert isinstance(prepared, BlockMask)
     torch.testing.assert_close(attend(q, k, v, prepared), attend(q, k, v, mask))
     assert len(uncompiled) == 1
@@ -70,10 +71,10 @@ def test_a_network_prepares_its_mask_once(network, monkeypatch: pytest.MonkeyPat
 
 def test_other_masks_and_the_cpu_stay_with_sdpa() -> None:
     assert not flex_available(torch.device("cpu"))
-    assert prepare_mask(None, "flex", ROWS, LENGTH) is None
+    assert prepare_mask(None, "flex", ROWS, LENGTH, LENGTH) is None
     mask, per_head = packing(), packing().expand(-1, 4, -1, -1)
-    assert prepare_mask(mask, "sdpa", ROWS, LENGTH) is mask
-    assert prepare_mask(per_head, "flex", ROWS, LENGTH) is per_head
+    assert prepare_mask(mask, "sdpa", ROWS, LENGTH, LENGTH) is mask
+    assert prepare_mask(per_head, "flex", ROWS, LENGTH, LENGTH) is per_head
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

@@ -252,13 +252,13 @@ def test_tied_equals_untied_with_equal_matrices(network: Make) -> None:
     torch.testing.assert_close(tied.transformer.wte.weight.grad, grads[table] + grads[head], atol=1e-5, rtol=1e-4)  # type: ignore[operator]
 
 
-def test_head_inputs_are_the_linear_map_of_logits(network: Make) -> None:
+def test_the_head_is_the_linear_map_of_logits(network: Make) -> None:
     for fields in ({"scale_logits": True, "include_bias": True}, {"weight_tying": True}, {}):
         model = network(**fields)
         hidden = model(ids(1, 4))
-        scaled, matrix, bias = model.head_inputs(hidden)
-        assert (bias is not None) == bool(fields.get("include_bias"))
-        expected = scaled @ matrix.T + (0 if bias is None else bias)
+        head = model.head
+        assert (head.bias is not None) == bool(fields.get("include_bias")) and head.softcap is None
+        expected = head.scale * hidden @ head.weight.T + (0 if head.bias is None else head.bias)
         torch.testing.assert_close(model.logits(hidden), expected)
 
 

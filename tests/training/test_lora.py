@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from unmask.config.model import PeftConfig
 from unmask.config.reader import read_section
 from unmask.errors import ConfigError
-from unmask.models.layers import Linear
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.training import lora
@@ -43,7 +43,7 @@ def test_patterns_over_full_names(model: LLaDA) -> None:
 def test_ff_out_does_not_mean_the_head(pattern: str, model: LLaDA) -> None:
     assert names(model, pattern) == [f"{BLOCK}.0.ff_out", f"{BLOCK}.1.ff_out"]
     attach(model, PeftConfig(r=2, target_modules=[pattern]), "base")
-    assert type(model.transformer.ff_out) is Linear
+    assert type(model.transformer.ff_out) is nn.Linear
     assert not model.transformer.ff_out.weight.requires_grad
 
 

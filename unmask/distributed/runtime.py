@@ -123,7 +123,6 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
     Raises:
         ConfigError: `attention: flex` or `compile` on a device or for a network that cannot train with it.
     """
-    from unmask.models.attention import flex_available
     from unmask.models.moe import Experts
 
     if section.attention == "flex" and not flex_available(runtime.device):
@@ -144,6 +143,17 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
             module.activation_checkpointing = section.activation_checkpointing  # pyright: ignore[reportArgumentType]
             if section.compile:
                 compile_blocks(module)
+
+
+def flex_available(device: torch.device) -> bool:
+    """Say whether FlexAttention trains on this device: CUDA of compute capability 8.0 (Ampere) or later, with Triton.
+
+    Its kernels are compiled; elsewhere PyTorch has a slow reference or no backward pass (Dong et al. 2024,
+    arXiv 2412.05496; torch.nn.attention.flex_attention).
+    """
+    import torch
+
+    return compiles_on(device) and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def compiles_on(device: torch.device) -> bool:

@@ -1,21 +1,24 @@
-"""Small layers that several families share: RMS norm and rotary positions, both computed in fp32.
+"""Layers that networks share: RMS norm, rotary position embedding and attention.
 
-Their backward passes are written out where that takes fewer passes over memory than autograd's, which goes through
-each elementwise operation by itself: beside small matmuls those passes are most of a training step on a CPU.
-
-Shapes: B rows, L positions, D width, H heads, E head size.
+Shapes: B rows, L positions, D width, H query heads, G key/value heads (H a multiple of G), E head size; Q and K are L
+as the positions that look and those that are looked at.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from unmask.products import linear
+from unmask.errors import ModelError
+
+Kernel = Literal["sdpa", "flex"]
+Mask = Tensor | BlockMask | None
 
 
 class RMSNorm(nn.Module):
@@ -37,73 +40,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """Return the normalised hidden states in the input's dtype."""
-        own = hidden_BLD.device.type == "cpu" and hidden_BLD.dtype != torch.float64
-        if own and self.weight is not None and not torch.compiler.is_compiling():
-            normed_BLD = _ScaledRMSNorm.apply(hidden_BLD.float(), self.weight.float(), self.eps)
-            return normed_BLD.to(hidden_BLD.dtype)  # pyright: ignore[reportOptionalMemberAccess]
         if self.weight is None or self.weight.dtype == hidden_BLD.dtype:
-            # Computed in fp32 inside and rounded once, in one kernel where the device has it.
-            return F.rms_norm(hidden_BLD, (self.size,), self.weight, self.eps).to(hidden_BLD.dtype)
+            return F.rms_norm(hidden_BLD, (self.size,), self.weight, self.eps)  # fp32 inside, rounded once
         return F.rms_norm(hidden_BLD.float(), (self.size,), self.weight.float(), self.eps).to(hidden_BLD.dtype)
-
-
-class _ScaledRMSNorm(torch.autograd.Function):
-    """RMS norm with a weight, fp32 in and out. PyTorch has no kernel for it on CPUs, but a formula of ten operations.
-
-    With n = x / rms(x) and g the incoming gradient: the weight's is Σ g · n, and x's is (g · w − n · mean(g · w · n)) /
-    rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return x / rms(x) · w."""
-        inverse_BL1 = hidden_BLD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(hidden_BLD, weight_D, inverse_BL1)
-        return (hidden_BLD * inverse_BL1).mul_(weight_D)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the gradients of the input and of the weight."""
-        hidden_BLD, weight_D, inverse_BL1 = ctx.saved_tensors
-        normed_BLD = hidden_BLD * inverse_BL1
-        product_BLD = grad_BLD * normed_BLD
-        weight_grad_D = product_BLD.reshape(-1, len(weight_D)).sum(dim=0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, weight_grad_D, None
-        with torch.autocast(grad_BLD.device.type, enabled=False):  # which may be on where backward is called
-            mean_BL1 = (product_BLD @ weight_D)[..., None].div_(-len(weight_D))
-        hidden_grad_BLD = torch.mul(grad_BLD, weight_D, out=product_BLD)
-        return hidden_grad_BLD.addcmul_(normed_BLD, mean_BL1).mul_(inverse_BL1), weight_grad_D, None
-
-
-class Linear(nn.Linear):
-    """PyTorch's layer, with the product by the library that this CPU is fast with."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the linear map of (..., I), (..., O)."""
-        return linear(input, self.weight, self.bias)
-
-
-def embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
-    """Return a new embedding; on the meta device, where there is nothing to draw, without drawing.
-
-    There a draw makes PyTorch import its compiler, and every command would take a second or two longer to start.
-    """
-    if torch.get_default_device().type != "meta":
-        return nn.Embedding(rows, width, padding_idx)
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, padding_idx=padding_idx)
-
-
-def for_matmuls(hidden: Tensor) -> Tensor:
-    """Return what several linear layers read, once in the dtype that autocast would cast it to for each of them.
-
-    Their gradients are then summed in that dtype, too, as where the weights have it.
-    """
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(kind))
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int | None = None) -> tuple[Tensor, Tensor]:
@@ -129,38 +68,85 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int 
 
 
 def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) by its position's angle; computed in fp32, returned in the input's dtype.
-
-    Args:
-        heads_BHLE: queries or keys.
-        cos, sin: from `rotary_tables`; nothing is differentiated with respect to them.
-    """
-    return _Rotation.apply(heads_BHLE, cos, sin)  # pyright: ignore[reportReturnType]
-
-
-class _Rotation(torch.autograd.Function):
-    """A rotation, whose gradient is turned back by the same angles; nothing but the tables is kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the turned heads."""
-        ctx.save_for_backward(cos, sin)
-        return _turn(heads_BHLE, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BHLE: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the gradient turned back."""
-        cos, sin = ctx.saved_tensors
-        return _turn(grad_BHLE, cos, -sin), None, None
-
-
-def _turn(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + E/2) of queries or keys by its position's angle, in fp32; returns the input's dtype."""
     wide = heads_BHLE.float()
     low, high = wide.chunk(2, dim=-1)
-    low_sin, high_sin = sin.chunk(2, dim=-1)
-    turned = wide * cos
-    turned_low, turned_high = turned.chunk(2, dim=-1)
-    turned_low.addcmul_(high, low_sin, value=-1)
-    turned_high.addcmul_(low, high_sin)
-    return turned.to(heads_BHLE.dtype)
+    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(heads_BHLE.dtype)
+
+
+def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """Bring a network's `attention_mask` to bool and a shape that broadcasts to (B, H, Q, K).
+
+    Args:
+        attention_mask: None (everything attends to everything, which leaves SDPA its flash kernels), (B, K) for
+            padding, or (B, 1, Q, K) for packing; bool or 0/1, 1 = attend.
+
+    Raises:
+        ModelError: another shape, or a 4-D mask of floats, which elsewhere means numbers added to the scores.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+        raise ModelError("attention_mask of four dimensions must be bool or 0/1 integers (1 = attend), not floats")
+    if attention_mask.dim() == 4:
+        return attention_mask.bool()
+    if attention_mask.dim() != 2:
+        raise ModelError(f"attention_mask has shape {tuple(attention_mask.shape)}; give (B, L) or (B, 1, L, L)")
+    keep_BK = attention_mask.bool()
+    # A row of padding alone would have no key to attend to; such rows see themselves, and nothing looks at them.
+    return (keep_BK | ~keep_BK.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def prepare_mask(mask: Tensor | None, kernel: Kernel, rows: int, queries: int, keys: int) -> Mask:
+    """Return what `attend` takes as mask, once for all layers of a forward pass.
+
+    Args:
+        mask: None or bool, broadcastable to (B, H, Q, K), True = attend.
+        kernel: `flex` turns a mask (B, 1, 1 or Q, K) into a BlockMask, whose kernel skips blocks without an allowed
+            pair; any other mask stays as it is, for SDPA.
+        rows, queries, keys: B, Q and K.
+    """
+    if kernel == "sdpa" or mask is None or mask.shape[1] != 1:
+        return mask
+    keep_BQK = mask[:, 0].expand(rows, -1, keys).contiguous()
+    by_key = keep_BQK.shape[1] == 1
+    return create_block_mask(
+        lambda b, h, q, k: keep_BQK[b, 0 if by_key else q, k], rows, None, queries, keys, device=mask.device
+    )
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    """Return FlexAttention compiled, which it must be to be fast; a failure to compile is raised by its first call."""
+    return torch.compile(flex_attention)
+
+
+def attend(
+    q_BHQE: Tensor,
+    k_BGKE: Tensor,
+    v_BGKE: Tensor,
+    mask: Mask,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax(scale · q kᵀ) v, (B, H, Q, E); each key/value head serves H / G query heads.
+
+    SDPA picks the kernel: flash or memory-efficient on GPUs, flash on CPUs.
+
+    Args:
+        q_BHQE, k_BGKE, v_BGKE: queries, keys and values.
+        mask: from `prepare_mask`; a BlockMask goes through FlexAttention.
+        causal: position i sees positions 0..i; only without a mask.
+        scale: factor of the scores; None = 1/√E.
+    """
+    grouped = q_BHQE.shape[1] != k_BGKE.shape[1]
+    if isinstance(mask, BlockMask):
+        return compiled_flex()(q_BHQE, k_BGKE, v_BGKE, block_mask=mask, scale=scale, enable_gqa=grouped)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
+    if q_BHQE.device.type == "cpu" and q_BHQE.dtype == torch.bfloat16 and q_BHQE.requires_grad:
+        # The backward pass of the CPU's flash kernel is some ten times slower in bf16 than in fp32 (torch 2.13, AMX).
+        with torch.autocast("cpu", enabled=False):
+            wide = (q_BHQE.float(), k_BGKE.float(), v_BGKE.float())
+            return F.scaled_dot_product_attention(*wide, **options).to(q_BHQE.dtype)
+    return F.scaled_dot_product_attention(q_BHQE, k_BGKE, v_BGKE, **options)

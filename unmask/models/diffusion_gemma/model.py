@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
-from unmask.models.attention import Kernel, attend, prepare_mask
 from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
 from unmask.models.diffusion_gemma.signal import soft_embedding_of
-from unmask.models.layers import Linear, RMSNorm, embedding, rotary_tables, rotate
+from unmask.models.layers import Kernel, RMSNorm, attend, prepare_mask, rotary_tables, rotate
 from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
 from unmask.models.tied import Chain
 from unmask.ops.head import Head
@@ -66,10 +65,10 @@ class Attention(nn.Module):
         super().__init__()
         kv_heads, self.head_dim = config.heads(kind)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = Linear(width, kv_heads * self.head_dim, bias=False)
-        self.v_proj = Linear(width, kv_heads * self.head_dim, bias=False) if kind == SLIDING else None
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=False)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False) if kind == SLIDING else None
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps)
         self.k_norm = RMSNorm(self.head_dim, eps)
         self.v_norm = RMSNorm(self.head_dim, eps, scale=False)
@@ -99,9 +98,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, hidden, bias=False)
-        self.up_proj = Linear(width, hidden, bias=False)
-        self.down_proj = Linear(hidden, width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, normed_BLD: Tensor) -> Tensor:
         """Return (B, L, D)."""
@@ -115,9 +114,9 @@ class SelfConditioning(nn.Module):
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
         self.pre_norm = RMSNorm(width, config.rms_norm_eps)
-        self.gate_proj = Linear(width, hidden, bias=False)
-        self.up_proj = Linear(width, hidden, bias=False)
-        self.down_proj = Linear(hidden, width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
         self.post_norm = RMSNorm(width, config.rms_norm_eps, scale=False)
 
     def forward(self, embedded_KCD: Tensor, signal_KCD: Tensor | None) -> Tensor:
@@ -180,7 +179,9 @@ class Stack(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
-        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id
+        )
         self.uses = Chain()  # of the embedding: lookups, the signal and the head
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -51,7 +51,7 @@ class LLaDAModelLM(PreTrainedModel):
                 raise ModelError(f"LLaDA's forward does not take {name}{_REMEDIES.get(name, '; leave it out')}")
         if input_ids is None:
             raise ModelError("LLaDA's forward needs input_ids")
-        transformer = self.model["transformer"]
+        transformer: Any = self.model["transformer"]
         hidden_BLD = transformer(input_ids, attention_mask, position_ids)
         return MaskedLMOutput(logits=transformer.head.logits(hidden_BLD))  # pyright: ignore[reportCallIssue]
 

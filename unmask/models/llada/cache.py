@@ -1,46 +1,43 @@
-"""Keys and values of a row's positions, kept between forwards: the store of LLaDA's approximate caches.
+"""LLaDA's approximate caches: keys and values kept between forward passes, and passes over a part of the positions.
 
 LLaDA is bidirectional: a token's keys and values, from the second layer on, depend on every other token, so they are
-out of date as soon as one changes. A forward over a window that reads the others' from a store is therefore an
+out of date as soon as one changes. A pass over a window that reads the others' from a store is therefore an
 **approximation**, good as long as they have changed little since they were computed (Wu et al. 2025, Fast-dLLM,
 arXiv 2505.22618, section 3.2). Prefix cache: the window is a block and all that follows it. Dual cache: only the block.
 
-Shapes: B rows, G key/value heads, L columns (position p of a row is in column p), E head size, S window width, K rows
-of a window, N its real positions.
+Shapes: B rows, L positions (column p of a row holds position p), G key/value heads, E head size, K rows of a window, S
+its positions.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from unmask.models.key_runs import KeyRun, key_runs
-
-# Kinds of device on which slices are written several times faster than by index; elsewhere launches count.
-BY_SLICE = ("cpu",)
+from unmask.models.llada.config import LLaDAConfig
 
 
 @dataclass(frozen=True)
 class KeyValueStore:
-    """Keys (after rotation) and values of every layer. A window's forward writes into these tensors in place.
+    """Keys (after rotation) and values of every layer; a window's pass writes into these tensors in place.
 
     Attributes:
-        keys, values: one (B, G, L, E) a layer. Columns that nothing was written to hold zeros.
+        keys, values: one (B, L, G, E) a layer. Columns that nothing was written to hold zeros.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
     @classmethod
-    def zeros(cls, layers: int, shape: tuple[int, int, int, int], like: Tensor) -> KeyValueStore:
-        """Return an empty store of `shape` (B, G, L, E) a layer, in the dtype and on the device of `like`."""
-        return cls(
-            tuple(like.new_zeros(shape) for _ in range(layers)), tuple(like.new_zeros(shape) for _ in range(layers))
-        )
+    def empty(cls, config: LLaDAConfig, rows: int, columns: int, like: Tensor) -> KeyValueStore:
+        """Return a store of zeros for a network, in the dtype and on the device of `like`."""
+        shape = (rows, columns, config.kv_heads, config.head_dim)
+        keys, values = (tuple(like.new_zeros(shape) for _ in range(config.n_layers)) for _ in range(2))
+        return cls(keys, values)
 
     @property
     def rows(self) -> int:
@@ -50,134 +47,125 @@ class KeyValueStore:
     @property
     def columns(self) -> int:
         """L, the longest row that has room."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[1]
 
-    def take(self, rows: Sequence[int]) -> KeyValueStore:
+    def select(self, rows: Sequence[int]) -> KeyValueStore:
         """Return a copy of some rows, in the order given."""
         rows_K = torch.tensor(rows, dtype=torch.long, device=self.keys[0].device)
-        return KeyValueStore(
-            tuple(keys.index_select(0, rows_K) for keys in self.keys),
-            tuple(values.index_select(0, rows_K) for values in self.values),
-        )
+        return self._each(lambda stored: stored.index_select(0, rows_K))
 
-    def join(self, more: KeyValueStore) -> KeyValueStore:
+    def concat(self, more: KeyValueStore) -> KeyValueStore:
         """Return a copy with the rows of `more` behind these; the shorter of the two is padded on the right."""
         columns = max(self.columns, more.columns)
-        pairs = zip((*self.keys, *self.values), (*more.keys, *more.values), strict=True)
-        joined = tuple(torch.cat((_widen(old, columns), _widen(new, columns))) for old, new in pairs)
-        return KeyValueStore(joined[: len(self.keys)], joined[len(self.keys) :])
+        one, other = self.padded(columns), more.padded(columns)
+        keys = tuple(map(torch.cat, zip(one.keys, other.keys, strict=True)))
+        return KeyValueStore(keys, tuple(map(torch.cat, zip(one.values, other.values, strict=True))))
 
-    def widened(self, columns: int) -> KeyValueStore:
+    def padded(self, columns: int) -> KeyValueStore:
         """Return the store with room for rows of `columns` positions: itself, if it has that."""
-        if columns <= self.columns:
-            return self
-        return KeyValueStore(
-            tuple(_widen(keys, columns) for keys in self.keys), tuple(_widen(values, columns) for values in self.values)
-        )
+        missing = columns - self.columns
+        return self if missing <= 0 else self._each(lambda stored: F.pad(stored, (0, 0, 0, 0, 0, missing)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> KeyValueStore:
+        return KeyValueStore(tuple(map(change, self.keys)), tuple(map(change, self.values)))
 
 
-def _widen(old_BGLE: Tensor, columns: int) -> Tensor:
-    return torch.nn.functional.pad(old_BGLE, (0, 0, 0, columns - old_BGLE.shape[2]))
-
-
+@dataclass(frozen=True)
 class Window:
-    """The positions [first, end) of some rows of a store that one forward computes anew.
+    """The positions of some rows that one pass computes anew; the network's `cache` for that pass.
 
-    Queries are right-padded to the widest window: what is behind a row's own end is computed and used by nobody.
-
-    Args:
+    Attributes:
         store: what is read and written.
-        first, end: a window a row; 0 ≤ first < end ≤ length.
-        lengths: positions that each row has; those from there on are never attended to.
-        rows: the rows of the store; None = all, in order.
+        columns: of the store that are attended to.
+        whole: every position is computed, so that nothing is read from the store.
+        positions_KS: int64, the position of each query. A row with fewer than S repeats its last one, which then
+            computes, and writes, the same once more.
+        rows_K: int64, the rows of the store; None = all, in order.
+        mask_KL: bool, the columns that each row has; None = all of `columns`.
     """
 
-    def __init__(
-        self,
-        store: KeyValueStore,
-        first: Sequence[int],
-        end: Sequence[int],
-        lengths: Sequence[int],
-        rows: Sequence[int] | None = None,
-    ) -> None:
-        self._store, self._lengths = store, tuple(lengths)
-        device = store.keys[0].device
-        self.columns = max(lengths)
-        self.width = max(e - f for f, e in zip(first, end, strict=True))
-        # Every position is computed, so nothing is read from the store. What is written behind a row's length nobody
-        # reads, so one span serves rows of any length.
-        self.whole = not any(first) and tuple(end) == tuple(lengths)
-        same = self.whole or (len(set(first)) == 1 and len(set(end)) == 1)
-        first_K, lengths_K = torch.tensor(first), torch.tensor(lengths)
-        starts = first_K[:1] if same else first_K
-        # Position of each query, (1, S) where all rows have the same; padding counts on.
-        tensors = {"positions": starts[:, None] + torch.arange(self.width)}
-        if rows is not None:
-            tensors["rows"] = torch.tensor(rows)
-        self._pieces, self._runs = None, None
-        if device.type in BY_SLICE:
-            self._runs = key_runs(lengths)
-            spans = zip(range(len(first)) if rows is None else rows, first, end, strict=True)
-            self._pieces = (
-                [(slice(None), first[0], self.width)]
-                if same and rows is None
-                else [(slice(row, row + 1), start, stop - start) for row, start, stop in spans]
-            )
-        elif not same or rows is not None:
-            real_KS = torch.arange(self.width) < (torch.tensor(end) - first_K)[:, None]
-            row_N, tensors["query_column"] = real_KS.nonzero(as_tuple=True)
-            tensors["query_row"] = row_N
-            tensors["row"] = row_N if rows is None else tensors["rows"][row_N]
-            tensors["column"] = first_K[row_N] + tensors["query_column"]
-        if self._runs is None and int(lengths_K.min()) < self.columns:  # else nothing is padding: the fast kernels
-            tensors["mask"] = (torch.arange(self.columns) < lengths_K[:, None])[:, None, None, :]
-        self.tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    store: KeyValueStore
+    columns: int
+    whole: bool
+    positions_KS: Tensor
+    rows_K: Tensor | None
+    mask_KL: Tensor | None
+
+    @classmethod
+    def of(
+        cls, store: KeyValueStore, positions_KS: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None
+    ) -> Window:
+        """Return the window of some positions.
+
+        Args:
+            store: keys and values of all positions of the rows.
+            positions_KS: from `spans`, on the host.
+            lengths: positions that each row has, on the host.
+            rows: the rows of the store; None = all, in order.
+        """
+        device, columns = store.keys[0].device, max(lengths)
+        lengths_K = torch.tensor(lengths)
+        ragged = min(lengths) < columns  # else no mask, which leaves SDPA its fast kernels
+        return cls(
+            store,
+            columns,
+            whole=not positions_KS[:, 0].any() and torch.equal(positions_KS[:, -1], lengths_K - 1),
+            positions_KS=positions_KS.to(device),
+            rows_K=None if rows is None else torch.tensor(rows, device=device),
+            mask_KL=(torch.arange(columns) < lengths_K[:, None]).to(device) if ragged else None,
+        )
 
     @property
-    def kind(self) -> tuple[Hashable, ...]:
-        """What windows of one store have in common that differ in the values of their tensors alone."""
-        pieces = None if self._pieces is None else tuple((rows.start, *span) for rows, *span in self._pieces)
-        runs = None if self._runs is None else self._lengths
-        return self.whole, self.columns, self.width, pieces, runs, *self.tensors
-
-    def reading(self, tensors: Sequence[Tensor]) -> Window:
-        """Return a window of this kind that reads these tensors instead of its own, given in their order."""
-        other = copy.copy(self)
-        other.tensors = dict(zip(self.tensors, tensors, strict=True))
-        return other
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What of a window may differ from another's that has the same `layout`."""
+        return tuple(tensor for tensor in (self.positions_KS, self.rows_K, self.mask_KL) if tensor is not None)
 
     @property
-    def positions_KS(self) -> Tensor:
-        """Position of each query, int64 (K, S), or (1, S) where all rows have the same."""
-        return self.tensors["positions"]
+    def layout(self) -> Hashable:
+        """What windows of one store have in common that differ in the values of their `tensors` alone."""
+        return self.whole, self.columns, self.rows_K is None, self.mask_KL is None
 
-    @property
-    def mask(self) -> Tensor | tuple[KeyRun, ...] | None:
-        """Which columns are attended to, bool (K, 1, 1, columns), or as runs of rows; None = all."""
-        if self._runs is None:
-            return self.tensors.get("mask")
-        (first, *others) = self._runs
-        return self._runs if others else first.mask
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Window:
+        """Return a window that reads these tensors, those of one with the same layout, instead of its own."""
+        given = iter(tensors)
+        return replace(
+            self,
+            positions_KS=next(given),
+            rows_K=None if self.rows_K is None else next(given),
+            mask_KL=None if self.mask_KL is None else next(given),
+        )
 
-    def exchange(self, layer: int, k_KGSE: Tensor, v_KGSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values into the store; return those of all positions, (K, G, columns, E)."""
-        stored = (self._store.keys[layer], self._store.values[layer])
-        for whole_BGLE, new_KGSE in zip(stored, (k_KGSE, v_KGSE), strict=True):
-            self._write(whole_BGLE, new_KGSE.to(whole_BGLE.dtype))
+    def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values (K, G, S, E) into the store; return those of all columns."""
+        stored = (self.store.keys[layer], self.store.values[layer])
+        rows_K = torch.arange(len(k_BGLE), device=k_BGLE.device) if self.rows_K is None else self.rows_K
+        for whole_BLGE, new_KGSE in zip(stored, (k_BGLE, v_BGLE), strict=True):
+            whole_BLGE[rows_K[:, None], self.positions_KS] = new_KGSE.transpose(1, 2).to(whole_BLGE.dtype)
         if self.whole:
-            return k_KGSE, v_KGSE
-        keys, values = (whole_BGLE[:, :, : self.columns] for whole_BGLE in stored)
-        rows_K = self.tensors.get("rows")
-        return (keys, values) if rows_K is None else (keys.index_select(0, rows_K), values.index_select(0, rows_K))
+            return k_BGLE, v_BGLE
+        seen = (whole_BLGE[:, : self.columns].transpose(1, 2) for whole_BLGE in stored)
+        keys, values = seen if self.rows_K is None else (tensor.index_select(0, self.rows_K) for tensor in seen)
+        return keys, values
 
-    def _write(self, whole_BGLE: Tensor, new_KGSE: Tensor) -> None:
-        if self._pieces is not None:
-            parts = [new_KGSE] if len(self._pieces) == 1 else new_KGSE.split(1)
-            for (rows, first, width), new_kGSE in zip(self._pieces, parts, strict=True):
-                whole_BGLE[rows, :, first : first + width] = new_kGSE[:, :, :width]
-        elif "row" in self.tensors:
-            row_N, column_N = self.tensors["row"], self.tensors["column"]
-            query_N = (self.tensors["query_row"], self.tensors["query_column"])
-            whole_BGLE.transpose(1, 2)[row_N, column_N] = new_KGSE.transpose(1, 2)[query_N]
-        else:
-            whole_BGLE.index_copy_(2, self.positions_KS[0], new_KGSE)
+
+def spans(first_K: Tensor, end_K: Tensor) -> Tensor:
+    """Return the positions first..end-1 of each row, int64 (K, S); a shorter row repeats its last one."""
+    return torch.minimum(first_K[:, None] + torch.arange(int((end_K - first_K).max())), end_K[:, None] - 1)
+
+
+@torch.no_grad()
+def forward_window(model: nn.Module, input_ids: Tensor, window: Window) -> Tensor:
+    """Run the network over a window's positions alone, all others as its store has them.
+
+    A window of all positions is the network's forward pass, and fills the store. With any other the result is an
+    approximation, unless the store's keys and values are those of the very tokens that now stand at the others.
+
+    Args:
+        model: a LLaDA.
+        input_ids: int64 (K, S), the tokens at `window.positions_KS`.
+        window: what is computed; its store is written.
+
+    Returns:
+        final hidden states (K, S, D).
+    """
+    return model(input_ids, window.mask_KL, window.positions_KS, window)

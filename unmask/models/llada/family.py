@@ -41,7 +41,7 @@ FAMILY = Family(
             "wte": "the embedding is a lookup; peft.modules_to_save can train it whole",
         },
     ),
-    shard=ShardPlan("model.transformer.blocks", methods=("forward_window",)),
+    shard=ShardPlan("model.transformer.blocks"),
     sampler=SamplerDefaults(  # Nie et al. 2025, appendix A.3; ML-GSAI/LLaDA, generate.py
         values={
             "steps": 128,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.models.llada.cache import KeyValueStore, Window
+from unmask.models.llada.cache import KeyValueStore, Window, forward_window, spans
 from unmask.sampling.backends.backend import Call, FamilySpec
 from unmask.sampling.backends.length_groups import length_groups
 from unmask.sampling.backends.replay import replays_for
@@ -89,7 +89,7 @@ class Rows:
         if self.store is None or not keep_B.any():
             return Rows(self.prompts.take(keep_B))
         keep_R = keep_B.repeat_interleave(self.store.rows // len(keep_B))
-        return Rows(self.prompts.take(keep_B), self.store.take(keep_R.nonzero()[:, 0].tolist()))
+        return Rows(self.prompts.take(keep_B), self.store.select(keep_R.nonzero()[:, 0].tolist()))
 
 
 class BidirectionalBackend:
@@ -140,10 +140,10 @@ class BidirectionalBackend:
             return Rows(prompts)
         columns = max(rows.store.columns for rows in (context, more) if rows.store is not None)
         stores = (
-            rows.store or self.model.new_store(self.copies * len(rows.prompts.lengths), columns)
+            rows.store or self._empty_store(self.copies * len(rows.prompts.lengths), columns)
             for rows in (context, more)
         )
-        return Rows(prompts, next(stores).join(next(stores)))
+        return Rows(prompts, next(stores).concat(next(stores)))
 
     @torch.no_grad()
     def denoise(self, context: Rows, call: Call) -> tuple[Tensor, Rows]:
@@ -159,7 +159,7 @@ class BidirectionalBackend:
         store = None
         first_B, end_B = torch.zeros_like(lengths_B), lengths_B
         if self.cache != "none":
-            store = (context.store or self.model.new_store(*ids_RL.shape)).widened(ids_RL.shape[1])
+            store = (context.store or self._empty_store(*ids_RL.shape)).padded(ids_RL.shape[1])
             # The window holds the hidden states that predict the block, which a shifted model has a column earlier.
             block_B = (prompts_B + call.first_B - self.spec.logit_shift).clamp(min=0)
             due_B = self._due(call)
@@ -199,6 +199,9 @@ class BidirectionalBackend:
             return call.step_B == 0
         return call.step_B % self.refresh_interval == 0
 
+    def _empty_store(self, rows: int, columns: int) -> KeyValueStore:
+        return KeyValueStore.empty(self.model.config, rows, columns, like=self.model.transformer.wte.weight)
+
     def _with_blind(self, ids_BL: Tensor, prompts_B: Tensor) -> Tensor:
         """Return the network's rows (R, L): with guidance each row is followed by itself with its prompt masked."""
         if not self.cfg_scale:
@@ -234,15 +237,14 @@ class BidirectionalBackend:
             inputs = (ids_RL,) if attend_KL.all() else (ids_RL, attend_KL)
             return self._network(None, "whole", self.model, *(tensor.to(self.device) for tensor in inputs))
         rows = None if rows_K is None else rows_K.tolist()
-        window = Window(store, first_K.tolist(), end_K.tolist(), lengths_K.tolist(), rows)
-        # Queries behind a row's end are computed and used by nobody; any token will do.
-        columns_KS = (first_K[:, None] + torch.arange(window.width)).clamp(max=ids_RL.shape[1] - 1)
-        model, ids_KS = self.model, ids_RL.gather(1, columns_KS).to(self.device)
+        positions_KS = spans(first_K, end_K)
+        window = Window.of(store, positions_KS, lengths_K.tolist(), rows)
+        model, ids_KS = self.model, ids_RL.gather(1, positions_KS).to(self.device)
 
         def forward(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
-            return model.forward_window(ids_KS, window.reading(tensors))
+            return forward_window(model, ids_KS, window.with_tensors(tensors))
 
-        return self._network(store, window.kind, forward, ids_KS, *window.tensors.values())
+        return self._network(store, window.layout, forward, ids_KS, *window.tensors)
 
     def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
         """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""

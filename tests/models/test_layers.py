@@ -1,12 +1,11 @@
-"""The written-out backward passes of norm and rotation against autograd's, through the formulas as papers have them."""
+"""Norm and rotation, values and gradients, against the formulas as papers have them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from unmask.models.layers import RMSNorm, for_matmuls, rotary_tables, rotate
+from unmask.models.layers import RMSNorm, rotary_tables, rotate
 
 ROWS, LENGTH, HEADS, SIZE = 2, 5, 3, 8
 
@@ -17,7 +16,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "input"])
-def test_norm_has_autograds_gradients(dtype: torch.dtype, frozen: str) -> None:
+def test_norm_is_the_formula_in_values_and_gradients(dtype: torch.dtype, frozen: str) -> None:
     norm = RMSNorm(SIZE, 1e-3)
     assert norm.weight is not None
     with torch.no_grad():
@@ -46,9 +45,8 @@ def test_a_norm_of_zeros_has_a_finite_gradient() -> None:
 
 
 @pytest.mark.parametrize("pairs", [None, 1])
-def test_rotation_has_autograds_gradient(pairs: int | None) -> None:
+def test_rotation_is_the_formula_in_values_and_gradient(pairs: int | None) -> None:
     cos, sin = rotary_tables(torch.tensor([[0, 1, 2, 7, 500]]), SIZE, 50.0, pairs)
-    # Transposed, as a projection's heads are: the backward pass must not rely on the layout.
     heads = normal(ROWS, LENGTH, HEADS, SIZE, seed=4).transpose(1, 2).requires_grad_()
     low, high = heads.chunk(2, dim=-1)
     expected = heads * cos + torch.cat((-high, low), dim=-1) * sin
@@ -60,10 +58,13 @@ def test_rotation_has_autograds_gradient(pairs: int | None) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_several_linear_layers_read_one_cast() -> None:
-    """Under autocast each layer would cast for itself; what they compute is the same."""
-    hidden, weight = normal(ROWS, SIZE, seed=6), normal(SIZE, SIZE, seed=7)
-    assert for_matmuls(hidden) is hidden
-    with torch.autocast("cpu", torch.bfloat16):
-        assert for_matmuls(hidden).dtype == torch.bfloat16
-        assert torch.equal(F.linear(for_matmuls(hidden), weight), F.linear(hidden, weight))
+def test_a_trained_norm_over_a_narrower_network_is_not_rounded_first() -> None:
+    """As norms that an adapter trains whole: fp32 over a bf16 base."""
+    norm, hidden = RMSNorm(SIZE, 1e-3), normal(ROWS, LENGTH, SIZE, seed=1).bfloat16()
+    assert norm.weight is not None
+    with torch.no_grad():
+        norm.weight.add_(1e-3 * normal(SIZE, seed=0))  # less than bf16 tells apart at 1
+    found = norm(hidden)
+    assert found.dtype == torch.bfloat16
+    expected = (torch.nn.functional.rms_norm(hidden.float(), (SIZE,), norm.weight, 1e-3)).bfloat16()
+    assert torch.equal(found, expected)
