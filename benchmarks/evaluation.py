@@ -32,7 +32,7 @@ def run(pairs: int = 3) -> dict[str, Any]:
     from unmask.config.sampler import SamplerConfig
     from unmask.evaluation.exact_match import encode_questions, score_answers
     from unmask.evaluation.likelihood import log_likelihoods
-    from unmask.evaluation.questions import read_questions
+    from unmask.evaluation.tasks import read_questions
     from unmask.models.tokenizer import load_tokenizer
 
     machine = measure()

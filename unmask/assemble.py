@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from unmask.announce import announce, left_out, name_rows
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import to_mapping
-from unmask.evaluation.answering import SAMPLES, answer_validator, check_lengths, questions_of
+from unmask.evaluation.answering import SAMPLES, answer_validator, check_lengths
+from unmask.evaluation.tasks import questions_of
 from unmask.identity import agreement, run_identity
 from unmask.prepare import Parts, Prepared, build_parts, stored_generation
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics

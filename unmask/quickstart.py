@@ -208,7 +208,7 @@ def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> floa
     from unmask.config.sampler import SamplerConfig
     from unmask.data.conversation import Message
     from unmask.evaluation.exact_match import score_answers
-    from unmask.evaluation.questions import Question
+    from unmask.evaluation.tasks import Question
 
     sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
     questions = [Question((Message("user", problem.question),), problem.answer) for problem in problems]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from unmask.errors import ConfigError, DataError
-from unmask.evaluation.answering import questions_of
+from unmask.evaluation.tasks import questions_of
 
 Train = Callable[..., Any]
 SAMPLER = {"steps": 4, "max_new_tokens": 16, "block_size": 16}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import main
-from unmask.evaluation.exact_match import Asking
+from unmask.evaluation.exact_match import TaskRun
 
 SHORT = ["--max-new-tokens", "8", "--steps", "4", "--block-size", "8", "--batch-size", "2"]
 
@@ -91,7 +91,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_it_would_have(evaluate, t
     path = tmp_path / "out" / "gsm8k-model.jsonl"
     whole = path.read_bytes()
     path.unlink()
-    answer, calls = Asking.answer, []
+    answer, calls = TaskRun.answer, []
 
     def interrupted(self, chunk):
         if len(calls) == 2:
@@ -99,7 +99,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_it_would_have(evaluate, t
         calls.append(chunk.rows)
         return answer(self, chunk)
 
-    monkeypatch.setattr(Asking, "answer", interrupted)
+    monkeypatch.setattr(TaskRun, "answer", interrupted)
     assert evaluate()[0] == 130
     assert len(answers(tmp_path / "out")) == 8
     calls[:] = calls[:1]  # one more chunk may be answered
@@ -108,61 +108,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_it_would_have(evaluate, t
     assert evaluate()[0] == 0  # nothing is left to do, so no chunk is answered
 
 
-def test_a_larger_limit_goes_on_from_a_smaller_one(evaluate, tmp_path: Path, monkeypatch) -> None:
-    """Also when it is interrupted; ten rows in one go are the reference."""
-    monkeypatch.setattr("unmask.evaluation.exact_match.BATCHES_BETWEEN_SAVES", 2)
-    whole, grown, resumed = (tmp_path / name for name in ("whole", "grown", "resumed"))
-    tasks = ["--tasks", "gsm8k,likelihood", "--num-samples", "4", "--temperature", "0.7", "--output"]
-    assert evaluate(*tasks, str(whole))[0] == 0
-    for folder in (grown, resumed):
-        assert evaluate(*tasks, str(folder), "--limit", "3")[0] == 0
-    answer, asked, stops = Asking.answer, [], []
-
-    def answered(self, chunk):
-        if len(asked) == stops[-1]:
-            raise KeyboardInterrupt
-        asked.append(chunk.rows)
-        return answer(self, chunk)
-
-    monkeypatch.setattr(Asking, "answer", answered)
-    for stop, folder, status in ((9, grown, 0), (3, resumed, 130), (9, resumed, 0)):
-        stops.append(stop)
-        assert evaluate(*tasks, str(folder), "--against", str(whole))[0] == status
-    assert sorted(row for rows in asked[:2] for row in rows) == list(range(3, 10)) and asked[:2] == asked[2:]
-    for name in ("gsm8k-model.jsonl", "likelihood-model.jsonl"):
-        assert (grown / name).read_bytes() == (resumed / name).read_bytes()
-    assert sorted(record["row"] for record in answers(grown)[:3]) == [0, 1, 2]
-    results = [json.loads((folder / "results.json").read_text())["results"] for folder in (whole, grown)]
-    for one, two in zip(*results, strict=True):
-        assert two["settings"] == one["settings"] and two["timed_rows"] == 10
-        for number in one.keys() & {"right", "total", "tokens", "nats_per_token"}:
-            assert two[number] == pytest.approx(one[number], rel=1e-5)
-    assert results[1][0]["compared"]["against"]["differing"] == 0
-
-    status, _, errors = evaluate(*tasks, str(grown), "--limit", "9")
-    assert status == 2 and errors.count("\n") == 1
-    assert "gsm8k-model.jsonl: is of 10 rows, and 9 are asked for: fewer of the same, or other data; for the" in errors
-    assert (grown / "gsm8k-model.jsonl").read_bytes() == (resumed / "gsm8k-model.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("task", ["gsm8k", "likelihood"])
-def test_a_larger_limit_that_answered_nothing_gives_the_smaller_one_back(
-    task: str, evaluate, tmp_path: Path, monkeypatch
-) -> None:
-    words = ["--tasks", task, *(["--num-samples", "2"] if task == "likelihood" else []), "--limit"]
-    assert evaluate(*words, "2")[0] == 0
-    path = tmp_path / "out" / f"{task}-model.jsonl"
-    before = path.read_bytes()
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Asking, "answer", interrupted)
-        patch.setattr("unmask.evaluation.measure.divide_rows", interrupted)
-        assert evaluate(*words, "10")[0] == 130
-        status, printed, _ = evaluate(*words, "2")  # nothing is left to do, so nothing is asked
-    assert status == 0 and "all 2 were there already" in printed and path.read_bytes() == before
+@pytest.mark.parametrize("limit", ["3", "11"])
+def test_another_limit_is_another_evaluation(limit: str, evaluate, tmp_path: Path) -> None:
+    tasks = ["--tasks", "gsm8k,likelihood", "--num-samples", "4"]
+    assert evaluate(*tasks)[0] == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for task in ("gsm8k", "likelihood"):
+        words = ["--tasks", task, *(tasks[2:] if task == "likelihood" else []), "--limit", limit]
+        status, _, errors = evaluate(*words)
+        assert status == 2 and errors.count("\n") == 1
+        assert f"{task}-model.jsonl: holds another evaluation (rows 10, not {limit}); choose another --out" in errors
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
 def test_two_runs_leave_the_same_bytes_and_another_batch_size_the_same_answers(evaluate, tmp_path: Path) -> None:
@@ -220,7 +176,7 @@ def test_literal_text_is_in_the_form_of_each_task(evaluate, tmp_path: Path, monk
         asked.setdefault(self.stops[0], self.questions[0].prompt)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Asking, "answer", answer)
+    monkeypatch.setattr(TaskRun, "answer", answer)
     for task in ("gsm8k,math", "math,gsm8k"):
         evaluate("--raw", "--tasks", task, "--output", str(tmp_path / task))
     assert asked["Question:"].startswith("Question: ") and asked["Problem:"].startswith("Problem: ")

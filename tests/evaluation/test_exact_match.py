@@ -11,7 +11,7 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Message
 from unmask.errors import SamplingError
 from unmask.evaluation.exact_match import cut_at, divide, score_answers
-from unmask.evaluation.questions import Question
+from unmask.evaluation.tasks import Question
 from unmask.models.loading import load_model
 from unmask.models.tokenizer import load_tokenizer
 
@@ -75,16 +75,6 @@ def test_chunks_hold_every_row_once_and_no_prompt_twice(lengths: list[int], size
         assert len(set(prompts)) == len(prompts) <= size
         assert [len(prompt) for prompt in prompts] == sorted(map(len, prompts), reverse=True)
         assert all(prompt in [asked[row] for row in range(chunk.rows[0])] for prompt in prompts[:1] if chunk.repeat)
-
-
-@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=30), size=st.integers(1, 8), end=st.integers(1, 30))
-def test_the_first_rows_are_divided_as_they_are_alone(lengths: list[int], size: int, end: int) -> None:
-    asked = [tuple(range(length)) for length in lengths]
-    alone, chunks = divide(asked[:end], size), divide(asked, size, [end])
-    assert chunks[: len(alone)] == alone
-    assert sorted(row for chunk in chunks for row in chunk.rows) == list(range(len(asked)))
-    repeats = {row: chunk.repeat for chunk in divide(asked, size) for row in chunk.rows}
-    assert all(repeats[row] == chunk.repeat for chunk in chunks for row in chunk.rows)
 
 
 def test_a_question_that_is_too_long_shows_first_with_its_place(asked) -> None:

@@ -1,11 +1,13 @@
-"""Grading in GSM8K's format."""
+"""Grading as the benchmarks do, and the interval of a share."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unmask.errors import MissingDependencyError
-from unmask.evaluation.grade import exact_match, final_answer, grade, number_answer
+from unmask.evaluation.grade import final_answer, grade, number_answer, wilson
 
 
 @pytest.mark.parametrize(
@@ -23,10 +25,6 @@ from unmask.evaluation.grade import exact_match, final_answer, grade, number_ans
 )
 def test_final_answer(text: str, answer: str | None) -> None:
     assert final_answer(text) == answer
-
-
-def test_exact_match_counts_only_equal_results() -> None:
-    assert exact_match(["#### 1", "#### 2", "2", "#### 1,000"], ["#### 1", "#### 3", "#### 2", "#### 1000"]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -48,6 +46,7 @@ def test_without_the_mark_the_last_number_counts(text: str, number: str | None) 
     ("text", "reference", "grader", "correct"),
     [
         ("It is 18.", "9 + 9 = 18\n#### 18", "number", True),
+        ("#### 1,000", "#### 1000", "number", True),
         ("18.00", "#### 18", "number", False),  # the benchmark compares texts
         ("nothing", "#### 18", "number", False),
         (" two  words\n", "two words", "text", True),
@@ -82,3 +81,30 @@ def test_a_grader_without_its_package_says_how_to_get_it(monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"math-verify.*pip install 'unmask\[eval\]'"):
         grade("1", "1", "expression")
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_the_published_one(right: int, total: int, low: float, high: float) -> None:
+    found = wilson(right, total)
+    assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+@given(total=st.integers(1, 10_000), data=st.data())
+def test_the_interval_holds_the_share_and_stays_within_0_and_1(total: int, data) -> None:
+    right = data.draw(st.integers(0, total))
+    found = wilson(right, total)
+    assert 0 <= found.low <= right / total <= found.high <= 1
+
+
+def test_without_questions_nothing_is_known() -> None:
+    assert (wilson(0, 0).low, wilson(0, 0).high) == (0, 1)
+
+
+@pytest.mark.parametrize("right", [-1, 4])
+def test_an_impossible_count_is_refused(right: int) -> None:
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        wilson(right, 3)

@@ -24,7 +24,7 @@ from unmask.errors import ConfigError
 from unmask.evaluation.exact_match import encode_questions
 from unmask.evaluation.greedy import greedily_written
 from unmask.evaluation.lm_eval import UnmaskLM
-from unmask.evaluation.questions import Question
+from unmask.evaluation.tasks import Question
 from unmask.models.loading import build_model
 from unmask.models.registry import plan_model
 from unmask.models.tokenizer import load_tokenizer
@@ -246,11 +246,11 @@ def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
     again = json.loads((tmp_path / "results.json").read_text())["results"]
     assert {each["task"]: each["metrics"] for each in again} == found
 
-    # Fewer documents would take the place of the better result.
+    # Another limit is another evaluation.
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
-    monkeypatch.setattr("unmask.evaluation.side_by_side.run_harness", asked_again)
+    monkeypatch.setattr("unmask.evaluation.run.run_harness", asked_again)
     assert main([*words, "--limit", "2"]) == 2
-    said = f"results.json: holds lm_eval/toy_write, {results[0]['model']}, of 3 documents, more than the 2 asked for"
+    said = f"results.json: holds lm_eval/toy_write, {results[0]['model']}, of 3 documents, not 2"
     assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from unmask.config.model import ModelConfig
 from unmask.config.reader import read_section
 from unmask.errors import ConfigError, ModelError
-from unmask.evaluation.contestant import Contestant
+from unmask.evaluation.job import Checkpoint
 from unmask.models import folders
 from unmask.models.folders import find_folder, weights_fingerprint
 from unmask.models.llada.config import LLaDAConfig
@@ -239,5 +239,5 @@ def test_the_same_adapter_of_another_scale_is_another_contestant(tmp_path: Path)
     found = []
     for alpha in (8, 16):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
-        found.append(Contestant("", str(tmp_path), str(tmp_path), "").fingerprint())
+        found.append(Checkpoint("", str(tmp_path), str(tmp_path), "").fingerprint())
     assert found[0]["weights"] == found[1]["weights"] and found[0]["adapter"] != found[1]["adapter"]

@@ -207,13 +207,13 @@ class _Job:
         """Return the file that the answers go to, if there is to be one; a collective."""
         if self.arguments.output is None:
             return None
-        from unmask.evaluation.contestant import Contestant
+        from unmask.evaluation.job import Checkpoint
         from unmask.models.adapter_folder import find_adapter
         from unmask.sampling.answer_file import AnswerFile
 
         adapter = None if self.arguments.adapter is None else str(find_adapter(self.arguments.adapter))
         identity = {
-            **Contestant("", folder, adapter, folder).fingerprint(),
+            **Checkpoint("", folder, adapter, folder).fingerprint(),
             **{name: getattr(self.arguments, name) for name in ("dtype", "infill", "raw", "seed")},
             "sampler": self._in_force(),
         }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config.results import ValidationConfig
-from unmask.errors import ConfigError, DataError, SamplingError
+from unmask.errors import ConfigError, SamplingError
 from unmask.evaluation.grade import check_grader
 from unmask.rng import key
 from unmask.sampling.settings import default_settings, resolve
@@ -20,9 +20,8 @@ from unmask.sampling.settings import default_settings, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-    from unmask.data.sources import Rows
     from unmask.distributed.runtime import Runtime
-    from unmask.evaluation.questions import Question
+    from unmask.evaluation.tasks import Question
 
 SAMPLES = "samples.jsonl"
 
@@ -41,25 +40,6 @@ def check_answering(section: ValidationConfig | None, model_config: Any, generat
         resolve(section.settings(), default_settings(model_config, generation))
     except SamplingError as error:
         raise ConfigError(f"validation.sampler: {error}") from None
-
-
-def questions_of(rows: Rows, limit: int | None) -> list[Question]:
-    """Return the questions of the first rows: each row's turns before its last assistant turn, which is the answer.
-
-    Raises:
-        DataError: a row that asks nothing.
-    """
-    from unmask.evaluation.questions import Question
-
-    found = []
-    for index in range(len(rows) if limit is None else min(limit, len(rows))):
-        turns = list(rows[index].messages)
-        while turns and turns[-1].role != "assistant":
-            turns.pop()
-        if len(turns) < 2:
-            raise DataError(f"{rows.describe(index)}: nothing is asked before the assistant's turn; remove the row")
-        found.append(Question(tuple(turns[:-1]), turns[-1].content, rows.describe(index)))
-    return found
 
 
 def check_lengths(
@@ -82,7 +62,7 @@ def check_lengths(
     for question, ids in zip(questions, encoded, strict=True):
         if len(ids) > room:
             raise ConfigError(
-                f"validation.sampler: {question.place} asks in {len(ids)} tokens, and with the answer's length only "
+                f"validation.sampler: {question.label} asks in {len(ids)} tokens, and with the answer's length only "
                 f"{room} fit the model's max_sequence_length {model_config.max_sequence_length}; lower max_new_tokens "
                 "or take the row out"
             )
@@ -112,7 +92,7 @@ def answer_validator(
 
     def measure(model: nn.Module, step: int) -> dict[str, Any]:
         """Return exact match over all ranks at a step, and keep answers."""
-        from unmask.evaluation.exact_match import Asking, encode_questions
+        from unmask.evaluation.exact_match import TaskRun, encode_questions
 
         with runtime.autocast(), _in_eval(model):
             together = nullcontext()
@@ -120,7 +100,7 @@ def answer_validator(
                 from unmask.distributed.joint_calls import JointCalls
 
                 together = JointCalls(model, runtime.ranks)
-            asking = Asking(
+            run = TaskRun(
                 model,
                 questions,
                 encode_questions(model, questions, tokenizer),
@@ -132,8 +112,8 @@ def answer_validator(
                 ranks=runtime.ranks,
                 together=together,
             )
-            answers = [answer for chunk in asking.chunks() for answer in asking.answer(chunk)]
-            samples = sample_answers(asking, range(min(section.keep_samples, len(questions))))
+            answers = run.answers()
+            samples = sample_answers(run, range(min(section.keep_samples, len(questions))))
         if runtime.meshes is not None:
             from unmask.distributed.shard import free_gathered
 

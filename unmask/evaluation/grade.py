@@ -1,4 +1,4 @@
-"""Grading answers as the benchmarks do: what is taken out of a text, and when two of them are the same.
+"""Graders: extract the answer from a text, compare it with the reference, and give the interval of the share right.
 
 GSM8K: the result stands after `####` (Cobbe et al. 2021, arXiv 2110.14168, appendix); an answer without the mark is
 judged by its last number, as lm-evaluation-harness's `flexible-extract` does. Expressions are compared by math-verify.
@@ -7,8 +7,9 @@ judged by its last number, as lm-evaluation-harness's `flexible-extract` does. E
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ _DELIMITERS = (r"\boxed", r"\fbox", r"\(", r"\[", "$")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 _BARE_WORD = re.compile(r"(?:^|(?<=\s))[A-Za-z]{2,}(?=[\s.,;:!?]|$)")
 _ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
+# Two-sided 95 % quantile of the normal distribution.
+_Z = 1.959963984540054
 
 
 def final_answer(text: str) -> str | None:
@@ -113,13 +116,13 @@ def _parsed(text: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Grader:
-    """How answers are judged.
+    """How answers are graded.
 
     Attributes:
-        extract: takes out of a text what is compared; None where there is nothing.
-        expect: takes it out of a reference, where that is another matter; None = as `extract`.
-        same: whether an answer's text equals the reference's, given two texts; None compares what was extracted.
-        package: a package that it needs and that the extra `eval` installs; None = none.
+        extract: returns what is compared of an answer's text; None where there is nothing.
+        same: whether an answer's text equals the reference's; None compares what was extracted.
+        package: an optional package that it needs, in the extra `eval`.
+        expect: as `extract`, of a reference; None = `extract`.
     """
 
     extract: Callable[[str], str | None]
@@ -128,7 +131,7 @@ class Grader:
     expect: Callable[[str], str | None] | None = None
 
 
-# name → how answers are judged. A new one is a function or two and a line here.
+# name → grader. A new one is a function or two and a line here.
 GRADERS: dict[str, Grader] = {
     "number": Grader(number_answer),
     "text": Grader(plain_answer),
@@ -138,13 +141,7 @@ GRADERS: dict[str, Grader] = {
 
 @dataclass(frozen=True)
 class Grade:
-    """The judgement of one answer.
-
-    Attributes:
-        correct: whether it is right.
-        extracted: what was taken out of it; None for nothing, which is never right.
-        expected: the same of the reference.
-    """
+    """The grade of one answer: what was extracted from it (None is never correct) and from the reference."""
 
     correct: bool
     extracted: str | None
@@ -152,12 +149,7 @@ class Grade:
 
 
 def grade(text: str, reference: str, grader: str = "number") -> Grade:
-    """Judge an answer against its reference.
-
-    Args:
-        text: what the model wrote.
-        reference: the worked answer.
-        grader: a key of GRADERS: `number` (GSM8K's), `text` or `expression`.
+    """Grade a text against a reference answer by a grader of GRADERS: `number` (GSM8K's), `text` or `expression`.
 
     Raises:
         MissingDependencyError: the grader needs a package that is not installed.
@@ -172,13 +164,13 @@ def grade(text: str, reference: str, grader: str = "number") -> Grade:
 
 
 def expected_answer(reference: str, grader: str) -> str | None:
-    """Return what an answer is compared with; None where a reference has nothing to match."""
+    """Return what answers are compared with; None where a reference has nothing to match."""
     judge = GRADERS[grader]
     return (judge.expect or judge.extract)(reference)
 
 
 def check_grader(grader: str) -> None:
-    """Raise MissingDependencyError when a grader's package is not installed; needs nothing heavy."""
+    """Raise MissingDependencyError when a grader's package is not installed."""
     package = GRADERS[grader].package
     if package is not None and importlib.util.find_spec(package) is None:
         name = package.replace("_", "-")
@@ -187,15 +179,33 @@ def check_grader(grader: str) -> None:
         )
 
 
-def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Return the share of texts whose final answer equals the reference's, from 0 to 1.
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a share, 0 ≤ low ≤ high ≤ 1."""
+
+    low: float
+    high: float
+
+
+def wilson(right: int, total: int, z: float = _Z) -> Interval:
+    """Return Wilson's score interval of a binomial share (Wilson 1927, JASA 22; Brown, Cai & DasGupta 2001, eq. 4).
+
+    Unlike share ± z · √(p(1−p)/n) it stays within [0, 1] and does not vanish at 0 or all right.
 
     Args:
-        texts: what the model wrote.
-        references: worked answers that end in `#### result`; as many, at least one.
+        right: 0..total.
+        total: 0 gives [0, 1].
+        z: quantile; the default gives 95 %.
+
+    Raises:
+        ValueError: `right` outside 0..total.
     """
-    right = [
-        final_answer(text) is not None and final_answer(text) == final_answer(reference)
-        for text, reference in zip(texts, references, strict=True)
-    ]
-    return sum(right) / len(right)
+    if not 0 <= right <= total:
+        raise ValueError(f"right must lie in 0..{total}, got {right}")
+    if total == 0:
+        return Interval(0.0, 1.0)
+    share, shrink = right / total, z * z / total
+    middle = (share + shrink / 2) / (1 + shrink)
+    half = z / (1 + shrink) * math.sqrt(share * (1 - share) / total + shrink / (4 * total))
+    # Rounding must not take the ends past what was observed.
+    return Interval(max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share)))

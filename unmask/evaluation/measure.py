@@ -1,6 +1,7 @@
-"""One task for one checkpoint: what is missing in its file is computed and saved, and the file summed up.
+"""Measure one task for one checkpoint: compute the records that its file lacks, save them, and sum the file up.
 
-The records hold no times and no machine, so that two runs of the same evaluation leave the same bytes.
+A file belongs to one evaluation of one set of questions: its first line says everything that decides the records, and
+each further line is the record of a row. Records hold no times and no machine, so two runs leave the same bytes.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,145 +25,136 @@ from unmask.evaluation.canvas_likelihood import (
     denoising_cross_entropy,
     has_canvases,
 )
-from unmask.evaluation.exact_match import Answer, Asking
-from unmask.evaluation.interval import wilson
-from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods
-from unmask.evaluation.questions import Question
-from unmask.evaluation.records import Record, append_records, grown_identity, resize_records, resume_records
+from unmask.evaluation.exact_match import Answer, TaskRun
+from unmask.evaluation.grade import wilson
+from unmask.evaluation.job import Likelihoods
+from unmask.evaluation.likelihood import DEFAULT_SAMPLES, Pair, log_likelihoods
+from unmask.report import resumable
+from unmask.report.resumable import Record
+from unmask.sampling.backends.backend import settings_for
+from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 
-# Answers between two saves of a likelihood evaluation.
+# Answers that each process scores between two saves of a likelihood evaluation.
 PAIRS_BETWEEN_SAVES = 64
+_FILE = "evaluation"  # what the first line of a file is called
 Progress = Callable[[int, int, int], None]  # rows done, rows in all, rows of these that were just done
 
 
-@dataclass(frozen=True)
-class Likelihoods:
-    """How likelihoods are estimated; `num_samples` None = as many as the family's function takes by itself."""
-
-    num_samples: int | None = None
-    antithetic: bool = False
+def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Return the first line of a file and its records; raises as `resumable.read_records`."""
+    return resumable.read_records(path, _FILE)
 
 
-def measure_answers(asking: Asking, path: Path, model_identity: Mapping[str, Any], progress: Progress) -> list[Record]:
-    """Answer and judge what is missing in a file; return all records in the order of rows. A collective.
+def measure_answers(run: TaskRun, path: Path, model_identity: Mapping[str, Any], progress: Progress) -> list[Record]:
+    """Answer and grade the questions that a file lacks; return all records in the order of rows. A collective.
 
     Args:
-        asking: the model, the questions and the sampler.
-        path: the file of the first rank.
+        run: the model, the questions and the sampler.
+        path: the file, which the first rank reads and writes.
         model_identity: what the answers depend on beside those, as plain JSON values.
         progress: called on the first rank after each save.
 
     Raises:
-        ConfigError: the file is of another evaluation, or of more rows.
+        ConfigError: the file is of another evaluation.
         SamplingError: a prompt that does not fit the model; no file is made.
     """
-    asking.check_prompts()
-    total = len(asking.questions)
-    grown = from_first(
-        asking.ranks, lambda: resize_records(path, lambda rows: answers_identity(asking, model_identity, rows), total)
-    )
-    identity = grown_identity(answers_identity(asking, model_identity), grown)
-    chunks = asking.chunks([rows for rows, _ in grown])
-    kept = from_first(asking.ranks, lambda: resume_records(path, identity, [chunk.rows for chunk in chunks]))
-    records = {record["row"]: record for record in kept}
-    for chunk in chunks:
-        if chunk.rows[0] in records:
-            continue
-        new = [_answer_record(answer, asking.questions[answer.row], asking) for answer in asking.answer(chunk)]
-        if asking.ranks.first:
-            append_records(path, new)
-            records.update((record["row"], record) for record in new)
-            progress(len(records), total, len(new))
-    return [records[row] for row in sorted(records)]
+    run.check_prompts()
+    chunks = {chunk.rows: chunk for chunk in run.chunks()}
+
+    def answered(rows: Sequence[int]) -> list[Record]:
+        return [_answer_record(answer, run) for answer in run.answer(chunks[tuple(rows)])]
+
+    return _complete(run, path, answers_identity(run, model_identity), list(chunks), answered, progress)
 
 
-def answers_identity(asking: Asking, model_identity: Mapping[str, Any], rows: int | None = None) -> dict[str, Any]:
-    """Return everything that decides the answers to the first rows (None = all), as plain JSON values.
-
-    Of the model only its config is looked at.
-    """
-    from unmask.sampling.backends.backend import settings_for
-
-    references = (question.reference for question in asking.questions[:rows])
+def answers_identity(run: TaskRun, model_identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that decides the answers, as plain JSON values; of the model only its config is looked at."""
+    references = (question.reference for question in run.questions)
     return {
         **model_identity,
-        "grader": asking.grader,
-        "seed": asking.seed,
-        "sampler": as_plain(dataclasses.asdict(settings_for(asking.model, asking.sampler))),
-        "stops": list(asking.stops),
-        "rows": len(asking.questions[:rows]),
-        "questions": _fingerprint(zip(asking.asked[:rows], references, strict=True)),
+        "grader": run.grader,
+        "seed": run.seed,
+        "sampler": as_plain(dataclasses.asdict(settings_for(run.model, run.sampler))),
+        "stops": list(run.stops),
+        "rows": len(run.questions),
+        "questions": _fingerprint(zip(run.prompts, references, strict=True)),
     }
 
 
 def measure_likelihood(
-    asking: Asking, path: Path, model_identity: Mapping[str, Any], options: Likelihoods, progress: Progress
+    run: TaskRun, path: Path, model_identity: Mapping[str, Any], options: Likelihoods, progress: Progress
 ) -> list[Record]:
-    """As `measure_answers`, for how likely the model finds the given answers; the sampler and grader play no part."""
-    pairs = answer_pairs(asking)
-    canvases = has_canvases(asking.model)
+    """As `measure_answers`, for the likelihood of the reference answers; sampler and grader play no part."""
+    pairs = answer_pairs(run)
+    canvases = has_canvases(run.model)
     if canvases and options.antithetic:
         raise ModelError("--antithetic: pairs of complementary masks need a model with a mask token; leave it out")
     if options.num_samples is None:
         options = dataclasses.replace(options, num_samples=DEFAULT_LEVELS if canvases else DEFAULT_SAMPLES)
+    identity = {
+        **model_identity,
+        "measure": "denoising cross-entropy, autoregressive log-likelihood" if canvases else "log-likelihood bound",
+        "seed": run.seed,
+        **dataclasses.asdict(options),
+        "rows": len(pairs),
+        "questions": _fingerprint(pairs),
+    }
+    longest_first = sorted(range(len(pairs)), key=lambda row: (-len(pairs[row][0]) - len(pairs[row][1]), row))
+    size = PAIRS_BETWEEN_SAVES * run.ranks.size
+    units = [longest_first[start : start + size] for start in range(0, len(pairs), size)]
 
-    def identity_of(rows: int) -> dict[str, Any]:
-        return {
-            **model_identity,
-            "measure": "denoising cross-entropy, autoregressive log-likelihood" if canvases else "log-likelihood bound",
-            "seed": asking.seed,
-            **dataclasses.asdict(options),
-            "rows": rows,
-            "questions": _fingerprint(pairs[:rows]),
-        }
+    def scored(rows: Sequence[int]) -> list[Record]:
+        return divide_rows(rows, run.ranks, lambda own: _likelihood_records(run, pairs, own, options), run.together)
 
-    grown = from_first(asking.ranks, lambda: resize_records(path, identity_of, len(pairs)))
-    identity = grown_identity(identity_of(len(pairs)), grown)
-    units = _units(pairs, PAIRS_BETWEEN_SAVES * asking.ranks.size, [rows for rows, _ in grown])
-    kept = from_first(asking.ranks, lambda: resume_records(path, identity, units))
+    return _complete(run, path, identity, units, scored, progress)
+
+
+def _complete(
+    run: TaskRun,
+    path: Path,
+    identity: Mapping[str, Any],
+    units: Sequence[Sequence[int]],
+    compute: Callable[[Sequence[int]], list[Record]],
+    progress: Progress,
+) -> list[Record]:
+    """Compute and save the units of rows that a file lacks, one after another; return all records. A collective.
+
+    Units do not depend on what is there: a unit that was cut short is computed again whole, so that the file comes out
+    as it would have without an interruption.
+    """
+    kept = from_first(run.ranks, lambda: resumable.resume_records(path, _FILE, identity, units))
     records = {record["row"]: record for record in kept}
     for unit in units:
         if unit[0] in records:
             continue
-        new = divide_rows(
-            unit, asking.ranks, lambda rows: _likelihood_records(asking, pairs, rows, options), asking.together
-        )
-        if asking.ranks.first:
-            append_records(path, new)
+        new = compute(unit)
+        if run.ranks.first:
+            resumable.append_records(path, new)
             records.update((record["row"], record) for record in new)
-            progress(len(records), len(pairs), len(new))
+            progress(len(records), len(run.questions), len(new))
     return [records[row] for row in sorted(records)]
 
 
-def _units(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], size: int, ends: Sequence[int]) -> list[list[int]]:
-    """Return the rows that are saved together, at most `size`, the longest first; none goes beyond one of `ends`."""
-    found = []
-    for start, end in pairwise([0, *ends, len(pairs)]):
-        order = sorted(range(start, end), key=lambda row: (-len(pairs[row][0]) - len(pairs[row][1]), row))
-        found += [order[first : first + size] for first in range(0, len(order), size)]
-    return found
-
-
-def answer_pairs(asking: Asking) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the tokens of each prompt and of its reference answer, an answer in a chat with what closes its turn.
+def answer_pairs(run: TaskRun) -> list[Pair]:
+    """Return the tokens of each prompt and of its reference answer, in a chat with what closes the answer's turn.
 
     Raises:
         DataError: a row that the chat template refuses.
     """
     template = None
-    pairs = []
-    for question, asked in zip(asking.questions, asking.asked, strict=True):
+    pairs: list[Pair] = []
+    for question, prompt in zip(run.questions, run.prompts, strict=True):
         if isinstance(question.prompt, str):
-            answer = asking.tokenizer.encode(f" {question.reference}", add_special_tokens=False)
-            pairs.append((asked, tuple(answer)))
+            answer = run.tokenizer.encode(f" {question.reference}", add_special_tokens=False)
+            pairs.append((prompt, tuple(answer)))
             continue
         if template is None:
-            mask = getattr(asking.model.config, "mask_token_id", None)
-            template = load_template(asking.tokenizer, control_ids=() if mask is None else (mask,))
+            mask = getattr(run.model.config, "mask_token_id", None)
+            template = load_template(run.tokenizer, control_ids=() if mask is None else (mask,))
         try:
             encoded = template.encode([*question.prompt, Message("assistant", question.reference)], mask_history=True)
         except DataError as error:
-            raise DataError(f"{question.place}: {error}") from None
+            raise DataError(f"{question.label}: {error}") from None
         start = encoded.supervised.index(True)
         end = start + encoded.supervised[start:].index(False) if False in encoded.supervised[start:] else None
         pairs.append((tuple(encoded.ids[:start]), tuple(encoded.ids[start:end])))
@@ -172,7 +162,7 @@ def answer_pairs(asking: Asking) -> list[tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def sum_answers(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the result of judged answers: exact match, its 95 % interval, and how the answers ended."""
+    """Return exact match over all answers, its 95 % interval, and how the answers ended."""
     right, total = sum(record["correct"] for record in records), len(records)
     interval = wilson(right, total)
     nfe = sum(record["nfe"] for record in records)
@@ -189,7 +179,7 @@ def sum_answers(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def sum_likelihoods(records: Sequence[Record]) -> dict[str, Any]:
-    """Return nats a token over all answers, with the standard error of the noise; what kind, the records say."""
+    """Return nats a token over all answers, of the kind that the records have, with the standard error of the noise."""
     tokens = sum(record["tokens"] for record in records)
     result: dict[str, Any] = {"rows": len(records), "tokens": tokens}
     if "log_likelihood" in records[0]:
@@ -208,12 +198,12 @@ def sum_likelihoods(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _perplexity(nats: float) -> float | None:
-    """Return e^nats, None where that is beyond all numbers, which JSON has no word for."""
+    """Return e^nats; None where it overflows, which JSON cannot say."""
     return math.exp(nats) if nats < 700 else None
 
 
 def _error_of_sum(records: Sequence[Record], per_token: bool) -> float | None:
-    """Return the standard error of a sum over answers, None where that of one of them is not known."""
+    """Return the standard error of a sum over answers; None where that of one of them is unknown."""
     errors = [(r["standard_error"], r["tokens"] if per_token else 1) for r in records]
     if any(error is None for error, _ in errors):
         return None
@@ -224,12 +214,11 @@ def _known(error: float) -> float | None:
     return None if math.isnan(error) else error  # JSON has no nan
 
 
-def _answer_record(answer: Answer, question: Question, asking: Asking) -> Record:
-    from unmask.sampling.generate import DEFAULT_BATCH_SIZE
-
+def _answer_record(answer: Answer, run: TaskRun) -> Record:
+    question = run.questions[answer.row]
     return {
         "row": answer.row,
-        "place": question.place.rsplit("/", 1)[-1],
+        "place": question.label.rsplit("/", 1)[-1],
         "correct": answer.grade.correct,
         "extracted": answer.grade.extracted,
         "expected": answer.grade.expected,
@@ -238,21 +227,18 @@ def _answer_record(answer: Answer, question: Question, asking: Asking) -> Record
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
         "nfe": answer.nfe,
-        "batch_size": asking.batch_size or DEFAULT_BATCH_SIZE,
+        "batch_size": run.batch_size or DEFAULT_BATCH_SIZE,
     }
 
 
-def _likelihood_records(
-    asking: Asking, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: Sequence[int], options: Likelihoods
-) -> list[Record]:
-    model, seed, size = asking.model, asking.seed, asking.batch_size
+def _likelihood_records(run: TaskRun, pairs: Sequence[Pair], rows: Sequence[int], options: Likelihoods) -> list[Record]:
     number = {} if options.num_samples is None else {"num_samples": options.num_samples}
-    if not has_canvases(model):
+    if not has_canvases(run.model):
         found = log_likelihoods(
-            model,
+            run.model,
             [pairs[row] for row in rows],
-            seed=seed,
-            batch_size=size,
+            seed=run.seed,
+            batch_size=run.batch_size,
             antithetic=options.antithetic,
             exact_if_cheaper=True,
             **number,
@@ -268,8 +254,8 @@ def _likelihood_records(
         ]
     records = []
     for row in rows:
-        noised = denoising_cross_entropy(model, *pairs[row], seed=seed, batch_size=size, **number)
-        read = ar_log_likelihood(model, *pairs[row])
+        noised = denoising_cross_entropy(run.model, *pairs[row], seed=run.seed, batch_size=run.batch_size, **number)
+        read = ar_log_likelihood(run.model, *pairs[row])
         records.append(
             {
                 "row": row,

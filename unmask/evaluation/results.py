@@ -1,36 +1,45 @@
-"""`results.json`: one entry for each task and model, kept and added to by every command with the same `--output`."""
+"""`results.json` of an evaluation folder, and the table printed from it: an entry for each task and model.
+
+Every command with the same `--output` adds to the file.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unmask.errors import CheckpointError, ConfigError
-from unmask.evaluation.contestant import Contestant
-from unmask.evaluation.records import Record
+from rich.console import Console
+from rich.table import Table
+
+from unmask.errors import ConfigError
+from unmask.evaluation.job import Checkpoint
 from unmask.report.evaluations import RESULTS as RESULTS
-from unmask.report.resumable import first_difference
+from unmask.report.evaluations import shown
+from unmask.report.resumable import Record, first_difference, write_lines
+
+_PIPE_WIDTH = 10_000  # columns of a file or a pipe
 
 
 @dataclass
 class Outcome:
-    """One task of one model.
+    """The result of one task for one checkpoint.
 
     Attributes:
-        task: its name; of the harness's tasks with our prefix, since both may have one of that name.
-        label: the model's.
+        task: its name; of the harness's tasks with the prefix, since both may have one of that name.
+        label: the checkpoint's.
         kind: whose task it is and what it measures.
         result: its numbers by name; of the harness, metric → value and standard error.
         settings: what the result depends on beside the weights, as plain JSON values.
         file: name of the file of its answers; None where there is none, as for a group of tasks.
         batch_size: rows at once; several where the answers came from several runs.
         records: its records; empty for the harness's tasks.
-        seconds: that its answers took; None where that is not known.
+        seconds: time that computing the answers took; None = unknown.
         timed_rows: the answers that those seconds are of.
-        compared: how the answers differ from others: `first` model's, and those of an earlier evaluation (`against`).
+        compared: how the answers differ from the `first` checkpoint's, and from an earlier evaluation's (`against`).
     """
 
     task: str
@@ -62,7 +71,7 @@ class Outcome:
         }
 
     def add_earlier(self, entry: Mapping[str, Any]) -> None:
-        """Take over what an earlier command spent on answers that this one found done."""
+        """Add the time that an earlier command spent on answers which this one found in the file."""
         if self.kind == "harness" or self.timed_rows == len(self.records) or entry.get("seconds") is None:
             return
         if self.kind == "likelihood" and not self.timed_rows:
@@ -73,14 +82,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Results:
-    """What a `results.json` holds: models by label, and entries by (task, label)."""
+    """The contents of a `results.json`: checkpoints by label, and entries by (task, label)."""
 
-    models: dict[str, dict[str, Any]]
+    checkpoints: dict[str, dict[str, Any]]
     entries: dict[tuple[str, str], dict[str, Any]]
 
 
 def read_results(output: Path) -> Results:
-    """Return what is there already, possibly nothing; ConfigError for a file of something else."""
+    """Return the results in a folder, possibly none; ConfigError for a file of something else."""
     path = output / RESULTS
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": [], "results": []}
@@ -92,10 +101,10 @@ def read_results(output: Path) -> Results:
         raise ConfigError(f"{path}: not a file of `unmask eval`; choose another --output or delete it") from None
 
 
-def check_models(contestants: Sequence[Contestant], earlier: Results, output: Path) -> None:
-    """Refuse a model whose label is another model's in the results that are there; raises ConfigError."""
-    for contestant in contestants:
-        old, new = earlier.models.get(contestant.label), _model(contestant)
+def check_checkpoints(checkpoints: Sequence[Checkpoint], earlier: Results, output: Path) -> None:
+    """Refuse a checkpoint whose label stands for other weights in the results of a folder; raises ConfigError."""
+    for checkpoint in checkpoints:
+        old, new = earlier.checkpoints.get(checkpoint.label), _described(checkpoint)
         if old is None:
             continue
         # A folder that was moved holds the same model.
@@ -103,54 +112,157 @@ def check_models(contestants: Sequence[Contestant], earlier: Results, output: Pa
         different = first_difference({name: old.get(name) for name in names}, {name: new[name] for name in names})
         if different is not None:
             raise ConfigError(
-                f"{output / RESULTS}: {contestant.label} is another model there ({different}); choose another "
+                f"{output / RESULTS}: {checkpoint.label} is another model there ({different}); choose another "
                 "--output, or delete the folder"
             )
 
 
-def check_limits(
-    names: Sequence[str], labels: Sequence[str], limit: int | None, earlier: Results, output: Path
-) -> None:
-    """Refuse a task of the harness whose result is there for more documents, and would be replaced; raises ConfigError.
+def check_limit(names: Sequence[str], labels: Sequence[str], limit: int | None, earlier: Results, output: Path) -> None:
+    """Refuse tasks of the harness whose results in a folder are of another number of documents; raises ConfigError.
 
     Args:
-        names: the harness's tasks as results have them, with our prefix.
-        labels: the models'.
-        limit: documents of each task that are asked for; None = all.
-        earlier: the results that are there.
-        output: their folder.
+        names: of the tasks, with the prefix.
+        labels: the checkpoints'.
+        limit: documents of each task; None = all.
+        earlier: the results in the folder.
+        output: the folder.
     """
-    for name in names:
-        for label in labels:
-            entry = earlier.entries.get((name, label))
-            had = None if entry is None else entry["settings"]["limit"]
-            if entry is None or limit is None or (had is not None and had <= limit):
-                continue
-            held, remedy = ("all", "leave --limit out") if had is None else (had, f"give --limit {had} or more")
+    for entry in (earlier.entries.get((name, label)) for name in names for label in labels):
+        if entry is not None and entry["settings"]["limit"] != limit:
+            had, wanted = (number or "all" for number in (entry["settings"]["limit"], limit))
             raise ConfigError(
-                f"{output / RESULTS}: holds {name}, {label}, of {held} documents, more than the {limit} asked for; "
-                f"{remedy}, or choose another --output"
+                f"{output / RESULTS}: holds {entry['task']}, {entry['model']}, of {had} documents, not {wanted}; "
+                "choose another --output, or delete the folder"
             )
 
 
-def write_results(contestants: Sequence[Contestant], outcomes: Sequence[Outcome], earlier: Results, path: Path) -> None:
-    """Write a results file: what was there, and in their places or after it the outcomes; raises CheckpointError."""
-    models = earlier.models | {contestant.label: _model(contestant) for contestant in contestants}
+def write_results(checkpoints: Sequence[Checkpoint], outcomes: Sequence[Outcome], earlier: Results, path: Path) -> None:
+    """Write a results file: the earlier entries, with the outcomes in their places or behind them.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    models = earlier.checkpoints | {checkpoint.label: _described(checkpoint) for checkpoint in checkpoints}
     entries = earlier.entries | {(outcome.task, outcome.label): outcome.entry() for outcome in outcomes}
     values = {"models": list(models.values()), "results": list(entries.values())}
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
+    write_lines(path, [json.dumps(values, indent=2, ensure_ascii=False)])
 
 
-def _model(contestant: Contestant) -> dict[str, Any]:
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "label": contestant.label,
-        "checkpoint": contestant.checkpoint,
-        "adapter": contestant.adapter,
-        "fingerprint": contestant.fingerprint(),
+        "label": checkpoint.label,
+        "checkpoint": checkpoint.folder,
+        "adapter": checkpoint.adapter,
+        "fingerprint": checkpoint.fingerprint(),
     }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two evaluations of the same questions differ, row by row.
+
+    Attributes:
+        rows: questions that both answered.
+        differing: those whose answers are not the same tokens.
+        gained: those that only the second answered correctly.
+        lost: those that only the first answered correctly.
+    """
+
+    rows: int
+    differing: int
+    gained: int
+    lost: int
+
+
+def compare(first: Iterable[Record], second: Iterable[Record]) -> Comparison:
+    """Compare the answers of two evaluations of the same questions, such as one with another batch size.
+
+    With equal weights, sampler and seed the draws are the same whatever the batch, so the answers differ only where
+    choices tie in the model's precision.
+    """
+    before = {record["row"]: record for record in first}
+    pairs = [(before[record["row"]], record) for record in second if record["row"] in before]
+    return Comparison(
+        rows=len(pairs),
+        differing=sum(old["token_ids"] != new["token_ids"] for old, new in pairs),
+        gained=sum(new["correct"] and not old["correct"] for old, new in pairs),
+        lost=sum(old["correct"] and not new["correct"] for old, new in pairs),
+    )
+
+
+def output_console(quiet: bool = False) -> Console:
+    """Return a console on standard output; in a file or a pipe as wide as its lines, or as COLUMNS says."""
+    console = Console(quiet=quiet)
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def outcome_table(labels: Sequence[str], outcomes: Sequence[Outcome]) -> Table:
+    """Return the table of all outcomes: a row for each task and number, a column for each checkpoint's label."""
+    table = Table(title=None, header_style="bold")
+    table.add_column("task")
+    table.add_column("measure")
+    for label in labels:
+        table.add_column(label, justify="right", overflow="fold")
+    for task in dict.fromkeys(outcome.task for outcome in outcomes):
+        found = {outcome.label: _rows(outcome) for outcome in outcomes if outcome.task == task}
+        measures = list(dict.fromkeys(measure for rows in found.values() for measure in rows))
+        for number, measure in enumerate(measures):
+            cells = [found.get(label, {}).get(measure, "") for label in labels]
+            table.add_row(task if number == 0 else "", measure, *cells, end_section=number == len(measures) - 1)
+    return table
+
+
+def _rows(outcome: Outcome) -> dict[str, str]:
+    """Return the rows of one outcome: number → its value as text."""
+    result = outcome.result
+    timed = _seconds(outcome)
+    if outcome.kind == "harness":
+        return timed | {name: _with_error(value["value"], value["standard_error"]) for name, value in result.items()}
+    if outcome.kind == "answers":
+        return _answer_rows(result, outcome) | timed
+    if "nats_per_token" in result:
+        rows = {
+            "bound, nats a token": _with_error(result["nats_per_token"], result["standard_error"]),
+            "perplexity, bound's": _perplexity(result["perplexity_bound"], result["standard_error"]),
+        }
+    else:
+        rows = {
+            "denoising cross-entropy": _with_error(result["denoising_nats_per_token"], result["standard_error"]),
+            "encoder, nats a token": shown(result["ar_nats_per_token"]),
+            "encoder's perplexity": _perplexity(result["ar_perplexity"]),
+        }
+    return {**rows, "answers, tokens": f"{result['rows']}, {result['tokens']}", **timed}
+
+
+def _seconds(outcome: Outcome) -> dict[str, str]:
+    """Return the row of the time, or none; it says of how many answers where it is not of all."""
+    if outcome.seconds is None:
+        return {}
+    part = "" if outcome.timed_rows == len(outcome.records) else f" ({outcome.timed_rows} answers)"
+    return {"seconds": f"{outcome.seconds:.1f}{part}"}
+
+
+def _answer_rows(result: dict[str, Any], outcome: Outcome) -> dict[str, str]:
+    rows = {
+        "exact match": f"{100 * result['exact_match']:.1f} %",
+        "95 % interval": f"{100 * result['low']:.1f} to {100 * result['high']:.1f}",
+        "right": f"{result['right']} of {result['total']}",
+        "ended by themselves": f"{100 * result['ended']:.0f} %",
+        "network calls an answer": f"{result['network_calls']:.1f}",
+    }
+    for name, said in (("first", "against the first model"), ("against", "against --against")):
+        if name in outcome.compared:
+            found = outcome.compared[name]
+            rows[said] = f"+{found['gained']} −{found['lost']}, {found['differing']} answers differ"
+    return rows
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{shown(value, error)} ± {shown(error, error)}" if error else shown(value)
+
+
+def _perplexity(value: float | None, error: float | None = None) -> str:
+    """Return a perplexity, exp of nats a token, with its error, from that of the nats."""
+    return "over 1e304" if value is None else _with_error(value, error and error * value)

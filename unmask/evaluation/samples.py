@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.distributed.rows import divide_rows
 from unmask.errors import DataError
-from unmask.evaluation.exact_match import Asking
-from unmask.evaluation.grade import grade
+from unmask.evaluation.exact_match import TaskRun
 
 if TYPE_CHECKING:
-    from unmask.evaluation.questions import Question
+    from unmask.evaluation.tasks import Question
     from unmask.sampling.engine.loop import StepEvent
 
 _MASKED = "░"
@@ -41,17 +40,16 @@ class Sample:
     frames: list[tuple[int, str]]
 
 
-def sample_answers(asking: Asking, rows: Sequence[int]) -> list[Sample]:
+def sample_answers(run: TaskRun, rows: Sequence[int]) -> list[Sample]:
     """Answer some questions once more and watch; the same on every rank. A collective."""
     if not rows:
         return []
-    from unmask.sampling.generate import generate
     from unmask.sampling.jobs import as_loaded
     from unmask.sampling.view import Drawing
 
-    loaded = as_loaded(asking.model, asking.tokenizer, asking.sampler)
+    loaded = as_loaded(run.model, run.tokenizer, run.sampler)
     shades = _MASKED * 2 if loaded.backend.spec.noise == "mask" else None
-    drawing = Drawing(asking.tokenizer, loaded.stop_ids, shades)
+    drawing = Drawing(run.tokenizer, loaded.stop_ids, shades)
 
     def answered(own: list[int]) -> list[Sample]:
         """Return this rank's samples."""
@@ -62,17 +60,13 @@ def sample_answers(asking: Asking, rows: Sequence[int]) -> list[Sample]:
                 drawn = drawing.draw_row(event, place, highlight=False).plain
                 frames[number].append((int(event.nfe_B[place]), drawn))
 
-        prompts = [list(asking.asked[row]) for row in own]
-        written = generate(
-            asking.model, prompts, tokenizer=asking.tokenizer, sampler=asking.sampler, seed=asking.seed,
-            batch_size=asking.batch_size, on_event=watch,
-        )  # fmt: skip
+        answers = [run.graded(*each) for each in zip(own, run.sample(own, run.seed, on_event=watch), strict=True)]
         return [
-            Sample(row, each.text or "", _is_right(asking, row, each.text or ""), each.stats.nfe, _few(seen))
-            for row, each, seen in zip(own, written, frames, strict=True)
+            Sample(each.row, each.text, each.grade.correct, each.nfe, _few(seen))
+            for each, seen in zip(answers, frames, strict=True)
         ]
 
-    return divide_rows(list(rows), asking.ranks, answered, asking.together)
+    return divide_rows(list(rows), run.ranks, answered, run.together)
 
 
 def write_samples(path: Path, step: int, questions: Sequence[Question], samples: Sequence[Sample]) -> None:
@@ -81,7 +75,7 @@ def write_samples(path: Path, step: int, questions: Sequence[Question], samples:
         {
             "event": "sample",
             "step": step,
-            "row": questions[sample.row].place,
+            "row": questions[sample.row].label,
             "prompt": _shown(questions[sample.row]),
             "text": sample.text,
             "reference": questions[sample.row].reference,
@@ -96,10 +90,6 @@ def write_samples(path: Path, step: int, questions: Sequence[Question], samples:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); free some space, then run again") from None
-
-
-def _is_right(asking: Asking, row: int, text: str) -> bool:
-    return grade(text, asking.questions[row].reference, asking.grader).correct
 
 
 def _few(frames: list[tuple[int, str]]) -> list[tuple[int, str]]:

@@ -1,13 +1,25 @@
-"""The table of tasks: what `unmask eval --tasks` knows by itself. Needs no torch."""
+"""What `unmask eval` measures on a file: the table of tasks, and the questions read from the rows. Needs no torch.
+
+A row is a chat (`messages` or `conversations`; its last assistant turn is the reference answer) or a pair of columns,
+recognised by their names or named by the caller.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-# In front of a name: the task of lm-evaluation-harness, also where there is one of ours with that name.
+from unmask.data.conversation import Columns, Message, RowProblem, read_conversation
+from unmask.errors import DataError
+
+if TYPE_CHECKING:
+    from unmask.data.sources import Rows
+
+# Prefix of a task of lm-evaluation-harness, also where there is one of ours with that name.
 HARNESS = "lm_eval/"
 
 
@@ -16,12 +28,12 @@ class Task:
     """One task on a file of questions and answers.
 
     Attributes:
-        kind: `answers` lets the model write and judges it; `likelihood` asks how likely it finds the given answers.
+        kind: `answers` samples answers and grades them; `likelihood` scores the reference answers.
         about: one line for `--help`.
         grader: a key of `grade.GRADERS`; None for likelihoods.
-        asks: what stands before a question that is asked as literal text.
+        asks: what precedes a question asked as literal text.
         answers: what stands between it and its answer.
-        stops: texts that end an answer to literal text: there is no turn to end.
+        stops: stop strings for literal text, which has no end of turn.
     """
 
     kind: Literal["answers", "likelihood"]
@@ -43,12 +55,167 @@ TASKS: dict[str, Task] = {
 
 
 def near_miss(name: str) -> str | None:
-    """Return the task of ours that a name is a misspelling of, one character or so away; None if of none."""
+    """Return the task of ours that a name misspells by about one character; None if none."""
     near = difflib.get_close_matches(name, [own for own in TASKS if abs(len(own) - len(name)) <= 1], n=1, cutoff=0.8)
     return near[0] if near and name not in TASKS else None
 
 
 def split_names(words: Iterable[str]) -> list[str]:
-    """Return the names of a list whose entries may hold several, separated by commas, each once."""
+    """Return the names in a list whose entries may hold several, separated by commas, each once."""
     names = [name.strip() for word in words for name in word.split(",")]
     return list(dict.fromkeys(name for name in names if name))
+
+
+# Pairs of columns, in the order in which a row without messages is searched for them.
+COLUMN_PAIRS = (
+    Columns("question", "answer"),
+    Columns("prompt", "completion"),
+    Columns("problem", "answer"),
+    Columns("problem", "solution"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        prompt: chat turns before the answer, or literal text without a chat template.
+        reference: the reference answer.
+        label: what messages call it: `file:line`.
+    """
+
+    prompt: tuple[Message, ...] | str
+    reference: str
+    label: str = ""
+
+    def as_prompt(self) -> str | list[dict]:
+        """Return the prompt as `unmask.generate` takes it."""
+        return self.prompt if isinstance(self.prompt, str) else [message.as_dict() for message in self.prompt]
+
+
+def read_questions(
+    path: str | Path, limit: int | None = None, columns: Columns | None = None, where: str = "--data"
+) -> list[Question]:
+    """Read the questions of a JSONL file.
+
+    Args:
+        path: the file.
+        limit: read the first rows only; None = all.
+        columns: the prompt and completion columns; None = messages, or the first of COLUMN_PAIRS that a row has.
+        where: the flag or field that named the file, for messages.
+
+    Raises:
+        DataError: no such file, no rows, or a row without a question and an answer, with its file and line.
+    """
+    path = Path(path).expanduser()
+    questions: list[Question] = []
+    try:
+        for label, row in _rows(path):
+            if limit is not None and len(questions) >= limit:
+                break
+            try:
+                turns = read_conversation(row, columns or _columns_of(row)).messages
+                question = _question(turns, label)
+                if not question.reference.strip():
+                    raise RowProblem("its answer is empty")
+                questions.append(question)
+            except RowProblem as error:
+                other = "its" if columns is None else "other"
+                remedy = f"fix the row, or name {other} columns with --prompt-column and --completion-column"
+                raise DataError(f"{label}: {error}; {remedy}") from None
+    except OSError as error:
+        raise DataError(f"{where}: {path.absolute()} cannot be read ({error.strerror or error})") from None
+    if not questions:
+        raise DataError(f"{where}: {path} has no rows; give a JSONL file with questions and answers")
+    return questions
+
+
+def questions_of(rows: Rows, limit: int | None) -> list[Question]:
+    """Return the questions of the first rows of a data set; DataError for a row that asks nothing."""
+    questions = []
+    for index in range(len(rows) if limit is None else min(limit, len(rows))):
+        label = rows.describe(index)
+        try:
+            questions.append(_question(rows[index].messages, label))
+        except RowProblem as error:
+            raise DataError(f"{label}: {error}; remove the row") from None
+    return questions
+
+
+def refuse_leaks(questions: Sequence[Question], shots: Sequence[Question]) -> None:
+    """Raise DataError for a question that is also a worked example: its answer would stand in its prompt."""
+    shown = {" ".join(_asked(shot).split()): shot.label for shot in shots}
+    for question in questions:
+        label = shown.get(" ".join(_asked(question).split()))
+        if label is not None:
+            raise DataError(
+                f"--shots_file: {label} is the question of {question.label} too, so its answer would be shown; "
+                "take the examples from other data, as a training split"
+            )
+
+
+def with_shots(questions: Sequence[Question], shots: Sequence[Question]) -> list[Question]:
+    """Put worked examples before each chat question, as earlier turns; a system turn of the question stays first."""
+    before = tuple(turn for shot in shots for turn in (*_turns(shot), Message("assistant", shot.reference)))
+
+    def shown(question: Question) -> Question:
+        systems = tuple(turn for turn in _turns(question, systems=True) if turn.role == "system")
+        return replace(question, prompt=(*systems, *before, *_turns(question)))
+
+    return [shown(question) for question in questions]
+
+
+def as_text(questions: Sequence[Question], shots: Sequence[Question], asks: str, answers: str) -> list[Question]:
+    """Write each question as literal text after worked examples, for base models.
+
+    Args:
+        questions: chat questions of one user turn; further turns are joined by line breaks.
+        shots: worked examples, possibly none.
+        asks, answers: as in `Task`.
+    """
+    before = "".join(f"{asks}{_asked(shot)}{answers} {shot.reference}\n\n" for shot in shots)
+    return [replace(question, prompt=f"{before}{asks}{_asked(question)}{answers}") for question in questions]
+
+
+def _question(messages: Sequence[Message], label: str) -> Question:
+    turns = list(messages)
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    if len(turns) < 2:
+        raise RowProblem("nothing is asked before the assistant's turn")
+    return Question(tuple(turns[:-1]), turns[-1].content, label)
+
+
+def _turns(question: Question, systems: bool = False) -> tuple[Message, ...]:
+    assert not isinstance(question.prompt, str), "literal text has no turns"
+    return tuple(turn for turn in question.prompt if systems or turn.role != "system")
+
+
+def _asked(question: Question) -> str:
+    return "\n".join(turn.content for turn in _turns(question, systems=True))
+
+
+def _columns_of(row: object) -> Columns:
+    if not isinstance(row, dict) or "messages" in row or "conversations" in row:
+        return Columns()
+    for pair in COLUMN_PAIRS:
+        if pair.prompt in row and pair.completion in row:
+            return pair
+    pairs = ", ".join(f"{pair.prompt}/{pair.completion}" for pair in COLUMN_PAIRS)
+    names = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
+    raise RowProblem(f"neither messages nor a pair of columns {pairs}, the row has {names}")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            label = f"{path}:{number}"
+            try:
+                yield label, json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise DataError(
+                    f"{label}: not JSON in UTF-8 ({error}); give a file of one JSON object a line"
+                ) from None

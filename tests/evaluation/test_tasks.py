@@ -7,7 +7,7 @@ import pytest
 
 from unmask.data.conversation import Columns, Message
 from unmask.errors import DataError
-from unmask.evaluation.questions import as_text, read_questions, refuse_leaks, with_shots
+from unmask.evaluation.tasks import as_text, read_questions, refuse_leaks, with_shots
 
 CHAT = {"messages": [
     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
@@ -25,7 +25,7 @@ def test_the_last_assistant_turn_of_a_chat_is_the_answer(tmp_path: Path) -> None
     question = read_questions(write(tmp_path, CHAT))[0]
     assert [turn.content for turn in question.prompt] == ["Be brief.", "1+1?", "2", "2+2?"]
     assert question.reference == "4"
-    assert question.place.endswith("rows.jsonl:1")
+    assert question.label.endswith("rows.jsonl:1")
 
 
 @pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "completion"), ("problem", "solution")])

@@ -1,0 +1,78 @@
+"""The file of an interruptible job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unmask.errors import ConfigError
+from unmask.report.resumable import append_records, read_records, resume_records
+
+WHO = {"task": "gsm8k", "sampler": {"steps": 8, "cache": "none"}, "seed": 42}
+UNITS = [(3, 1), (0, 2)]
+
+
+def resume(path: Path, **change: object) -> list[dict]:
+    return resume_records(path, "evaluation", WHO | change, UNITS)
+
+
+def rows(*numbers: int) -> list[dict]:
+    return [{"row": number, "text": f"answer {number}"} for number in numbers]
+
+
+def test_what_was_written_is_taken_up_again(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "a.jsonl"
+    assert resume(path) == []
+    append_records(path, rows(3, 1))
+    assert resume(path) == rows(3, 1)
+    append_records(path, rows(0, 2))
+    assert read_records(path, "evaluation") == (WHO, rows(3, 1, 0, 2))
+
+
+@pytest.mark.parametrize(
+    "tail", ['{"row": 0, "text": "answer 0"}\n', '{"row": 0, "te', '{"row": 0, "text": "answer 0"}']
+)
+def test_a_unit_that_was_cut_short_is_done_again_whole(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "a.jsonl"
+    resume(path)
+    append_records(path, rows(3, 1))
+    before = path.read_bytes()
+    with path.open("a") as file:
+        file.write(tail)
+    assert resume(path) == rows(3, 1)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, r"a.jsonl: holds another evaluation \(seed 42, not 1\)"),
+        ({"sampler": {"steps": 9, "cache": "none"}}, r"\(sampler.steps 8, not 9\); choose another --output"),
+    ],
+)
+def test_the_file_of_another_evaluation_is_refused_and_stays(tmp_path: Path, change: dict, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    resume(path)
+    append_records(path, rows(3, 1))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        resume(path, **change)
+    assert path.read_bytes() == before
+
+
+def test_a_file_without_records_is_of_no_evaluation_yet(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    resume(path)
+    assert resume(path, seed=1) == []
+    assert read_records(path, "evaluation") == (WHO | {"seed": 1}, [])
+
+
+@pytest.mark.parametrize("text", ["notes\n", json.dumps({"row": 1}) + "\n", "\n"])
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is no file of this kind: evaluation"):
+        resume(path)
+    assert path.read_text() == text

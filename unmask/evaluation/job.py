@@ -1,0 +1,271 @@
+"""What `unmask eval` is asked to do, checked before anything heavy loads. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from unmask.config.sampler import SamplerConfig
+from unmask.data.conversation import Columns
+from unmask.errors import ConfigError, DataError
+from unmask.evaluation.grade import check_grader, expected_answer
+from unmask.evaluation.harness import check_names, task_manager, without_prefix
+from unmask.evaluation.tasks import HARNESS, TASKS, Question, as_text, read_questions, refuse_leaks, with_shots
+from unmask.models.adapter_folder import CONFIG, WEIGHTS, find_adapter
+from unmask.models.folders import find_folder, read_generation, weights_fingerprint
+from unmask.models.registry import plan_folder
+from unmask.models.tokenizer import tokenizer_folder
+from unmask.sampling.settings import default_settings, resolve
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model to be evaluated.
+
+    Attributes:
+        label: short name for tables and files, unique in a job.
+        folder: with its config.json.
+        adapter: folder of the adapter on top, or None.
+        tokenizer: folder of its tokenizer.
+    """
+
+    label: str
+    folder: str
+    adapter: str | None
+    tokenizer: str
+
+    def fingerprint(self) -> dict[str, str | None]:
+        """Return hashes of its weights and of its adapter, rank and scale included."""
+        adapter = None
+        if self.adapter is not None:
+            files = (Path(self.adapter) / name for name in (CONFIG, WEIGHTS))
+            adapter = blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
+        return {"weights": weights_fingerprint(Path(self.folder)), "adapter": adapter}
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """How likelihoods are estimated; `num_samples` None = the estimator's default."""
+
+    num_samples: int | None = None
+    antithetic: bool = False
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """Checkpoints to be measured on tasks; each field is a flag of `unmask eval`.
+
+    Attributes:
+        checkpoints: (folder, run directory or hub id, LoRA adapter on top or None).
+        tasks: keys of TASKS, or names of the harness's.
+        sampler: settings that were given.
+        data: JSONL file of questions and answers, for our tasks.
+        prompt_column, completion_column: of rows that are no chats.
+        limit: the first rows of each task; None = all.
+        few_shot: worked examples before each question; None = none, or as many as a task of the harness says.
+        shots_file: its first rows are the worked examples of our tasks.
+        raw: ask in literal text, without a chat template.
+        output: folder of answers and results.
+        against: folder of an earlier evaluation whose answers are compared; None = none.
+        seed: of draws and masks.
+        batch_size: rows that the network sees at once; None = 16.
+        dtype: of the weights; None = as stored.
+        shard: ranks share each model.
+        likelihoods: how they are estimated.
+        include_path: folder with further task files for the harness.
+        apply_chat_template: the harness renders prompts with the chat template.
+
+    Raises:
+        ConfigError: a value out of range, a folder that is not there, or a field that means nothing for these tasks.
+        MissingDependencyError: a grader's package, or the harness, is not installed.
+    """
+
+    checkpoints: Sequence[tuple[str, str | None]]
+    tasks: Sequence[str]
+    sampler: SamplerConfig
+    data: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    limit: int | None = None
+    few_shot: int | None = None
+    shots_file: str | None = None
+    raw: bool = False
+    output: str = "evaluation"
+    against: str | None = None
+    seed: int = 42
+    batch_size: int | None = None
+    dtype: str | None = None
+    shard: bool = False
+    likelihoods: Likelihoods = Likelihoods()
+    include_path: str | None = None
+    apply_chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.harness_tasks:
+            check_names(self.harness_tasks, self.include_path)
+        self._check_meaning()
+
+    @cached_property
+    def our_tasks(self) -> list[str]:
+        """Those of the tasks that are keys of TASKS."""
+        return [name for name in self.tasks if name in TASKS]
+
+    @cached_property
+    def harness_tasks(self) -> list[str]:
+        """The others, as they were named."""
+        return [name for name in self.tasks if name not in TASKS]
+
+    def _check_values(self) -> None:
+        """Refuse numbers out of range and folders that are not there."""
+        numbers = {"limit": self.limit, "batch_size": self.batch_size, "num_samples": self.likelihoods.num_samples}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}: must be at least 1, got {value}")
+        if self.few_shot is not None and self.few_shot < 0:
+            raise ConfigError(f"--few_shot: must be at least 0, got {self.few_shot}")
+        samples = self.likelihoods.num_samples
+        if self.likelihoods.antithetic and samples is not None and samples % 2:
+            raise ConfigError(f"--num_samples: must be even with --antithetic, got {samples}")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            missing = "prompt_column" if self.prompt_column is None else "completion_column"
+            raise ConfigError(f"--{missing}: give both columns, or neither")
+        output = Path(self.output).expanduser()
+        if output.exists() and not output.is_dir():
+            raise ConfigError(f"--output: {output} is no folder; name one, or a new one")
+        for name, folder in {"against": self.against, "include_path": self.include_path}.items():
+            if folder is not None and not Path(folder).expanduser().is_dir():
+                raise ConfigError(f"--{name}: {folder} is no folder; name one")
+
+    def _check_meaning(self) -> None:
+        """Refuse fields that would do nothing with these tasks, and tasks that need others."""
+        ours, theirs = self.our_tasks, self.harness_tasks
+
+        def refuse(why: str, **values: Any) -> None:
+            for name, value in values.items():
+                if value:
+                    raise ConfigError(f"--{name}: {why}; leave it out")
+
+        if not self.tasks:
+            raise ConfigError(f"--tasks: names no task; give one or several of {', '.join(TASKS)}")
+        if ours and self.data is None:
+            hint = f", or name the harness's: {HARNESS}{ours[0]}" if ours[0] != "likelihood" else ""
+            raise ConfigError(f"--data: the task {ours[0]} needs a JSONL file of questions and answers; give one{hint}")
+        if ours and self.few_shot and self.shots_file is None:
+            raise ConfigError(f"--shots_file: {self.few_shot} worked examples are to be taken from a file; name one")
+        if not self.few_shot:
+            refuse("no worked examples are asked for with --few_shot", shots_file=self.shots_file)
+        if not ours:
+            refuse(
+                f"is of {', '.join(TASKS)}, and --tasks names none of them",
+                data=self.data, prompt_column=self.prompt_column, completion_column=self.completion_column,
+                shots_file=self.shots_file, raw=self.raw, against=self.against,
+            )  # fmt: skip
+        if not theirs:
+            refuse(
+                "is of lm-evaluation-harness, and --tasks names none of its",
+                include_path=self.include_path, apply_chat_template=self.apply_chat_template,
+            )  # fmt: skip
+            if "likelihood" not in ours:
+                refuse("is of likelihoods, and --tasks asks for none", **vars(self.likelihoods))
+        for name in ours:
+            grader = TASKS[name].grader
+            if grader is not None:
+                check_grader(grader)
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """A job with everything that it names found and read.
+
+    Attributes:
+        job: the job.
+        checkpoints: its checkpoints.
+        questions: of each of our tasks, by its name.
+        manager: the harness's task manager; None without its tasks.
+        output, against: its folders.
+    """
+
+    job: EvalJob
+    checkpoints: Sequence[Checkpoint]
+    questions: Mapping[str, Sequence[Question]]
+    manager: Any
+    output: Path
+    against: Path | None
+
+
+def plan_job(job: EvalJob) -> EvalPlan:
+    """Read the questions, find the checkpoints and the harness's tasks, and check settings against each family.
+
+    Raises:
+        DataError: questions that cannot be read, asked or graded.
+        ModelError: no checkpoint, adapter or tokenizer.
+        SamplingError: settings that a checkpoint's family does not have.
+        ConfigError: a task that the harness does not have.
+    """
+    questions = _questions(job) if job.our_tasks else {}
+    checkpoints = _checkpoints(job)
+    manager = None
+    if job.harness_tasks:  # the last check, since the harness reads thousands of files for it
+        manager = task_manager([without_prefix(name) for name in job.harness_tasks], job.include_path)
+    against = None if job.against is None else Path(job.against).expanduser()
+    return EvalPlan(job, checkpoints, questions, manager, Path(job.output).expanduser(), against)
+
+
+def _questions(job: EvalJob) -> dict[str, list[Question]]:
+    """Read each task's questions, put worked examples before them, and refuse answers that no model could match."""
+    assert job.data is not None
+    columns = None if job.prompt_column is None else Columns(job.prompt_column, job.completion_column)
+    questions = read_questions(job.data, job.limit, columns)
+    for name in job.our_tasks:
+        grader = TASKS[name].grader
+        if grader is None:
+            continue
+        for question in questions:
+            if expected_answer(question.reference, grader) is None:
+                raise DataError(
+                    f"{question.label}: the answer has no {grader} in it, so no model could be right under --tasks "
+                    f"{name}; take another task or mend the row"
+                )
+    shots = []
+    if job.few_shot and job.shots_file is not None:
+        shots = read_questions(job.shots_file, job.few_shot, columns, "--shots_file")
+        if len(shots) < job.few_shot:
+            raise DataError(f"--shots_file: {job.shots_file} has {len(shots)} rows, not {job.few_shot}")
+        refuse_leaks(questions, shots)
+    if job.raw:
+        return {name: as_text(questions, shots, TASKS[name].asks, TASKS[name].answers) for name in job.our_tasks}
+    return dict.fromkeys(job.our_tasks, with_shots(questions, shots))
+
+
+def _checkpoints(job: EvalJob) -> list[Checkpoint]:
+    """Find every checkpoint, adapter and tokenizer, and check the sampler's settings against each family."""
+    found = []
+    for label, (name, adapter) in zip(_labels(job.checkpoints), job.checkpoints, strict=True):
+        folder = str(find_folder(name, "--checkpoint"))
+        adapter = None if adapter is None else str(find_adapter(adapter))
+        plan = plan_folder(folder, "--checkpoint")
+        resolve(job.sampler, default_settings(plan.config, read_generation(Path(folder))))
+        found.append(Checkpoint(label, folder, adapter, str(tokenizer_folder(folder, adapter))))
+    return found
+
+
+def _labels(pairs: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return a unique short name for each checkpoint and adapter: with one more folder, or else numbered."""
+    labels: list[str] = []
+    for folders in (1, 2):
+        labels = ["+".join(_label(name, folders) for name in pair if name is not None) for pair in pairs]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label}-{labels[:index].count(label) + 1}" for index, label in enumerate(labels)]
+
+
+def _label(name: str, folders: int) -> str:
+    """Return the last parts of a folder or hub id; a step's own number counts as none of them."""
+    parts = [part for part in Path(name).expanduser().absolute().parts if part not in ("/", "latest")]
+    steps = sum(part.startswith("step_") for part in parts[-1:])
+    return "-".join(parts[-folders - steps :])

@@ -1,0 +1,315 @@
+"""Run an evaluation job: each task for each checkpoint, one model in memory at a time, and all results side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from unmask.distributed.answering import load_for_answers
+from unmask.distributed.ranks import Ranks, from_first, join
+from unmask.distributed.runtime import own_device, pick_device
+from unmask.errors import ConfigError
+from unmask.evaluation.exact_match import TaskRun, encode_questions
+from unmask.evaluation.harness import metrics, run_harness, without_prefix
+from unmask.evaluation.job import Checkpoint, EvalPlan
+from unmask.evaluation.measure import (
+    answers_identity,
+    as_plain,
+    measure_answers,
+    measure_likelihood,
+    read_records,
+    sum_answers,
+    sum_likelihoods,
+)
+from unmask.evaluation.results import (
+    RESULTS,
+    Outcome,
+    Results,
+    check_checkpoints,
+    check_limit,
+    compare,
+    outcome_table,
+    output_console,
+    read_results,
+    write_results,
+)
+from unmask.evaluation.tasks import HARNESS, TASKS
+from unmask.models.adapter_base import base_note
+from unmask.models.folders import read_generation
+from unmask.models.registry import plan_folder
+from unmask.models.tokenizer import load_tokenizer
+from unmask.report.resumable import first_difference, write_lines
+from unmask.sampling.backends.backend import settings_for
+from unmask.sampling.family_settings import approximation_note
+from unmask.sampling.generate import DEFAULT_BATCH_SIZE
+
+
+def run_job(plan: EvalPlan, device_name: str) -> None:
+    """Run a job under whatever launcher there is, and print its table."""
+    device = own_device(pick_device(device_name))
+    ranks = join(device)
+    console = output_console(quiet=not ranks.first)
+    outcomes = evaluate(plan, device, ranks, console)
+    if ranks.first:
+        console.print(outcome_table([checkpoint.label for checkpoint in plan.checkpoints], outcomes))
+        console.print(f"answers and {RESULTS}: {plan.output}", highlight=False, soft_wrap=True)
+
+
+def evaluate(plan: EvalPlan, device: Any, ranks: Ranks, console: Console) -> list[Outcome]:
+    """Measure every task for every checkpoint; write and return the outcomes. A collective.
+
+    Returns:
+        on the first rank all outcomes, by checkpoint and task; on the others nothing of use.
+
+    Raises:
+        ConfigError: a file in the output folder, or one to compare with, is of another evaluation.
+    """
+    earlier = from_first(ranks, lambda: _check_folders(plan))
+    outcomes: list[Outcome] = []
+    for checkpoint in plan.checkpoints:
+        outcomes += _evaluate_one(checkpoint, plan, device, ranks, console)
+        gc.collect()
+    if ranks.first:
+        for outcome in outcomes:
+            outcome.add_earlier(earlier.entries.get((outcome.task, outcome.label), {}))
+        _compare(outcomes, plan)
+    from_first(ranks, lambda: write_results(plan.checkpoints, outcomes, earlier, plan.output / RESULTS))
+    return outcomes
+
+
+def answers_file(output: Path, task: str, label: str) -> Path:
+    """Return the file of one task for one checkpoint; the harness's tasks are named with the prefix."""
+    return output / f"{task.replace('/', '-')}-{label}.jsonl"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A checkpoint in memory, and how ranks call it.
+
+    Attributes:
+        checkpoint: which one.
+        model: the network, or what has its config and generation values alone.
+        tokenizer: its tokenizer.
+        ranks: among whom rows are divided.
+        together: the context in which ranks call a network that they share.
+    """
+
+    checkpoint: Checkpoint
+    model: Any
+    tokenizer: Any
+    ranks: Ranks
+    together: AbstractContextManager[Any]
+
+
+def _check_folders(plan: EvalPlan) -> Results:
+    """Return the earlier results, and refuse before any model loads what could not be added to them or compared."""
+    earlier = read_results(plan.output)
+    check_checkpoints(plan.checkpoints, earlier, plan.output)
+    foreign = [HARNESS + without_prefix(name) for name in plan.job.harness_tasks]
+    labels = [checkpoint.label for checkpoint in plan.checkpoints]
+    check_limit(foreign, labels, plan.job.limit, earlier, plan.output)
+    names = [name for name in plan.job.our_tasks if TASKS[name].kind == "answers"]
+    if plan.against is None:
+        return earlier
+    for checkpoint in plan.checkpoints:
+        tokenizer = load_tokenizer(checkpoint.tokenizer, "--checkpoint")
+        config = plan_folder(checkpoint.folder, "--checkpoint").config
+        unloaded = SimpleNamespace(config=config, generation=read_generation(Path(checkpoint.folder)))
+        for name in names:
+            path = answers_file(plan.against, name, checkpoint.label)
+            if not path.is_file():
+                raise ConfigError(f"--against: {path} is not there; compare with an evaluation of the same command")
+            prompts = encode_questions(unloaded, plan.questions[name], tokenizer)
+            run = _task_run(name, plan, unloaded, tokenizer, prompts)
+            different = first_difference(
+                read_records(path)[0], answers_identity(run, _identity(name, checkpoint, plan)), ("dtype",)
+            )
+            if different is not None:
+                raise ConfigError(
+                    f"--against: {path} is of another evaluation ({different}); only the batch size, the number of "
+                    "processes and the dtype may differ"
+                )
+    return earlier
+
+
+def _identity(name: str, checkpoint: Checkpoint, plan: EvalPlan) -> dict[str, Any]:
+    return {"task": name, **checkpoint.fingerprint(), "dtype": plan.job.dtype or "as stored"}
+
+
+def _evaluate_one(checkpoint: Checkpoint, plan: EvalPlan, device: Any, ranks: Ranks, console: Console) -> list[Outcome]:
+    job = plan.job
+    tokenizer = load_tokenizer(checkpoint.tokenizer, "--checkpoint")
+    model, together = load_for_answers(checkpoint.folder, job.dtype, device, checkpoint.adapter, ranks, job.shard)
+    note = approximation_note(settings_for(model, job.sampler))
+    if note and (plan.manager is not None or any(TASKS[name].kind == "answers" for name in plan.questions)):
+        console.print(f"{checkpoint.label}: {note}", highlight=False, soft_wrap=True)
+    if checkpoint.adapter is not None:
+        other_base = base_note(Path(checkpoint.adapter), Path(checkpoint.folder))
+        if other_base:
+            console.print(f"warning: {checkpoint.label}: {other_base}", highlight=False, soft_wrap=True)
+    loaded = _Loaded(checkpoint, model, tokenizer, ranks, together)
+    encoded: dict[int, list[tuple[int, ...]]] = {}  # by list: the tasks share one unless they write literal text
+    outcomes = []
+    for name in job.our_tasks:
+        questions = plan.questions[name]
+        if id(questions) not in encoded:
+            encoded[id(questions)] = encode_questions(model, questions, tokenizer)
+        run = _task_run(name, plan, model, tokenizer, encoded[id(questions)], ranks=ranks, together=together)
+        outcomes.append(_our_task(name, checkpoint, plan, run, console))
+    if plan.manager is not None:
+        outcomes += _harness_tasks(plan, loaded, console)
+    return outcomes
+
+
+def _task_run(
+    name: str, plan: EvalPlan, model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], **shared: Any
+) -> TaskRun:
+    task, job = TASKS[name], plan.job
+    return TaskRun(
+        model,
+        plan.questions[name],
+        prompts,
+        tokenizer,
+        job.sampler,
+        job.seed,
+        job.batch_size,
+        task.grader or "text",
+        task.stops if job.raw else (),
+        **shared,
+    )
+
+
+def _our_task(name: str, checkpoint: Checkpoint, plan: EvalPlan, run: TaskRun, console: Console) -> Outcome:
+    path = answers_file(plan.output, name, checkpoint.label)
+    identity = _identity(name, checkpoint, plan)
+    began, computed = time.perf_counter(), 0
+
+    def progress(done: int, total: int, new: int) -> None:
+        nonlocal computed
+        computed += new
+        left = (time.perf_counter() - began) / computed * (total - done)
+        rest = f", about {_duration(left)} left" if done < total else ""
+        console.print(f"{name}, {checkpoint.label}: {done} of {total}{rest}", highlight=False)
+
+    kind = TASKS[name].kind
+    if kind == "likelihood":
+        records = measure_likelihood(run, path, identity, plan.job.likelihoods, progress)
+    else:
+        records = measure_answers(run, path, identity, progress)
+    size: int | list[int] = plan.job.batch_size or DEFAULT_BATCH_SIZE
+    if not run.ranks.first:
+        return Outcome(name, checkpoint.label, kind, {}, {}, path.name, size)
+    if not computed:
+        said = f"{name}, {checkpoint.label}: all {len(records)} were there already; nothing was computed"
+        console.print(said, highlight=False)
+    settings = {key: value for key, value in read_records(path)[0].items() if key not in ("task", "weights", "adapter")}
+    if kind == "answers":
+        sizes = sorted({record["batch_size"] for record in records})
+        size = sizes[0] if len(sizes) == 1 else sizes
+        settings["approximations"] = list(settings_for(run.model, run.sampler).approximations)
+    result = sum_likelihoods(records) if kind == "likelihood" else sum_answers(records)
+    seconds = time.perf_counter() - began if computed else None
+    return Outcome(name, checkpoint.label, kind, result, settings, path.name, size, records, seconds, computed)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _harness_tasks(plan: EvalPlan, loaded: _Loaded, console: Console) -> list[Outcome]:
+    from unmask.evaluation.lm_eval import UnmaskLM  # imports the harness
+
+    job, label, ranks = plan.job, loaded.checkpoint.label, loaded.ranks
+    began = time.perf_counter()
+    options = {} if job.likelihoods.num_samples is None else {"num_samples": job.likelihoods.num_samples}
+    lm = UnmaskLM(
+        loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=job.batch_size,
+        seed=job.seed,
+        antithetic=job.likelihoods.antithetic,
+        ranks=ranks,
+        together=loaded.together,
+        **options,
+        **job.sampler.given,
+    )
+    lm.name = label
+    # The harness's cache is keyed by requests alone, so its file's name says what answered them. Ranks must make the
+    # same calls, and their caches could differ after an interruption.
+    identity = {**loaded.checkpoint.fingerprint(), "dtype": job.dtype, "seed": job.seed, **options,
+                "antithetic": job.likelihoods.antithetic, "sampler": job.sampler.given}  # fmt: skip
+    key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+    found = run_harness(
+        lm,
+        plan.manager,
+        [without_prefix(name) for name in job.harness_tasks],
+        limit=job.limit,
+        few_shot=job.few_shot,
+        chat=job.apply_chat_template,
+        seed=job.seed,
+        cache=str(plan.output / f"lm_eval-{label}-{key}") if ranks.size == 1 else None,
+    )
+    from_first(ranks, lambda: _write_samples(plan, label, found["samples"]))
+    seconds = time.perf_counter() - began
+    results = found["results"]
+    if results:
+        said = f"lm-evaluation-harness, {label}: {len(results)} results in {_duration(seconds)}"
+        console.print(said, highlight=False)
+    sampler = settings_for(loaded.model, job.sampler)
+    settings = {
+        "dtype": job.dtype or "as stored",
+        "seed": job.seed,
+        # A task may set the answer's length and the temperature, where these were not given.
+        "sampler": as_plain(dataclasses.asdict(sampler)),
+        "approximations": list(sampler.approximations),
+        "few_shot": job.few_shot,
+        "limit": job.limit,
+        "chat": job.apply_chat_template,
+        "num_samples": lm.num_samples,
+        "antithetic": lm.antithetic,
+    }
+    return [
+        Outcome(
+            HARNESS + task,
+            label,
+            "harness",
+            {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)},
+            settings,
+            answers_file(plan.output, HARNESS + task, label).name if task in found["samples"] else None,
+            job.batch_size or DEFAULT_BATCH_SIZE,
+            # The harness answers all of its tasks together.
+            seconds=seconds if len(results) == 1 else None,
+        )
+        for task, result in results.items()
+    ]
+
+
+def _write_samples(plan: EvalPlan, label: str, samples: Mapping[str, Any]) -> None:
+    for task, each in samples.items():
+        path = answers_file(plan.output, HARNESS + task, label)
+        write_lines(path, [json.dumps(sample, default=str, ensure_ascii=False) for sample in each])
+
+
+def _compare(outcomes: Sequence[Outcome], plan: EvalPlan) -> None:
+    """Fill in how each checkpoint's answers differ from the first one's and from those of an earlier evaluation."""
+    firsts: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        if outcome.kind != "answers":
+            continue
+        first = firsts.setdefault(outcome.task, outcome)
+        if first is not outcome:
+            outcome.compared["first"] = vars(compare(first.records, outcome.records))
+        if plan.against is not None:
+            old = read_records(answers_file(plan.against, outcome.task, outcome.label))[1]
+            outcome.compared["against"] = vars(compare(old, outcome.records))
