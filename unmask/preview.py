@@ -27,8 +27,8 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     from rich.rule import Rule
     from rich.syntax import Syntax
 
+    from unmask.models.experts import freeze_routers
     from unmask.models.loading import empty_network
-    from unmask.models.moe import freeze_routers
     from unmask.models.weights import check_tensors
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach

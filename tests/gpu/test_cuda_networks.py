@@ -13,9 +13,9 @@ from torch import Tensor
 from unmask.batch import Batch
 from unmask.config.distributed import DistributedConfig
 from unmask.distributed.runtime import Runtime, flex_available, set_switches
+from unmask.models.experts import grouped_kernel, grouped_linear
 from unmask.models.layers import attend, prepare_mask
 from unmask.models.loading import load_model
-from unmask.models.moe import grouped_kernel, grouped_linear
 from unmask.objectives.block_diffusion import BlockDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.objectives.token_loss import linear_cross_entropy

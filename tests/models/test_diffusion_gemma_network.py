@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded
+from unmask.models.diffusion_gemma.cache import PADDING_POSITION, Encoded
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
-from unmask.models.moe import local_dispatch
+from unmask.models.experts import local_dispatch
+from unmask.ops.soft_embedding import soft_embedding
 
 Reference = Callable[..., Any]
 CANVAS, VOCABULARY, WIDTH = 8, 40, 16
@@ -173,6 +174,10 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
         assert torch.equal(ours.decode(canvases, encoded, zeros), ours.decode(canvases, encoded))
 
 
+def tiled(model: DiffusionGemma, hidden: Tensor) -> Tensor:
+    return soft_embedding(hidden.flatten(0, 1), model.head).view_as(hidden) * model.stack.embedding_scale
+
+
 @pytest.mark.parametrize("cap", [0.5, 30.0, 1e4])
 @pytest.mark.parametrize("rows", [1, 7, 4096])
 def test_the_signal_made_in_tiles_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
@@ -180,8 +185,8 @@ def test_the_signal_made_in_tiles_is_the_soft_embedding(rows: int, cap: float, n
     monkeypatch.setattr("unmask.tiles.TILE_ROWS", rows)
     ours, hidden = network(final_logit_softcapping=cap), 20 * normal(2, CANVAS, WIDTH).requires_grad_()
     hidden.data[0] *= 10
-    signal = ours.self_conditioning_signal(hidden)
-    assert ours.softcap == cap
+    signal = tiled(ours, hidden)
+    assert ours.head.softcap == cap
     dense = ours.soft_embedding(ours.logits(hidden).detach())
     torch.testing.assert_close(signal, dense, atol=1e-5, rtol=1e-4)
     probe, embedding = normal(2, CANVAS, WIDTH, seed=5), ours.stack.embed_tokens.weight
@@ -191,21 +196,20 @@ def test_the_signal_made_in_tiles_is_the_soft_embedding(rows: int, cap: float, n
     assert mine[1] is theirs[1] is None
     torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-3)
     embedding.requires_grad_(False)
-    assert not ours.self_conditioning_signal(hidden).requires_grad
+    assert not tiled(ours, hidden).requires_grad
     for narrow in (torch.bfloat16, torch.float16):
         ours, short = ours.to(narrow), hidden.to(narrow)
-        low = ours.self_conditioning_signal(short)
+        low = tiled(ours, short)
         assert low.dtype == narrow
         torch.testing.assert_close(low, ours.soft_embedding(ours.logits(short)), atol=0.1, rtol=0.05)
 
 
-def test_logits_and_head_inputs(model: DiffusionGemma) -> None:
-    hidden = 50 * normal(3, 4, WIDTH)
-    rows, matrix, bias = model.head_inputs(hidden)
-    assert bias is None and matrix is model.stack.embed_tokens.weight
+def test_the_head_is_the_softcapped_embedding(model: DiffusionGemma) -> None:
+    hidden, head = 50 * normal(3, 4, WIDTH), model.head
+    assert head.bias is None and head.weight is model.stack.embed_tokens.weight and head.softcap == 30.0
     logits = model.logits(hidden)
-    torch.testing.assert_close(logits, model.softcap * torch.tanh(rows @ matrix.T / model.softcap))
-    assert logits.dtype == torch.float32 and model.softcap == 30.0 and bool((logits.abs() <= 30.0).all())
+    torch.testing.assert_close(logits, 30.0 * torch.tanh(hidden @ head.weight.T / 30.0))
+    assert logits.dtype == torch.float32 and bool((logits.abs() <= 30.0).all())
     with torch.autocast("cpu", torch.bfloat16):
         assert model.logits(hidden).dtype == torch.float32
 
@@ -326,15 +330,15 @@ def test_pieces_behind_padded_prompts(side: str, model: DiffusionGemma) -> None:
         torch.testing.assert_close(kept[1:], model.decode(canvases[1:], model.encode(rows[1][None])), **CLOSE)
 
 
-def test_taking_rows(model: DiffusionGemma) -> None:
+def test_selected_rows_are_those_rows(model: DiffusionGemma) -> None:
     tokens, canvases = padded([ids(9, seed=1), ids(3, seed=2), ids(5, seed=3)], "left"), ids(3, CANVAS, seed=4)
     with torch.no_grad():
         encoded = model.encode(*tokens)
         for picked in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
-            some = encoded.take(picked)
+            some = encoded.select(picked)
             expected = model.decode(canvases, encoded)[picked]
             torch.testing.assert_close(model.decode(canvases[picked], some), expected, **CLOSE)
-    assert encoded.positions_BS[1].tolist() == [HIDDEN] * 8 + [0, 1, 2]
+    assert encoded.positions_BS[1].tolist() == [PADDING_POSITION] * 8 + [0, 1, 2]
 
 
 def test_detached_keys_and_values_let_no_gradient_through(model: DiffusionGemma) -> None:

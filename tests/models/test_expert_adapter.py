@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.expert_adapter import AdaptedExperts, from_file, to_file
-from unmask.models.moe import Experts, local_dispatch
+from unmask.models.experts import Experts, local_dispatch
 
 EXPERTS, WIDTH, HIDDEN = 5, 16, 12
 BOTH = ("gate_up_proj", "down_proj")
@@ -20,7 +21,7 @@ BOTH = ("gate_up_proj", "down_proj")
 
 def adapted(targets=BOTH, rank: int = 3, scaling: float = 0.7, seed: int = 0, dtype=torch.float32) -> AdaptedExperts:
     generator = torch.Generator().manual_seed(seed)
-    experts = Experts(EXPERTS, WIDTH, HIDDEN)
+    experts = Experts(EXPERTS, WIDTH, HIDDEN, gelu)
     for parameter in experts.parameters():
         parameter.data = (0.3 * torch.randn(parameter.shape, generator=generator)).to(dtype)
         parameter.requires_grad_(False)
@@ -112,7 +113,7 @@ def test_the_layout_of_the_file_is_peft_s() -> None:
     from peft.tuners.lora.layer import ParamWrapper
 
     module = adapted()
-    holder = torch.nn.ModuleDict({"experts": Experts(EXPERTS, WIDTH, HIDDEN)})
+    holder = torch.nn.ModuleDict({"experts": Experts(EXPERTS, WIDTH, HIDDEN, gelu)})
     for parameter in holder.parameters():
         parameter.data.zero_()
     config = LoraConfig(r=3, lora_alpha=21, target_modules=[], target_parameters=[f"experts.{name}" for name in BOTH])

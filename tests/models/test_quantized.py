@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from unmask.config.model import PeftConfig
+from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.expert_adapter import AdaptedExperts
+from unmask.models.experts import Experts
 from unmask.models.loading import load_model
-from unmask.models.moe import Experts
 from unmask.models.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
 from unmask.training.lora import attach
 
@@ -83,7 +84,7 @@ def test_embedding_head_and_norms_stay_whole(reference_folder: Path) -> None:
 
 def test_experts_in_four_bits_compute_with_their_dequantized_weights() -> None:
     generator = torch.Generator().manual_seed(0)
-    experts = Experts(4, 64, 32)
+    experts = Experts(4, 64, 32, gelu)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
         parameter.requires_grad_(False)
@@ -120,7 +121,7 @@ def test_codes_take_an_eighth_and_are_near(shape: tuple[int, ...]) -> None:
 
 
 def test_no_matrix_waits_for_the_backward_pass() -> None:
-    experts = Experts(4, 64, 32)
+    experts = Experts(4, 64, 32, gelu)
     for parameter in experts.parameters():
         nn.init.normal_(parameter).requires_grad_(False)
     packed = QuantizedExperts(experts)

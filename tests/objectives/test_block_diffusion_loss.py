@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -340,39 +339,6 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
     table = model.stack.embed_tokens.weight.numel()
     assert largest[1] == table < 2 * size * vocabulary <= largest[0]
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-4)
-
-
-class Makers(TorchDispatchMode):
-    """Records which operations returned a tensor of a shape."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.shape, self.names = shape, set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.shape == self.shape:
-            self.names.add(function.overloadpacket.__name__)
-        return result
-
-
-@pytest.mark.parametrize("seen", [0.0, 1.0], ids=["no signal", "signal"])
-def test_the_embeddings_uses_share_one_gradient(ours: DiffusionGemma, turns: Turns, seen: float) -> None:
-    """No use fills one of its own, and it is what autograd adds up where each does."""
-    objective = dataclasses.replace(OBJECTIVE, self_conditioning_p=seen)
-    noisy = objective.corrupt(turns(ROWS), NoiseStream(0))
-    shape = ours.stack.embed_tokens.weight.shape
-    loss = objective.loss(ours, noisy).total
-    with Makers(shape) as makers:
-        chained = gradients(ours, loss)
-    # The head's was made in the forward pass; what the others have is added to it.
-    assert not makers.names & {"embedding_dense_backward", "zeros", "zeros_like", "new_zeros"}
-    ours.one_embedding_gradient = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
-    loss = objective.loss(ours, noisy).total
-    with Makers(shape) as makers:
-        apart = gradients(ours, loss)
-    assert "embedding_dense_backward" in makers.names
-    assert_same_gradients(chained, apart)
 
 
 def reference_step(folder: Path) -> list[CanvasBatch]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
-from unmask.models.moe import Dispatch, sort_by_expert
+from unmask.models.experts import Dispatch, sort_by_expert
 from unmask.ops.rows import inverse, permute_rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
     size = dist.get_world_size(group)
 
     def dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, experts: nn.Module) -> Tensor:
-        """As `moe.local_dispatch`, to which it is equal: each pair's expert and the order of sums are the same."""
+        """As `experts.local_dispatch`, to which it is equal: each pair's expert and the order of sums are the same."""
         tokens, choices = experts_NT.shape
         held = len(next(experts.parameters()))  # FSDP2 shards over other ranks than these: the length is the whole one
         order_M, counts_E = sort_by_expert(experts_NT, held * size)

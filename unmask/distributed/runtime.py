@@ -123,7 +123,7 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
     Raises:
         ConfigError: `attention: flex` or `compile` on a device or for a network that cannot train with it.
     """
-    from unmask.models.moe import Experts
+    from unmask.models.experts import Experts
 
     if section.attention == "flex" and not flex_available(runtime.device):
         raise ConfigError(

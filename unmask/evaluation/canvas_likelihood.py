@@ -167,7 +167,7 @@ def _losses(model: Any, hidden_ND: Tensor, scored_N: Tensor, targets_N: Tensor) 
     positions = scored_N.nonzero()[:, 0]
     scored_ND, weight_VD, bias_V = model.head_inputs(hidden_ND[positions.to(hidden_ND.device)])
     targets = targets_N[positions].to(hidden_ND.device)
-    losses_N = cross_entropies(scored_ND, weight_VD, bias_V, targets, softcap=model.softcap)
+    losses_N = cross_entropies(scored_ND, weight_VD, bias_V, targets, softcap=model.head.softcap)
     return losses_N.double().clamp(min=0).cpu()
 
 

@@ -19,9 +19,9 @@ from unmask.errors import ModelError
 from unmask.models.adapter_files import PREFIX, is_trained, read_adapter, stored_keys, write_adapter
 from unmask.models.adapter_folder import CONFIG, find_adapter
 from unmask.models.expert_adapter import AdaptedExperts
+from unmask.models.experts import Experts
 from unmask.models.family import LoraTargets
 from unmask.models.folders import read_json
-from unmask.models.moe import Experts
 from unmask.models.registry import family_of
 
 __all__ = ["attach_adapter", "load_adapter", "merge_adapter", "read_adapter", "restart_magnitudes", "write_adapter"]

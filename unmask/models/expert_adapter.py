@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unmask.models.moe import Experts, gated_mlps, grouped_linear
+from unmask.models.experts import Experts, gated_mlps, grouped_linear
 
 
 class AdaptedExperts(nn.Module):
@@ -61,7 +61,7 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Return each row's output of its adapted expert, (M, D); arguments as in `Experts.forward`."""
-        return gated_mlps(self.linear, sorted_MD, counts_E)
+        return gated_mlps(self.linear, self.base_layer.activation, sorted_MD, counts_E)
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> Experts:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.models.moe import Experts, gated_mlps, grouped_linear
+from unmask.models.experts import Experts, gated_mlps, grouped_linear
 from unmask.models.registry import family_of
 
 
@@ -86,7 +86,7 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        self.num_experts = experts.num_experts
+        self.num_experts, self.activation = experts.num_experts, experts.activation
         self.packed = nn.ModuleDict({name: Packed(weight_EOI) for name, weight_EOI in experts.named_parameters()})
 
     def linear(self, name: str, rows_MI: Tensor, counts_E: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Return each row's output of its expert, (M, D); arguments as in `Experts.forward`."""
-        return gated_mlps(self.linear, sorted_MD, counts_E)
+        return gated_mlps(self.linear, self.activation, sorted_MD, counts_E)
 
 
 @torch.no_grad()

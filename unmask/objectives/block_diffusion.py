@@ -26,6 +26,7 @@ from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
 from unmask.objectives.terms import Scored, loss_terms, token_losses
 from unmask.ops.rows import take_rows
+from unmask.ops.soft_embedding import soft_embedding
 from unmask.rng import NoiseStream
 
 
@@ -170,13 +171,12 @@ class BlockDiffusion:
 
     def loss(self, model: Any, noisy: CanvasBatch, counts: Mapping[str, float] | None = None) -> LossTerms:
         """Encode the clean rows once, decode the canvases once or twice, and score both."""
-        with model.one_embedding_gradient():
-            return loss_terms(model, self._scored(model, noisy), noisy.counts, counts, model.softcap)
+        return loss_terms(model, self._scored(model, noisy), noisy.counts, counts, model.head.softcap)
 
     @torch.no_grad()
     def token_losses(self, model: Any, noisy: CanvasBatch) -> dict[str, TokenLosses]:
         """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
-        return token_losses(model, self._scored(model, noisy), noisy.counts, model.softcap)
+        return token_losses(model, self._scored(model, noisy), noisy.counts, model.head.softcap)
 
     def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, Scored]:
         """Run the network; return what there is to score for each term."""
@@ -228,7 +228,8 @@ class BlockDiffusion:
                 starts=noisy.conditioned_starts,
                 canvas_mask=None if noisy.canvas_mask_KC is None else noisy.canvas_mask_KC[chosen_S],
             )
-        signal_SCD = model.self_conditioning_signal(hidden_SCD) * weight_S[:, None, None]
+        soft_ND = soft_embedding(hidden_SCD.flatten(0, 1), model.head) * model.stack.embedding_scale
+        signal_SCD = soft_ND.view_as(hidden_SCD) * weight_S[:, None, None]
         return signal_KCD.index_copy(0, chosen_S, signal_SCD.to(signal_KCD.dtype))
 
 

@@ -107,7 +107,7 @@ def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
 
 
 def _stacked_matrices(model: nn.Module) -> list[str]:
-    from unmask.models.moe import Experts
+    from unmask.models.experts import Experts
 
     return [
         f"{owner}.{name}"

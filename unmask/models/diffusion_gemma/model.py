@@ -8,16 +8,15 @@ the decoder alone has the self-conditioning MLP. Architecture: transformers `mod
 Module names follow the released checkpoints, so a state dict has their keys as it stands: the stack is `model.decoder`,
 and `model.encoder.language_model` holds the encoder's layer scalars alone.
 
-Shapes: B rows, L positions, K canvases, C canvas positions, S encoded columns, D width, H query heads, G key/value
-heads, E head size, V vocabulary.
+Shapes: B rows, L positions, N tokens, K canvases, C canvas positions, S encoded columns, D width, H query heads, G
+key/value heads, E head size (of the router: experts), T experts a token, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,37 +24,57 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.cache import HIDDEN, Encoded, canvas_sight, causal_mask
+from unmask.models.diffusion_gemma.cache import PADDING_POSITION, Encoded
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
-from unmask.models.diffusion_gemma.signal import soft_embedding_of
-from unmask.models.layers import Kernel, RMSNorm, attend, prepare_mask, rotary_tables, rotate
-from unmask.models.moe import Dispatch, Experts, Router, grouped_kernel, local_dispatch
-from unmask.models.tied import Chain
+from unmask.models.experts import Dispatch, Experts, grouped_kernel, local_dispatch
+from unmask.models.layers import Kernel, Mask, RMSNorm, attend, prepare_mask, rotary_tables, rotate
 from unmask.ops.head import Head
 from unmask.ops.rows import take_rows
-from unmask.products import product, write_columns
-from unmask.tiles import cached_rows, tanh_
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the queries of one pass see in one kind of layer.
+class AttentionInputs:
+    """What attention needs in one kind of layer, the same for all layers of that kind in one pass.
 
     Attributes:
         cos, sin: rotary tables at the queries' positions.
         mask: from `prepare_mask`; None = everything, or everything before when `causal`.
         causal: query i sees keys 0..i.
-        columns: encoded columns that the keys begin with; None = there are none.
+        columns: encoded columns that the keys begin with.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | BlockMask | None
+    mask: Mask
     causal: bool
-    columns: slice | None
+    columns: slice
+
+
+def causal_mask(queries_BL: Tensor, keys_BS: Tensor, window: int | None) -> Tensor:
+    """Return which keys each encoder query sees, bool (B or 1, 1, L, S); the queries are the last L of the keys.
+
+    Args:
+        queries_BL: position of each query, at padding any.
+        keys_BS: position of each key, `PADDING_POSITION` at padding.
+        window: W, a query sees keys with q − k < W; None = all before it.
+    """
+    # Comparisons alone: a difference would take eight bytes a pair.
+    seen_BLS = keys_BS[:, None, :] <= queries_BL[:, :, None]
+    if window is not None:
+        seen_BLS &= keys_BS[:, None, :] > queries_BL[:, :, None] - window
+    # A padding query sees itself, so that its softmax is not empty; nothing looks at what comes of it.
+    seen_BLS.diagonal(keys_BS.shape[1] - queries_BL.shape[1], dim1=1, dim2=2).fill_(True)
+    return seen_BLS[:, None]
+
+
+def past_mask(positions_KS: Tensor, starts_K: Tensor, window: int | None) -> Tensor:
+    """Return which clean columns the canvas that starts at `starts_K` sees, bool (K, S): those before it.
+
+    In a sliding layer of window W these are the last W − 1, the same for all queries of the canvas.
+    """
+    distance_KS = starts_K[:, None] - positions_KS
+    seen_KS = distance_KS > 0
+    return seen_KS if window is None else seen_KS & (distance_KS < window)
 
 
 class Attention(nn.Module):
@@ -74,27 +93,32 @@ class Attention(nn.Module):
         self.v_norm = RMSNorm(self.head_dim, eps, scale=False)
 
     def forward(
-        self, normed_BLD: Tensor, sight: Sight, past: tuple[Tensor, Tensor] | None
+        self, normed_BLD: Tensor, inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (output (B, L, D), own keys (B, G, L, E), own values); `past` keys and values come before them."""
         raw_BLGE = self._heads(self.k_proj(normed_BLD))
         values_BLGE = raw_BLGE if self.v_proj is None else self._heads(self.v_proj(normed_BLD))
-        q_BHLE = rotate(self.q_norm(self._heads(self.q_proj(normed_BLD))).transpose(1, 2), sight.cos, sight.sin)
-        k_BGLE = rotate(self.k_norm(raw_BLGE).transpose(1, 2), sight.cos, sight.sin)
+        q_BHLE = rotate(self.q_norm(self._heads(self.q_proj(normed_BLD))).transpose(1, 2), inputs.cos, inputs.sin)
+        k_BGLE = rotate(self.k_norm(raw_BLGE).transpose(1, 2), inputs.cos, inputs.sin)
         v_BGLE = self.v_norm(values_BLGE).transpose(1, 2)
         keys, values = k_BGLE, v_BGLE
         if past is not None:
             keys = torch.cat((past[0].to(k_BGLE.dtype), k_BGLE), dim=2)
             values = torch.cat((past[1].to(v_BGLE.dtype), v_BGLE), dim=2)
-        mixed_BHLE = attend(q_BHLE, keys, values, sight.mask, causal=sight.causal, scale=1.0)
+        mixed_BHLE = attend(q_BHLE, keys, values, inputs.mask, causal=inputs.causal, scale=1.0)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2)), k_BGLE, v_BGLE
 
     def _heads(self, projected_BLD: Tensor) -> Tensor:
         return projected_BLD.unflatten(-1, (-1, self.head_dim))
 
 
+def gelu(gate: Tensor) -> Tensor:
+    """Return GELU in its tanh approximation, which gates every MLP here."""
+    return F.gelu(gate, approximate="tanh")
+
+
 class GatedMLP(nn.Module):
-    """down(gelu(gate(x)) · up(x)), gelu in its tanh approximation."""
+    """down(gelu(gate(x)) · up(x))."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -104,7 +128,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, normed_BLD: Tensor) -> Tensor:
         """Return (B, L, D)."""
-        return self.down_proj(F.gelu(self.gate_proj(normed_BLD), approximate="tanh") * self.up_proj(normed_BLD))
+        return self.down_proj(gelu(self.gate_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
 
 class SelfConditioning(nn.Module):
@@ -119,13 +143,45 @@ class SelfConditioning(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
         self.post_norm = RMSNorm(width, config.rms_norm_eps, scale=False)
 
-    def forward(self, embedded_KCD: Tensor, signal_KCD: Tensor | None) -> Tensor:
-        """Return post_norm(x + mlp(pre_norm(signal))), (K, C, D); None stands for a signal of zeros."""
-        if signal_KCD is None:  # zeros stay zeros through the norm and an MLP without biases
+    def forward(self, embedded_KCD: Tensor, predicted_KCD: Tensor | None) -> Tensor:
+        """Return post_norm(x + mlp(pre_norm(predicted))), (K, C, D); None stands for zeros."""
+        if predicted_KCD is None:  # zeros stay zeros through the norm and an MLP without biases
             return self.post_norm(embedded_KCD)
-        normed_KCD = self.pre_norm(signal_KCD)
-        gated_KCI = F.gelu(self.gate_proj(normed_KCD), approximate="tanh") * self.up_proj(normed_KCD)
+        normed_KCD = self.pre_norm(predicted_KCD)
+        gated_KCI = gelu(self.gate_proj(normed_KCD)) * self.up_proj(normed_KCD)
         return self.post_norm(embedded_KCD + self.down_proj(gated_KCI))
+
+
+class Router(nn.Module):
+    """Softmax routing in fp32, the T best renormalised (transformers `modeling_diffusion_gemma.py`, TextRouter).
+
+    Also the projection is computed in fp32: in bf16 experts with nearly equal scores would be chosen by rounding.
+    """
+
+    def __init__(self, width: int, num_experts: int, top_k: int, eps: float) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.norm = RMSNorm(width, eps, scale=False)
+        self.proj = nn.Linear(width, num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.per_expert_scale = nn.Parameter(torch.ones(num_experts))
+
+    def forward(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts, int64 (N, T), and their weights, float32 (N, T)."""
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            normed_ND = self.norm(hidden_ND.float()) * self.scale.float() * hidden_ND.shape[-1] ** -0.5
+            shares_NE = F.linear(normed_ND, self.proj.weight.float()).softmax(dim=-1)
+            weights_NT, experts_NT = shares_NE.topk(self.top_k, dim=-1)
+            scale_NT = self.per_expert_scale.float().expand_as(shares_NE).gather(1, experts_NT)
+            return experts_NT, weights_NT / weights_NT.sum(dim=-1, keepdim=True) * scale_NT
+
+    def freeze_routing(self) -> None:
+        """Take the projection and its scale out of training: which expert sees what stays as it was.
+
+        The scale of an expert's output is trained on, as in NeMo AutoModel's DiffusionGemma recipe.
+        """
+        self.proj.weight.requires_grad_(False)
+        self.scale.requires_grad_(False)
 
 
 class Layer(nn.Module):
@@ -138,7 +194,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, kind)
         self.mlp = GatedMLP(width, config.intermediate_size)
         self.router = Router(width, config.num_experts, config.top_k_experts, eps)
-        self.experts = Experts(config.num_experts, width, config.moe_intermediate_size)
+        self.experts = Experts(config.num_experts, width, config.moe_intermediate_size, gelu)
         self.input_layernorm = RMSNorm(width, eps)
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.pre_feedforward_layernorm = RMSNorm(width, eps)
@@ -149,10 +205,10 @@ class Layer(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(
-        self, hidden_BLD: Tensor, sight: Sight, past: tuple[Tensor, Tensor] | None, scalar: Tensor
+        self, hidden_BLD: Tensor, inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None, scalar: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (hidden states (B, L, D), own keys, own values); `scalar` is the layer scalar of the role."""
-        mixed_BLD, keys, values = self.self_attn(self.input_layernorm(hidden_BLD), sight, past)
+        mixed_BLD, keys, values = self.self_attn(self.input_layernorm(hidden_BLD), inputs, past)
         hidden_BLD = hidden_BLD + self.post_attention_layernorm(mixed_BLD)
         dense_BLD = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_BLD)))
         flat_ND = hidden_BLD.flatten(0, 1)
@@ -179,17 +235,12 @@ class Stack(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id
-        )
-        self.uses = Chain()  # of the embedding: lookups, the signal and the head
+        # Not drawn, for on the meta device drawing would import PyTorch's compiler; `initialise` draws.
+        table_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return embeddings times √D, the factor rounded to the weights' dtype as in the released model."""
-        return self.uses.look_up(self.embed_tokens, input_ids) * self.embedding_scale
 
     @property
     def experts_are_grouped(self) -> bool:
@@ -202,13 +253,17 @@ class Stack(nn.Module):
 
     @property
     def embedding_scale(self) -> float:
-        """√D rounded to the embedding's dtype; a number on the host, so that no device waits for it."""
+        """√D rounded to the embedding's dtype as in the released model; on the host, so that no device waits for it."""
         return float(torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return embeddings times √D."""
+        return self.embed_tokens(input_ids) * self.embedding_scale
 
     def forward(
         self,
         hidden_BLD: Tensor,
-        sights: dict[str, Sight],
+        inputs: dict[str, AttentionInputs],
         past: Encoded | None,
         rows: Tensor | None,
         scalars: Sequence[Tensor],
@@ -217,30 +272,24 @@ class Stack(nn.Module):
 
         Args:
             hidden_BLD: embeddings.
-            sights: what each kind of layer sees.
+            inputs: what attention needs in each kind of layer.
             past: keys and values that come before the own ones.
             rows: int64 (B,), row of `past` that each row continues; None = its own.
             scalars: each layer's scalar in this role.
         """
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         keys, values = [], []
-        for number, (layer, scalar) in enumerate(zip(self.layers, scalars, strict=True)):
-            sight = sights[self.config.layer_types[number]]
-            before = None if past is None else _columns(past, number, sight.columns, rows)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                out = checkpoint(layer, hidden_BLD, sight, before, scalar, use_reentrant=False)
-            else:
-                out = layer(hidden_BLD, sight, before, scalar)
-            hidden_BLD, own_keys, own_values = out  # pyright: ignore[reportGeneralTypeIssues]
+        for number, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
+            before = None
+            if past is not None:
+                stored = (past.keys[number], past.values[number])
+                cut = tuple(tensor[:, :, inputs[kind].columns] for tensor in stored)
+                before = cut if rows is None else tuple(take_rows(tensor, rows) for tensor in cut)
+            run = partial(checkpoint, layer, use_reentrant=False) if checkpointing else layer
+            hidden_BLD, own_keys, own_values = run(hidden_BLD, inputs[kind], before, scalars[number])
             keys.append(own_keys)
             values.append(own_values)
         return self.norm(hidden_BLD), tuple(keys), tuple(values)
-
-
-def _columns(past: Encoded, layer: int, columns: slice | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return one layer's keys and values, only the columns that are seen, of the wanted rows."""
-    cut = slice(None) if columns is None else columns
-    keys, values = past.keys[layer][:, :, cut], past.values[layer][:, :, cut]
-    return (keys, values) if rows is None else (take_rows(keys, rows), take_rows(values, rows))
 
 
 class DiffusionGemma(nn.Module):
@@ -259,9 +308,9 @@ class DiffusionGemma(nn.Module):
         return self.model["decoder"]  # pyright: ignore[reportReturnType]
 
     @property
-    def softcap(self) -> float:
-        """c of the final c · tanh(z / c)."""
-        return self.config.final_logit_softcapping
+    def head(self) -> Head:
+        """The output head: the embedding, softcapped."""
+        return Head(self.stack.embed_tokens.weight, softcap=self.config.final_logit_softcapping)
 
     def forward(self, *_: object, **__: object) -> Tensor:
         """Refuse: the network has two roles, each with a method of its own."""
@@ -279,44 +328,35 @@ class DiffusionGemma(nn.Module):
         Raises:
             ModelError: more positions than the model was made for.
         """
-        stack, (_, length) = self.stack, input_ids.shape
-        mask = None if attention_mask is None else attention_mask.bool()
-        offset = 0 if past is None else past.lengths_B[:, None]
-        if mask is None:
-            # (1, L) where nothing was encoded before: all rows are alike, and so is their mask.
-            positions_BL = torch.arange(length, device=input_ids.device)[None] + offset
-            columns_BL = positions_BL
-        else:
-            positions_BL = (mask.cumsum(dim=1) - 1).clamp(min=0) + offset
-            columns_BL = positions_BL.masked_fill(~mask, HIDDEN)
+        stack, (rows, length) = self.stack, input_ids.shape
         self._check_length(length + (0 if past is None else past.positions_BS.shape[1]))
-        sights = {}
-        for kind in sorted(set(self.config.layer_types)):
+        offset = 0 if past is None else past.lengths_B[:, None]
+        if attention_mask is None:
+            # (1, L) where nothing was encoded before: all rows are alike, and so is their mask.
+            positions_BL = columns_BS = torch.arange(length, device=input_ids.device)[None] + offset
+            lengths_B = torch.full((rows,), length, device=input_ids.device)
+        else:
+            keep_BL = attention_mask.bool()
+            positions_BL = (keep_BL.cumsum(dim=1) - 1).clamp(min=0) + offset
+            columns_BS = positions_BL.masked_fill(~keep_BL, PADDING_POSITION)
+            lengths_B = keep_BL.sum(dim=1)
+        if past is not None:
+            columns_BS = torch.cat((past.positions_BS, columns_BS), dim=1)
+            lengths_B = past.lengths_B + lengths_B
+        inputs = {}
+        for kind in set(self.config.layer_types):
             window = self.config.sliding_window if kind == SLIDING else None
-            plain = mask is None and past is None and (window is None or length <= window)
-            seen = None
-            if not plain:
-                seen = causal_mask(None if past is None else past.positions_BS, positions_BL, columns_BL, window)
-                seen = prepare_mask(seen, stack.attention_kernel, len(input_ids), length, seen.shape[3])
-            sights[kind] = Sight(*self._rotary(positions_BL, kind), seen, plain, None)
+            causal = attention_mask is None and past is None and (window is None or length <= window)
+            mask = None if causal else causal_mask(positions_BL, columns_BS, window)
+            mask = prepare_mask(mask, stack.attention_kernel, rows, length, columns_BS.shape[1])
+            inputs[kind] = AttentionInputs(*self._rotary(positions_BL, kind), mask, causal, slice(None))
         scalars = [module.layer_scalar for module in self.model["encoder"]["language_model"]["layers"]]  # pyright: ignore
-        hidden_BLD, keys, values = stack(stack.embed(input_ids), sights, past, None, scalars)
-        columns_BL = columns_BL.expand(len(input_ids), -1)
-        lengths_B = torch.full((len(input_ids),), length, device=input_ids.device) if mask is None else mask.sum(dim=1)
-        if past is None:
-            return Encoded(keys, values, hidden_BLD, columns_BL, lengths_B, mask is None)
-        joined = [
-            tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-            for old, new in ((past.keys, keys), (past.values, values))
-        ]
-        return Encoded(
-            joined[0],
-            joined[1],
-            hidden_BLD,
-            torch.cat((past.positions_BS, columns_BL), dim=1),
-            past.lengths_B + lengths_B,
-            past.aligned and mask is None,
-        )
+        hidden_BLD, keys, values = stack(stack.embed(input_ids), inputs, past, None, scalars)
+        aligned = attention_mask is None and (past is None or past.aligned)
+        if past is not None:
+            keys = tuple(torch.cat(pair, dim=2) for pair in zip(past.keys, keys, strict=True))
+            values = tuple(torch.cat(pair, dim=2) for pair in zip(past.values, values, strict=True))
+        return Encoded(keys, values, hidden_BLD, columns_BS.expand(rows, -1), lengths_B, aligned)
 
     def decode(
         self,
@@ -333,7 +373,8 @@ class DiffusionGemma(nn.Module):
         Args:
             canvas_ids: int64 (K, C).
             encoded: the clean tokens.
-            self_conditioning: signal (K, C, D) from `soft_embedding`, zeros where a canvas has none; None = all zeros.
+            self_conditioning: (K, C, D) from `soft_embedding` of the previous pass's logits, zeros where a canvas has
+                none; None = all zeros.
             rows: int64 (K,), row of `encoded` that each canvas belongs to; None = canvas k to row k.
             starts: position of each canvas's first token, on the host, so that columns that nobody sees are cut off
                 without waiting for a device. None = right after all encoded tokens of its row.
@@ -352,56 +393,32 @@ class DiffusionGemma(nn.Module):
         else:
             starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
         positions_KC = starts_K[:, None] + torch.arange(length, device=canvas_ids.device)
-        sights = {}
-        for kind in sorted(set(self.config.layer_types)):
+        inputs = {}
+        for kind in set(self.config.layer_types):
             window = self.config.sliding_window if kind == SLIDING else None
             columns, all_seen = _seen_columns(encoded, starts, window)
-            seen = None
+            mask = None
             if canvas_mask is not None or not all_seen:
                 before_KS = encoded.positions_BS[:, columns]
-                before_KS = before_KS if rows is None else before_KS[rows]
+                before_KS = past_mask(before_KS if rows is None else before_KS[rows], starts_K, window)
                 own_KC = torch.ones_like(canvas_ids, dtype=torch.bool) if canvas_mask is None else canvas_mask
-                seen = torch.cat((canvas_sight(before_KS, starts_K, window), own_KC), dim=1)[:, None, None]
-                seen = prepare_mask(seen, stack.attention_kernel, canvases, length, seen.shape[3])
-            sights[kind] = Sight(*self._rotary(positions_KC, kind), seen, False, columns)
+                mask = torch.cat((before_KS, own_KC), dim=1)[:, None, None]
+                mask = prepare_mask(mask, stack.attention_kernel, canvases, length, mask.shape[3])
+            inputs[kind] = AttentionInputs(*self._rotary(positions_KC, kind), mask, False, columns)
         scalars = [layer.layer_scalar for layer in stack.layers]
         embedded_KCD = stack.self_conditioning(stack.embed(canvas_ids), self_conditioning)
-        return stack(embedded_KCD, sights, encoded, rows, scalars)[0]
+        return stack(embedded_KCD, inputs, encoded, rows, scalars)[0]  # pyright: ignore[reportArgumentType]
 
-    @property
-    def head(self) -> Head:
-        """The output head: the embedding, softcapped."""
-        return Head(self.stack.uses.weight(self.stack.embed_tokens), softcap=self.softcap)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned.
-
-        Args:
-            hidden: final hidden states; (M, D) with `out`.
-            out: (M, V) in the embedding's dtype, which is written; the logits lie in it where that is fp32. Without
-                gradients only.
-        """
-        weight_VD = self.stack.embed_tokens.weight
-        if out is not None:
-            scores = write_columns(out, hidden.to(weight_VD.dtype), weight_VD.T).float()
-            for part in cached_rows(scores):
-                tanh_(scores[part].div_(self.softcap), self.softcap).mul_(self.softcap)
-            return scores
-        return Head(weight_VD, softcap=self.softcap).logits(hidden)
-
-    def one_embedding_gradient(self) -> AbstractContextManager[None]:
-        """Within this, let what uses the embedding in one forward pass share one gradient of it (`models/tied.py`).
-
-        Only a scalar loss may leave it, whose backward pass runs once; on CPUs, for lookups.
-        """
-        return self.stack.uses.open()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned."""
+        return self.head.logits(hidden)
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (hidden, matrix, bias) whose linear map, softcapped, is `logits`; `head` replaces it."""
         return hidden, self.head.weight, None
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
-        """Return softmax(logits) @ embedding · √D, the self-conditioning signal of those logits.
+        """Return softmax(logits) @ embedding · √D, what `decode` takes as `self_conditioning`.
 
         Args:
             logits: (..., V), softcapped; at inference divided by the temperature.
@@ -409,31 +426,14 @@ class DiffusionGemma(nn.Module):
         Returns:
             (..., D) in the embedding's dtype.
         """
-        return self.mixed_embedding(logits.softmax(dim=-1, dtype=torch.float32))
-
-    def mixed_embedding(self, weights: Tensor, total: Tensor | None = None) -> Tensor:
-        """Return weights / total @ embedding · √D, (..., D) in the embedding's dtype.
-
-        Args:
-            weights: (..., V), not negative.
-            total: (...), what the weights add up to; None = 1.
-        """
         weight_VD = self.stack.embed_tokens.weight
-        mixed = product(weights.to(weight_VD.dtype), weight_VD)
-        if total is not None:
-            mixed = (mixed / total[..., None]).to(mixed.dtype)
-        return mixed * self.stack.embedding_scale
+        return logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD * self.stack.embedding_scale
 
-    def self_conditioning_signal(self, hidden_KCD: Tensor) -> Tensor:
-        """Return `soft_embedding(logits(hidden))` of (K, C, D), a tile of the vocabulary at a time.
-
-        The logits count as constants: gradients reach the embedding that they mix, and nothing else.
-        """
-        signal_ND = self.stack.uses.use(
-            self.stack.embed_tokens,
-            lambda weight_VD: soft_embedding_of(hidden_KCD.flatten(0, 1), weight_VD, self.softcap),
-        )
-        return (signal_ND * self.stack.embedding_scale).view_as(hidden_KCD)
+    def mixed_embedding(self, weights: Tensor, total: Tensor) -> Tensor:
+        """Return weights / total @ embedding · √D, (..., D) in the embedding's dtype."""
+        weight_VD = self.stack.embed_tokens.weight
+        mixed = weights.to(weight_VD.dtype) @ weight_VD
+        return (mixed / total[..., None]).to(mixed.dtype) * self.stack.embedding_scale
 
     def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         config = self.config

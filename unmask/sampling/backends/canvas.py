@@ -16,7 +16,6 @@ from torch import Tensor
 from unmask.models.diffusion_gemma.cache import Encoded
 from unmask.sampling.backends.backend import Call, FamilySpec
 from unmask.sampling.backends.replay import Replays, replays_for
-from unmask.sampling.engine.scratch import Scratch
 from unmask.sampling.settings import CanvasSettings
 
 if TYPE_CHECKING:
@@ -79,7 +78,6 @@ class CanvasBackend:
         self.model = model
         self.device = next(model.parameters()).device
         self._keeps = settings is None or settings.cache == "block"
-        self._logits = Scratch()
         # Without a grouped kernel the host has to know how many tokens each expert has, and waits for the device.
         self._replays = replays_for(model) if model.stack.experts_are_grouped else Replays(None)
         self.spec = FamilySpec(
@@ -133,9 +131,8 @@ class CanvasBackend:
 
     @torch.no_grad()
     def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Return softcapped logits (M, V) in fp32, in memory that the next call writes again."""
-        weight_VD = self.model.stack.embed_tokens.weight
-        return self.model.logits(hidden_MD, out=self._logits.rows(len(hidden_MD), len(weight_VD), like=weight_VD))
+        """Return softcapped logits (M, V) in fp32."""
+        return self.model.logits(hidden_MD)
 
     def signal(self, weights_MV: Tensor, total_M: Tensor) -> Tensor:
         """Return softmax @ embedding · √D of a prediction, (M, D) in the embedding's dtype."""

@@ -1,7 +1,6 @@
-"""The self-conditioning signal: softmax(logits) @ embedding, made a tile of the vocabulary at a time.
+"""softmax(logits) @ embedding, made a tile of the vocabulary at a time: neither logits nor softmax ever exist whole.
 
-The logits are constants (the pass that made them keeps no gradient), but the embedding that they mix is not: as in
-transformers, the signal's gradient reaches it. Neither logits nor softmax ever exist whole, forward or backward.
+The logits count as constants, but the embedding that they mix does not: its gradient is taken.
 
 Shapes: N positions, D width, V vocabulary, R rows of a tile.
 """
@@ -15,32 +14,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unmask.models.tied import to_add_to
+from unmask.ops.head import Head
 from unmask.products import add_product, write_product
 from unmask.tiles import SMALL_CAP, tanh_, tile_rows, tiles, write_exp
 
 
-def soft_embedding_of(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Return softmax(c · tanh(h Wᵀ / c)) @ W, differentiable in the W that is mixed alone.
+def soft_embedding(hidden_ND: Tensor, head: Head) -> Tensor:
+    """Return softmax(head.logits(h)) @ head.weight, (N, D) in the weight's dtype, differentiable in that weight alone.
 
     Args:
         hidden_ND: final hidden states; their own gradient is not taken.
-        weight_VD: the embedding, which is the head too.
-        softcap: c.
-
-    Returns:
-        (N, D) in the embedding's dtype, and the weight for its next use, to whose gradient the signal's is added in
-        place (`models/tied.py`).
+        head: softcapped, its matrix the embedding; the gradient does not reach it through the logits.
     """
+    assert head.softcap is not None
     kind = hidden_ND.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
-    return _SoftEmbedding.apply(hidden_ND.detach(), weight_VD, softcap, compute)
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    return _SoftEmbedding.apply(hidden_ND.detach(), head.weight, head.softcap, compute)  # pyright: ignore[reportReturnType]
 
 
 class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
-        """Return the mix and the weight; a large cap's sums follow the largest logit (Milakov & Gimelshein 2018)."""
+        """Return the mix; a large cap's sums follow the largest logit (Milakov & Gimelshein 2018)."""
         hidden_DN = hidden_ND.to(compute).t().contiguous()
         bounded = softcap <= SMALL_CAP
         # fp16, which ends at 65,504, does not hold sums over a vocabulary.
@@ -59,16 +54,13 @@ class _SoftEmbedding(torch.autograd.Function):
                 add_product(mixed_ND, shares_RN.to(products).t(), part_RD.to(products))
         ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
         ctx.softcap = softcap
-        ctx.set_materialize_grads(False)
-        return (mixed_ND / total_N[:, None]).to(weight_VD.dtype), weight_VD.view_as(weight_VD)
+        return (mixed_ND / total_N[:, None]).to(weight_VD.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND, grad_VD):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_ND):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_DN, weight_VD, logsum_N = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] or grad_ND is None:
-            return None, grad_VD, None, None
-        grad_VD = to_add_to(grad_VD, weight_VD.shape, weight_VD.dtype, weight_VD.device)
+        grad_VD = torch.zeros_like(weight_VD)
         grad_ND = grad_ND.to(hidden_DN.dtype)
         for part, _, scores_RN in _tiled(hidden_DN, weight_VD, ctx.softcap):
             shares_RN = write_exp(scores_RN, scores_RN, -logsum_N, ctx.softcap)

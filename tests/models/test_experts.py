@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.models import moe
-from unmask.models.moe import Experts, Router, grouped_kernel, grouped_linear, local_dispatch, sort_by_expert
+from unmask.models import experts as experts_module
+from unmask.models.diffusion_gemma.model import Router, gelu
+from unmask.models.experts import Experts, grouped_kernel, grouped_linear, local_dispatch, sort_by_expert
 
 
 def experts_of(count: int = 5, size: int = 8, width: int = 4, seed: int = 0) -> Experts:
-    experts = Experts(count, size, width)
+    experts = Experts(count, size, width, gelu)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -75,7 +76,7 @@ def test_the_loop_and_the_grouped_kernel_agree(monkeypatch: pytest.MonkeyPatch) 
     assert not grouped_kernel(torch.zeros(9, 8).double(), torch.zeros(5, 8, 8).double())
     assert not grouped_kernel(torch.zeros(9, 4).bfloat16(), torch.zeros(5, 8, 4).bfloat16())  # 8 bytes a row
     grouped = results(local_dispatch, *values)
-    monkeypatch.setattr(moe, "grouped_kernel", lambda *_: False)
+    monkeypatch.setattr(experts_module, "grouped_kernel", lambda *_: False)
     monkeypatch.setattr(F, "grouped_mm", None)
     torch.testing.assert_close(results(local_dispatch, *values), grouped, atol=1e-5, rtol=1e-5)
 
