@@ -1,4 +1,4 @@
-"""Law: taking rows, adding to them and permuting them give the same bits in every run, with two threads too."""
+"""Law: taking rows and adding to them give the same bits in every run, with two threads too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.ops.rows import add_rows, inverse, permute_rows, take_rows
+from unmask.ops.rows import add_rows, inverse, take_rows
 
 RUNS = 6
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -41,23 +41,18 @@ def test_rows_that_meet_are_added_in_the_same_order(shape: tuple[int, ...]) -> N
         assert torch.equal(found[0][7:], torch.full_like(found[0][7:], 0.1 * first))
 
 
-@given(rows=st.integers(0, 9), copies=st.integers(1, 4), seed=st.integers(0, 99))
+@given(rows=st.integers(0, 9), seed=st.integers(0, 99))
 @settings(max_examples=25)
-def test_permuting_is_indexing_and_so_is_its_gradient(rows: int, copies: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    order = torch.randperm(rows * copies, generator=generator)
-    probe = torch.randn(rows * copies, 3, generator=generator, dtype=torch.float64)
-    taken, expected = permute_rows(values, order, inverse(order), copies), values[order // copies]
-    assert torch.equal(taken, expected)
-    assert torch.equal(inverse(order)[order], torch.arange(len(order)))
-    gradients = [torch.autograd.grad(tensor, values, probe)[0] for tensor in (taken, expected)]
-    torch.testing.assert_close(*gradients)
+def test_an_inverse_undoes_a_permutation(rows: int, seed: int) -> None:
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(inverse(order)[order], torch.arange(rows))
+    assert torch.equal(order[inverse(order)], torch.arange(rows))
 
 
 def test_copies_gradients_are_added_in_the_same_order() -> None:
+    """As of tokens that go to several experts, in the order of the experts."""
     values = crowded()[0]
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
     rows = torch.zeros(len(values) // 8, 64, requires_grad=True)
-    found = [torch.autograd.grad(permute_rows(rows, order, inverse(order), 8), rows, values)[0] for _ in range(RUNS)]
+    found = [torch.autograd.grad(take_rows(rows, order // 8), rows, values)[0] for _ in range(RUNS)]
     assert all(torch.equal(found[0], again) for again in found[1:])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
 from unmask.models.experts import Dispatch, sort_by_expert
-from unmask.ops.rows import inverse, permute_rows
+from unmask.ops.rows import inverse, take_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,15 +52,12 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
         sent = counts_E.view(size, held).sum(dim=1)
         to_host = torch.stack((sent, counts_PH.sum(dim=1))).tolist()
         send, receive = ([int(count) for count in row] for row in to_host)
-        back_M = inverse(order_M)
-        sorted_MD = permute_rows(hidden_ND, order_M, back_M, copies=choices)
-        received_RD = all_to_all_single_autograd(sorted_MD, receive, send, group)
+        received_RD = all_to_all_single_autograd(take_rows(hidden_ND, order_M // choices), receive, send, group)
         by_expert_R = _by_expert(counts_PH, sum(receive))
-        by_sender_R = inverse(by_expert_R)
-        mixed_RD = experts(permute_rows(received_RD, by_expert_R, by_sender_R), counts_PH.sum(dim=0))
-        back_RD = permute_rows(mixed_RD, by_sender_R, by_expert_R)
-        mixed_MD = all_to_all_single_autograd(back_RD, send, receive, group)
-        mixed_NTD = permute_rows(mixed_MD, back_M, order_M).view(tokens, choices, -1)
+        mixed_RD = experts(received_RD.index_select(0, by_expert_R), counts_PH.sum(dim=0))
+        by_sender_RD = mixed_RD.index_select(0, inverse(by_expert_R))
+        mixed_MD = all_to_all_single_autograd(by_sender_RD, send, receive, group)
+        mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, -1)
         return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
     return dispatch

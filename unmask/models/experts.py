@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.ops.rows import inverse, permute_rows
+from unmask.ops.rows import inverse, take_rows
 
 Activation = Callable[[Tensor], Tensor]
 Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
@@ -67,10 +67,9 @@ def local_dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, ex
     """
     tokens, choices = experts_NT.shape
     order_M, counts_E = sort_by_expert(experts_NT, experts.num_experts)  # pyright: ignore[reportArgumentType]
-    back_M = inverse(order_M)
-    mixed_MD = experts(permute_rows(hidden_ND, order_M, back_M, copies=choices), counts_E)
+    mixed_MD = experts(take_rows(hidden_ND, order_M // choices), counts_E)
     # Brought back by a permutation and summed over T, which adds in the same order on every device and in every run.
-    mixed_NTD = permute_rows(mixed_MD, back_M, order_M).view(tokens, choices, hidden_ND.shape[1])
+    mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, hidden_ND.shape[1])
     return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
 
