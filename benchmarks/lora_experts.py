@@ -62,7 +62,7 @@ def _child(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, fl
 def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, float]:
     import torch
 
-    import unmask.models.adapter  # noqa: F401  (before PEFT, which else warns of bitsandbytes's kernels)
+    import unmask.models.lora  # noqa: F401  (before PEFT, which else warns of bitsandbytes's kernels)
     from unmask.config.model import PeftConfig
     from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime

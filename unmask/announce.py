@@ -35,7 +35,7 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
     import transformers
 
     import unmask
-    from unmask.models.quantized import packed_elements
+    from unmask.models.lora.quantized import packed_elements
 
     sizes = [(_whole_size(run, name, p), p.requires_grad) for name, p in run.model.named_parameters()]
     total = sum(size for size, _ in sizes) + packed_elements(run.model)

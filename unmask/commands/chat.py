@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
     adapter = None
     if arguments.adapter is not None:
-        from unmask.models.adapter_folder import find_adapter
+        from unmask.models.folders import find_adapter
 
         adapter = find_adapter(arguments.adapter)
     folder = str(find_folder(arguments.checkpoint, "--checkpoint"))
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         talk.note(f"{arguments.checkpoint}: /help lists the commands, Ctrl-D leaves")
     talk.note(approximation_note(settings))
     if adapter is not None:
-        from unmask.models.adapter_base import base_note
+        from unmask.models.folders import base_note
 
         talk.note(base_note(adapter, Path(folder)))
     return talk.run(conversation)

@@ -140,7 +140,7 @@ def _check(arguments: argparse.Namespace, sampler: SamplerConfig) -> None:
 
         check_sampler(sampler)
     if arguments.adapter is not None:
-        from unmask.models.adapter_folder import find_adapter
+        from unmask.models.folders import find_adapter
 
         find_adapter(arguments.adapter)
 
@@ -156,8 +156,7 @@ def _hint(arguments: argparse.Namespace, prompts: dict[str, Any]) -> None:
 
 def _warn_of_base(arguments: argparse.Namespace, folder: str) -> None:
     if arguments.adapter is not None:
-        from unmask.models.adapter_base import base_note
-        from unmask.models.adapter_folder import find_adapter
+        from unmask.models.folders import base_note, find_adapter
 
         note = base_note(find_adapter(arguments.adapter), Path(folder))
         if note:
@@ -208,7 +207,7 @@ class _Job:
         if self.arguments.output is None:
             return None
         from unmask.evaluation.job import Checkpoint
-        from unmask.models.adapter_folder import find_adapter
+        from unmask.models.folders import find_adapter
         from unmask.sampling.answer_file import AnswerFile
 
         adapter = None if self.arguments.adapter is None else str(find_adapter(self.arguments.adapter))

@@ -16,8 +16,9 @@ from unmask.distributed.mesh import Degrees, build_meshes
 from unmask.distributed.ranks import Ranks
 from unmask.distributed.shard import shard_model
 from unmask.errors import ConfigError
-from unmask.models.folders import is_plain, read_generation, weight_files
-from unmask.models.loading import empty_network, load_model
+from unmask.models.folders import find_adapter, is_plain, read_generation, weight_files
+from unmask.models.loading import apply_adapter, empty_network, load_model
+from unmask.models.lora.files import read_adapter
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.sharded_folder import MODEL, stored_sizes
 
@@ -60,9 +61,7 @@ def load_shared(
     model = _in_dtype(model, plan.folder, dtype)
     whole = None
     if adapter is not None:
-        from unmask.models.adapter import find_adapter, load_adapter, read_adapter
-
-        load_adapter(model, adapter)
+        apply_adapter(model, adapter)
         whole = whole_adapter(model)
         read_adapter(whole, find_adapter(adapter))
     model.requires_grad_(False)

@@ -16,9 +16,9 @@ from unmask.distributed.mesh import Meshes
 from unmask.distributed.ranks import Ranks
 from unmask.distributed.shard import Piece, pieces, whole_view
 from unmask.errors import TrainingError
-from unmask.models.adapter_files import is_trained
 from unmask.models.family import PLAIN, FileLayout
 from unmask.models.folders import SHARDED, is_plain
+from unmask.models.lora.files import is_trained
 from unmask.models.sharded_folder import MODEL
 from unmask.models.weights import read_slices
 

@@ -15,8 +15,14 @@ from unmask.errors import ConfigError, DataError
 from unmask.evaluation.grade import check_grader, expected_answer
 from unmask.evaluation.harness import check_names, task_manager, without_prefix
 from unmask.evaluation.tasks import HARNESS, TASKS, Question, as_text, read_questions, refuse_leaks, with_shots
-from unmask.models.adapter_folder import CONFIG, WEIGHTS, find_adapter
-from unmask.models.folders import find_folder, read_generation, weights_fingerprint
+from unmask.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    find_adapter,
+    find_folder,
+    read_generation,
+    weights_fingerprint,
+)
 from unmask.models.registry import plan_folder
 from unmask.models.tokenizer import tokenizer_folder
 from unmask.sampling.settings import default_settings, resolve
@@ -42,7 +48,7 @@ class Checkpoint:
         """Return hashes of its weights and of its adapter, rank and scale included."""
         adapter = None
         if self.adapter is not None:
-            files = (Path(self.adapter) / name for name in (CONFIG, WEIGHTS))
+            files = (Path(self.adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
             adapter = blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
         return {"weights": weights_fingerprint(Path(self.folder)), "adapter": adapter}
 

@@ -45,8 +45,7 @@ from unmask.evaluation.results import (
     write_results,
 )
 from unmask.evaluation.tasks import HARNESS, TASKS
-from unmask.models.adapter_base import base_note
-from unmask.models.folders import read_generation
+from unmask.models.folders import base_note, read_generation
 from unmask.models.registry import plan_folder
 from unmask.models.tokenizer import load_tokenizer
 from unmask.report.resumable import first_difference, write_lines

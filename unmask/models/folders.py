@@ -1,4 +1,4 @@
-"""Where a model lives: a local folder, a run directory or a hub id, and what its files promise. Needs no torch."""
+"""Where a model or a LoRA adapter lives, and what its files promise. Needs no torch: a wrong path is told at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ModelError
-from unmask.models.adapter_folder import CONFIG as ADAPTER_CONFIG
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SHARDED = "sharded"  # folder of a checkpoint that several ranks have written, each its shards
 _SAMPLE = 2**12  # bytes read at the start, middle and end of each tensor
 _STRIDE = 2**18  # bytes between two samples of a file whose tensors are not listed
@@ -54,6 +55,15 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     if looks_local:
         raise ModelError(f"{where}: no such folder: {path.absolute()} (a hub id has the form owner/name)")
     return _download(name, where, [*_LIGHT, *(_WEIGHTS if weights else ())])
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """Return the adapter folder that a path (or a run directory) stands for; ModelError when it holds none."""
+    path = Path(folder).expanduser()
+    for candidate in (path, path / "latest"):
+        if (candidate / ADAPTER_CONFIG).is_file() and (candidate / ADAPTER_WEIGHTS).is_file():
+            return candidate
+    raise ModelError(f"adapter: {path.absolute()} is no adapter: it needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
 
 
 def _run_inside(path: Path) -> Path | None:
@@ -155,6 +165,25 @@ def weights_fingerprint(folder: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(end - start))
     return digest.hexdigest()
+
+
+def base_note(adapter: Path, checkpoint: Path) -> str:
+    """Return a warning where an adapter was trained over other weights than a checkpoint's; else, or not known, empty.
+
+    Args:
+        adapter: from `find_adapter`. What it was trained over stands in the state.json of the run that made it.
+        checkpoint: folder of the base that it is to be applied to.
+    """
+    try:
+        base = json.loads((adapter / "state.json").read_text(encoding="utf-8"))["identity"]["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if base is None or base == weights_fingerprint(checkpoint):
+        return ""
+    return (
+        f"{adapter} was trained over other weights than those of {checkpoint}; give the checkpoint that it was trained "
+        "over, unless another was meant"
+    )
 
 
 def _tensor_samples(file: FileIO) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 
 from unmask import rng
 from unmask.errors import ModelError, choice_problem
-from unmask.models.adapter import load_adapter
 from unmask.models.family import Family
 from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_folder, resolve
@@ -68,5 +68,12 @@ def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter
         raise ModelError(f"dtype {choice_problem(dtype, ('float32', 'bfloat16', 'float16'))}")
     model = build_model(plan_folder(name, "checkpoint"), dtype, device)
     if adapter is not None:
-        load_adapter(model, adapter)
+        apply_adapter(model, adapter)
     return model.eval()
+
+
+def apply_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Attach a saved LoRA adapter to a network, or raise ModelError; imports PEFT, which takes seconds."""
+    from unmask.models.lora.attach import load_adapter
+
+    load_adapter(model, folder)

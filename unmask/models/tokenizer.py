@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from unmask.errors import ModelError
-from unmask.models.folders import find_folder
+from unmask.models.folders import find_adapter, find_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,8 +54,6 @@ def tokenizer_folder(checkpoint: str, adapter: str | None, where: str = "--check
     Raises:
         ModelError: neither has one.
     """
-    from unmask.models.adapter_folder import find_adapter
-
     if adapter is not None:
         folder = find_adapter(adapter)
         if any((folder / file).is_file() for file in FILES):

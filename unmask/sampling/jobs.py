@@ -20,8 +20,7 @@ from unmask.distributed.answering import load_shared
 from unmask.distributed.joint_calls import JointCalls
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
-from unmask.models.adapter import load_adapter
-from unmask.models.loading import build_model
+from unmask.models.loading import apply_adapter, build_model
 from unmask.sampling.backends.backend import Backend, backend_for, settings_for
 from unmask.sampling.plan import JobPlan
 from unmask.sampling.settings import Settings
@@ -102,7 +101,7 @@ def load(
     if not shard:
         model, together = build_model(plan.model, dtype, device), nullcontext()
         if plan.adapter is not None:
-            load_adapter(model, plan.adapter)
+            apply_adapter(model, plan.adapter)
     elif ranks.size == 1:
         raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
     else:

@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config.sampler import SamplerConfig
-from unmask.models import adapter_folder
-from unmask.models.adapter_base import base_note
-from unmask.models.folders import read_generation, weights_fingerprint
+from unmask.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_note,
+    find_adapter,
+    read_generation,
+    weights_fingerprint,
+)
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 from unmask.sampling.settings import Settings, default_settings, resolve
@@ -65,7 +70,7 @@ class JobPlan:
         """Return what tells its weights, and the rank and scale of its adapter, from another's."""
         adapter = None
         if self.adapter is not None:
-            files = (self.adapter / name for name in (adapter_folder.CONFIG, adapter_folder.WEIGHTS))
+            files = (self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
             adapter = blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
         return {"weights": weights_fingerprint(self.folder), "adapter": adapter}
 
@@ -89,7 +94,7 @@ def plan_job(
         ModelError: no such checkpoint, adapter or tokenizer, or a file cut short.
         SamplingError: a setting that the checkpoint's family does not have.
     """
-    found = None if adapter is None else adapter_folder.find_adapter(adapter)
+    found = None if adapter is None else find_adapter(adapter)
     model = plan_folder(checkpoint, where)
     assert model.folder is not None
     generation = read_generation(model.folder)

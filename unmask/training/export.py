@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from unmask.errors import CheckpointError, ModelError
 from unmask.models.family import PLAIN
+from unmask.models.folders import base_note, find_adapter
 from unmask.models.tokenizer import tokenizer_folder
 
 if TYPE_CHECKING:
@@ -45,11 +46,8 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
     plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""
     if adapter is not None:
-        from unmask.models.adapter_base import base_note
-        from unmask.models.adapter_folder import find_adapter
-
         other_base = base_note(find_adapter(adapter), Path(str(plan.folder)))
-    from unmask.models.loading import build_model
+    from unmask.models.loading import apply_adapter, build_model
     from unmask.training.model_files import save_model
 
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
@@ -65,10 +63,10 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         if adapter is not None:
             import torch
 
-            from unmask.models.adapter import load_adapter, merge_adapter
+            from unmask.models.lora.attach import merge_adapter
 
             wanted = getattr(torch, dtype) if dtype else None
-            load_adapter(model, adapter)
+            apply_adapter(model, adapter)
             merge_adapter(model, wanted)  # summed in fp32 and rounded once, a layer at a time
             if wanted is not None:
                 model.to(wanted)

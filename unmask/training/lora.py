@@ -163,7 +163,7 @@ def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
         section: the `peft` section.
         base: name or folder of the base model, recorded in adapter_config.json.
     """
-    from unmask.models.adapter import attach_adapter, restart_magnitudes
+    from unmask.models.lora.attach import attach_adapter, restart_magnitudes
 
     targets = resolve_targets(section, model)
     from peft import LoraConfig
@@ -181,7 +181,7 @@ def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
     )
     attach_adapter(model, config)
     if section.load_in_4bit:
-        from unmask.models.quantized import quantize_base
+        from unmask.models.lora.quantized import quantize_base
 
         quantize_base(model)
         if section.use_dora and not next(model.parameters()).is_meta:

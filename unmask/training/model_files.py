@@ -51,7 +51,7 @@ def model_files(
         (folder / "config.yaml").write_text(run_config, encoding="utf-8")
 
     if peft is not None:
-        from unmask.models.adapter import read_adapter, write_adapter
+        from unmask.models.lora.files import read_adapter, write_adapter
         from unmask.training.lora import attach
 
         config = attach(model, peft, plan.source)

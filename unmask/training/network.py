@@ -16,10 +16,10 @@ from unmask.config.model import PeftConfig
 from unmask.config.results import CheckpointConfig
 from unmask.config.training import OptimizerConfig
 from unmask.distributed.runtime import Runtime, prepare_model
-from unmask.models.adapter_files import is_trained
 from unmask.models.experts import freeze_routers
 from unmask.models.folders import SHARDED
 from unmask.models.loading import build_model, empty_network
+from unmask.models.lora.files import is_trained
 from unmask.models.registry import ModelPlan
 from unmask.training.adapter_draw import draw_adapter
 from unmask.training.lora import resolve_targets

@@ -21,9 +21,9 @@ from unmask.distributed.mesh import Meshes
 from unmask.distributed.runtime import Runtime, set_switches
 from unmask.distributed.shard import shard_model, whole_view
 from unmask.errors import ConfigError
-from unmask.models.adapter_files import is_trained, read_adapter, write_adapter
 from unmask.models.family import FileLayout
 from unmask.models.loading import draw_weights, empty_network
+from unmask.models.lora.files import is_trained, read_adapter, write_adapter
 from unmask.models.registry import ModelPlan
 from unmask.training.adapter_draw import draw_adapter
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from unmask.errors import ModelError
-from unmask.models.adapter import attach_adapter, load_adapter, merge_adapter, read_adapter, write_adapter
-from unmask.models.adapter_folder import find_adapter
+from unmask.models.folders import find_adapter
 from unmask.models.llada.auto import register
 from unmask.models.loading import load_model
+from unmask.models.lora.attach import attach_adapter, load_adapter, merge_adapter
+from unmask.models.lora.files import read_adapter, write_adapter
 
 # PEFT asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

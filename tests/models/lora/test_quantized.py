@@ -11,10 +11,10 @@ from torch import nn
 
 from unmask.config.model import PeftConfig
 from unmask.models.diffusion_gemma.model import gelu
-from unmask.models.expert_adapter import AdaptedExperts
 from unmask.models.experts import Experts
 from unmask.models.loading import load_model
-from unmask.models.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
+from unmask.models.lora.experts import AdaptedExperts
+from unmask.models.lora.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
 from unmask.training.lora import attach
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])

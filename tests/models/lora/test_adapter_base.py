@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from unmask.cli import main
-from unmask.models.adapter_base import base_note
+from unmask.models.folders import base_note
 
 
 @pytest.fixture(scope="module")

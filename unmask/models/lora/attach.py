@@ -1,10 +1,12 @@
-"""LoRA adapters (PEFT's modules, and ours on stacked experts): attach to a network, load, merge into its weights."""
+"""LoRA adapters (PEFT's modules, and ours on stacked experts): attach to a network, load, merge into its weights.
+
+PEFT takes seconds to import: modules that do not always need it import this one where they do.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Collection
@@ -13,21 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from unmask.errors import ModelError
-from unmask.models.adapter_files import PREFIX, is_trained, read_adapter, stored_keys, write_adapter
-from unmask.models.adapter_folder import CONFIG, find_adapter
-from unmask.models.expert_adapter import AdaptedExperts
 from unmask.models.experts import Experts
 from unmask.models.family import LoraTargets
-from unmask.models.folders import read_json
+from unmask.models.folders import ADAPTER_CONFIG, find_adapter, read_json
+from unmask.models.lora.experts import AdaptedExperts
+from unmask.models.lora.files import PREFIX, is_trained, read_adapter, stored_keys
 from unmask.models.registry import family_of
-
-__all__ = ["attach_adapter", "load_adapter", "merge_adapter", "read_adapter", "restart_magnitudes", "write_adapter"]
-
-# bitsandbytes, which PEFT loads where it is installed, warns on some CPUs about an optional package of kernels.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # What a peft.LoraConfig may ask for beyond what this package writes: the value that means "no".
 _PLAIN = {
@@ -45,15 +44,11 @@ def attach_adapter(model: nn.Module, config: Any) -> None:
     """
     _attach_experts(model, config)
     if config.target_modules:
-        from peft import inject_adapter_in_model
-
         # PEFT shortens long lists in place, to suffixes that are unambiguous in this network only.
         own = copy.deepcopy(config)
         own.target_parameters = own.modules_to_save = None
         inject_adapter_in_model(own, model)
     for name in config.modules_to_save or []:
-        from peft.utils import ModulesToSaveWrapper
-
         _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name), "default"))
     for name, parameter in model.named_parameters():
         trained = is_trained(name)
@@ -82,8 +77,6 @@ def restart_magnitudes(model: nn.Module) -> None:
 
     PEFT took them in the base's dtype, and before a base is quantized; either would not be neutral.
     """
-    from peft.tuners.lora import LoraLayer
-
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_magnitude_vector["default"].update_layer(  # pyright: ignore[reportCallIssue]
@@ -103,10 +96,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ModelError: no adapter in the folder, one made for another network, or one that asks for what is not supported.
     """
-    from peft import PeftConfig
-
     folder = find_adapter(folder)
-    kind = read_json(folder / CONFIG).get("peft_type")
+    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"adapter: {folder} is of peft_type {kind!r}; only LORA adapters can be applied")
     config: Any = PeftConfig.from_pretrained(str(folder))
@@ -222,9 +213,6 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         model: the adapted network, its base not quantized.
         dtype: dtype of the merged weights; None = the base's own.
     """
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedExperts):
             _replace(model, name, module.merged(dtype))

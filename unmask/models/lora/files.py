@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
-from unmask.models.adapter_folder import WEIGHTS
-from unmask.models.expert_adapter import AdaptedExperts, from_file, to_file
+from unmask.models.folders import ADAPTER_WEIGHTS
+from unmask.models.lora.experts import AdaptedExperts, from_file, to_file
 from unmask.models.registry import family_of
 from unmask.models.weights import write_tensors
 
@@ -85,10 +85,10 @@ def _opened(folder: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
 
 
 def stored_keys(folder: Path) -> list[str]:
@@ -97,7 +97,9 @@ def stored_keys(folder: Path) -> list[str]:
         keys = list(file.keys())
     for key in keys:
         if not key.startswith(PREFIX):
-            raise ModelError(f"adapter: {folder / WEIGHTS} holds {key!r}, which is no tensor of PEFT's LoRA format")
+            raise ModelError(
+                f"adapter: {folder / ADAPTER_WEIGHTS} holds {key!r}, which is no tensor of PEFT's LoRA format"
+            )
     return [key.removeprefix(PREFIX) for key in keys]
 
 
@@ -165,7 +167,7 @@ def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
             tensors[PREFIX + name] = (
                 slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
             )
-    write_tensors(tensors, folder / WEIGHTS)
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS)
     written = copy.deepcopy(config)
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         names = getattr(config, field)

@@ -16,8 +16,9 @@ from transformers import DiffusionGemmaForBlockDiffusion as Reference
 
 from unmask.config.model import PeftConfig
 from unmask.errors import ConfigError, ModelError
-from unmask.models.adapter import merge_adapter, read_adapter, write_adapter
 from unmask.models.loading import load_model
+from unmask.models.lora.attach import merge_adapter
+from unmask.models.lora.files import read_adapter, write_adapter
 from unmask.training.export import export
 from unmask.training.lora import attach, target_names
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unmask.models.diffusion_gemma.model import gelu
-from unmask.models.expert_adapter import AdaptedExperts, from_file, to_file
 from unmask.models.experts import Experts, local_dispatch
+from unmask.models.lora.experts import AdaptedExperts, from_file, to_file
 
 EXPERTS, WIDTH, HIDDEN = 5, 16, 12
 BOTH = ("gate_up_proj", "down_proj")
