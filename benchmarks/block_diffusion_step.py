@@ -147,7 +147,7 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
     from unmask.distributed.runtime import Runtime
     from unmask.models.diffusion_gemma.config import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
-    from unmask.objectives.block_diffusion import BlockDiffusion
+    from unmask.objectives.canvas import CanvasDiffusion
     from unmask.rng import NoiseStream
     from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step
@@ -171,7 +171,7 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
             cut_B=torch.zeros(1, dtype=torch.bool),
             peers_P=torch.zeros(1, dtype=torch.long),
         )
-        objective = BlockDiffusion(CANVAS, VOCABULARY, 1, self_conditioning_p=float(conditioned))
+        objective = CanvasDiffusion(CANVAS, VOCABULARY, 1, self_conditioning_p=float(conditioned))
         optimizer = build_optimizer(OptimizerConfig(lr=1e-4), model)
         runtime = Runtime(torch.device("cpu"), None)
         return lambda: train_step(model, objective, [batch], NoiseStream(0), optimizer, runtime, 1.0)

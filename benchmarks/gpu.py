@@ -116,7 +116,7 @@ def _train(
     from unmask.config.model import PeftConfig
     from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime, compile_blocks
-    from unmask.objectives.block_diffusion import BlockDiffusion
+    from unmask.objectives.canvas import CanvasDiffusion
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach
@@ -135,7 +135,7 @@ def _train(
     objective: Any = (
         MDLM(config.mask_token_id)
         if family == "llada"
-        else BlockDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
+        else CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
     )
     if dense:
         objective = _Dense(objective)

@@ -68,7 +68,7 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     from unmask.distributed.runtime import Runtime
     from unmask.models.diffusion_gemma.config import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
-    from unmask.objectives.block_diffusion import BlockDiffusion
+    from unmask.objectives.canvas import CanvasDiffusion
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach
     from unmask.training.optim import build_optimizer
@@ -88,7 +88,7 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     initialise(model, torch.Generator().manual_seed(0))
     attach(model, PeftConfig(r=RANK, **VARIANTS[variant]), "")
     optimizer = build_optimizer(OptimizerConfig(lr=1e-4), model)
-    objective = BlockDiffusion(CANVAS, vocabulary, config.eos_token_id, self_conditioning_p=1.0)
+    objective = CanvasDiffusion(CANVAS, vocabulary, config.eos_token_id, self_conditioning_p=1.0)
     batch, runtime = _batch(vocabulary, rows), Runtime(torch.device("cpu"), None)
     for _ in range(steps):
         train_step(model.train(), objective, [batch], NoiseStream(0), optimizer, runtime, 1.0)

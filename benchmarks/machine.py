@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from unmask.products import product
-
 
 @dataclass(frozen=True)
 class Machine:
     """Rates of this machine.
 
     Attributes:
-        flops: operations a second of a large matmul (a multiply-add counts as two), by the faster library.
+        flops: operations a second of a large matmul (a multiply-add counts as two).
         bytes: bytes a second of a large copy, read and written bytes both counted.
         threads: threads that torch used.
     """
@@ -30,7 +28,7 @@ def measure(repeats: int = 5, dtype: torch.dtype = torch.float32) -> Machine:
     left, right = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 4096).to(dtype)
     source = torch.randn(2**26)
     target = torch.empty_like(source)
-    flops = 2 * 2048 * 1024 * 4096 / _best(lambda: product(left, right), repeats)
+    flops = 2 * 2048 * 1024 * 4096 / _best(lambda: left @ right, repeats)
     rate = 2 * source.numel() * 4 / _best(lambda: target.copy_(source), repeats)
     return Machine(flops, rate, torch.get_num_threads())
 

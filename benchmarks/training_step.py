@@ -204,12 +204,12 @@ class _Clock:
     """Times the phases of our step from outside, by wrapping the calls where they begin and end."""
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        from unmask.objectives import terms
+        from unmask.objectives import head
         from unmask.training import step
 
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._wrap(model, "forward", "forward")
-        self._wrap(terms, "linear_cross_entropy", "head")
+        self._wrap(head, "linear_cross_entropy", "head")
         self._wrap(step, "clip_gradients", "optimizer")
         self._wrap(optimizer, "step", "optimizer")
 

@@ -210,7 +210,7 @@ def test_the_heads_gradient_that_a_loss_holds_is_counted(tiny, gemma_values, tmp
         changes = {"model": {"config": gemma_values(**ids)}, "dllm": {"mode": "block_diffusion"}}
     prepared = prepare(config_from_mapping(tiny.config(tmp_path, **changes)))
     run, _ = assemble(prepared, build_runtime(prepared.config.distributed, prepared.degrees), Console(quiet=True))
-    head = run.model.head_inputs(torch.zeros(1, 1))[1]
+    head = run.model.head.weight
     held = []
     noisy = run.objective.corrupt(next(iter(run.loader))[0], run.noise)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import unmask
 from unmask.errors import SamplingError
+from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import (
     LogLikelihood,
     _plan,
@@ -86,9 +87,9 @@ def test_the_same_call_gives_the_same_number_and_another_seed_another(opinionate
 
 def test_the_head_sees_masked_positions_only(opinionated, monkeypatch) -> None:
     seen = []
-    whole = type(opinionated).head_inputs
+    whole = likelihood.cross_entropies
     monkeypatch.setattr(
-        type(opinionated), "head_inputs", lambda self, hidden: seen.append(len(hidden)) or whole(self, hidden)
+        likelihood, "cross_entropies", lambda hidden, *others: seen.append(len(hidden)) or whole(hidden, *others)
     )
     log_likelihood(opinionated, [1] * 30, ANSWER, 31, exact_if_cheaper=True, batch_size=31)
     assert seen == [sum(math.comb(5, count) * count for count in range(1, 6))]

@@ -19,7 +19,7 @@ from unmask.evaluation.validation import FixedBatch, fixed_noise, validation_los
 from unmask.models.diffusion_gemma.config import parse_config as parse_gemma
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import build_model
-from unmask.objectives.block_diffusion import BlockDiffusion
+from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.prepare import build_parts, prepare
 from unmask.report.trackers import numbers
@@ -132,7 +132,7 @@ def test_block_diffusion_counts_every_position_of_a_canvas(gemma_values: Callabl
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    objective = BlockDiffusion(8, 40, 1, time_sampling="stratified")
+    objective = CanvasDiffusion(8, 40, 1, time_sampling="stratified")
     rows = [dataclasses.replace(batch, input_ids_BL=batch.input_ids_BL % 36) for batch in batches(2)]
     noisy: list[Any] = fixed_noise(objective, rows, 42)
     found = validation_losses(model, objective, noisy, RUNTIME)

@@ -16,9 +16,10 @@ from unmask.distributed.runtime import Runtime, flex_available, set_switches
 from unmask.models.experts import grouped_kernel, grouped_linear
 from unmask.models.layers import attend, prepare_mask
 from unmask.models.loading import load_model
-from unmask.objectives.block_diffusion import BlockDiffusion
+from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
-from unmask.objectives.token_loss import linear_cross_entropy
+from unmask.ops.head import Head
+from unmask.ops.linear_cross_entropy import linear_cross_entropy
 from unmask.rng import NoiseStream
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +51,7 @@ def test_a_step_equals_the_cpu_step(fixtures: Path, cuda, batch, family, dtype, 
     objective = (
         MDLM(config.mask_token_id, eps=0.2)
         if family == "llada"
-        else BlockDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
+        else CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
     )
     loss, grads = step_of(batch, ours, objective, cuda, dtype)
     expected, expected_grads = step_of(batch, twin, objective, torch.device("cpu"), None)
@@ -70,7 +71,7 @@ def test_activation_checkpointing_changes_nothing(fixtures: Path, cuda, batch, d
             if hasattr(module, "activation_checkpointing"):
                 module.activation_checkpointing = checkpointing
         config = model.config
-        objective = BlockDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
+        objective = CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
         found.append(step_of(batch, model, objective, cuda, dtype if dtype == torch.bfloat16 else None))
     assert relative(found[1][0], found[0][0]) < 1e-6
     for name, grad in found[0][1].items():
@@ -134,7 +135,7 @@ def test_grouped_experts_equal_a_matmul_an_expert(cuda):
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tiled_head_equals_logits_for_all(cuda, dtype, softcap):
+def test_the_loss_in_chunks_equals_logits_for_all(cuda, dtype, softcap):
     generator = torch.Generator(cuda).manual_seed(4)
     rows, width, vocabulary = 700, 128, 70_000
     hidden = torch.randn(rows, width, generator=generator, device=cuda).requires_grad_()
@@ -146,7 +147,7 @@ def test_the_tiled_head_equals_logits_for_all(cuda, dtype, softcap):
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
         found, _ = linear_cross_entropy(
-            hidden, weight, None, targets, weights, chunk_logits=100 * vocabulary, softcap=softcap
+            hidden, Head(weight, softcap=softcap), targets, weights, chunk_logits=100 * vocabulary
         )
         grads = torch.autograd.grad(found, [hidden, weight])
     grown = torch.cuda.max_memory_allocated() - before
@@ -169,7 +170,7 @@ def test_a_loss_waits_for_the_device_nowhere(fixtures: Path, cuda, batch):
         objective = (
             MDLM(config.mask_token_id, eps=0.2)
             if folder == "llada_tiny"
-            else BlockDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
+            else CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
         )
         noisy = objective.corrupt(batch, NoiseStream(3)).to(cuda)
         with torch.autocast("cuda", torch.bfloat16):

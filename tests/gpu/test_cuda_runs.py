@@ -20,7 +20,7 @@ from unmask.distributed.mesh import Degrees, build_meshes
 from unmask.distributed.runtime import Runtime
 from unmask.distributed.shard import shard_model
 from unmask.models.loading import load_model
-from unmask.objectives.block_diffusion import BlockDiffusion
+from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 from unmask.sampling.backends import replay
@@ -173,7 +173,7 @@ def test_a_sharded_step_equals_a_whole_one(fixtures: Path, cuda, nccl, batch, fa
         objective = (
             MDLM(config.mask_token_id, eps=0.2)
             if family == "llada"
-            else BlockDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
+            else CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
         )
         meshes = None
         if sharded:

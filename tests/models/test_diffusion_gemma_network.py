@@ -16,7 +16,6 @@ from unmask.models.diffusion_gemma.cache import PADDING_POSITION, Encoded
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
 from unmask.models.experts import local_dispatch
-from unmask.ops.soft_embedding import soft_embedding
 
 Reference = Callable[..., Any]
 CANVAS, VOCABULARY, WIDTH = 8, 40, 16
@@ -172,36 +171,6 @@ def test_self_conditioning_equals_transformers(gemma_reference: Reference) -> No
         encoded = ours.encode(tokens)
         zeros = torch.zeros(3, CANVAS, WIDTH)
         assert torch.equal(ours.decode(canvases, encoded, zeros), ours.decode(canvases, encoded))
-
-
-def tiled(model: DiffusionGemma, hidden: Tensor) -> Tensor:
-    return soft_embedding(hidden.flatten(0, 1), model.head).view_as(hidden) * model.stack.embedding_scale
-
-
-@pytest.mark.parametrize("cap", [0.5, 30.0, 1e4])
-@pytest.mark.parametrize("rows", [1, 7, 4096])
-def test_the_signal_made_in_tiles_is_the_soft_embedding(rows: int, cap: float, network, monkeypatch) -> None:
-    """Whatever the tiles, and however far apart the logits may lie under the cap."""
-    monkeypatch.setattr("unmask.tiles.TILE_ROWS", rows)
-    ours, hidden = network(final_logit_softcapping=cap), 20 * normal(2, CANVAS, WIDTH).requires_grad_()
-    hidden.data[0] *= 10
-    signal = tiled(ours, hidden)
-    assert ours.head.softcap == cap
-    dense = ours.soft_embedding(ours.logits(hidden).detach())
-    torch.testing.assert_close(signal, dense, atol=1e-5, rtol=1e-4)
-    probe, embedding = normal(2, CANVAS, WIDTH, seed=5), ours.stack.embed_tokens.weight
-    mine, theirs = (
-        torch.autograd.grad(made, [embedding, hidden], probe, allow_unused=True) for made in (signal, dense)
-    )
-    assert mine[1] is theirs[1] is None
-    torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-3)
-    embedding.requires_grad_(False)
-    assert not tiled(ours, hidden).requires_grad
-    for narrow in (torch.bfloat16, torch.float16):
-        ours, short = ours.to(narrow), hidden.to(narrow)
-        low = tiled(ours, short)
-        assert low.dtype == narrow
-        torch.testing.assert_close(low, ours.soft_embedding(ours.logits(short)), atol=0.1, rtol=0.05)
 
 
 def test_the_head_is_the_softcapped_embedding(model: DiffusionGemma) -> None:

@@ -19,6 +19,7 @@ from unmask.batch import Batch, LossTerms, NoisyBatch
 from unmask.models.llada.model import LLaDA
 from unmask.models.loading import load_model
 from unmask.objectives.mdlm import MDLM
+from unmask.ops.head import Head
 from unmask.rng import NoiseStream
 
 Rows = Callable[..., Batch]
@@ -38,8 +39,9 @@ class Linear:
         self.seen.append((ids, mask))
         return self.table[ids] + 0.1 * torch.arange(ids.shape[1])[:, None]
 
-    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
-        return hidden, self.matrix, None
+    @property
+    def head(self) -> Head:
+        return Head(self.matrix)
 
     def cross_entropy(self, ids: Tensor, position: int, target: int) -> float:
         hidden = self.table[ids[position]] + 0.1 * position

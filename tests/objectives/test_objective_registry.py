@@ -11,7 +11,7 @@ import pytest
 from unmask.config.objective import MODES, DllmConfig
 from unmask.config.reader import read_section
 from unmask.errors import ConfigError
-from unmask.objectives.block_diffusion import BlockDiffusion
+from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.objectives.registry import OBJECTIVES, build_objective, check_against_model
 
@@ -129,9 +129,9 @@ def test_build_passes_the_options_on() -> None:
         mode="block_diffusion", eps=0.02, encoder_loss_weight=0.3, self_conditioning_p=0.1,
         stop_gradient_to_encoder=True, time_sampling="stratified",
     )  # fmt: skip
-    assert build_objective(section, MODEL) == BlockDiffusion(16, 32, 5, 0.02, 0.3, 0.1, True, "stratified")
+    assert build_objective(section, MODEL) == CanvasDiffusion(16, 32, 5, 0.02, 0.3, 0.1, True, "stratified")
     section = DllmConfig(mode="block_diffusion")
-    assert build_objective(section, MODEL) == BlockDiffusion(16, 32, 5, 1e-3, 1.0, 0.5, False, "iid")
+    assert build_objective(section, MODEL) == CanvasDiffusion(16, 32, 5, 1e-3, 1.0, 0.5, False, "iid")
 
 
 def test_every_entry_of_the_table_can_be_built() -> None:

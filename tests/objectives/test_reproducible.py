@@ -13,7 +13,7 @@ from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA
-from unmask.objectives.block_diffusion import BlockDiffusion
+from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 
@@ -33,7 +33,7 @@ def llada(_: Callable[..., dict]) -> tuple[Any, Any, int]:
 def gemma(gemma_values: Callable[..., dict]) -> tuple[Any, Any, int]:
     values = gemma_values(8, hidden_size=WIDTH, num_experts=8, top_k_experts=4, moe_intermediate_size=16)
     model = DiffusionGemma(parse_config(values, "config.json"))
-    return model, BlockDiffusion(8, VOCABULARY, 1, self_conditioning_p=0.5), 6
+    return model, CanvasDiffusion(8, VOCABULARY, 1, self_conditioning_p=0.5), 6
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

@@ -305,6 +305,6 @@ def test_a_canvas_weighed_in_parts_is_the_same(gemma_model, monkeypatch: pytest.
     """Its weights too, of which the next step's signal is made."""
     prompts, sampler = [[5, 6, 7], [8, 9]], SamplerConfig(max_new_tokens=32, steps=6)
     whole = generate(gemma_model, prompts, sampler=sampler)
-    monkeypatch.setattr("unmask.tiles._CACHED_LOGITS", 300 * positions)
+    monkeypatch.setattr("unmask.ops.chunks.CACHED_LOGITS", 300 * positions)
     parts = generate(gemma_model, prompts, sampler=sampler)
     assert [(a.token_ids, a.stats.nfe) for a in parts] == [(a.token_ids, a.stats.nfe) for a in whole]

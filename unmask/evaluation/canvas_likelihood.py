@@ -22,7 +22,7 @@ from torch import Tensor
 from unmask import rng
 from unmask.errors import ModelError, SamplingError
 from unmask.evaluation.likelihood import DEFAULT_BATCH_SIZE, content_key, standard_error
-from unmask.objectives.token_loss import cross_entropies
+from unmask.ops.linear_cross_entropy import cross_entropies
 
 DEFAULT_LEVELS = 32
 
@@ -82,7 +82,7 @@ def denoising_cross_entropy(
 ) -> DenoisingCrossEntropy:
     """Corrupt each canvas of an answer at levels spread evenly over (0, 1) and predict its clean tokens.
 
-    As in training (`unmask/objectives/block_diffusion.py`): a token is replaced with probability t by a uniform draw
+    As in training (`unmask/objectives/canvas.py`): a token is replaced with probability t by a uniform draw
     from the vocabulary, a canvas sees the clean tokens before it through the encoder, and the last one is filled up
     with the end-of-text token, which is corrupted like the rest. Unlike there, the fill is not scored, every canvas is,
     and there is no self-conditioning. Noise is a function of (seed, prompt and answer, canvas, sample).
@@ -165,9 +165,8 @@ def _noisy(clean_C: Tensor, canvas: int, sample: int, samples: int, vocab_size: 
 def _losses(model: Any, hidden_ND: Tensor, scored_N: Tensor, targets_N: Tensor) -> Tensor:
     """Return the cross-entropy of the scored positions on the CPU, float64, nats."""
     positions = scored_N.nonzero()[:, 0]
-    scored_ND, weight_VD, bias_V = model.head_inputs(hidden_ND[positions.to(hidden_ND.device)])
-    targets = targets_N[positions].to(hidden_ND.device)
-    losses_N = cross_entropies(scored_ND, weight_VD, bias_V, targets, softcap=model.head.softcap)
+    scored_ND = hidden_ND[positions.to(hidden_ND.device)]
+    losses_N = cross_entropies(scored_ND, model.head, targets_N[positions].to(hidden_ND.device))
     return losses_N.double().clamp(min=0).cpu()
 
 

@@ -26,7 +26,7 @@ import torch
 
 from unmask import rng
 from unmask.errors import ModelError, SamplingError
-from unmask.objectives.token_loss import cross_entropies
+from unmask.ops.linear_cross_entropy import cross_entropies
 
 DEFAULT_SAMPLES = 128
 # Rows of the network's batch unless the caller says otherwise.
@@ -274,8 +274,8 @@ def _masked_sums(
     targets_N = ids_BL.flatten()[positions_N]
     noisy_BL = ids_BL.masked_fill(masked_BL, mask_id).to(device)
     hidden_BLD = model(noisy_BL, None if bool(attends_BL.all()) else attends_BL.to(device))
-    hidden_ND, weight_VD, bias_V = model.head_inputs(hidden_BLD.flatten(0, 1)[positions_N.to(device)])
-    losses_N = cross_entropies(hidden_ND, weight_VD, bias_V, targets_N.to(device)).double().clamp(min=0).cpu()
+    masked_ND = hidden_BLD.flatten(0, 1)[positions_N.to(device)]
+    losses_N = cross_entropies(masked_ND, model.head, targets_N.to(device)).double().clamp(min=0).cpu()
     sums_B = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, positions_N // width, losses_N)
     return sums_B.numpy()
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
+from unmask.objectives.head import Scored, loss_terms, token_losses
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
 from unmask.objectives.registry import Shown
-from unmask.objectives.terms import Scored, loss_terms, token_losses
 from unmask.ops.rows import take_rows
 from unmask.rng import NoiseStream
 

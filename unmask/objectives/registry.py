@@ -92,8 +92,8 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         from_model={"mask_token_id": "mask_token_id"},
     ),
     "block_diffusion": ObjectiveEntry(
-        "unmask.objectives.block_diffusion",
-        "BlockDiffusion",
+        "unmask.objectives.canvas",
+        "CanvasDiffusion",
         noise="uniform",
         attention="canvas",
         options=("eps", "encoder_loss_weight", "self_conditioning_p", "stop_gradient_to_encoder", "time_sampling"),

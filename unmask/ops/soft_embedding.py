@@ -1,8 +1,6 @@
-"""softmax(logits) @ embedding, made a tile of the vocabulary at a time: neither logits nor softmax ever exist whole.
+"""softmax(logits) @ embedding, a chunk of rows at a time: logits and softmax of all rows never exist.
 
-The logits count as constants, but the embedding that they mix does not: its gradient is taken.
-
-Shapes: N positions, D width, V vocabulary, R rows of a tile.
+Shapes: N positions, R rows of a chunk, D width, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -14,69 +12,69 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.ops.chunks import (
+    CHUNK_LOGITS,
+    cached_rows,
+    column_slices,
+    compute_dtype,
+    logit_chunks,
+    sum_dtype,
+    write_product,
+)
 from unmask.ops.head import Head
-from unmask.products import add_product, write_product
-from unmask.tiles import SMALL_CAP, tanh_, tile_rows, tiles, write_exp
 
 
-def soft_embedding(hidden_ND: Tensor, head: Head) -> Tensor:
-    """Return softmax(head.logits(h)) @ head.weight, (N, D) in the weight's dtype, differentiable in that weight alone.
+def soft_embedding(hidden_ND: Tensor, head: Head, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
+    """Return softmax(head.logits(h)) @ head.weight, (N, D) in the weight's dtype.
+
+    The logits are constants: a gradient reaches the weight as what is mixed, but neither it nor h through the logits.
 
     Args:
-        hidden_ND: final hidden states; their own gradient is not taken.
-        head: softcapped, its matrix the embedding; the gradient does not reach it through the logits.
+        hidden_ND: final hidden states.
+        head: without bias; its matrix is the embedding.
+        chunk_logits: most logits alive at once, but one row at least.
     """
-    assert head.softcap is not None
-    kind = hidden_ND.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    return _SoftEmbedding.apply(hidden_ND.detach(), head.weight, head.softcap, compute)  # pyright: ignore[reportReturnType]
+    assert head.bias is None
+    scaled_ND = head.scaled(hidden_ND.detach())
+    scaled_ND = scaled_ND.to(compute_dtype(head.weight))
+    return _SoftEmbedding.apply(scaled_ND, head.weight, head.softcap, chunk_logits)  # pyright: ignore[reportReturnType]
 
 
 class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND, weight_VD, softcap, compute):  # noqa: ANN001
-        """Return the mix; a large cap's sums follow the largest logit (Milakov & Gimelshein 2018)."""
-        hidden_DN = hidden_ND.to(compute).t().contiguous()
-        bounded = softcap <= SMALL_CAP
-        # fp16, which ends at 65,504, does not hold sums over a vocabulary.
-        products = torch.float32 if compute == torch.float16 else compute
-        top_N = torch.full_like(hidden_DN[0], 0.0 if bounded else -softcap, dtype=torch.float32)
-        total_N, mixed_ND = torch.zeros_like(top_N), torch.zeros(hidden_ND.shape, device=hidden_ND.device)
+    def forward(ctx: Any, hidden_ND, weight_VD, softcap, chunk_logits):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        ctx.softcap, ctx.chunk_logits = softcap, chunk_logits
+        dtype = sum_dtype(hidden_ND.dtype)
+        mixed_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.promote_types(dtype, torch.float32))
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for _, part_RD, scores_RN in _tiled(hidden_DN, weight_VD, softcap):
-                if not bounded:
-                    before_N, top_N = top_N, torch.maximum(top_N, scores_RN.amax(dim=0).mul_(softcap))
-                    lower_N = before_N.sub_(top_N).exp_()
-                    total_N.mul_(lower_N)
-                    mixed_ND.mul_(lower_N[:, None])
-                shares_RN = write_exp(scores_RN, scores_RN, -top_N, softcap)
-                total_N.add_(shares_RN.sum(dim=0))
-                add_product(mixed_ND, shares_RN.to(products).t(), part_RD.to(products))
-        ctx.save_for_backward(hidden_DN, weight_VD, top_N.add_(total_N.log()))
-        ctx.softcap = softcap
-        return (mixed_ND / total_N[:, None]).to(weight_VD.dtype)
+            for part, shares_RV in _softmax_chunks(hidden_ND, weight_VD, softcap, chunk_logits):
+                for columns in column_slices(len(weight_VD)):
+                    shares_RC, part_CD = shares_RV[:, columns].to(dtype), weight_VD[columns].to(dtype)
+                    write_product(mixed_ND[part], shares_RC, part_CD, add=columns.start > 0)
+        return mixed_ND.to(weight_VD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_DN, weight_VD, logsum_N = ctx.saved_tensors
-        grad_VD = torch.zeros_like(weight_VD)
-        grad_ND = grad_ND.to(hidden_DN.dtype)
-        for part, _, scores_RN in _tiled(hidden_DN, weight_VD, ctx.softcap):
-            shares_RN = write_exp(scores_RN, scores_RN, -logsum_N, ctx.softcap)
-            add_product(grad_VD[part], shares_RN.to(hidden_DN.dtype), grad_ND)
-        return None, grad_VD, None, None
+        hidden_ND, weight_VD = ctx.saved_tensors
+        dtype = sum_dtype(hidden_ND.dtype)
+        grad_VD = weight_VD.new_empty(weight_VD.shape, dtype=torch.promote_types(dtype, torch.float32))
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # which may be on where backward is called
+            for part, shares_RV in _softmax_chunks(hidden_ND, weight_VD, ctx.softcap, ctx.chunk_logits):
+                for columns in column_slices(len(weight_VD)):
+                    shares_CR = shares_RV[:, columns].to(dtype).t()
+                    write_product(grad_VD[columns], shares_CR, grad_ND[part].to(dtype), add=part.start > 0)
+        return None, grad_VD.to(weight_VD.dtype), None, None
 
 
-def _tiled(hidden_DN: Tensor, weight_VD: Tensor, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield each tile of the vocabulary, its rows in the compute dtype and tanh(z / c) of its z (R, N) in fp32.
-
-    These lie where the next tile's are written.
-    """
-    vocabulary, positions = len(weight_VD), hidden_DN.shape[1]
-    most = min(tile_rows(hidden_DN.device.type, positions), vocabulary)
-    room_RN = hidden_DN.new_empty(most, positions, dtype=torch.float32)
-    for part in tiles(vocabulary, most):
-        part_RD = weight_VD[part].to(hidden_DN.dtype)
-        scores_RN = write_product(room_RN[: len(part_RD)], part_RD, hidden_DN, 1 / softcap)
-        yield part, part_RD, tanh_(scores_RN, softcap)
+def _softmax_chunks(
+    hidden_ND: Tensor, weight_VD: Tensor, softcap: float | None, chunk_logits: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield chunks of rows and softmax of their logits (R, V), which lies where the next chunk's is written."""
+    for part, z_RV in logit_chunks(hidden_ND, weight_VD, chunk_logits):
+        for rows in cached_rows(z_RV):
+            logits_RV = z_RV[rows] if softcap is None else z_RV[rows].div_(softcap).tanh_().mul_(softcap)
+            logits_RV.sub_(logits_RV.amax(dim=1, keepdim=True)).exp_()
+            logits_RV /= logits_RV.sum(dim=1, keepdim=True)
+        yield part, z_RV

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from unmask.config import RunConfig
+    from unmask.ops.head import Head
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         model: its network, on the meta device, in its dtypes, adapters attached.
     """
     from unmask.distributed.runtime import pick_device
-    from unmask.objectives.token_loss import working_bytes
+    from unmask.ops.chunks import working_bytes
 
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
@@ -62,7 +63,8 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         plan.config, tokens, width, compute, config.distributed.activation_checkpointing
     )
     head = head_gradients(model, width)
-    device = pick_device(config.distributed.device).type
+    on_cpu = pick_device(config.distributed.device).type == "cpu"
+    chunks = 1 if on_cpu or model.head.softcap is None else 2  # pyright: ignore[reportAttributeAccessIssue]
     return Estimate(
         parameters=sum(p.numel() * _packed(p) for p in parameters),
         trainable=sum(p.numel() for p in trainable),
@@ -70,7 +72,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         gradients=trained_bytes,
         head=head,
         optimizer=2 * trained_bytes,
-        activations=activations + working_bytes(tokens, plan.config.rows, compute, head > 0, device),
+        activations=activations + working_bytes(tokens, plan.config.rows, compute, chunks),
     )
 
 
@@ -83,10 +85,8 @@ def head_gradients(model: nn.Module, width: int) -> int:
         model: the network, on the meta device.
         width: bytes of an element of the head.
     """
-    import torch
-
-    _, *head = model.head_inputs(torch.empty(0, 1, device="meta"))  # pyright: ignore[reportCallIssue]
-    elements = sum(p.numel() for p in head if p is not None and p.requires_grad)
+    head: Head = model.head  # pyright: ignore[reportAssignmentType]
+    elements = sum(p.numel() for p in (head.weight, head.bias) if p is not None and p.requires_grad)
     return elements * (width + (4 if width < 4 else 0))
 
 

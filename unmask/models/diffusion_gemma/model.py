@@ -413,10 +413,6 @@ class DiffusionGemma(nn.Module):
         """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned."""
         return self.head.logits(hidden)
 
-    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (hidden, matrix, bias) whose linear map, softcapped, is `logits`; `head` replaces it."""
-        return hidden, self.head.weight, None
-
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Return softmax(logits) @ embedding · √D, what `decode` takes as `self_conditioning`.
 

@@ -165,10 +165,6 @@ class LLaDA(nn.Module):
         """Return logits (..., V) of hidden states (..., D): all `embedding_size` rows, nothing banned."""
         return self.head.logits(hidden)
 
-    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (hidden, matrix, bias) whose linear map is `logits`; `head` replaces it."""
-        return self.head.scaled(hidden), self.head.weight, self.head.bias
-
 
 @torch.no_grad()
 def initialise(model: LLaDA, generator: torch.Generator) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.ops.categorical import block_sums
+from unmask.ops.chunks import cached_rows
 from unmask.sampling.engine.draws import Draws, Places
 from unmask.sampling.engine.revise import REVISERS
 from unmask.sampling.engine.rules import SCORES, Candidates, ban_, choose, likeliest, log_total, logit
@@ -23,7 +24,6 @@ from unmask.sampling.engine.schedule import quota
 from unmask.sampling.engine.scratch import Scratch
 from unmask.sampling.engine.state import State, Tokens
 from unmask.sampling.settings import CanvasSettings, MaskSettings
-from unmask.tiles import cached_rows, exp_
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
 _NEVER = -1e30
@@ -220,7 +220,7 @@ class CanvasProcess:
             logits_MV[:, token : token + 1] = _NEVER
         likely_M = likeliest(logits_MV)
         logits_MV.sub_(logit(logits_MV, likely_M)[:, None]).clamp_(min=_LOWEST)
-        exp_(logits_MV, out=weights_MV)
+        torch.exp(logits_MV, out=weights_MV)
         total_M = block_sums(weights_MV).sum(dim=-1)
         # H = log Z − Σ p·x with x relative to the highest, so that a sure position's entropy keeps its digits.
         entropy_M = total_M.log() - logits_MV.mul_(weights_MV).sum(dim=-1) / total_M

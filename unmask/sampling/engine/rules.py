@@ -14,7 +14,6 @@ from torch import Tensor
 
 from unmask.ops.categorical import BLOCK
 from unmask.sampling.settings import MaskSettings, Settings
-from unmask.tiles import exp_
 
 
 def ban_(logits_MV: Tensor, token_ids: Sequence[int], vocab_size: int) -> Tensor:
@@ -63,7 +62,7 @@ def log_total(logits_MV: Tensor, overwrite: bool = False) -> Tensor:
     if not overwrite:
         return logits_MV.logsumexp(dim=-1)
     highest_M = logits_MV.amax(dim=-1)
-    return exp_(logits_MV.sub_(highest_M[:, None])).sum(dim=-1).log_().add_(highest_M)
+    return logits_MV.sub_(highest_M[:, None]).exp_().sum(dim=-1).log_().add_(highest_M)
 
 
 def logit(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def low_confidence(candidates: Candidates) -> Tensor:
 
 def negative_entropy(candidates: Candidates) -> Tensor:
     """Return Σ p log p in nats, at most 0; that of a sure position is 0 (Dream, arXiv 2508.15487)."""
-    probabilities_MV = exp_(candidates.logits_MV - candidates.total_M[:, None])
+    probabilities_MV = (candidates.logits_MV - candidates.total_M[:, None]).exp_()
     return -torch.special.entr(probabilities_MV).sum(dim=-1)
 
 

@@ -1,7 +1,7 @@
-"""From what an objective scores to its loss: there all terms go through the head together, in one call.
+"""From what an objective scores to its loss: all terms go through the head in one call of `linear_cross_entropy`.
 
-One call has one buffer for the gradient of the head, which is as large as the head, where a call for each term would
-fill, scale and add one each. That needs what a term is divided by in the forward pass, before the gradients are made.
+One call has one buffer for the gradient of the head's matrix, which is as large as the matrix; a call for each term
+would have one each. It makes gradients in the forward pass, so what divides a term must be known there.
 
 Shapes: N scored positions of all terms, n of one, D width, V vocabulary.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.batch import LossTerm, LossTerms, TokenLosses
-from unmask.objectives.token_loss import cross_entropies, linear_cross_entropy
+from unmask.ops.linear_cross_entropy import cross_entropies, linear_cross_entropy
 
 
 class Scored(NamedTuple):
@@ -42,7 +42,6 @@ def loss_terms(
     scored: Mapping[str, Scored],
     local: Mapping[str, float],
     counts: Mapping[str, float] | None,
-    softcap: float | None = None,
 ) -> LossTerms:
     """Return Σ weight · (Σ w · CE) / count over the terms, and each term's own sum.
 
@@ -51,18 +50,17 @@ def loss_terms(
         scored: the terms by name.
         local: each term's count in this micro-batch.
         counts: each term's count in the global batch, which divides it; None = `local`.
-        softcap: of the logits; None = they have none.
     """
     divisors = local if counts is None else counts
-    hidden_ND, weight_VD, bias_V = model.head_inputs(_joined([term.hidden_ND for term in scored.values()]))
+    hidden_ND = _concat([term.hidden_ND for term in scored.values()])
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     weights = [term.weights_N.to(wide) for term in scored.values()]
     # A count of zero is no division to hide: the loss is then not a number, and the step is refused.
     factors = [term.weight / divisors[name] if divisors[name] else math.nan for name, term in scored.items()]
-    shares_N = _joined([weights_n * factor for weights_n, factor in zip(weights, factors, strict=True)])
-    targets_N = _joined([term.targets_N for term in scored.values()])
-    total, losses_N = linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, shares_N, softcap=softcap)
-    sums = (losses_N * _joined(weights)).split([len(weights_n) for weights_n in weights])
+    shares_N = _concat([weights_n * factor for weights_n, factor in zip(weights, factors, strict=True)])
+    targets_N = _concat([term.targets_N for term in scored.values()])
+    total, losses_N = linear_cross_entropy(hidden_ND, model.head, targets_N, shares_N)
+    sums = (losses_N * _concat(weights)).split([len(weights_n) for weights_n in weights])
     terms = {
         name: LossTerm(part_n.sum(), local[name], term.weight)
         for (name, term), part_n in zip(scored.items(), sums, strict=True)
@@ -70,18 +68,17 @@ def loss_terms(
     return LossTerms(total, terms)
 
 
-def token_losses(
-    model: Any, scored: Mapping[str, Scored], local: Mapping[str, float], softcap: float | None = None
-) -> dict[str, TokenLosses]:
+def token_losses(model: Any, scored: Mapping[str, Scored], local: Mapping[str, float]) -> dict[str, TokenLosses]:
     """Return the terms position by position; arguments as in `loss_terms`."""
-    found = {}
-    for name, term in scored.items():
-        hidden_ND, weight_VD, bias_V = model.head_inputs(term.hidden_ND)
-        values_N = cross_entropies(hidden_ND, weight_VD, bias_V, term.targets_N, softcap=softcap)
-        found[name] = TokenLosses(values_N, term.weights_N, term.levels_N, local[name], term.weight)
-    return found
+    return {
+        name: TokenLosses(
+            cross_entropies(term.hidden_ND, model.head, term.targets_N),
+            term.weights_N, term.levels_N, local[name], term.weight,
+        )
+        for name, term in scored.items()
+    }  # fmt: skip
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concat(parts: list[Tensor]) -> Tensor:
     """Return the tensors one after another; one alone as it is, not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses, rounded_up
+from unmask.objectives.head import Scored, loss_terms, token_losses
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
-from unmask.objectives.terms import Scored, loss_terms, token_losses
 from unmask.ops.rows import take_rows
 from unmask.ops.soft_embedding import soft_embedding
 from unmask.rng import NoiseStream
@@ -64,7 +64,7 @@ def find_answers(batch: Batch) -> Answers:
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
+class CanvasDiffusion:
     """Draw a canvas of each answer, corrupt it, predict its clean tokens; beside it the encoder's next-token loss.
 
     Attributes:
@@ -171,12 +171,12 @@ class BlockDiffusion:
 
     def loss(self, model: Any, noisy: CanvasBatch, counts: Mapping[str, float] | None = None) -> LossTerms:
         """Encode the clean rows once, decode the canvases once or twice, and score both."""
-        return loss_terms(model, self._scored(model, noisy), noisy.counts, counts, model.head.softcap)
+        return loss_terms(model, self._scored(model, noisy), noisy.counts, counts)
 
     @torch.no_grad()
     def token_losses(self, model: Any, noisy: CanvasBatch) -> dict[str, TokenLosses]:
         """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
-        return token_losses(model, self._scored(model, noisy), noisy.counts, model.head.softcap)
+        return token_losses(model, self._scored(model, noisy), noisy.counts)
 
     def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, Scored]:
         """Run the network; return what there is to score for each term."""

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unmask import tiles
-from unmask.objectives.token_loss import linear_cross_entropy
+from unmask.ops import chunks
+from unmask.ops.head import Head
+from unmask.ops.linear_cross_entropy import linear_cross_entropy
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden, head, targets, weights
 
@@ -30,7 +31,7 @@ def inputs(rows: int = 7, width: int = 6, vocabulary: int = 11, seed: int = 0, d
 
 def fused(values: Inputs, cap: float | None, **options: Any) -> Tensor:
     hidden, matrix, targets, weights = values
-    return linear_cross_entropy(hidden, matrix, None, targets, weights, softcap=cap, **options)[0]
+    return linear_cross_entropy(hidden, Head(matrix, softcap=cap), targets, weights, **options)[0]
 
 
 def dense(values: Inputs, cap: float | None) -> Tensor:
@@ -54,7 +55,7 @@ def gradients(loss: Tensor, values: Inputs) -> tuple[Tensor, ...]:
 def test_equals_the_dense_formula_in_fp64(rows: int, chunk: int, cap: float, tile: int, seed: int) -> None:
     values = inputs(rows, seed=seed, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE_ROWS", tile)
+        patch.setattr(chunks, "CAST_ROWS", tile)
         ours = gradients(fused(values, cap, chunk_logits=chunk), values)
     assert ours[0].dtype == torch.float64
     torch.testing.assert_close(ours, gradients(dense(values, cap), values), atol=1e-11, rtol=1e-9)
@@ -109,7 +110,7 @@ def test_rows_of_weight_zero_are_ignored_whatever_they_hold() -> None:
 @pytest.mark.parametrize("tile", [3, 2**14])
 def test_under_autocast_close_to_autocast_of_the_dense_loss(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are rounded to bf16; cap, softmax and sums are not."""
-    monkeypatch.setattr(tiles, "TILE_ROWS", tile)
+    monkeypatch.setattr(chunks, "CAST_ROWS", tile)
     values = inputs(20, 32, 50)
 
     def rounded() -> Tensor:

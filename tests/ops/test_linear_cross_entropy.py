@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unmask import tiles
-from unmask.objectives import token_loss
+from unmask.ops import chunks
+from unmask.ops.head import Head
+from unmask.ops.linear_cross_entropy import linear_cross_entropy
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
@@ -32,7 +33,9 @@ def inputs(rows: int = 7, width: int = 6, vocabulary: int = 11, bias: bool = Tru
 
 
 def fused(*values: Any, **options: Any) -> Tensor:
-    return token_loss.linear_cross_entropy(*values, **options)[0]
+    hidden, matrix, bias, targets, weights = values
+    softcap = options.pop("softcap", None)
+    return linear_cross_entropy(hidden, Head(matrix, bias, softcap), targets, weights, **options)[0]
 
 
 def dense(hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ class Largest(TorchDispatchMode):
 def test_equals_the_dense_loss_for_every_chunk(rows: int, chunk: int, bias: bool, cast_rows: int, seed: int) -> None:
     values = inputs(rows, bias=bias, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE_ROWS", cast_rows)
+        patch.setattr(chunks, "CAST_ROWS", cast_rows)
         ours = gradients(lambda *v: fused(*v, chunk_logits=chunk), values)
     theirs = gradients(dense, values)
     assert ours[0].dtype == torch.float32 and ours[0].shape == ()
@@ -167,7 +170,7 @@ def test_logits_never_exist_whole() -> None:
 
 
 def test_a_head_below_compute_precision_is_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
+    monkeypatch.setattr(chunks, "CAST_ROWS", 16)
     hidden, matrix, bias, targets, weights = inputs(2, 64, 300)
     matrix.requires_grad_(False)
 
@@ -185,7 +188,7 @@ def test_a_head_below_compute_precision_is_never_copied_whole(monkeypatch: pytes
 
 @pytest.mark.parametrize("cast_rows", [3, 2**14])
 def test_under_autocast_close_to_autocast_of_the_dense_loss(cast_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_ROWS", cast_rows)
+    monkeypatch.setattr(chunks, "CAST_ROWS", cast_rows)
     values = inputs(20, 32, 50)
     exact = gradients(dense, values)
     with torch.autocast("cpu", torch.bfloat16):
@@ -279,7 +282,7 @@ def test_each_positions_loss_comes_with_their_sum(trains: bool) -> None:
     bias.data[0] = -torch.inf  # an id that cannot be; an ignored position's target is looked up as 0
     targets, weights = targets.clamp(min=1), weights * torch.tensor([1, 1, 0, 1, 0, 1])
     with torch.set_grad_enabled(trains):
-        total, losses = token_loss.linear_cross_entropy(hidden, matrix, bias, targets, weights, chunk_logits=22)
+        total, losses = linear_cross_entropy(hidden, Head(matrix, bias), targets, weights, chunk_logits=22)
     expected = F.cross_entropy(F.linear(hidden, matrix, bias), targets, reduction="none").detach()
     torch.testing.assert_close(losses, torch.where(weights > 0, expected, 0.0))
     torch.testing.assert_close(total.detach(), (expected * weights).sum())

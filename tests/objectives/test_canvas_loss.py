@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unmask import tiles
 from unmask.batch import Batch, CanvasBatch
 from unmask.distributed.runtime import Runtime
 from unmask.models.diffusion_gemma import model as network
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import load_model
-from unmask.objectives import terms
-from unmask.objectives.block_diffusion import BlockDiffusion, filled_rows, find_answers
+from unmask.objectives import canvas as canvas_objective
+from unmask.objectives import head
+from unmask.objectives.canvas import CanvasDiffusion, filled_rows, find_answers
 from unmask.rng import NoiseStream
 from unmask.training.step import train_step
 
 Turns = Callable[..., Batch]
 SIZE, VOCABULARY, EOS = 8, 40, 1
-OBJECTIVE = BlockDiffusion(SIZE, VOCABULARY, EOS)
+OBJECTIVE = CanvasDiffusion(SIZE, VOCABULARY, EOS)
 ROWS = [
     [(3, False), (19, True)],
     [(6, False), (5, True), (3, False), (12, True), (2, False), (3, True)],
@@ -75,7 +75,7 @@ def scored(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def reference_terms(theirs: Any, objective: BlockDiffusion, noisy: CanvasBatch) -> dict[str, Tensor]:
+def reference_terms(theirs: Any, objective: CanvasDiffusion, noisy: CanvasBatch) -> dict[str, Tensor]:
     """Summed losses of transformers' class: each canvas and each row run alone, logits whole, no padding anywhere."""
     rows = range(len(noisy.starts)) if noisy.rows_K is None else noisy.rows_K.tolist()
     conditioned = {}
@@ -120,7 +120,7 @@ def encoder_logits(theirs: Any, hidden: Tensor) -> Tensor:
 )
 def test_equals_transformers_a_canvas_at_a_time(options: dict, ours: DiffusionGemma, theirs: Any, turns: Turns) -> None:
     """Several answers a row, fills, a row that was cut and one that a user ends: as if each canvas were run alone."""
-    objective = BlockDiffusion(SIZE, VOCABULARY, EOS, **options)
+    objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, **options)
     for epoch in (0, 2) if len(options) == 1 and objective.self_conditioning_p == 0.5 else (2,):
         noisy = objective.corrupt(turns(ROWS, cut=[True, False, False], epoch=epoch, width=35), NoiseStream(4))
         assert len(noisy.starts) == 5
@@ -142,7 +142,7 @@ def test_one_scored_canvas_equals_decoding_the_whole_response(ours: DiffusionGem
     from transformers import DynamicCache
 
     prompt, blocks = 3, 4
-    objective = BlockDiffusion(SIZE, VOCABULARY, EOS, self_conditioning_p=0.0)
+    objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, self_conditioning_p=0.0)
     batch = turns([[(prompt, False), (blocks * SIZE - 3, True)]])
     window = theirs.config.text_config.sliding_window
     chosen = set()
@@ -184,7 +184,7 @@ def test_one_scored_canvas_equals_decoding_the_whole_response(ours: DiffusionGem
 
 def test_several_answers_of_a_row_are_as_each_turn_alone(ours: DiffusionGemma, turns: Turns) -> None:
     """One encoder pass serves them all, and what follows an answer never reaches it."""
-    objective = BlockDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=0.0)
+    objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=0.0)
     batch = turns([ROWS[1]])
     noisy = objective.corrupt(batch, NoiseStream(4))
     together = objective.loss(ours, noisy).terms["diffusion"].sum
@@ -279,7 +279,7 @@ def test_the_denoising_loss_stops_at_the_encoder_where_asked(ours, turns, monkey
     monkeypatch.setattr(ours, "encode", lambda *args, **options: kept.append(encode(*args, **options)) or kept[-1])
     for stopped in (False, True):
         for weight in (0.0, 1.0):
-            objective = BlockDiffusion(
+            objective = CanvasDiffusion(
                 SIZE, VOCABULARY, EOS, encoder_loss_weight=weight, stop_gradient_to_encoder=stopped
             )
             loss = objective.loss(ours, objective.corrupt(turns(ROWS), NoiseStream(0))).total
@@ -291,16 +291,16 @@ def test_the_denoising_loss_stops_at_the_encoder_where_asked(ours, turns, monkey
 
 
 def test_without_an_encoder_loss_its_logits_are_not_computed(ours, turns, monkeypatch) -> None:
-    rows, plain = [], terms.linear_cross_entropy
+    rows, plain = [], head.linear_cross_entropy
 
     def counting(hidden_ND: Tensor, *args: Any, **options: Any) -> Any:
         rows.append(len(hidden_ND))
         return plain(hidden_ND, *args, **options)
 
-    monkeypatch.setattr(terms, "linear_cross_entropy", counting)
+    monkeypatch.setattr(head, "linear_cross_entropy", counting)
     batch = turns(ROWS)
     for weight, expected in ((0.0, [40]), (1.0, [40 + 26 + 35 + 15])):
-        objective = BlockDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=weight)
+        objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=weight)
         objective.loss(ours, objective.corrupt(batch, NoiseStream(0)))
         assert rows == expected
         rows.clear()
@@ -324,13 +324,13 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
     vocabulary, size = 2000, 32
     model = DiffusionGemma(parse_config(gemma_values(canvas_length=size, vocab_size=vocabulary), "config.json"))
     network.initialise(model, torch.Generator().manual_seed(0))
-    objective = BlockDiffusion(size, vocabulary, EOS, self_conditioning_p=1.0)
+    objective = CanvasDiffusion(size, vocabulary, EOS, self_conditioning_p=1.0)
     noisy = objective.corrupt(turns([[(5, False), (70, True)]] * 2), NoiseStream(0))
     results, largest = [], []
-    whole = terms.linear_cross_entropy
-    for chunk, tile in ((2**24, 2**12), (8 * vocabulary, 300)):
-        monkeypatch.setattr(tiles, "TILE_ROWS", tile)
-        monkeypatch.setattr(terms, "linear_cross_entropy", functools.partial(whole, chunk_logits=chunk))
+    loss_of, signal_of = head.linear_cross_entropy, canvas_objective.soft_embedding
+    for chunk in (2**24, 8 * vocabulary):
+        monkeypatch.setattr(head, "linear_cross_entropy", functools.partial(loss_of, chunk_logits=chunk))
+        monkeypatch.setattr(canvas_objective, "soft_embedding", functools.partial(signal_of, chunk_logits=chunk))
         with Floats() as floats:
             loss = objective.loss(model, noisy).total
             grads = gradients(model, loss)
@@ -344,7 +344,7 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
 def reference_step(folder: Path) -> list[CanvasBatch]:
     """The reference micro-batches with the windows, noise and coins that were drawn."""
     step = load_file(folder / "step.safetensors")
-    objective = BlockDiffusion(256, 4096, EOS)
+    objective = CanvasDiffusion(256, 4096, EOS)
     parts = []
     for n in range(2):
         rows, window = (
@@ -384,7 +384,7 @@ def test_the_step_equals_automodels(fixtures: Path) -> None:
     counts = {name: sum(part.counts[name] for part in parts) for name in ("diffusion", "encoder")}
     found = dict.fromkeys(counts, 0.0)
     for part in parts:
-        loss = BlockDiffusion(256, 4096, EOS).loss(model, part, counts)
+        loss = CanvasDiffusion(256, 4096, EOS).loss(model, part, counts)
         loss.total.backward()
         for name, term in loss.terms.items():
             found[name] += term.sum.item() / counts[name]
@@ -398,7 +398,7 @@ def test_the_step_equals_automodels(fixtures: Path) -> None:
 
 def test_a_step_over_unequal_micro_batches_divides_once(ours: DiffusionGemma, theirs: Any, turns: Turns) -> None:
     """Loss and gradient norm of the engine's step, against transformers' summed losses over the global counts."""
-    objective = BlockDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=0.25, self_conditioning_p=0.0)
+    objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=0.25, self_conditioning_p=0.0)
     batches, noise = [turns(ROWS[:1]), turns(ROWS[1:], samples=[1, 2])], NoiseStream(4)
     parts = [objective.corrupt(batch, noise) for batch in batches]
     assert parts[0].counts["diffusion"] != parts[1].counts["diffusion"]
@@ -421,7 +421,7 @@ def test_the_encoders_loss_of_the_step_is_transformers(fixtures: Path) -> None:
     folder = fixtures / "diffusion_gemma_step"
     ours, parts = load_model(str(folder)), reference_step(folder)
     theirs = DiffusionGemmaForBlockDiffusion.from_pretrained(folder).eval()
-    objective, expected, found = BlockDiffusion(256, 4096, EOS), 0.0, 0.0
+    objective, expected, found = CanvasDiffusion(256, 4096, EOS), 0.0, 0.0
     with torch.no_grad():
         for part in parts:
             found += float(objective.loss(ours, part).terms["encoder"].sum)

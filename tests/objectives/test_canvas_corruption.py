@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unmask.batch import Batch, CanvasBatch
-from unmask.objectives.block_diffusion import BlockDiffusion, filled_rows, find_answers
+from unmask.objectives.canvas import CanvasDiffusion, filled_rows, find_answers
 from unmask.rng import NoiseStream
 
 Turns = Callable[..., Batch]
 Layout = list[tuple[int, bool]]
 SIZE, VOCABULARY, EOS = 8, 40, 1
-OBJECTIVE = BlockDiffusion(SIZE, VOCABULARY, EOS)
+OBJECTIVE = CanvasDiffusion(SIZE, VOCABULARY, EOS)
 ONE: Layout = [(3, False), (19, True)]
 
 layouts = st.lists(
@@ -95,7 +95,7 @@ def test_the_block_draw_never_leaves_the_answer(turns: Turns, monkeypatch: pytes
     """The largest float32 below one times many blocks rounds up to their number."""
     top = torch.tensor(1 - 2**-24)
     monkeypatch.setattr(NoiseStream, "uniform", lambda *args: top.expand(len(args[3]), args[4]).clone())
-    noisy = BlockDiffusion(1, VOCABULARY, EOS).corrupt(turns([[(1, False), (3000, True)]]), NoiseStream(0))
+    noisy = CanvasDiffusion(1, VOCABULARY, EOS).corrupt(turns([[(1, False), (3000, True)]]), NoiseStream(0))
     assert noisy.starts == (3000,)
     assert int(noisy.canvas_ids_KC.max()) < VOCABULARY
 
@@ -185,7 +185,7 @@ ROWS: list[Layout] = [
     sampling=st.sampled_from(["iid", "stratified"]),
 )
 def test_noise_depends_on_seed_epoch_and_sample_alone(turns, order, split, padding, seed, epoch, sampling) -> None:
-    objective = BlockDiffusion(SIZE, VOCABULARY, EOS, time_sampling=sampling)
+    objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, time_sampling=sampling)
 
     def canvases(samples: list[int], padding: int) -> dict[tuple[int, int], tuple]:
         width = max(sum(length for length, _ in ROWS[n]) for n in samples) + padding
@@ -214,7 +214,7 @@ def test_noise_depends_on_seed_epoch_and_sample_alone(turns, order, split, paddi
 def test_noise_differs_between_seeds_scopes_epochs_and_samples(turns: Turns) -> None:
     def drawn(seed: int = 1, scope: str = "train", epoch: int = 0, sample: int = 4) -> tuple:
         batch = turns([[(3, False), (640, True)]], samples=[sample], epoch=epoch)
-        noisy = BlockDiffusion(64, 10**6, EOS, eps=0.5).corrupt(batch, NoiseStream(seed, scope))
+        noisy = CanvasDiffusion(64, 10**6, EOS, eps=0.5).corrupt(batch, NoiseStream(seed, scope))
         return noisy.starts, tuple(noisy.canvas_ids_KC.flatten().tolist())
 
     seen = {drawn(), drawn(seed=2), drawn(seed=1 + 2**32), drawn(scope="validation"), drawn(epoch=1), drawn(sample=5)}
@@ -227,7 +227,7 @@ def test_block_level_corruption_token_and_coin_are_independent(turns: Turns) -> 
     """Measured on what comes out, for two answers a row: no pair of draws knows of each other."""
     rows, size = 3000, 32
     batch = turns([[(1, False), (8 * size, True), (1, False), (8 * size, True)]] * rows)
-    noisy = BlockDiffusion(size, 2**30, EOS).corrupt(batch, NoiseStream(5))
+    noisy = CanvasDiffusion(size, 2**30, EOS).corrupt(batch, NoiseStream(5))
     coins = torch.zeros(2 * rows)
     assert noisy.conditioned_S is not None
     coins[noisy.conditioned_S] = 1.0
@@ -253,7 +253,7 @@ def test_block_level_corruption_token_and_coin_are_independent(turns: Turns) -> 
 
 def test_levels_are_uniform_and_tokens_cover_the_vocabulary(turns: Turns) -> None:
     rows, size = 600, 512
-    noisy = BlockDiffusion(size, 40, EOS, eps=0.1).corrupt(turns([[(1, False), (size, True)]] * rows), NoiseStream(2))
+    noisy = CanvasDiffusion(size, 40, EOS, eps=0.1).corrupt(turns([[(1, False), (size, True)]] * rows), NoiseStream(2))
     replaced = noisy.canvas_ids_KC != noisy.targets_KC
     # A draw may equal the token itself, so one replacement in forty does not show. p = 0.9 t + 0.1.
     level = replaced.float().mean(1) * 40 / 39
@@ -266,7 +266,7 @@ def test_levels_are_uniform_and_tokens_cover_the_vocabulary(turns: Turns) -> Non
 
 def test_stratified_levels_are_spread_over_the_global_batch(turns: Turns) -> None:
     rows, size = 8, 2048
-    objective = BlockDiffusion(size, 2**30, EOS, time_sampling="stratified")
+    objective = CanvasDiffusion(size, 2**30, EOS, time_sampling="stratified")
     for epoch in range(5):
         slots = torch.randperm(16, generator=torch.Generator().manual_seed(epoch))[:rows].tolist()
         batch = turns([[(1, False), (size, True)]] * rows, slots=slots, global_rows=16, epoch=epoch)
@@ -279,7 +279,7 @@ def test_stratified_levels_are_spread_over_the_global_batch(turns: Turns) -> Non
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (1.0, 3), (0.5, None)])
 def test_the_first_pass_is_planned_for_conditioned_canvases_alone(share: float, expected, turns: Turns) -> None:
     rows: list[Layout] = [[(3, False), (5, True), (4, False), (6, True)], ONE]
-    objective, sizes = BlockDiffusion(SIZE, VOCABULARY, EOS, self_conditioning_p=share), set()
+    objective, sizes = CanvasDiffusion(SIZE, VOCABULARY, EOS, self_conditioning_p=share), set()
     for epoch in range(30):
         noisy = objective.corrupt(turns(rows, epoch=epoch), NoiseStream(0))
         if noisy.conditioned_S is None:
@@ -317,9 +317,9 @@ def test_the_given_batch_is_not_changed(turns: Turns) -> None:
 
 def test_what_is_shown_of_a_row(turns: Turns) -> None:
     batch = turns([[(3, False), (5, True), (4, False), (6, True)], ONE], cut=[False, True])
-    noisy = BlockDiffusion(SIZE, 10**6, EOS, eps=0.5).corrupt(batch, NoiseStream(1))
+    noisy = CanvasDiffusion(SIZE, 10**6, EOS, eps=0.5).corrupt(batch, NoiseStream(1))
     for row, canvas in ((0, 0), (1, 2)):
-        shown = BlockDiffusion(SIZE, 10**6, EOS).shown(noisy, row)
+        shown = CanvasDiffusion(SIZE, 10**6, EOS).shown(noisy, row)
         there = noisy.scored_KC[canvas]
         changed = (noisy.canvas_ids_KC != noisy.targets_KC)[canvas][there].tolist()
         assert shown.changed == changed and any(changed) and not any(shown.hidden)
