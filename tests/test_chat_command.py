@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from unmask.cli import build_parser, main
-from unmask.commands.chat import Talk
 from unmask.config.sampler import SamplerConfig
 from unmask.sampling import view
-from unmask.sampling.conversation import Conversation
+from unmask.sampling.chat import Conversation, Talk
 from unmask.sampling.generate import Generation, Stats
+from unmask.sampling.jobs import as_loaded
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +47,22 @@ def chat(checkpoint, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def parts(fixtures: Path):
-    """A model, its tokenizer and its template."""
+    """A model of a context of 64 tokens with its tokenizer, and its template."""
     from unmask.data.chat import load_template
     from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer
 
     folder = str(fixtures / "mdlm_step")
-    tokenizer = load_tokenizer(folder)
-    return load_model(folder), tokenizer, load_template(tokenizer, for_training=False)
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    model.config = dataclasses.replace(model.config, max_sequence_length=64)
+    return as_loaded(model, tokenizer), load_template(tokenizer, for_training=False)
 
 
 @pytest.fixture
 def typed(parts, monkeypatch):
     """Return a function that types lines (or raises, for an exception) at a terminal and returns what it shows."""
 
-    def run(*lines: str | type[BaseException], context: int = 64, **options) -> str:
+    def run(*lines: str | type[BaseException]) -> str:
         waiting = iter(lines)
 
         def read(prompt: str) -> str:
@@ -73,8 +75,9 @@ def typed(parts, monkeypatch):
         out = io.StringIO()
         console = Console(file=out, force_terminal=True, no_color=False, width=200, color_system=None, _environ={})
         sampler = SamplerConfig(max_new_tokens=6, steps=3, eos="suppress")
-        talk = Talk(*parts, context, console, True)
-        assert talk.run(Conversation(sampler=sampler, **options)) == 0
+        loaded, template = parts
+        talk = Talk(loaded, template, console, True)
+        assert talk.run(Conversation(lambda given: loaded.with_sampler(given).settings, sampler=sampler)) == 0
         assert next(waiting, None) is None  # nothing was left unread
         return out.getvalue()
 
@@ -174,7 +177,7 @@ def test_what_was_thought_is_saved_and_not_said_again(typed, parts, monkeypatch,
     asked, path = [], tmp_path / "talk.jsonl"
 
     def answer(talk: Talk, conversation: Conversation, prompt_ids: list[int]) -> Generation:
-        asked.append(parts[1].decode(prompt_ids))
+        asked.append(parts[0].tokenizer.decode(prompt_ids))
         return Generation([5], "4", "eos", prompt_ids, Stats(1, 1.0, 0.1, 10.0), "Two and two.")
 
     monkeypatch.setattr(Talk, "_answer", answer)
@@ -191,7 +194,7 @@ def test_a_question_too_long_for_the_context_leaves_the_conversation_as_it_was(t
 
 
 def test_an_answer_as_long_as_the_context_is_refused_before_the_weights_load(chat, monkeypatch):
-    monkeypatch.setattr("unmask.models.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("unmask.sampling.chat.load", lambda *_: pytest.fail("weights were loaded"))
     status, _, err = chat("so?\n", "--max_new_tokens", "96")
     assert status == 2 and "--max_new_tokens: answers of 96 tokens leave no room" in err
 

@@ -12,12 +12,14 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Columns
 from unmask.data.files import FileRows
 from unmask.errors import SamplingError
-from unmask.sampling.conversation import COMMANDS, Conversation, as_turn, is_command, run_command
-from unmask.sampling.settings import CanvasSettings, MaskSettings
+from unmask.sampling.chat import COMMANDS, Conversation, as_turn, is_command, run_command
+from unmask.sampling.settings import CanvasSettings, MaskSettings, resolve
+
+EMPTY = Conversation(lambda sampler: resolve(sampler, MaskSettings()))
 
 
 def talked(exchanges: int, system: bool = False) -> Conversation:
-    conversation = Conversation().say("system", "s") if system else Conversation()
+    conversation = EMPTY.say("system", "s") if system else EMPTY
     for number in range(exchanges):
         conversation = conversation.say("user", f"question {number}").say("assistant", f"answer {number}")
     return conversation
@@ -81,7 +83,11 @@ def test_commands_change_the_conversation():
     ],
 )
 def test_a_number_of_steps_says_what_it_changes(sampler, defaults, note):
-    conversation = Conversation(sampler=SamplerConfig(**sampler), defaults=defaults)
+    conversation = Conversation(
+        lambda given: resolve(given, defaults),
+        sampler=SamplerConfig(**sampler),
+        canvases=isinstance(defaults, CanvasSettings),
+    )
     outcome = run_command(conversation, "/steps 7")
     assert (outcome.note, outcome.conversation.settings.steps) == (note, 7)
 
@@ -111,13 +117,13 @@ def test_mistakes_in_commands_name_the_remedy(line, words, tmp_path, monkeypatch
 
 def test_nothing_is_saved_before_an_answer(tmp_path):
     with pytest.raises(SamplingError, match="nothing has been answered"):
-        run_command(Conversation().say("user", "hi"), f"/save {tmp_path / 'a.jsonl'}")
+        run_command(EMPTY.say("user", "hi"), f"/save {tmp_path / 'a.jsonl'}")
 
 
 def test_saved_conversations_are_rows_that_training_reads(tmp_path):
     path = tmp_path / "a b.jsonl"
     path.write_text('{"messages": [{"role": "assistant", "content": "old\u2028"}]}', "utf-8")  # and no newline
-    odd = Conversation().say("user", 'é☃\u2028"\n').say("assistant", "</script>")
+    odd = EMPTY.say("user", 'é☃\u2028"\n').say("assistant", "</script>")
     assert "row 2" in run_command(odd, f"/save {path}").note
     assert "row 3" in run_command(talked(2, system=True), f"/save {path}").note
     rows = FileRows(path, Columns(), "dataset")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +17,6 @@ from unmask.models.loading import load_model
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import StepEvent, denoise
 from unmask.sampling.infill import _added, infill
-from unmask.sampling.suffix import columns_behind
 
 TEXT = "the {blank:3} sat on {blank:5}, twice"
 
@@ -121,23 +123,6 @@ def test_a_chat_is_rendered_up_to_the_text_and_closed_behind_it(text_model, chat
     assert chat_tokenizer.decode(found.prompt_ids).endswith("assistant\n")
     assert found.token_ids[:6] == chat_tokenizer.encode("it is ") and found.token_ids[-1:] == chat_tokenizer.encode(".")
     assert infill(text_model, chat, tokenizer=chat_tokenizer)[0].token_ids == found.token_ids
-
-
-def test_a_blank_of_unknown_length_takes_the_likeliest(text_model, chat_tokenizer):
-    (found,) = infill(text_model, "a {blank:1-4} b", tokenizer=chat_tokenizer)
-    each = [infill(text_model, f"a {{blank:{n}}} b", tokenizer=chat_tokenizer)[0] for n in (1, 2, 3, 4)]
-    behind = chat_tokenizer.encode(" b")
-
-    def rank(one) -> float:
-        ids = one.token_ids[: -len(behind)] + [257] * len(behind)
-        logs = text_model.logits(text_model(torch.tensor([ids])))[0].detach().log_softmax(-1)[-len(behind) :]
-        filled = len(one.fill_ids[0])
-        total = one.log_likelihood * filled + float(logs[range(len(behind)), behind].sum())
-        return total / (filled + len(behind))
-
-    best = max(each, key=rank)
-    assert (found.token_ids, found.log_likelihood) == (best.token_ids, pytest.approx(best.log_likelihood, rel=1e-4))
-    assert found.stats.nfe == (1 + 2 + 3 + 4) + 4
 
 
 def test_the_log_likelihood_is_that_of_the_calls_that_settled(text_model, chat_tokenizer):
@@ -250,30 +235,6 @@ def test_what_a_canvas_is_told_of_given_positions_is_their_embedding(gemma_model
     assert not torch.equal(signals[1][0, 0], gemma_model.stack.embed(torch.tensor(0)))
 
 
-def test_the_text_behind_a_blank_decides_its_length(text_model, chat_tokenizer, monkeypatch):
-    longest = {}
-
-    def sure_of_three(adapter, prompt_ids, answer, columns) -> list[float]:
-        longest[len(answer)] = columns
-        return [-0.001 if len(answer) == 3 + 2 else -50.0] * len(columns)
-
-    monkeypatch.setattr("unmask.sampling.trials.log_probabilities", sure_of_three)
-    (found,) = infill(text_model, "a{blank:1-5} b", tokenizer=chat_tokenizer)
-    assert len(found.fill_ids[0]) == 3
-    assert longest == {length + 2: [length, length + 1] for length in range(1, 6)}
-
-
-def test_what_is_asked_for_stands_right_behind_the_blanks():
-    assert columns_behind([(0, 2), (5, 6)], 9, 2) == [2, 3, 6, 7]
-    assert columns_behind([(0, 2), (3, 4)], 9, 32) == [2, 4, 5, 6, 7, 8]
-    assert columns_behind([(0, 2), (2, 4)], 4, 32) == []
-
-
-def test_a_blank_of_known_length_or_at_the_end_costs_no_call_more(text_model, chat_tokenizer):
-    assert infill(text_model, "a{blank:2} b", tokenizer=chat_tokenizer)[0].stats.nfe == 2
-    assert infill(text_model, "a{blank:1-2}", tokenizer=chat_tokenizer)[0].stats.nfe == 1 + 2
-
-
 def test_a_canvass_likelihood_does_not_depend_on_the_temperature_of_its_calls(gemma_model, chat_tokenizer):
     found = [
         infill(gemma_model, "a{blank:3} b", tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=1, t_min=t, t_max=t))
@@ -282,26 +243,6 @@ def test_a_canvass_likelihood_does_not_depend_on_the_temperature_of_its_calls(ge
     assert found[0][0].token_ids == found[1][0].token_ids  # the noise of the only call is the same
     assert found[0][0].log_likelihood == pytest.approx(found[1][0].log_likelihood, rel=1e-4)
     assert found[0][0].log_likelihood < -1e-3
-
-
-def test_titles_are_there_before_the_first_event(text_model, chat_tokenizer):
-    said: list[object] = []
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "it is {blank:1-2}, {blank:1}."}]
-    texts = ["so {blank:2} {{blank:3}}", chat]
-    infill(
-        text_model, texts, tokenizer=chat_tokenizer, on_trials=said.append, on_event=lambda event: said.append(event)
-    )
-    assert said[0] == [
-        "so {blank:2} {blank:3}", "it is {blank:1}, {blank:1}.", "it is {blank:2}, {blank:1}.",
-    ]  # fmt: skip
-    assert {row for event in said[1:] for row in event.rows} == {0, 1, 2}
-
-
-def test_seconds_run_from_the_first_call_to_the_last(text_model, chat_tokenizer, monkeypatch):
-    now = iter(range(1000))
-    monkeypatch.setattr("unmask.sampling.generate.time.perf_counter", lambda: float(next(now)))
-    (together,) = infill(text_model, "a{blank:1-4} b", tokenizer=chat_tokenizer)
-    assert together.stats.seconds == 4  # four calls, in which trials of one to four tokens go side by side
 
 
 def test_a_fill_is_what_its_tokens_add_to_the_text():
@@ -322,43 +263,6 @@ def test_revising_that_can_do_nothing_is_refused(text_model, chat_tokenizer):
     infill(text_model, "a{blank:4}", tokenizer=chat_tokenizer, sampler=SamplerConfig(revise="remask", steps=2))
 
 
-def test_what_is_not_finite_is_called_by_its_text_not_by_the_length_tried(text_model, chat_tokenizer):
-    with torch.no_grad():
-        text_model.transformer.ff_out.bias[5] = torch.nan
-    with pytest.raises(SamplingError, match=r"not finite at f:9 \(block 1, step 1\); "):
-        infill(text_model, ["a{blank:1-4}", "{blank:1}"], tokenizer=chat_tokenizer, batch_size=1, labels=["f:1", "f:9"])
-    with pytest.raises(SamplingError, match=r"not finite at text 0 \(block 1, step 1\); "):
-        infill(text_model, "a{blank:1-2}", tokenizer=chat_tokenizer)
-
-
-def test_the_lengths_of_a_text_are_tried_together_and_it_is_answered_before_the_next_begins(text_model, chat_tokenizer):
-    said: list[str] = []
-    infill(
-        text_model, ["one {blank:1-3}", "two {blank:1-3}", "{blank:3}"], tokenizer=chat_tokenizer, batch_size=1,
-        on_event=lambda event: said.extend(f"length {row}" for row in event.rows if event.nfe_B[0] == 1),
-        on_answer=lambda index, _: said.append(f"answer {index}"),
-    )  # fmt: skip
-    assert said == [
-        "length 6", "answer 2",
-        "length 0", "length 1", "length 2", "answer 0",
-        "length 3", "length 4", "length 5", "answer 1",
-    ]  # fmt: skip
-
-
-def test_fills_depend_on_the_whole_text_and_its_repeats_not_on_texts_that_share_a_length(text_model, chat_tokenizer):
-    sampler = SamplerConfig(temperature=1.0)
-
-    def fill(*texts: str) -> list[tuple[list[int], float]]:
-        found = infill(text_model, list(texts), tokenizer=chat_tokenizer, sampler=sampler, batch_size=1)
-        return [(one.token_ids, one.log_likelihood) for one in found]
-
-    known, ranged = "cat {blank:3} the", "cat {blank:3-4} the"
-    (first,), (second, third) = fill(known), fill(ranged, ranged)
-    assert second != third
-    assert fill(known, ranged, ranged) == [first, second, third]
-    assert fill(ranged, known, ranged) == [second, first, third]
-
-
 def test_the_key_of_a_text_of_known_length_is_that_of_its_tokens(text_model, chat_tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr("unmask.sampling.infill.denoise", lambda *a, **o: asked.extend(a[1]) or denoise(*a, **o))
@@ -366,3 +270,53 @@ def test_the_key_of_a_text_of_known_length_is_that_of_its_tokens(text_model, cha
     (a,), (b,) = chat_tokenizer.encode("a"), chat_tokenizer.encode("b")
     tokens = [a, 2**48, 2**48, b]
     assert [request.key for request in asked] == row_keys(42, [tokens, tokens])
+
+
+def test_what_is_not_finite_is_called_by_its_text(text_model, chat_tokenizer):
+    with torch.no_grad():
+        text_model.transformer.ff_out.bias[5] = torch.nan
+    with pytest.raises(SamplingError, match=r"not finite at f:9 \(block 1, step 1\); "):
+        infill(text_model, ["a{blank:4}", "{blank:1}"], tokenizer=chat_tokenizer, batch_size=1, labels=["f:1", "f:9"])
+    with pytest.raises(SamplingError, match=r"not finite at text 0 \(block 1, step 1\); "):
+        infill(text_model, "a{blank:1}", tokenizer=chat_tokenizer)
+
+
+def test_the_shortest_text_is_filled_first_and_told_at_once(text_model, chat_tokenizer):
+    said: list[str] = []
+    infill(
+        text_model, ["one {blank:3}", "{blank:2}"], tokenizer=chat_tokenizer, batch_size=1,
+        on_event=lambda event: said.extend(f"call of {row}" for row in event.rows if event.nfe_B[0] == 1),
+        on_answer=lambda index, _: said.append(f"answer {index}"),
+    )  # fmt: skip
+    assert said == ["call of 1", "answer 1", "call of 0", "answer 0"]
+
+
+def test_fills_depend_on_the_text_and_its_repeats_alone(text_model, chat_tokenizer):
+    sampler = SamplerConfig(temperature=1.0)
+
+    def fill(*texts: str) -> list[tuple[list[int], float]]:
+        found = infill(text_model, list(texts), tokenizer=chat_tokenizer, sampler=sampler, batch_size=1)
+        return [(one.token_ids, one.log_likelihood) for one in found]
+
+    short, long = "cat {blank:3} the", "cat {blank:4} the"
+    (first,), (second, third) = fill(short), fill(long, long)
+    assert second != third
+    assert fill(short, long, long) == [first, second, third]
+    assert fill(long, short, long) == [second, first, third]
+
+
+def test_the_example_takes_the_length_that_suits_the_text_behind_the_blank(text_model, chat_tokenizer):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "blank_lengths.py"))
+    tried = script["try_lengths"](text_model, chat_tokenizer, "a ", " b", 4)
+    behind = chat_tokenizer.encode(" b")
+
+    def rank(one) -> float:
+        ids = one.token_ids[: -len(behind)] + [257] * len(behind)
+        logs = text_model.logits(text_model(torch.tensor([ids])))[0].detach().log_softmax(-1)[-len(behind) :]
+        filled = len(one.fill_ids[0])
+        total = one.log_likelihood * filled + float(logs[range(len(behind)), behind].sum())
+        return total / (filled + len(behind))
+
+    assert sorted(len(one.fill_ids[0]) for _, one in tried) == [1, 2, 3, 4]
+    assert [value for value, _ in tried] == pytest.approx(sorted(rank(one) for _, one in tried), rel=1e-4)
+    assert tried[-1][1] == max((one for _, one in tried), key=rank)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import DataError
-from unmask.sampling.prompt_file import read_prompts
+from unmask.sampling.prompts import read_prompts
 
 CHAT = '{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]}'
 

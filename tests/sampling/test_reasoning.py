@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from unmask.config.sampler import SamplerConfig
-from unmask.sampling.answer_file import record_of
-from unmask.sampling.conversation import Conversation, save
+from unmask.sampling.answers import record_of
+from unmask.sampling.chat import Conversation, save
 from unmask.sampling.generate import generate
-from unmask.sampling.reasoning import TAGS, in_reasoning, reasoning_tags, split_reasoning, unanswered_note
+from unmask.sampling.settings import MaskSettings
+from unmask.sampling.text import TAGS, in_reasoning, reasoning_tags, split_reasoning, unanswered_note
 from unmask.sampling.view import Drawing
 
 
@@ -92,7 +93,12 @@ def test_results_and_records_have_it_apart(thinker, small_model) -> None:
 
 
 def test_a_conversation_keeps_it_for_training_and_hides_it_from_the_model(tmp_path) -> None:
-    talk = Conversation().say("user", "2+2?").say("assistant", "4", "Two and two.").say("user", "and 3+3?")
+    talk = (
+        Conversation(lambda sampler: MaskSettings())
+        .say("user", "2+2?")
+        .say("assistant", "4", "Two and two.")
+        .say("user", "and 3+3?")
+    )
     assert [sorted(turn) for turn in talk.seen] == [["content", "role"]] * 3
     talk = talk.say("assistant", "6", "")
     save(talk, tmp_path / "talk.jsonl")

@@ -12,8 +12,8 @@ from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.engine.request import Template
 from unmask.sampling.engine.revise import REVISERS
 from unmask.sampling.engine.rules import RULES, SCORES
+from unmask.sampling.infill import _log_probabilities
 from unmask.sampling.settings import MaskSettings
-from unmask.sampling.trials import Filled
 
 MASK, EOS = 9, 8
 
@@ -76,10 +76,10 @@ def test_a_token_is_replaced_by_one_that_has_become_probable_and_the_call_count_
     # Probabilities without the mask's share; that of the revised position is the new token's.
     shares = [share / (1 - (1 - share) / 9) for share in (0.85, 0.7, 0.6)]
     assert events[2].confidence_BC[0].tolist() == pytest.approx([shares[0], 0, shares[2]])
-    filled = Filled(torch.zeros(3))
+    logs_C = None
     for event in events:
-        filled.take(event, 0)
-    assert filled.logs_C.exp().tolist() == pytest.approx(shares)
+        logs_C = _log_probabilities(event, 0, logs_C)
+    assert logs_C is not None and logs_C.exp().tolist() == pytest.approx(shares)
     assert not any(event.masked_BC[0, 0] for event in events)
 
 

@@ -16,9 +16,8 @@ from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
-from unmask.sampling.infill import infill
 from unmask.sampling.jobs import as_loaded
-from unmask.sampling.token_text import byte_alphabet, token_text
+from unmask.sampling.text import byte_alphabet, token_text
 from unmask.sampling.trace import Trace, trace_for
 
 SAMPLER = SamplerConfig(steps=8, max_new_tokens=16, block_size=8, eos="suppress")
@@ -237,14 +236,6 @@ def test_a_browser_shows_a_canvas_changing(browse, tokenizer):
     assert [text for text, _, _ in shown.tokens] == ["a", "b", "·", "·"]
     assert "noise" in shown.tokens[0][1] and "waiting" in shown.tokens[2][1]
     assert "still changing, confidence 0.100" in shown.tokens[0][2]
-
-
-def test_titles_that_are_known_only_later_are_in_the_page(text_model, tokenizer):
-    sampler = SamplerConfig(steps=2)
-    trace = trace_for(as_loaded(text_model, tokenizer, sampler), ["?"], checkpoint="c", seed=1)
-    infill(text_model, "so{blank:1-3}", tokenizer=tokenizer, sampler=sampler, on_event=trace, on_trials=trace.entitle)
-    rows = data_of(trace.page())["rows"]
-    assert [row["prompt"] for row in rows] == [f"so{{blank:{length}}}" for length in (1, 2, 3)]
 
 
 def test_a_token_that_was_written_over_has_its_own_confidence(text_model, tokenizer):

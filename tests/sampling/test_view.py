@@ -11,7 +11,8 @@ from rich.console import Console
 from unmask.config.sampler import SamplerConfig
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import generate
-from unmask.sampling.view import Drawing, Watcher, printable, watch
+from unmask.sampling.text import printable
+from unmask.sampling.view import Drawing, Watcher, watch
 
 SAMPLER = SamplerConfig(steps=24, max_new_tokens=24, block_size=12, eos="suppress")
 
@@ -142,11 +143,3 @@ def test_a_canvas_is_dim_while_it_changes_and_what_has_not_begun_is_not_drawn(ch
         moving = out.getvalue()
         watcher(event(0, ids, [False] * 7, [0.5] * 7, finished=True))
     assert "one two" in out.getvalue() and "\x1b[2m" not in out.getvalue()[len(moving) :]
-
-
-def test_titles_that_are_known_only_later_are_drawn(chat_tokenizer):
-    there, out = console(False)
-    watcher = Watcher(Drawing(chat_tokenizer, ()), there)
-    watcher.entitle(["one", "a{blank:2} b"])
-    watcher(event(1, chat_tokenizer.encode("hi"), [False, False], [math.nan] * 2, finished=True))
-    assert out.getvalue().splitlines() == ["> a{blank:2} b", "call 1: hi"]

@@ -1,29 +1,84 @@
-"""Blanks in a text: `{blank:N}` is N tokens, `{blank:A-B}` from A to B of them. No torch.
-
-`{{blank:N}}` is the text `{blank:N}` itself.
-"""
+"""Texts with blanks, as tokens: `{blank:N}` is N tokens to be filled in, `{{blank:N}}` the text `{blank:N}` itself."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from unmask.errors import SamplingError
+from unmask.data.controls import PROBE, control_pattern
+from unmask.errors import DataError, SamplingError
+from unmask.models.registry import family_of
+from unmask.sampling.engine.request import Template
+from unmask.sampling.prompts import (
+    check_vocabulary,
+    mask_of,
+    messages_of,
+    require_characters,
+    shown,
+    start_of_text,
+    template_of,
+)
+from unmask.sampling.settings import Settings, check_remask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BLANK = re.compile(r"\{\{(blank(?::[^{}]*)?)\}\}|\{blank(?::([^{}]*))?\}")
-_LENGTH = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
-# Blanks of unknown length in a text → lengths tried of each; each combination is sampled.
-_TRIED = {0: 1, 1: 8, 2: 4, 3: 2}
+# Stands for a masked position where a text is hashed; no token id is so large.
+_MASKED = 2**48
 
 
 @dataclass(frozen=True)
 class Blank:
-    """A gap of `low` to `high` tokens, both included."""
+    """A gap of `length` tokens."""
 
-    low: int
-    high: int
+    length: int
+
+
+@dataclass(frozen=True)
+class BlankText:
+    """A text with blanks, as tokens.
+
+    Attributes:
+        pieces: text, blank, text, …, text; texts may be empty.
+        context: what stands before the text: the turns of a chat, or the tokenizer's start of text.
+        before: the text's tokens before its first blank.
+        ids: those from there on; 0 in the blanks.
+        spans: of each blank, its columns [start, end) in `ids`.
+        template: what is sampled: `ids` with what closes the text; a canvas is filled up with end of text, and what no
+            blank's canvas sees is left out.
+    """
+
+    pieces: list[str | Blank]
+    context: list[int]
+    before: list[int]
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    template: Template
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """All before the first blank."""
+        return self.context + self.before
+
+    @property
+    def hashed(self) -> list[int]:
+        """All its tokens, with one number at masked positions: equal where texts ask for the same."""
+        pairs = zip(self.template.answer_ids, self.template.open, strict=True)
+        return [*self.prompt_ids, *(_MASKED if masked else token for token, masked in pairs)]
+
+    def whole(self, answer: list[int]) -> list[int]:
+        """Return the text's tokens, with those of the blanks from an answer to `template`."""
+        return self.before + (answer + self.ids[len(answer) :])[: len(self.ids)]
+
+    def filled(self, fills: Sequence[str]) -> str:
+        """Return the text as it was given, with texts in its blanks."""
+        left = iter(fills)
+        return "".join(next(left) if isinstance(piece, Blank) else piece for piece in self.pieces)
 
 
 def has_blank(text: str) -> bool:
@@ -31,62 +86,165 @@ def has_blank(text: str) -> bool:
     return any(found.group(1) is None for found in _BLANK.finditer(text))
 
 
-def parse(text: str, where: str) -> list[str | Blank]:
+def parse(text: str, label: str) -> list[str | Blank]:
     """Return a text as pieces: blanks and what stands between them, which may be empty.
 
-    Args:
-        text: with at least one blank.
-        where: what messages call it.
-
     Raises:
-        SamplingError: no blank, one without a length of at least 1, or more than three of unknown length.
+        SamplingError: no blank, or one without a length of at least 1.
     """
     pieces: list[str | Blank] = [""]
     at = 0
     for found in _BLANK.finditer(text):
-        before = text[at : found.start()]
+        escaped = "" if found.group(1) is None else f"{{{found.group(1)}}}"
+        pieces[-1] = f"{pieces[-1]}{text[at : found.start()]}{escaped}"
         at = found.end()
-        if found.group(1) is not None:
-            pieces[-1] = f"{pieces[-1]}{before}{{{found.group(1)}}}"
-            continue
-        pieces[-1] = f"{pieces[-1]}{before}"
-        pieces += [_blank(found.group(), found.group(2), where), ""]
+        if not escaped:
+            pieces += [_blank(found.group(), found.group(2), label), ""]
     pieces[-1] = f"{pieces[-1]}{text[at:]}"
-    blanks = [piece for piece in pieces if isinstance(piece, Blank)]
-    if not blanks:
-        raise SamplingError(f"{where}: there is no blank in it; write {{blank:N}} where N tokens are to be filled in")
-    unknown = sum(blank.low < blank.high for blank in blanks)
-    if unknown not in _TRIED:
-        raise SamplingError(
-            f"{where}: {unknown} blanks of unknown length are too many to try; give at most {max(_TRIED)} as "
-            "{blank:A-B} and the others a length"
-        )
+    if len(pieces) == 1:
+        raise SamplingError(f"{label}: there is no blank in it; write {{blank:N}} where N tokens are to be filled in")
     return pieces
 
 
-def _blank(written: str, inside: str | None, where: str) -> Blank:
-    found = _LENGTH.fullmatch(inside or "")
-    low, high = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (0, 0)
-    if low < 1 or high < low:
+def _blank(written: str, inside: str | None, label: str) -> Blank:
+    found = re.fullmatch(r"\s*([0-9]{1,9})\s*", inside or "")
+    length = int(found.group(1)) if found else 0
+    if length < 1:
         raise SamplingError(
-            f"{where}: {written} needs a length of 1 to 999999999 tokens, as {{blank:4}}, or a range, as "
-            f"{{blank:2-6}}; for this text itself write {{{written}}}"
+            f"{label}: {written} needs a length of 1 to 999999999 tokens, as {{blank:4}}; for this text itself write "
+            f"{{{written}}}"
         )
-    return Blank(low, high)
+    return Blank(length)
 
 
-def lengths_to_try(blanks: Sequence[Blank]) -> list[tuple[int, ...]]:
-    """Return the combinations of lengths to sample, one length a blank in each.
+def encode_blanks(
+    texts: Sequence[Any],
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    raw: bool,
+    config: Any,
+    settings: Settings,
+) -> list[BlankText]:
+    """Return the tokens of texts with blanks; what stands between blanks is tokenised apart.
 
-    Of one blank of unknown length every length is tried, or eight spread over its range; of two, four of each; of
-    three, two of each.
+    Args:
+        texts: each a plain text, or a chat whose last message is the assistant's and has the blanks.
+        labels: what messages call each.
+        tokenizer: needed.
+        raw: control tokens that a plain text spells are tokens, and nothing is put before it. Otherwise what spells
+            one, the mask included, is text.
+        config: of the model.
+        settings: in force; blocks of `block_size` count from the first blank.
+
+    Raises:
+        SamplingError: no blank, no tokenizer, half a surrogate pair, something else than a text or such a chat, one
+            that does not fit the model, or that begins with a blank where a canvas needs something before it; `revise`
+            that can do nothing in any of them.
     """
-    most = _TRIED[sum(blank.low < blank.high for blank in blanks)]
-    return list(product(*(spread(blank.low, blank.high, most) for blank in blanks)))
+    found = []
+    for label, text in zip(labels, texts, strict=True):
+        pieces, context, parts = _tokenise(label, text, tokenizer, raw, mask_of(config))
+        found.append(_lay_out(label, pieces, context, parts, config, settings))
+    _check_revise(found, settings)
+    return found
 
 
-def spread(low: int, high: int, most: int) -> list[int]:
-    """Return the integers from `low` to `high`, or `most` of them, evenly spread with both ends."""
-    if high - low < most:
-        return list(range(low, high + 1))
-    return [low + round(number * (high - low) / (most - 1)) for number in range(most)]
+def _tokenise(
+    label: str, text: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool, mask_id: int | None
+) -> tuple[list[str | Blank], list[int], list[list[int]]]:
+    """Return a text's pieces, the tokens before it, and those of each text among the pieces and of what closes it."""
+    if tokenizer is None:
+        raise SamplingError(f"{label}: it needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...)")
+    if isinstance(text, str):
+        require_characters(text, label)
+        pieces, closing = parse(text, label), []
+        context = [] if raw else start_of_text(tokenizer)
+        controls = None if raw else _controls(tokenizer, mask_id)
+    else:
+        if not (isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)):
+            raise SamplingError(f"{label}: expected a text or a chat with blanks, got {shown(text)}")
+        messages = messages_of(label, text, raw) or []
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise SamplingError(
+                f"{label}: a chat with blanks ends in the assistant's message, after at least one other"
+            )
+        pieces = parse(messages[-1]["content"], label)
+        try:
+            template = template_of(tokenizer, mask_id)
+            context = template.encode_prompt(messages[:-1])
+            rendered = template.render([*messages[:-1], {"role": "assistant", "content": PROBE}])
+        except DataError as error:
+            raise SamplingError(f"{label}: {error}; or give a plain text") from None
+        controls = template.controls
+        closing = tokenizer.encode(rendered.partition(PROBE)[2], add_special_tokens=False)
+    parts = [_literal_ids(tokenizer, piece, controls) for piece in pieces if isinstance(piece, str)]
+    return pieces, context, [*parts, closing]
+
+
+def _lay_out(
+    label: str,
+    pieces: list[str | Blank],
+    context: list[int],
+    parts: list[list[int]],
+    config: Any,
+    settings: Settings,
+) -> BlankText:
+    before, *between, closing = parts
+    blanks = [piece.length for piece in pieces if isinstance(piece, Blank)]
+    canvas = family_of(config).attention == "canvas"
+    if canvas and not context and not before:
+        raise SamplingError(f"{label}: a canvas needs something before it; begin the text with a word, or give a chat")
+    given = len(context) + len(before)
+    least = given + sum(blanks) + sum(map(len, between[:-1]))
+    _check_length(least, label, config, canvas)  # before anything of that size is made
+    ids: list[int] = []
+    masked: list[bool] = []
+    spans: list[tuple[int, int]] = []
+    for blank, piece in zip(blanks, between, strict=True):
+        spans.append((len(ids), len(ids) + blank))
+        ids += [0] * blank + piece
+        masked += [True] * blank + [False] * len(piece)
+    size = settings.block_size
+    length = (spans[-1][1] - 1) // size * size + size if canvas else len(ids) + len(closing)
+    _check_length(given + length, label, config, canvas)
+    answer = [*ids, *closing, *[config.eos_token_id] * length][:length]
+    check_vocabulary(label, [*context, *before, *answer], config)
+    template = Template(answer, [*masked, *[False] * length][:length], [column // size for column in range(length)])
+    return BlankText(pieces, context, before, ids, spans, template)
+
+
+def _check_revise(texts: Sequence[BlankText], settings: Any) -> None:
+    """Refuse to mask tokens again where it can do nothing in any of the texts."""
+    problem = None
+    for text in texts:
+        pairs = zip(text.template.block_of, text.template.open, strict=True)
+        try:
+            return check_remask(settings, list(Counter(block for block, masked in pairs if masked).values()))
+        except SamplingError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+
+
+def _check_length(total: int, label: str, config: Any, canvas: bool) -> None:
+    most = config.max_sequence_length
+    if total > most:
+        whole = ", in whole canvases from the first blank," if canvas else ""
+        raise SamplingError(
+            f"{label}: {total} tokens{whole} are over the model's max_sequence_length {most}; shorten the text or its "
+            "blanks"
+        )
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> re.Pattern[str]:
+    words = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
+    return control_pattern({*words, *tokenizer.all_special_tokens, *([mask] if isinstance(mask, str) else [])})
+
+
+def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str] | None) -> list[int]:
+    """Return the tokens of a text in which a spelt control token is characters: it is split after its first."""
+    found = controls.finditer(text) if controls is not None else ()
+    cuts = [0, *(control.start() + 1 for control in found), len(text)]
+    parts = (text[start:end] for start, end in pairwise(cuts) if start < end)
+    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]

@@ -16,7 +16,7 @@ from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_list, check_prompts, encode_prompts, labels_of
-from unmask.sampling.reasoning import split_reasoning
+from unmask.sampling.text import split_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

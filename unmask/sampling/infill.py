@@ -1,4 +1,7 @@
-"""Filling blanks in a text: what is given stays, token for token, and is seen on both sides of a blank."""
+"""Filling blanks in a text: what is given stays, token for token, and is seen on both sides of a blank.
+
+Shapes: B rows, C answer columns.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unmask.config.sampler import SamplerConfig
-from unmask.errors import SamplingError
-from unmask.sampling.blanks import Blank
-from unmask.sampling.engine.draws import repeats, row_key
+from unmask.sampling.blanks import BlankText, encode_blanks
+from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import StepEvent, denoise
 from unmask.sampling.engine.request import Request
 from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating
-from unmask.sampling.jobs import as_loaded
-from unmask.sampling.prompts import GivenText, as_list, encode_given, labels_of
-from unmask.sampling.settings import MaskSettings
-from unmask.sampling.trials import Filled, Trial, check_revise, title, trials_of, whole_text
+from unmask.sampling.jobs import LoadedModel, as_loaded
+from unmask.sampling.plan import check_blank_sampler
+from unmask.sampling.prompts import as_list, labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +36,9 @@ class Infill:
         fills: the text of each blank: what its tokens add to that of all tokens before, without special tokens.
         fill_ids: the tokens of each blank.
         log_likelihood: mean over the filled tokens of the log-probability, in nats, that the model gave each in the
-            call that settled it (or wrote over it: `revise` edit; of a canvas: its last), at temperature 1.
+            call that committed it (or wrote over it: `revise` edit; of a canvas: its last), at temperature 1.
         prompt_ids: what stands before the text.
-        stats: what it cost; `nfe` counts the calls for all lengths tried, tokens are the filled ones, and `seconds` run
-            from the first of these calls to the last.
+        stats: what it cost; tokens are the filled ones.
     """
 
     token_ids: list[int]
@@ -61,25 +61,17 @@ def infill(
     batch_size: int | None = None,
     on_event: Callable[[StepEvent], None] | None = None,
     on_answer: Callable[[int, Infill], None] | None = None,
-    on_trials: Callable[[list[str]], None] | None = None,
     labels: Sequence[str] | None = None,
 ) -> list[Infill]:
-    """Fill the blanks of each text: `{blank:N}` is N tokens, `{blank:A-B}` A to B; `{{blank:N}}` is text.
+    """Fill the blanks of each text: `{blank:N}` is N tokens, `{{blank:N}}` is text.
 
-    A blank is filled to its length: end-of-text and end-of-turn tokens are never written into one. Of a blank of
-    unknown length each length is sampled, or eight spread over the range (of two such blanks four of each, of three
-    two), and the most likely is kept. LLaDA's are compared by
+    A blank is filled to its length: end-of-text and end-of-turn tokens are never written into one. Which length suits
+    is found by trying several: examples/blank_lengths.py.
 
-        (Σ log p(fill token) + Σ log p(token behind a blank)) / (number of both),
-
-    where fill tokens count as in `Infill.log_likelihood`, and tokens behind a blank, up to `block_size` of each, by one
-    full forward that sees the fills and has all of these masked. Of DiffusionGemma's, `Infill.log_likelihood` is
-    compared. Both are heuristics, no likelihood of the whole text.
-
-    LLaDA sees the whole text in every call; blocks of `block_size` count from the first blank. DiffusionGemma sees what
-    comes before a canvas, and the canvas itself: a blank and what follows it, to the canvas's end. What does not fit
-    goes into further canvases, which the blank does not see; behind the text a canvas is filled with end-of-text, as in
-    training.
+    A network with bidirectional attention sees the whole text in every call; blocks of `block_size` count from the
+    first blank. One with canvases sees what comes before a canvas, and the canvas itself: a blank and what follows it,
+    to the canvas's end. What does not fit goes into further canvases, which the blank does not see; behind the text a
+    canvas is filled with end of text, as in training.
 
     Args:
         model: from `unmask.load_model`; put into eval mode for the time of the call.
@@ -90,10 +82,8 @@ def infill(
         seed: with equal seed and text the fills are the same; a text given twice draws other numbers the second time.
         raw: control tokens that a plain text spells are tokens, and nothing is put before it.
         batch_size: rows denoised together, at least 1; None = 16.
-        on_event: called after each network call; `rows` number the lengths tried, text by text.
-        on_answer: called with a text's number and its `Infill` as soon as all lengths are tried.
-        on_trials: called once, before the first event, with a title for each number that `rows` may have: the text (of
-            a chat, its last message) with the length tried in each blank.
+        on_event: called after each network call.
+        on_answer: called with a text's number and its `Infill` as soon as it is there.
         labels: what messages call each text; None = `text NUMBER`, from 0.
 
     Returns:
@@ -121,105 +111,78 @@ def infill(
         >>> [len(ids) for ids in found.fill_ids], found.token_ids[:2], found.token_ids[-2:], found.stats.nfe
         ([2], [1, 2], [1, 2], 2)
     """
-    check_sampler(sampler)
-    size = checked_batch_size(batch_size)
     loaded = as_loaded(model, tokenizer, sampler)
-    settings, adapter = loaded.settings, loaded.backend
+    check_blank_sampler(sampler)
     items = as_list(texts)
     called = labels_of(len(items), "text", labels)
-    given = [
-        encode_given(place, text, tokenizer, raw, adapter.spec.mask_id)
-        for place, text in zip(called, items, strict=True)
+    encoded = encode_blanks(items, called, tokenizer, raw, loaded.config, loaded.settings)
+    return fill(loaded, encoded, called, seed, batch_size, on_event, on_answer)
+
+
+def fill(
+    loaded: LoadedModel,
+    texts: Sequence[BlankText],
+    labels: Sequence[str],
+    seed: int = 42,
+    batch_size: int | None = None,
+    on_event: Callable[[StepEvent], None] | None = None,
+    on_answer: Callable[[int, Infill], None] | None = None,
+) -> list[Infill]:
+    """Fill the blanks of texts that are tokens already; arguments and errors as in `infill`."""
+    size, clock = checked_batch_size(batch_size), RowClock()
+    keys = row_keys(seed, [text.hashed for text in texts])
+    requests = [
+        Request(index, text.prompt_ids, key, text.template)
+        for index, (text, key) in enumerate(zip(texts, keys, strict=True))
     ]
-    eos_id = int(model.config.eos_token_id)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    trials = trials_of(given, called, settings, adapter.spec.max_length, adapter.spec.rows, eos_id)
-    if isinstance(settings, MaskSettings):
-        check_revise(trials, settings)
-    if on_trials is not None:
-        on_trials([title(given[trial.index], trial) for trial in trials])
-    requests = _requests(given, trials, seed)
-    names = [called[trial.index] for trial in trials]
-    found: dict[int, Filled] = {}
-    tried: dict[int, list[int]] = {}
-    for number, trial in enumerate(trials):
-        tried.setdefault(trial.index, []).append(number)
-    waiting = {index: len(numbers) for index, numbers in tried.items()}
+    # Texts of like length need little padding.
+    requests.sort(key=lambda request: len(texts[request.index].hashed))
+    logs: dict[int, Tensor] = {}
     results: dict[int, Infill] = {}
-    stops, clock = loaded.stop_ids, RowClock()
-    with evaluating(model):
-        for event in denoise(adapter, requests, settings, stops, None, size, stops, untempered=True, places=names):
+    stops = loaded.stop_ids
+    with evaluating(loaded.model):
+        for event in denoise(
+            loaded.backend, requests, loaded.settings, stops, None, size, stops, untempered=True, places=labels
+        ):
             clock.tick(event.rows)
             if on_event is not None:
                 on_event(event)
-            for place, number in enumerate(event.rows):
-                trial = trials[number]
-                index = trial.index
-                if number not in found:
-                    found[number] = Filled(torch.zeros(len(trial.template.open)))
-                found[number].take(event, place)
-                if not event.finished_B[place]:
-                    continue
-                if len(tried[index]) > 1 and adapter.spec.noise == "mask":
-                    found[number].ask_behind(adapter, trial, settings.block_size)
-                waiting[index] -= 1
-                if not waiting[index]:
-                    pairs = [(trials[n], found.pop(n)) for n in tried[index]]
-                    seconds = max(map(clock.seconds, tried[index]))
-                    results[index] = _best(given[index], pairs, seconds, tokenizer)
+            for row, index in enumerate(event.rows):
+                logs[index] = _log_probabilities(event, row, logs.get(index))
+                if event.finished_B[row]:
+                    answer = event.answer_BC[row, : event.lengths[row]].tolist()
+                    nfe, seconds = int(event.nfe_B[row]), clock.seconds(index)
+                    results[index] = _result(loaded, texts[index], answer, logs.pop(index), nfe, seconds)
                     if on_answer is not None:
                         on_answer(index, results[index])
-    return [results[index] for index in range(len(given))]
+    return [results[index] for index in range(len(texts))]
 
 
-def check_sampler(sampler: SamplerConfig | None) -> None:
-    """Refuse settings that do not apply to blanks; raises SamplingError."""
-    for name in ("max_new_tokens", "eos"):
-        if sampler is not None and getattr(sampler, name) is not None:
-            raise SamplingError(f"{name}: blanks are filled to the lengths that they name; leave it out")
+def _log_probabilities(event: StepEvent, row: int, before: Tensor | None) -> Tensor:
+    """Return log p of each position's token, (C,): of the call that committed it or wrote over it."""
+    columns = slice(event.lengths[row])
+    edited_C = event.revised_BC[row, columns] & ~event.masked_BC[row, columns]
+    logs_C = event.confidence_BC[row, columns].clamp(min=torch.finfo(torch.float32).tiny).log()
+    return logs_C if before is None else torch.where(event.committed_BC[row, columns] | edited_C, logs_C, before)
 
 
-def _requests(given: list[GivenText], trials: list[Trial], seed: int) -> list[Request]:
-    """Return what to ask for, in an order in which a text is answered early and its neighbours are of like length."""
-    counts = repeats(whole_text(text) for text in given)
-    requests = []
-    for number, trial in enumerate(trials):
-        key = row_key(seed, trial.hashed(given[trial.index]), counts[trial.index])
-        requests.append(Request(number, trial.prompt_ids, key, trial.template))
-    longest = [0] * len(given)
-    for trial in trials:
-        longest[trial.index] = max(longest[trial.index], trial.length)
-
-    def order(request: Request) -> tuple[int, int, int]:
-        trial = trials[request.index]
-        return longest[trial.index], trial.index, trial.length
-
-    return sorted(requests, key=order)
-
-
-def _best(
-    text: GivenText, tried: list[tuple[Trial, Filled]], seconds: float, tokenizer: PreTrainedTokenizerBase
+def _result(
+    loaded: LoadedModel, text: BlankText, answer: list[int], logs_C: Tensor, nfe: int, seconds: float
 ) -> Infill:
-    """Return the most likely of the trials of one text; of equal ones the first."""
-    trial, filled = max(tried, key=lambda pair: _rank(*pair))
-    fill_ids = [filled.answer[start:end] for start, end in trial.spans]
+    assert loaded.tokenizer is not None
+    fill_ids = [answer[start:end] for start, end in text.spans]
     fills = [
-        _added(tokenizer, [*trial.prompt_ids, *filled.answer[:start]], ids)
-        for (start, _), ids in zip(trial.spans, fill_ids, strict=True)
+        _added(loaded.tokenizer, [*text.prompt_ids, *answer[:start]], ids)
+        for (start, _), ids in zip(text.spans, fill_ids, strict=True)
     ]
-    # Columns of the text that lie behind the last canvas are as they were given.
-    answer = list(filled.answer)
-    tail = [token for piece in text.ids[1:] for token in piece]
-    if trial.columns > len(answer):
-        answer += tail[len(tail) - (trial.columns - len(answer)) :]
-    written = iter(fills)
-    count, nfe = sum(map(len, fill_ids)), sum(other.nfe for _, other in tried)
+    count = sum(map(len, fill_ids))
     return Infill(
-        token_ids=text.ids[0] + answer[: trial.columns],
-        text="".join(next(written) if isinstance(piece, Blank) else piece for piece in text.pieces),
+        token_ids=text.whole(answer),
+        text=text.filled(fills),
         fills=fills,
         fill_ids=fill_ids,
-        log_likelihood=_log_likelihood(trial, filled),
-        prompt_ids=text.prompt_ids,
+        log_likelihood=float(torch.cat([logs_C[start:end] for start, end in text.spans]).double().mean()),
+        prompt_ids=text.context,
         stats=Stats(nfe, count / nfe, seconds, count / max(seconds, 1e-9)),
     )
 
@@ -231,13 +194,3 @@ def _added(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]
     """
     start, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (before, [*before, *ids]))
     return whole[len(start) :] if whole.startswith(start) else str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _log_likelihood(trial: Trial, filled: Filled) -> float:
-    logs = torch.cat([filled.logs_C[start:end] for start, end in trial.spans])
-    return float(logs.double().mean())
-
-
-def _rank(trial: Trial, filled: Filled) -> float:
-    count = sum(end - start for start, end in trial.spans)
-    return (_log_likelihood(trial, filled) * count + sum(filled.behind)) / (count + len(filled.behind))

@@ -106,7 +106,7 @@ def load(
         raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
     else:
         model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
-        together = JointCalls(model, plan.model.family.model_type, ranks)
+        together = JointCalls(model, ranks)
     return LoadedModel(model.eval(), plan.tokenizer, plan.settings, ranks, together)
 
 

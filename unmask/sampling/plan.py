@@ -1,4 +1,4 @@
-"""A checkpoint to be sampled from, found and checked before torch loads and before a weight is read."""
+"""What can be told of a job before torch loads and a weight is read: the checkpoint, its settings, what is asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config.sampler import SamplerConfig
+from unmask.errors import ConfigError, SamplingError
 from unmask.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,6 +32,7 @@ class JobPlan:
     """A checkpoint, found, and the settings that it is sampled with. `jobs.load` makes a LoadedModel of it.
 
     Attributes:
+        name: as the user wrote it.
         model: its family, configuration and folder.
         adapter: folder of the LoRA adapter on top, or None.
         generation: the values of its generation_config.json.
@@ -39,6 +41,7 @@ class JobPlan:
         where: the flag that named the checkpoint, for messages.
     """
 
+    name: str
     model: ModelPlan
     adapter: Path | None
     generation: Mapping[str, Any]
@@ -100,4 +103,50 @@ def plan_job(
     generation = read_generation(model.folder)
     settings = resolve(sampler, default_settings(model.config, generation))
     tokenizer = tokenizer_folder(str(model.folder), None if found is None else str(found), where)
-    return JobPlan(model, found, generation, settings, tokenizer, where)
+    return JobPlan(checkpoint, model, found, generation, settings, tokenizer, where)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `unmask generate` is to answer, and what becomes of the answers.
+
+    Attributes:
+        prompts: as `generate` or `infill` takes them, by what messages call each.
+        infill: whether blanks are to be filled.
+        raw, seed, batch_size: as in `generate`.
+        output: file of a record an answer; None prints the texts.
+        watch: draw the answers while they are denoised.
+        trace: file of a page that replays the run.
+
+    Raises:
+        SamplingError: no batch size.
+        ConfigError: a file that cannot be written, or is there already.
+    """
+
+    prompts: Mapping[str, Any]
+    infill: bool = False
+    raw: bool = False
+    seed: int = 42
+    batch_size: int | None = None
+    output: str | None = None
+    watch: bool = False
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SamplingError(f"--batch_size: must be at least 1, got {self.batch_size}")
+        for name in ("output", "trace"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).absolute().parent.is_dir():
+                raise ConfigError(f"--{name}: {Path(value).absolute().parent} is no folder; create it first")
+            if value is not None and Path(value).is_dir():
+                raise ConfigError(f"--{name}: {value} is a folder; name a file in it")
+        if self.output is not None and Path(self.output).exists():
+            raise ConfigError(f"--output: {self.output} is there already; name another file, or remove it")
+
+
+def check_blank_sampler(sampler: SamplerConfig | None) -> None:
+    """Refuse settings that do not apply to texts with blanks; raises SamplingError."""
+    for name in ("max_new_tokens", "eos"):
+        if sampler is not None and getattr(sampler, name) is not None:
+            raise SamplingError(f"{name}: blanks are filled to the lengths that they name; leave it out")

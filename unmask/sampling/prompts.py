@@ -1,25 +1,22 @@
-"""What a caller may give as prompts, and how each becomes token ids."""
+"""What a caller may give as prompts, in Python or in a JSONL file, and how each becomes token ids. Needs no torch."""
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.data.controls import PROBE, control_pattern
-from unmask.errors import DataError, SamplingError
-from unmask.sampling.blanks import Blank, parse
+from unmask.data.chat import ChatTemplate, load_template
+from unmask.errors import ConfigError, DataError, SamplingError
 from unmask.sampling.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from unmask.data.chat import ChatTemplate
-
 # What a JSON escape such as \ud83d without its other half decodes to, and no tokenizer or UTF-8 file takes.
-HALF_A_PAIR = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
+_HALF_A_PAIR = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
+_KEYS = ("prompt", "messages", "prompt_ids")
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -32,7 +29,7 @@ def as_list(prompts: Any) -> list[Any]:
         return [prompts]
     items = _plain(prompts)
     if not isinstance(items, (list, tuple)):
-        raise SamplingError(f"prompts: expected texts, chats or lists of token ids, got {_shown(prompts)}")
+        raise SamplingError(f"prompts: expected texts, chats or lists of token ids, got {shown(prompts)}")
     single = len(items) > 0 and all(isinstance(item, (Mapping, int)) for item in items)
     return [items] if single else list(items)
 
@@ -74,28 +71,28 @@ def encode_prompts(
     items = [_plain(prompt) for prompt in as_list(prompts)]
     template: ChatTemplate | None = None
     encoded = []
-    for where, prompt in zip(labels_of(len(items), "prompt", labels), items, strict=True):
+    for label, prompt in zip(labels_of(len(items), "prompt", labels), items, strict=True):
         if _is_ids(prompt):
             encoded.append(list(prompt))
             continue
-        messages = _messages(where, prompt, raw)
+        messages = messages_of(label, prompt, raw)
         if tokenizer is None:
             raise SamplingError(
-                f"{where}: text needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...) or give token ids"
+                f"{label}: text needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...) or give token ids"
             )
         if messages is None:
             ids = list(tokenizer.encode(prompt, add_special_tokens=False))
         else:
             try:
-                template = template or _template(tokenizer, mask_id)
+                template = template or template_of(tokenizer, mask_id)
                 ids = template.encode_prompt(messages)
             except DataError as error:
                 raise SamplingError(
-                    f"{where}: {template_problem(error)}; use a tokenizer with another chat template, or give literal "
+                    f"{label}: {template_problem(error)}; use a tokenizer with another chat template, or give literal "
                     "text with raw"
                 ) from None
         if not ids:
-            raise SamplingError(f"{where}: the tokenizer makes no tokens of it; write some text")
+            raise SamplingError(f"{label}: the tokenizer makes no tokens of it; write some text")
         encoded.append(ids)
     return encoded
 
@@ -112,15 +109,21 @@ def check_prompts(prompts: Sequence[Sequence[int]], labels: Sequence[str], confi
     Raises:
         SamplingError: one is too long, or has a token that the model does not know.
     """
-    length, most = settings.length, config.max_sequence_length
+    length = settings.length
     rounded = "" if length == settings.max_new_tokens else f" ({length // settings.block_size} whole canvases)"
     for label, ids in zip(labels, prompts, strict=True):
-        if len(ids) + length > most:
+        if len(ids) > room_for(config, settings):
             raise SamplingError(
                 f"{label}: {len(ids)} tokens and max_new_tokens={settings.max_new_tokens}{rounded} make "
-                f"{len(ids) + length}, over the model's max_sequence_length {most}; shorten the prompt or the answer"
+                f"{len(ids) + length}, over the model's max_sequence_length {config.max_sequence_length}; shorten the "
+                "prompt or the answer"
             )
         check_vocabulary(label, ids, config)
+
+
+def room_for(config: Any, settings: Settings) -> int:
+    """Return the longest prompt that fits a model together with an answer, in tokens; not positive where none does."""
+    return config.max_sequence_length - settings.length
 
 
 def check_vocabulary(label: str, ids: Sequence[int], config: Any) -> None:
@@ -133,12 +136,22 @@ def check_vocabulary(label: str, ids: Sequence[int], config: Any) -> None:
         )
 
 
+def mask_of(config: Any) -> int | None:
+    """Return a model's mask token; None where noise is no mask."""
+    return getattr(config, "mask_token_id", None)
+
+
 def title_of(prompt: Any, index: int) -> str:
-    """Return what to call a prompt: its text, the last turn of a chat, or its number where it is token ids."""
+    """Return what to print above an answer: the text, the last turn of a chat, or the number of a prompt of ids."""
     if isinstance(prompt, str):
         return prompt
     last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
     return str(last.get("content")) if isinstance(last, Mapping) else f"prompt {index + 1}"
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, mask_id: int | None, name: str | None = None) -> ChatTemplate:
+    """Return the template that prompts are rendered with, the tokenizer's own or a named one; raises DataError."""
+    return load_template(tokenizer, name, () if mask_id is None else (mask_id,), for_training=False)
 
 
 def template_problem(error: DataError) -> str:
@@ -146,114 +159,37 @@ def template_problem(error: DataError) -> str:
     return str(error).removeprefix("dataset.chat_template: ").partition("; set dataset.chat_template")[0]
 
 
-def _messages(where: str, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:
-    """Return a prompt's chat messages, or None for literal text; refuse what is neither."""
+def messages_of(label: str, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:
+    """Return a prompt's chat messages, or None for literal text; raises SamplingError for what is neither."""
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise SamplingError(f"{where}: the text is empty; write what the model should answer")
-        _require_characters(prompt, where)
+            raise SamplingError(f"{label}: the text is empty; write what the model should answer")
+        require_characters(prompt, label)
         return None if raw else [{"role": "user", "content": prompt}]
     if isinstance(prompt, (list, tuple)) and not prompt:
-        raise SamplingError(f"{where}: the list is empty; give at least one token id or message")
+        raise SamplingError(f"{label}: the list is empty; give at least one token id or message")
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in prompt):
-        raise SamplingError(f"{where}: expected text, messages or token ids, got {_shown(prompt)}")
+        raise SamplingError(f"{label}: expected text, messages or token ids, got {shown(prompt)}")
     if raw:
-        raise SamplingError(f"{where}: a chat goes through the chat template; leave raw out, or give text")
+        raise SamplingError(f"{label}: a chat goes through the chat template; leave raw out, or give text")
     for number, turn in enumerate(prompt):
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise SamplingError(f"{where}: message {number} needs the texts 'role' and 'content', got {_shown(turn)}")
+            raise SamplingError(f"{label}: message {number} needs the texts 'role' and 'content', got {shown(turn)}")
     if not any(turn["content"].strip() for turn in prompt):
-        raise SamplingError(f"{where}: every message is empty; write what the model should answer")
+        raise SamplingError(f"{label}: every message is empty; write what the model should answer")
     for number, turn in enumerate(prompt):
         for key, value in turn.items():
             if isinstance(value, str):
-                _require_characters(value, f"{where}: message {number}.{key}")
+                require_characters(value, f"{label}: message {number}.{key}")
     return [dict(turn) for turn in prompt]
 
 
-def _require_characters(text: str, where: str) -> None:
+def require_characters(text: str, label: str) -> None:
+    """Refuse half a surrogate pair; raises SamplingError."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise SamplingError(f"{where} holds {HALF_A_PAIR}; mend the text") from None
-
-
-@dataclass(frozen=True)
-class GivenText:
-    """A text with blanks, as tokens.
-
-    Attributes:
-        prompt_ids: what stands before it: the turns of a chat, or the tokenizer's start of text.
-        pieces: text, blank, text, …, text; texts may be empty.
-        ids: the tokens of each text among the pieces, one more than there are blanks.
-        closing: tokens that end it: the end of the assistant's turn in a chat.
-    """
-
-    prompt_ids: list[int]
-    pieces: list[str | Blank]
-    ids: list[list[int]]
-    closing: list[int]
-
-    @property
-    def blanks(self) -> list[Blank]:
-        """The blanks among the pieces."""
-        return [piece for piece in self.pieces if isinstance(piece, Blank)]
-
-
-def encode_given(
-    where: str, text: Any, tokenizer: PreTrainedTokenizerBase | None, raw: bool = False, mask_id: int | None = None
-) -> GivenText:
-    """Return the tokens of a text with blanks (`blanks.parse`), its pieces tokenized apart.
-
-    Args:
-        where: what messages call it.
-        text: a plain text, or a chat whose last message is the assistant's and has the blanks.
-        tokenizer: needed.
-        raw: control tokens that a plain text spells are tokens, and nothing is put before it. Otherwise what spells
-            one, the mask included, is text.
-        mask_id: the model's mask.
-
-    Raises:
-        SamplingError: no blank, no tokenizer, half a surrogate pair, or something else than a text or such a chat.
-    """
-    if tokenizer is None:
-        raise SamplingError(f"{where}: it needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...)")
-    if isinstance(text, str):
-        _require_characters(text, where)
-        pieces = parse(text, where)
-        if raw:
-            ids = [list(tokenizer.encode(part, add_special_tokens=False)) for part in pieces if isinstance(part, str)]
-            return GivenText([], pieces, ids, [])
-        controls = _controls(tokenizer, mask_id)
-        ids = [_literal_ids(tokenizer, part, controls) for part in pieces if isinstance(part, str)]
-        return GivenText(start_of_text(tokenizer), pieces, ids, [])
-    if not (isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)):
-        raise SamplingError(f"{where}: expected a text or a chat with blanks, got {_shown(text)}")
-    messages = _messages(where, text, raw) or []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise SamplingError(f"{where}: a chat with blanks ends in the assistant's message, after at least one other")
-    pieces = parse(messages[-1]["content"], where)
-    try:
-        template = _template(tokenizer, mask_id)
-        prompt_ids = template.encode_prompt(messages[:-1])
-        rendered = template.render([*messages[:-1], {"role": "assistant", "content": PROBE}])
-    except DataError as error:
-        raise SamplingError(f"{where}: {error}; or give a plain text") from None
-    ids = [_literal_ids(tokenizer, part, template.controls) for part in pieces if isinstance(part, str)]
-    return GivenText(prompt_ids, pieces, ids, tokenizer.encode(rendered.partition(PROBE)[2], add_special_tokens=False))
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> re.Pattern[str]:
-    words = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
-    return control_pattern({*words, *tokenizer.all_special_tokens, *([mask] if isinstance(mask, str) else [])})
-
-
-def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str]) -> list[int]:
-    """Return the tokens of a text in which a spelt control token is characters: it is split after its first."""
-    cuts = [0, *(found.start() + 1 for found in controls.finditer(text)), len(text)]
-    parts = (text[start:end] for start, end in pairwise(cuts) if start < end)
-    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
+        raise SamplingError(f"{label} holds {_HALF_A_PAIR}; mend the text") from None
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -268,10 +204,10 @@ def as_document(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]
     return ids if ids[: len(start)] == start else start + ids
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> ChatTemplate:
-    from unmask.data.chat import load_template
-
-    return load_template(tokenizer, control_ids=() if mask_id is None else (mask_id,), for_training=False)
+def shown(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -284,6 +220,105 @@ def _plain(prompt: Any) -> Any:
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def given_prompts(texts: Sequence[str] | None, file: str | None, infill: bool = False) -> dict[str, Any]:
+    """Return the prompts of a command line by their labels.
+
+    Args:
+        texts: of `--prompt`.
+        file: of `--input`.
+        infill: as in `read_prompts`.
+
+    Raises:
+        ConfigError: neither or both are given.
+        SamplingError: an empty text.
+        DataError: as `read_prompts`.
+    """
+    if file is None and texts is None:
+        raise ConfigError("give --prompt TEXT, once or several times, or --input FILE.jsonl")
+    if file is not None and texts is not None:
+        raise ConfigError("--prompt and --input: prompts come from one of them; leave the other out")
+    if file is not None:
+        return read_prompts(Path(file), infill)
+    if not all(text.strip() for text in texts or ()):
+        raise SamplingError("--prompt: the text is empty; write what the model should answer")
+    return {f"prompt {index}": text for index, text in enumerate(texts or ())}
+
+
+def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
+    """Return the prompts of a file by their labels, `FILE:LINE`, each as `generate` or `infill` takes it.
+
+    A line holds one of `prompt`, `messages` and `prompt_ids`, or `messages` beside a `prompt`, which is then not looked
+    at; neither are other fields. `prompt` is a text, or as the other two: `messages` is a chat whose turns have the
+    texts `role` and `content`, and `prompt_ids` token ids. So a record of answers is a prompt, and a training row is
+    one that has such `messages` or such a `prompt`. A chat that ends in an assistant's turn is asked for that turn
+    again.
+
+    Args:
+        path: the file.
+        infill: the prompts are texts or chats with blanks, the last turn of a chat included.
+
+    Raises:
+        DataError: no such file, an empty one, or a line that is no prompt; names the file and the line.
+    """
+    try:
+        # Not splitlines: a text may hold characters that it takes for ends of lines.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"--input: {path}: {error.strerror or error}; name a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"--input: {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from None
+    labelled = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    prompts = {label: _read_prompt(label, line, infill) for label, line in labelled.items()}
+    if not prompts:
+        raise DataError(f"--input: {path} holds no prompt; write one JSON object a line, such as " + '{"prompt": "…"}')
+    return prompts
+
+
+def _read_prompt(label: str, line: str, infill: bool) -> Any:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{label}: not JSON ({error}); write one object a line") from None
+    keys = [key for key in _KEYS if isinstance(row, dict) and key in row]
+    if keys == ["prompt", "messages"]:  # a training row's chat says more than the text beside it
+        keys = ["messages"]
+    if len(keys) != 1:
+        raise DataError(f"{label}: needs exactly one of {', '.join(_KEYS)}, and has {' and '.join(keys) or 'none'}")
+    (key,) = keys
+    value = row[key]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{label}: {key} holds {_HALF_A_PAIR}; mend the text") from None
+    if key == "messages" or (key == "prompt" and _begins_with(value, dict)):
+        return _read_chat(label, key, value, infill)
+    if key == "prompt_ids" or (key == "prompt" and _begins_with(value, int)):
+        return _read_ids(label, key, value, infill)
+    if not (isinstance(value, str) and value.strip()):
+        raise DataError(f"{label}: prompt must be a text that is not empty, or a list of messages or of token ids")
+    return value
+
+
+def _begins_with(value: Any, item: type) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], item)
+
+
+def _read_chat(label: str, key: str, turns: Any, infill: bool) -> list[dict[str, Any]]:
+    if not _begins_with(turns, dict) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise DataError(f"{label}: {key} must be a list of objects with the texts role and content")
+    if infill or turns[-1]["role"] != "assistant":
+        return turns
+    if len(turns) == 1:
+        raise DataError(f"{label}: nothing is asked before the assistant's turn; add a user turn")
+    return turns[:-1]
+
+
+def _read_ids(label: str, key: str, ids: Any, infill: bool) -> list[int]:
+    if infill:
+        raise DataError(f"{label}: token ids have no blanks to fill; give a text or messages")
+    if not _begins_with(ids, int) or not all(type(token) is int and token >= 0 for token in ids):
+        raise DataError(f"{label}: {key} must be a list of token ids that is not empty")
+    return ids

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.errors import SamplingError
 from unmask.sampling.prompts import title_of
-from unmask.sampling.token_text import token_text
+from unmask.sampling.text import token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,10 +113,6 @@ class Trace:
             }
             row.calls.append({name: value for name, value in call.items() if value != []})
             row.ids, row.open, row.finished = ids, is_open, bool(event.finished_B[place])
-
-    def entitle(self, titles: Sequence[str]) -> None:
-        """Set what to show as each prompt, in the order of their numbers, where it is known only later."""
-        self.prompts = list(titles)
 
     def write(self, path: Path) -> None:
         """Write the page, replacing one that is there.

@@ -26,7 +26,7 @@ from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, generate
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_list, title_of
-from unmask.sampling.reasoning import in_reasoning, reasoning_tags
+from unmask.sampling.text import in_reasoning, printable, reasoning_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,13 +36,6 @@ _LINES = 6
 # An open position: not weighed by the call, then by rising confidence of its candidate.
 SHADES = "·░▒▓"
 ASCII_SHADES = "_.-="
-# Model text must not move the cursor or set the terminal's title: control characters become a sign.
-_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """Return text without control characters that a terminal would obey; newlines and tabs stay."""
-    return text.translate(_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -135,10 +128,6 @@ class Watcher:
         self._drawn: dict[int, Text] = {}
         self._printed: dict[int, int] = {}
         self._given: dict[int, frozenset[int]] = {}
-
-    def entitle(self, titles: Sequence[str]) -> None:
-        """Set what to print above each answer, in the order of their numbers, where it is known only later."""
-        self.titles = dict(enumerate(titles))
 
     def __enter__(self) -> Watcher:
         if self._live is not None:

@@ -1,20 +1,29 @@
-"""A conversation with a model, apart from any terminal: its turns and settings, the commands that change them, and
-which turns still fit the model's context.
-
-Needs no torch.
-"""
+"""A conversation with a model at a terminal: its turns, the commands that change it, what of it fits the context."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from unmask.config.sampler import SamplerConfig
-from unmask.errors import SamplingError, choice_problem
-from unmask.sampling.settings import CanvasSettings, MaskSettings, Settings, resolve
+from unmask.data.chat import ChatTemplate
+from unmask.distributed.runtime import own_device, pick_device
+from unmask.errors import DataError, SamplingError, choice_problem
+from unmask.sampling.family_settings import approximation_note
+from unmask.sampling.generate import Generation, answer
+from unmask.sampling.jobs import LoadedModel, load
+from unmask.sampling.plan import JobPlan
+from unmask.sampling.prompts import mask_of, room_for, template_of, template_problem
+from unmask.sampling.settings import Settings
+from unmask.sampling.text import unanswered_note
+from unmask.sampling.view import watcher
 
 # {"role", "content"}, and of an answer that was thought about "reasoning_content", as in training data.
 Turn = dict[str, str]
@@ -25,23 +34,25 @@ class Conversation:
     """What has been said, and how the next answer is sampled.
 
     Attributes:
+        resolve: gives the settings in force where a caller wants others; raises SamplingError.
         turns: all turns, a system turn (if any) first, otherwise user and assistant in turn.
         sampler: settings of the next answer.
         seed: its seed.
         forgotten: of the turns after the system's, how many of the oldest the model no longer sees.
-        defaults: what `sampler` is put into: the settings that the model has by itself.
+        canvases: whether an answer is denoised in canvases, each with its own steps.
     """
 
+    resolve: Callable[[SamplerConfig], Settings]
     turns: tuple[Turn, ...] = ()
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     seed: int = 42
     forgotten: int = 0
-    defaults: Settings = dataclasses.field(default_factory=MaskSettings)
+    canvases: bool = False
 
     @property
     def settings(self) -> Settings:
-        """The settings in force; raises SamplingError where `sampler` does not suit the model."""
-        return resolve(self.sampler, self.defaults)
+        """The settings in force."""
+        return self.resolve(self.sampler)
 
     @property
     def system(self) -> tuple[Turn, ...]:
@@ -60,7 +71,7 @@ class Conversation:
         return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": content, **thought}))
 
     def fit(self, count: Callable[[Sequence[Turn]], int], room: int) -> Conversation:
-        """Return the conversation with as many of the oldest exchanges forgotten as must be.
+        """Return the conversation with as many of the oldest exchanges forgotten as it takes to fit.
 
         Args:
             count: the prompt's tokens of some turns; the last turn is the user's.
@@ -158,7 +169,7 @@ def _steps(conversation: Conversation, argument: str) -> Outcome:
     steps = _number("/steps", argument, 1)
     changed = dataclasses.replace(conversation, sampler=dataclasses.replace(conversation.sampler, steps=steps))
     before, after = conversation.settings, changed.settings
-    if isinstance(after, CanvasSettings):
+    if conversation.canvases:
         said = " a canvas at the most"
     elif after.rule != "quota":
         said = f"; not used while --{after.rule} is set"
@@ -213,3 +224,154 @@ COMMANDS: dict[str, Command] = {
     "/help": Command("/help", "show the commands", _help),
     "/quit": Command("/quit", "leave, as Ctrl-D does; Ctrl-C stops an answer", _quit),
 }
+
+
+def converse(
+    plan: JobPlan,
+    sampler: SamplerConfig,
+    seed: int,
+    system: str | None,
+    template: str | None,
+    dtype: str | None,
+    device: str,
+) -> int:
+    """Talk with a checkpoint at the terminal, or through a pipe; return the exit status.
+
+    Args:
+        plan: the checkpoint.
+        sampler, seed: of the first answer.
+        system: a turn before the conversation.
+        template: name or file of a chat template; None = the tokenizer's own.
+        dtype: as in `jobs.load`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        SamplingError: no room for a question, no template that renders a conversation; through a pipe any mistake.
+    """
+    room = room_for(plan.config, plan.settings)
+    if room < 1:
+        most = plan.config.max_sequence_length
+        raise SamplingError(
+            f"--max_new_tokens: answers of {most - room} tokens leave no room for a question in the model's "
+            f"max_sequence_length {most}; give less"
+        )
+    place = own_device(pick_device(device))
+    canvases = plan.model.family.attention == "canvas"
+    conversation = Conversation(plan.resolve, sampler=sampler, seed=seed, canvases=canvases)
+    if system is not None:
+        conversation = conversation.say("system", system)
+    chat_template = _template(plan, template, conversation)  # refused before the weights load
+    loaded = load(plan, place, dtype)
+    talk = Talk(loaded, chat_template, Console(highlight=False), sys.stdin.isatty())
+    if talk.interactive:
+        talk.note(f"{plan.name}: /help lists the commands, Ctrl-D leaves")
+    talk.note(approximation_note(plan.settings))
+    talk.note(plan.base_note())
+    return talk.run(conversation)
+
+
+def _template(plan: JobPlan, name: str | None, conversation: Conversation) -> ChatTemplate:
+    """Return a chat template that is known to render a conversation."""
+    try:
+        template = template_of(plan.tokenizer, mask_of(plan.config), name)
+        template.encode_prompt(conversation.say("user", "a").say("assistant", "b").say("user", "c").turns)
+        return template
+    except DataError as error:
+        raise SamplingError(
+            f"--chat_template: {template_problem(error)}; name llada, diffusion_gemma or a .jinja file that renders a "
+            "conversation, or use `unmask generate --raw`"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation between standard input and a model.
+
+    Attributes:
+        loaded, template: what answers, and how turns become its tokens.
+        console: where answers go.
+        interactive: whether someone types: then answers are drawn as they come and mistakes are only reported.
+    """
+
+    loaded: LoadedModel
+    template: ChatTemplate
+    console: Console
+    interactive: bool
+
+    def run(self, conversation: Conversation) -> int:
+        """Answer line after line until the input ends; return the exit status."""
+        for line in self._lines():
+            if not line.strip():
+                continue
+            try:
+                if is_command(line):
+                    outcome = run_command(conversation, line.strip())
+                    conversation = outcome.conversation
+                    self.note(outcome.note)
+                    if outcome.leave:
+                        break
+                else:
+                    conversation = self._exchange(conversation, as_turn(line))
+            except SamplingError as error:
+                if not self.interactive:
+                    raise
+                self.console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 0
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer; apart from the answers where those may be read by a program."""
+        if text and self.interactive:
+            self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        elif text:
+            print(text, file=sys.stderr, flush=True)
+
+    def _exchange(self, conversation: Conversation, question: str) -> Conversation:
+        """Answer a turn; return the conversation with both, or as it was where the answer was interrupted."""
+        asked = conversation.say("user", question)
+        room = room_for(self.loaded.config, conversation.settings)
+        fitted = asked.fit(lambda turns: len(self.template.encode_prompt(turns)), room)
+        left_out = fitted.forgotten - asked.forgotten
+        if left_out:
+            self.note(f"the context is full: the oldest {left_out} turns are left out from now on")
+        if not self.interactive:
+            print(f"> {question}")
+        try:
+            reply = self._answer(fitted, self.template.encode_prompt(fitted.seen))
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            self.note("interrupted; the question and what was there of the answer are forgotten")
+            return conversation
+        self.note(unanswered_note(reply.text, reply.reasoning) or "")
+        if self.interactive:
+            stats = reply.stats
+            rate = f"{stats.tokens_per_forward:.1f} a call"
+            self.note(f"{len(reply.token_ids)} tokens, {stats.nfe} calls ({rate}), {stats.seconds:.1f} s")
+        else:
+            print(f"{reply.text}\n", flush=True)
+        return fitted.say("assistant", reply.text or "", reply.reasoning)
+
+    def _answer(self, conversation: Conversation, prompt_ids: list[int]) -> Generation:
+        loaded = dataclasses.replace(self.loaded, settings=conversation.settings)
+        with watcher(loaded, self.console) if self.interactive else contextlib.nullcontext() as draw:
+            return answer(loaded, [prompt_ids], ["this turn"], conversation.seed, on_event=draw)[0]
+
+    def _lines(self) -> Iterator[str]:
+        """Yield lines of the input without their ends."""
+        if not self.interactive:
+            for number, raw in enumerate(sys.stdin.buffer, start=1):
+                try:
+                    yield raw.decode().rstrip("\r\n")
+                except UnicodeDecodeError:
+                    raise SamplingError(f"standard input: line {number} is not UTF-8 text; convert it first") from None
+            return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (imported, it gives input() line editing and a history)
+        while True:
+            try:
+                yield input("> ")
+            except KeyboardInterrupt:  # at the prompt: the line is dropped, as a shell does
+                print()
+            except EOFError:
+                print()
+                return

@@ -1,0 +1,320 @@
+"""`unmask generate`: prompts divided among ranks, answered, and printed, drawn or written down.
+
+In a file each record is on the disk as soon as its answer is there: while the job runs in `FILE.part`, with several
+processes in one file each; at the end they become `FILE`, in the prompts' order. The same command goes on with a job
+that was interrupted, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from glob import escape
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from unmask.distributed.ranks import Ranks, join
+from unmask.distributed.rows import divide_rows, own_rows
+from unmask.distributed.runtime import own_device, pick_device
+from unmask.errors import ConfigError
+from unmask.report.progress import AnswerProgress
+from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
+from unmask.sampling.blanks import encode_blanks, has_blank
+from unmask.sampling.family_settings import approximation_note
+from unmask.sampling.generate import Generation, answer
+from unmask.sampling.infill import Infill, fill
+from unmask.sampling.jobs import LoadedModel, load
+from unmask.sampling.plan import Asked, JobPlan
+from unmask.sampling.prompts import check_prompts, encode_prompts, mask_of, title_of
+from unmask.sampling.text import printable, unanswered_note
+from unmask.sampling.trace import trace_for
+from unmask.sampling.view import watcher
+
+_FIRST_LINE = "generation"  # what an answer file's first line is called
+
+
+def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shard: bool) -> None:
+    """Answer everything that is asked; with several processes a collective.
+
+    Args:
+        plan: the checkpoint.
+        asked: prompts, and where the answers go.
+        dtype, shard: as in `jobs.load`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        SamplingError: a prompt that cannot be answered, before the weights load; logits that are not finite.
+        ConfigError: an output of another job; a view of several processes.
+    """
+    place = own_device(pick_device(device))
+    ranks = join(place)
+    if ranks.first:
+        _hint(plan, asked)
+    if ranks.size > 1 and (asked.watch or asked.trace):
+        raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
+    job = _encode(plan, asked)
+    output = None
+    if asked.output is not None:
+        output = AnswerFile(Path(asked.output), job.rows, job.identity(dtype), ranks)
+    loaded = load(plan, place, dtype, ranks, shard)
+    printer = None
+    if ranks.first and output is None and (asked.infill or not asked.watch):
+        # Of several processes one has not all answers before the end, and a live view is not to be written into.
+        printer = Printer(job.titles, wait=ranks.size > 1 or asked.watch)
+    try:
+        answers = _sample(job, loaded, output, printer)
+        if output is not None:
+            output.finish({row: job.record(row, each) for row, each in answers.items()})
+        if printer is not None and printer.wait:
+            for row, each in answers.items():
+                printer.add(row, each)
+            printer.close()
+    finally:
+        if printer is not None:
+            printer.close()
+    if not ranks.first:
+        return
+    note = approximation_note(plan.settings)
+    if note:
+        print(note, file=sys.stderr)
+    if output is not None:
+        kept = f", {len(output.kept)} of them from before" if output.kept else ""
+        print(f"wrote {len(job.rows)} records to {asked.output}{kept}")
+
+
+def _hint(plan: JobPlan, asked: Asked) -> None:
+    """Say that a blank is sent as text where it probably was meant as one, and that an adapter is of another base."""
+    texts = [label for label, prompt in asked.prompts.items() if isinstance(prompt, str) and has_blank(prompt)]
+    if texts and not asked.infill:
+        print(f"{texts[0]}: its blank is text to the model; --infill fills blanks", file=sys.stderr)
+    note = plan.base_note()
+    if note:
+        print(f"warning: --adapter: {note}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be answered, as tokens.
+
+    Attributes:
+        encoded: of each prompt, the tokens or the text with blanks.
+        rows: of each a text that is equal where the same is asked.
+    """
+
+    plan: JobPlan
+    asked: Asked
+    encoded: list[Any]
+    rows: list[str]
+
+    @property
+    def titles(self) -> list[str]:
+        """What to print above each answer; of a single one nothing is."""
+        return [title_of(prompt, index) for index, prompt in enumerate(self.asked.prompts.values())]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings in force, and what of them is not computed by full forwards."""
+        settings = self.plan.settings
+        return {**dataclasses.asdict(settings), "approximations": list(settings.approximations)}
+
+    def identity(self, dtype: str | None) -> dict[str, Any]:
+        """Return what decides the answers beside the prompts."""
+        asked = {name: getattr(self.asked, name) for name in ("infill", "raw", "seed")}
+        return {**self.plan.fingerprint(), "dtype": dtype, **asked, "sampler": self.settings}
+
+    def record(self, row: int, answered: Generation | Infill) -> Record:
+        """Return what is kept of an answer."""
+        return record_of(list(self.asked.prompts.values())[row], answered, self.settings, self.asked.seed)
+
+
+def _encode(plan: JobPlan, asked: Asked) -> _Job:
+    """Return the prompts as tokens; raises SamplingError for one that cannot be answered."""
+    labels, prompts = list(asked.prompts), list(asked.prompts.values())
+    if asked.infill:
+        texts = encode_blanks(prompts, labels, plan.tokenizer, asked.raw, plan.config, plan.settings)
+        return _Job(plan, asked, texts, [str(text.hashed) for text in texts])
+    ids = encode_prompts(prompts, plan.tokenizer, asked.raw, mask_of(plan.config), labels)
+    check_prompts(ids, labels, plan.config, plan.settings)
+    return _Job(plan, asked, ids, [str(each) for each in ids])
+
+
+def _sample(job: _Job, loaded: LoadedModel, output: AnswerFile | None, printer: Printer | None) -> dict[int, Any]:
+    """Answer what is not answered yet, divided among the ranks; return the answers by the numbers of their prompts."""
+    asked, ranks = job.asked, loaded.ranks
+    todo = list(range(len(job.rows))) if output is None else output.missing
+    rows = [job.rows[row] for row in todo]
+    mine = [todo[place] for place in own_rows(rows, ranks)]
+    labels = list(asked.prompts)
+    shown = ranks.first and output is not None and not asked.watch
+    with AnswerProgress(len(mine), shown) as progress, _following(job, loaded, mine) as follow:
+
+        def arrived(place: int, answered: Any) -> None:
+            if output is not None:
+                output.add(mine[place], job.record(mine[place], answered))
+            if printer is not None and not printer.wait:
+                printer.add(mine[place], answered)
+            progress.answered(len(answered.token_ids))
+
+        def sample(_: list[str]) -> list[Any]:
+            encoded, called = [job.encoded[row] for row in mine], [labels[row] for row in mine]
+            size = 1 if asked.watch else asked.batch_size
+            return (fill if asked.infill else answer)(loaded, encoded, called, asked.seed, size, follow, arrived)
+
+        return dict(zip(todo, divide_rows(rows, ranks, sample, loaded.together), strict=True))
+
+
+@contextmanager
+def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Callable[[Any], None] | None]:
+    """Give what the terminal and the trace do with an event; write the trace in the end, of an error too."""
+    asked = job.asked
+    if not (asked.watch or asked.trace):
+        yield None
+        return
+    titles = [job.titles[row] for row in rows]
+    trace = trace_for(loaded, titles, checkpoint=job.plan.name, seed=asked.seed)
+    events = 0
+    headings = dict(enumerate(titles)) if len(job.rows) > 1 else {}
+    with watcher(loaded, titles=headings) if asked.watch else nullcontext() as draw:
+
+        def follow(event: Any) -> None:
+            nonlocal events
+            events += 1
+            if draw is not None:
+                draw(event)
+            trace(event)
+
+        try:
+            yield follow
+        finally:
+            if asked.trace and events:
+                trace.write(Path(asked.trace))
+    if asked.trace and events:
+        print(f"wrote {asked.trace}")
+
+
+class Printer:
+    """Prints answers in the order of their prompts, each as soon as all before it are printed.
+
+    Args:
+        titles: what to print above each answer; above a single one nothing.
+        wait: whether the answers are to come when all are there.
+    """
+
+    def __init__(self, titles: Sequence[str], wait: bool) -> None:
+        self.titles, self.wait = titles, wait
+        self._ready: dict[int, Any] = {}
+        self._next = 0
+
+    def add(self, row: int, answered: Generation | Infill) -> None:
+        """Take an answer, and print those whose turn it is."""
+        self._ready[row] = answered
+        while self._next in self._ready:
+            self._print(self._next)
+            self._next += 1
+
+    def close(self) -> None:
+        """Print what still waited for others, which an interrupted run does not have."""
+        for row in sorted(self._ready):
+            self._print(row)
+
+    def _print(self, row: int) -> None:
+        answered = self._ready.pop(row)
+        text = printable(answered.text) if sys.stdout.isatty() else answered.text
+        note = unanswered_note(answered.text, getattr(answered, "reasoning", None))  # texts filled in have none
+        if note:
+            print(f"{self.titles[row]}: {note}", file=sys.stderr)
+        print(f"> {self.titles[row]}\n{text}\n" if len(self.titles) > 1 else text, flush=True)
+
+
+class AnswerFile:
+    """The output of one job.
+
+    Args:
+        path: where the records go.
+        rows: a text for each record, in their order, equal where the tokens asked for are.
+        identity: what decides the answers beside the rows.
+        ranks: the processes that share the job; all of them make one.
+
+    Raises:
+        ConfigError: `FILE.part` is of another job.
+        CheckpointError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[str], identity: Mapping[str, Any], ranks: Ranks) -> None:
+        self.path, self.rows, self.ranks = path, rows, ranks
+        self._file = self._part(ranks.rank)
+        kept: list[Record] = []
+        problem: Exception | None = None
+        if ranks.first:
+            others = sorted(set(path.parent.glob(f"{escape(path.name)}.part?*")) - {self._part(0)})
+            others = [file for file in others if file.suffix.removeprefix(".part").isdigit()]
+            try:
+                kept = resume_records(self._part(0), _FIRST_LINE, self._identity(identity), self._units(), others)
+            except Exception as error:  # the other ranks wait, and must hear of it
+                problem = error
+        kept, problem = ranks.gather((kept, problem))[0]
+        if problem is not None:
+            raise problem
+        self.kept = {record["row"]: record for record in kept}
+        if not ranks.first:
+            write_lines(self._file, [json.dumps({_FIRST_LINE: self._identity(identity)}, ensure_ascii=False)])
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the prompts that have no answer yet."""
+        return [row for row in range(len(self.rows)) if row not in self.kept]
+
+    def add(self, row: int, record: Mapping[str, Any]) -> None:
+        """Write an answer down; raises CheckpointError."""
+        append_records(self._file, [{"row": row, **record}])
+
+    def finish(self, records: Mapping[int, Mapping[str, Any]]) -> None:
+        """Write the file, of the answers that were there and those of this run; raises CheckpointError."""
+        if self.ranks.first:
+            found = {**self.kept, **{row: {"row": row, **record} for row, record in records.items()}}
+            write_lines(self.path, [as_line(found[row]) for row in range(len(self.rows))])
+        self.ranks.gather(None)  # a part is needed until the file is there
+        self._file.unlink(missing_ok=True)
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.part{rank or ''}")
+
+    def _identity(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        return {**identity, "prompts": sha256("\n".join(self.rows).encode()).hexdigest()[:16]}
+
+    def _units(self) -> list[list[int]]:
+        """Return equal rows together: what is drawn for one depends on how often it came before."""
+        units: dict[str, list[int]] = {}
+        for row, text in enumerate(self.rows):
+            units.setdefault(text, []).append(row)
+        return list(units.values())
+
+
+def record_of(prompt: Any, answer: Generation | Infill, sampler: Mapping[str, Any], seed: int) -> Record:
+    """Return what is kept of an answer.
+
+    Args:
+        prompt: what was asked, as in `generate` or `infill`.
+        answer: what came out.
+        sampler: the settings in force, and under `approximations` what of them is not computed by full forwards.
+        seed: of the draws.
+    """
+    made: Record = {"text": answer.text, "token_ids": answer.token_ids}
+    if isinstance(answer, Infill):
+        made |= {"fills": answer.fills, "fill_ids": answer.fill_ids, "log_likelihood": answer.log_likelihood}
+    else:
+        made |= {"reasoning": answer.reasoning, "finish_reason": answer.finish_reason}
+    return {
+        "prompt": prompt,
+        **made,
+        "seed": seed,
+        "sampler": dict(sampler),
+        "nfe": answer.stats.nfe,
+        "tokens_per_forward": round(answer.stats.tokens_per_forward, 3),
+        "tokens_per_second": round(answer.stats.tokens_per_second, 3),
+    }
