@@ -146,7 +146,7 @@ def test_a_checkpoint_that_would_not_load_is_refused_without_reading_it(
     def unread(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(weights, "read_tensors", unread)
+    monkeypatch.setattr(weights, "_read", unread)
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     values = tiny.config(tmp_path / "run", model={"pretrained_model_name_or_path": str(folder)})
     command = ["train", "-c", str(tiny.write(tmp_path / "run.yaml", values)), "--dry-run"]

@@ -14,8 +14,6 @@ from unmask.sampling.family_settings import approximation_note
 from unmask.sampling.settings import default_settings, resolve
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from unmask.data.loader import ValidationSet
     from unmask.data.sources import Rows
     from unmask.training.loop import TrainingRun
@@ -35,9 +33,10 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
     import transformers
 
     import unmask
+    from unmask.distributed.shard import whole_view
     from unmask.models.lora.quantized import packed_elements
 
-    sizes = [(_whole_size(run, name, p), p.requires_grad) for name, p in run.model.named_parameters()]
+    sizes = [(whole_view(p, run.runtime.meshes).numel(), p.requires_grad) for p in run.model.parameters()]
     total = sum(size for size, _ in sizes) + packed_elements(run.model)
     trainable = sum(size for size, trained in sizes if trained)
     say = run.progress.say
@@ -120,15 +119,6 @@ def _processor() -> str:
 def _place(run: TrainingRun) -> str:
     device, processes = run.runtime.device, run.runtime.ranks.size
     return str(device) if processes == 1 else f"{processes} processes ({device.type})"
-
-
-def _whole_size(run: TrainingRun, name: str, parameter: nn.Parameter) -> int:
-    """Return how many numbers a parameter has over all ranks."""
-    if run.runtime.meshes is None:
-        return parameter.numel()
-    from unmask.distributed.shard import whole_view
-
-    return whole_view(name, parameter, run.model, run.runtime.meshes).numel()
 
 
 def changes(config: RunConfig, start: ResumePoint) -> list[str]:

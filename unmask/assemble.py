@@ -55,8 +55,9 @@ def assemble(
     from unmask.report.progress import TrainingProgress
     from unmask.rng import NoiseStream
     from unmask.training.loop import TrainingRun
-    from unmask.training.network import build_network
+    from unmask.training.network import build_network, restore
     from unmask.training.resume import ResumeParts, resume
+    from unmask.training.saver import Saver, files_beside
 
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     parts = build_parts(prepared, runtime.ranks)
@@ -64,14 +65,17 @@ def assemble(
     validation = _validation_set(prepared, parts)
     measures = [] if validation is None else [_measure_loss(prepared, validation, runtime)]
     validators = _validators(prepared, parts, runtime, root, [*measures, *extra_validators(parts)])
-    network = build_network(_network_settings(prepared, parts, root), runtime)
+    network = build_network(_network_settings(prepared), runtime)
     identity = run_identity(prepared)
     start = resume(
         root,
         config.checkpoint,
         identity,
-        ResumeParts(parts.loader, network.restore, (root / FILE, root / SAMPLES), runtime.ranks),
+        ResumeParts(parts.loader, partial(restore, network), (root / FILE, root / SAMPLES), runtime.ranks),
     )
+    beside = {}
+    if runtime.ranks.first:
+        beside = files_beside(network, parts.tokenizer, parts.template.source, dump_config(config))
     run = TrainingRun(
         root=root,
         model=network.model,
@@ -87,7 +91,7 @@ def assemble(
         max_norm=config.clip_grad_norm.max_norm,
         checkpoint=config.checkpoint,
         identity=identity,
-        saver=network.saver(start.folder),
+        saver=Saver(root, config.checkpoint, network, runtime.ranks, beside, start.folder),
         validators=validators,
         metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
         progress=TrainingProgress(total_steps, start.step, console),
@@ -99,7 +103,7 @@ def assemble(
     return run, start
 
 
-def _network_settings(prepared: Prepared, parts: Parts, root: Path) -> NetworkSettings:
+def _network_settings(prepared: Prepared) -> NetworkSettings:
     from unmask.training.network import NetworkSettings
 
     config = prepared.config
@@ -110,12 +114,7 @@ def _network_settings(prepared: Prepared, parts: Parts, root: Path) -> NetworkSe
         freeze_router=bool(config.dllm.freeze_router),
         distributed=config.distributed,
         optimizer=config.optimizer,
-        checkpoint=config.checkpoint,
         seed=config.seed,
-        root=root,
-        tokenizer=parts.tokenizer,
-        template=parts.template.source,
-        run_config=dump_config(config),
     )
 
 

@@ -21,7 +21,7 @@ import unmask.data.collate
 import unmask.report.plots
 import unmask.training.loop
 import unmask.training.network
-import unmask.training.sharded_saver  # noqa: F401
+import unmask.training.saver  # noqa: F401
 
 # A curve takes longer to draw than these runs to train, and has tests of its own.
 unmask.report.plots.plot_runs = lambda *_, **__: None
@@ -122,9 +122,9 @@ def collectives(_: Any = None) -> dict[str, Any]:
 
 def train_with_slow_copies(values: dict[str, Any], seconds: float) -> str:
     """As `train`; the thread that saves comes late to its copy of the weights."""
-    from unmask.training import sharded_saver
+    from unmask.training import saver
 
-    sharded_saver._device_is_ready = lambda: lambda: time.sleep(seconds)
+    saver._device_is_ready = lambda: lambda: time.sleep(seconds)
     return train(values)
 
 
@@ -140,7 +140,7 @@ def load_peak(folder: str, trained: bool) -> dict[str, int]:
     from unmask.distributed.mesh import Degrees
     from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
-    from unmask.training.sharded_model import build_shared
+    from unmask.training.network import build_network
 
     def anonymous() -> int:  # pages of mapped files are the system's to drop
         with open("/proc/self/status") as status:
@@ -161,7 +161,7 @@ def load_peak(folder: str, trained: bool) -> dict[str, int]:
     thread.start()
     plan = plan_folder(folder, "x")
     if trained:
-        model = build_shared(plan, "float32", None, DistributedConfig(), runtime, 0).model
+        model = build_network(network_settings(plan, DistributedConfig()), runtime).model
     else:
         model = load_shared(plan, None, runtime.device, None, runtime.ranks)
     done.set()
@@ -246,16 +246,30 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     return {**received, "shard": size(built[0].model.parameters()), "optimizer": size(moments)}
 
 
-def rewrite(source: str, target: str, experts: int) -> list[str]:
-    """Load a checkpoint in shards and write it again as a plain folder; return the files that this rank wrote."""
+def network_settings(plan: Any, section: Any) -> Any:
+    """Return the settings of a network in fp32 that is trained whole."""
+    from unmask.config.training import OptimizerConfig
+    from unmask.training.network import NetworkSettings
+
+    return NetworkSettings(plan, "float32", None, False, section, OptimizerConfig(), 0)
+
+
+def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
+    """Load a checkpoint in shards and save it again, in files of at most 20 kB."""
+    from functools import partial
+
     from unmask.config.distributed import DistributedConfig
+    from unmask.config.results import CheckpointConfig
     from unmask.distributed.mesh import Degrees
     from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
-    from unmask.training.sharded_model import build_shared
-    from unmask.training.sharded_plain import write_plain
+    from unmask.training import saver
+    from unmask.training.network import build_network
 
+    saver.SHARD_BYTES, saver.save_weights = 20_000, partial(saver.save_weights, shard_bytes=20_000)
     section = DistributedConfig(device="cpu", ep_size=experts)
     runtime = build_runtime(section, Degrees(int(os.environ["WORLD_SIZE"]), 1, experts))
-    network = build_shared(plan_folder(source, "x"), "float32", None, section, runtime, 0)
-    return [path.name for path in write_plain(network, runtime.ranks, Path(target), 20_000)]
+    network = build_network(network_settings(plan_folder(source, "x"), section), runtime)
+    made = saver.Saver(Path(root), CheckpointConfig(save_consolidated=consolidated), network, runtime.ranks, {}, None)
+    made.save(1, {}, last=False)
+    made.settle()

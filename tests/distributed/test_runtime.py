@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unmask.config.distributed import DistributedConfig
-from unmask.distributed.runtime import build_runtime, pick_device, prepare_model
+from unmask.distributed.runtime import build_runtime, pick_device, set_switches
 from unmask.errors import ConfigError
 
 
@@ -34,13 +34,13 @@ def test_autocast_computes_in_bf16_and_only_there() -> None:
         assert runtime.memory_gib() > 0.01
 
 
-def test_the_model_is_placed_and_switched() -> None:
+def test_checkpointing_is_switched() -> None:
     class Layer(nn.Module):
         activation_checkpointing = False
 
-    model = nn.Sequential(Layer(), nn.Linear(2, 2)).eval()
+    model = nn.Sequential(Layer(), nn.Linear(2, 2))
     section = DistributedConfig(activation_checkpointing=True, device="cpu")
-    assert prepare_model(model, section, build_runtime(section)).training
+    set_switches(model, section, build_runtime(section))
     assert model[0].activation_checkpointing is True
 
 
@@ -58,11 +58,11 @@ def test_the_attention_kernel_is_set_or_refused(monkeypatch: pytest.MonkeyPatch)
 
     model, section = nn.Sequential(Layer()), DistributedConfig(attention="flex", device="cpu")
     with pytest.raises(ConfigError, match=r"distributed\.attention: flex needs a CUDA.* on cpu; set attention: sdpa"):
-        prepare_model(model, section, build_runtime(section))
+        set_switches(model, section, build_runtime(section))
     monkeypatch.setattr("unmask.distributed.runtime.flex_available", lambda device: True)
-    prepare_model(model, section, build_runtime(section))
+    set_switches(model, section, build_runtime(section))
     assert model[0].attention_kernel == "flex"
-    prepare_model(model, DistributedConfig(device="cpu"), build_runtime(section))
+    set_switches(model, DistributedConfig(device="cpu"), build_runtime(section))
     assert model[0].attention_kernel == "sdpa"
 
 
@@ -72,7 +72,7 @@ def test_blocks_are_compiled_or_it_is_refused(monkeypatch: pytest.MonkeyPatch, f
     section = DistributedConfig(compile=True, device="cpu")
     model = load_model(str(fixtures / "llada_tiny"), "float32")
     with pytest.raises(ConfigError, match=r"distributed\.compile: needs a CUDA device with Triton.* on cpu; set false"):
-        prepare_model(model, section, build_runtime(section))
+        set_switches(model, section, build_runtime(section))
     plain = model(torch.arange(12)[None])
     names = list(model.state_dict())
     compiled: list[Callable[..., Any]] = []
@@ -82,9 +82,9 @@ def test_blocks_are_compiled_or_it_is_refused(monkeypatch: pytest.MonkeyPatch, f
 
     monkeypatch.setattr("unmask.distributed.runtime.compiles_on", lambda device: True)
     monkeypatch.setattr(torch, "compile", counted)
-    prepare_model(model, section, build_runtime(section))
+    set_switches(model, section, build_runtime(section))
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(torch.arange(12)[None]), plain)
     assert len(compiled) == model.config.n_layers  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ConfigError, match="does not compile the experts of this network; set false"):
-        prepare_model(load_model(str(fixtures / "diffusion_gemma_step")), section, build_runtime(section))
+        set_switches(load_model(str(fixtures / "diffusion_gemma_step")), section, build_runtime(section))

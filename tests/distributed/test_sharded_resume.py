@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 import unmask
 from unmask.cli import main
-from unmask.models.sharded_folder import load_alone, stored_sizes
+from unmask.models.folders import stored_tensors
+from unmask.models.weights import read_tensors
 from unmask.report.metrics import read_metrics
 
 Train = Callable[..., Any]
+PART = "shard-00002-model-00001-of-00001.safetensors"
 ADAPTER = {"r": 4, "target_modules": ["*.q_proj", "*.ff_out"]}
 
 
@@ -96,11 +98,11 @@ def test_as_many_ranks_as_before_is_exact(tiny, run_ranks, two_ranks: Path, tmp_
 
 def test_a_torn_one_is_refused_and_the_one_before_used(tiny, run_ranks, two_ranks: Path, tmp_path: Path) -> None:
     root = copied(two_ranks, tmp_path / "run")
-    shard = root / "step_2" / "sharded" / "__1_0.distcp"
+    shard = root / "step_2" / "sharded" / PART
     shard.write_bytes(shard.read_bytes()[:-1])
     run_ranks(2, "train", settings(tiny, root, 3))
     started = [event for event in read_metrics(root / "metrics.jsonl") if event["event"] == "run"][-1]
-    assert started["resumed_from"] == "step_1" and "step_2 is torn: sharded/__1_0.distcp" in started["refused"][0]
+    assert started["resumed_from"] == "step_1" and f"step_2 is torn: sharded/{PART}" in started["refused"][0]
     assert list(losses(root)) == [1, 2, 3]
 
 
@@ -117,16 +119,14 @@ def test_a_checkpoint_says_how_long_it_held_training_up(two_ranks: Path) -> None
     assert [event["folder"] for event in saved] == ["step_1", "step_2"]
     assert all(0 < event["pause_seconds"] <= event["seconds"] for event in saved)
     manifest = json.loads((two_ranks / "step_2" / "manifest.json").read_text())
-    assert {"sharded/.metadata", "sharded/__0_0.distcp", "sharded/__1_0.distcp", "config.json"} <= set(
-        manifest["files"]
-    )
+    parts = {f"{folder}sharded/shard-0000{rank}-model-00001-of-00001.safetensors" for folder in ("", "optimizer/")
+             for rank in (1, 2)}  # fmt: skip
+    assert {path for path in manifest["files"] if path.endswith(".safetensors")} == parts
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint of several ranks holds, moments included."""
-    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in stored_sizes(folder).items()}
-    load_alone(tensors, folder)
-    return tensors
+    return {**dict(read_tensors(folder)), **dict(read_tensors(folder / "optimizer"))}
 
 
 def test_an_update_waits_for_the_copy_of_what_it_changes(tiny, run_ranks, two_ranks: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_an_adapter_goes_from_two_ranks_to_one_and_back(
     train_tiny(adapted(alone, 3))
     run_ranks(2, "train", adapted(shared, 1))
     assert not {"model.safetensors", "config.json"} & {path.name for path in (shared / "step_1").iterdir()}
-    assert all(".lora_" in name for name in stored_sizes(shared / "step_1"))
+    assert all(".lora_" in name for name in stored_tensors(shared / "step_1" / "optimizer"))
     train_tiny(adapted(shared, 2))
     run_ranks(2, "train", adapted(shared, 3))
     assert_close(losses(shared), losses(alone))

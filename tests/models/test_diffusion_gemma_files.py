@@ -19,10 +19,10 @@ from unmask.errors import ModelError
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.family import FAMILY
 from unmask.models.diffusion_gemma.model import DiffusionGemma
-from unmask.models.folders import weight_files
+from unmask.models.folders import stored_tensors
 from unmask.models.loading import build_model, empty_network, load_model
 from unmask.models.registry import plan_folder, plan_model
-from unmask.models.weights import carried_tensors, copy_weights, read_slices, read_tensors, save_weights
+from unmask.models.weights import fill, passthrough_tensors, read_slices, read_tensors, save_weights, whole_piece
 from unmask.training.export import export, layer_gaps
 from unmask.training.model_files import save_model
 
@@ -81,7 +81,7 @@ def logits_of(model: Any) -> Tensor:
 def test_what_transformers_wrote_comes_out_again(dtype: torch.dtype, shards: str, gemma_reference, tmp_path) -> None:
     theirs = gemma_reference(seed=3).to(dtype)
     theirs.save_pretrained(tmp_path / "in", max_shard_size=shards)
-    assert (len(set(weight_files(tmp_path / "in").values())) > 3) == (shards == "20KB")
+    assert (len({entry.chunks[0].file for entry in stored_tensors(tmp_path / "in").values()}) > 3) == (shards == "20KB")
     assert export(str(tmp_path / "in"), tmp_path / "out") == [
         f"{tmp_path / 'in'} has no tokenizer, so the exported folder has none either"
     ]
@@ -103,7 +103,7 @@ def test_what_transformers_wrote_comes_out_again(dtype: torch.dtype, shards: str
 def test_large_checkpoints_come_out_in_shards(checkpoint: Path, gemma_reference, tmp_path: Path) -> None:
     plan = plan_folder(str(checkpoint), "checkpoint")
     model = build_model(plan, None)
-    tensors = chain(model.state_dict().items(), carried_tensors(plan.folder, FAMILY.files))
+    tensors = chain(model.state_dict().items(), passthrough_tensors(plan.folder, FAMILY.files))
     written = save_weights(tensors, tmp_path, shard_bytes=20_000)
     assert len(written) > 4 and written[-1].name == "model.safetensors.index.json"
     shutil.copy(checkpoint / "config.json", tmp_path)
@@ -158,7 +158,7 @@ def test_training_changes_the_text_part_and_nothing_else(checkpoint: Path, tmp_p
     # As a run that resumes does it: into parameters that an optimizer holds.
     other = build_model(plan, None)
     held = {name: parameter for name, parameter in other.named_parameters()}
-    copy_weights(other, tmp_path, FAMILY.files)
+    fill(((key, whole_piece(tensor)) for key, tensor in other.state_dict().items()), tmp_path, FAMILY.files)
     assert all(held[name] is parameter for name, parameter in other.named_parameters())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
 

@@ -224,15 +224,6 @@ def test_a_change_of_any_tensor_changes_the_fingerprint_and_the_place_does_not(t
     assert weights_fingerprint(tmp_path / "two") != whole
 
 
-def test_shards_of_ranks_are_sampled_throughout(tmp_path: Path) -> None:
-    (tmp_path / "sharded").mkdir()
-    shard = tmp_path / "sharded" / "__0_0.distcp"
-    shard.write_bytes(bytes(2**20))
-    whole = weights_fingerprint(tmp_path)
-    shard.write_bytes(bytes(2**19) + b"1" * 2**18 + bytes(2**18))
-    assert weights_fingerprint(tmp_path) != whole
-
-
 def test_the_same_adapter_of_another_scale_is_another_contestant(tmp_path: Path) -> None:
     save_file({"a": np.ones(4, dtype=np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
 from unmask.models import weights
-from unmask.models.folders import weight_files
+from unmask.models.folders import stored_tensors
 from unmask.models.loading import build_model, empty_network, load_model
 from unmask.models.registry import plan_folder, plan_model
-from unmask.models.weights import check_tensors, copy_weights, load_weights, read_tensors, save_weights
+from unmask.models.weights import check_tensors, fill, load_weights, read_tensors, save_weights, whole_piece
 
 QUERY = "model.transformer.blocks.1.q_proj.weight"
 
@@ -43,6 +44,10 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return sorted(left) == sorted(right) and all(
         left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
     )
+
+
+def files_of(folder: Path) -> set[Path]:
+    return {chunk.file for stored in stored_tensors(folder).values() for chunk in stored.chunks}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,28 +109,30 @@ def test_load_never_holds_two_copies(state: dict[str, Tensor], folder: Path, mon
     alive: list[int] = []
     live: set[str] = set()
 
-    def watched(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in read_tensors(path, wanted):
+    original = weights._read
+
+    def watched(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in original(*arguments):
             live.add(key)
             weakref.finalize(tensor, live.discard, key)
             alive.append(len(live))
             yield key, tensor
             del tensor
 
-    monkeypatch.setattr(weights, "read_tensors", watched)
+    monkeypatch.setattr(weights, "_read", watched)
     model = build_model(plan_folder(str(folder), "x"), "bfloat16")
     # One being copied, and the one before it while the generators hand over.
     assert len(alive) == len(state) and max(alive) <= 2
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_copy_weights_keeps_the_parameters_that_an_optimizer_holds(
+def test_filling_keeps_the_parameters_that_an_optimizer_holds(
     state: dict, folder: Path, reference_folder: Path
 ) -> None:
     save_weights(((key, tensor + 1) for key, tensor in state.items()), folder)
     model = load_model(str(reference_folder))
     held = dict(model.named_parameters())
-    copy_weights(model, folder)
+    fill(((key, whole_piece(tensor)) for key, tensor in model.state_dict().items()), folder)
     assert all(held[name] is parameter for name, parameter in model.named_parameters())
     assert torch.equal(held[QUERY], state[QUERY] + 1)
 
@@ -211,7 +218,7 @@ def test_damaged_shards_and_indexes_are_named(state: dict[str, Tensor], folder: 
 def test_a_single_file_wins_over_an_index_as_in_transformers(state: dict[str, Tensor], folder: Path) -> None:
     save_weights(state.items(), folder, 200_000)
     save_weights(state.items(), folder)
-    assert set(weight_files(folder).values()) == {folder / "model.safetensors"}
+    assert files_of(folder) == {folder / "model.safetensors"}
 
 
 def test_a_failed_save_leaves_nothing_behind(state: dict[str, Tensor], folder: Path) -> None:

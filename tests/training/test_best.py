@@ -157,14 +157,14 @@ def test_a_disk_that_fills_up_leaves_the_best_as_it_was(
 ) -> None:
     from unmask.training import saver
 
-    original = saver.save_optimizer
+    original = saver.save_weights
 
-    def full(model: Any, optimizer: Any, folder: Path) -> None:
+    def full(tensors: Any, folder: Path) -> None:
         if (tmp_path / "step_2").exists():
             raise OSError(28, "No space left on device")
-        original(model, optimizer, folder)
+        original(tensors, folder)
 
-    monkeypatch.setattr(saver, "save_optimizer", full)
+    monkeypatch.setattr(saver, "save_weights", full)
     with pytest.raises(CheckpointError, match="step_4"):
         train_tiny(config(tiny, tmp_path), extra_validators=scripted(LOSSES))
     assert os.readlink(tmp_path / "best") == "step_2"

@@ -27,7 +27,7 @@ Train = Callable[..., Any]
 SERVER = """
 import json, os, signal, sys
 import matplotlib.pyplot, torch._dynamo, unmask.assemble, unmask.data.chat, unmask.data.loader
-import unmask.training.loop, unmask.training.network, unmask.training.resume
+import unmask.training.loop, unmask.training.resume, unmask.training.saver
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmask.cli import main
 from unmask.training import checkpoint
@@ -260,11 +260,11 @@ def test_a_torn_checkpoint_is_named_and_the_previous_one_used(tiny, train_tiny: 
     values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
     whole = train_tiny(values)
     for step in (4, 6):
-        path = tmp_path / f"step_{step}" / "optimizer.safetensors"
+        path = tmp_path / f"step_{step}" / "optimizer" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
     again = train_tiny(values)
-    assert "refused: step_6 is torn: optimizer.safetensors" in again.output
-    assert "refused: step_4 is torn: optimizer.safetensors" in again.output
+    assert "refused: step_6 is torn: optimizer/model.safetensors" in again.output
+    assert "refused: step_4 is torn: optimizer/model.safetensors" in again.output
     assert "step_2 after step 2 of 6" in again.output
     assert again.losses == whole.losses
     for folder in checkpoints(tmp_path):
@@ -353,7 +353,7 @@ def test_a_resume_cuts_what_later_steps_left_out(tiny, train_tiny: Train, tmp_pa
     values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2, dataset__truncation=False)
     whole = train_tiny(values)
     assert [event["event"] for event in whole.events][-2:] == ["data", "end"]
-    path = tmp_path / "step_6" / "optimizer.safetensors"
+    path = tmp_path / "step_6" / "optimizer" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     again = train_tiny(values)
     assert [event["step"] for event in again.events if event["event"] == "data"] == [6]

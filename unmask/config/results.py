@@ -63,8 +63,9 @@ class CheckpointConfig:
         enabled: false writes logs only and cannot resume
         checkpoint_dir: the run directory; a run that finds checkpoints there goes on from the newest whole one
         max_recent_checkpoints: older ones are removed after each save, the best one aside; null keeps all
-        save_consolidated: with several processes, which checkpoints are plain Hugging Face folders too: none (false),
-            the one at the run's end (`final`) or all (`every`, true); one process writes nothing else
+        save_consolidated: with several processes, which checkpoints hold their weights as a plain Hugging Face folder
+            instead of a file from each process: none (false), the one at the run's end (`final`) or all (`every`,
+            true); one process writes nothing else
         best_metric: `validation_loss` (least) or `exact_match` (most): the checkpoint of the best evaluation by it is
             saved, kept, and linked as `best`; null compares nothing
     """

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from unmask.config.distributed import DistributedConfig
 from unmask.distributed.joint_calls import JointCalls
-from unmask.distributed.load import adapter_tensors, allocate, load_folder, load_tensors, whole_adapter
+from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
 from unmask.distributed.mesh import Degrees, build_meshes
 from unmask.distributed.ranks import Ranks
-from unmask.distributed.shard import shard_model
+from unmask.distributed.shard import pieces, shard_model
 from unmask.errors import ConfigError
-from unmask.models.folders import find_adapter, is_plain, read_generation, weight_files
+from unmask.models.folders import find_adapter, read_generation
 from unmask.models.loading import apply_adapter, empty_network, load_model
 from unmask.models.lora.files import read_adapter
 from unmask.models.registry import ModelPlan, plan_folder
-from unmask.models.sharded_folder import MODEL, stored_sizes
+from unmask.models.weights import base_tensors, fill, set_dtypes
 
 
 def load_for_answers(
@@ -58,7 +56,7 @@ def load_shared(
     assert plan.folder is not None
     with torch.device("meta"):
         model = empty_network(plan.family, plan.config)
-    model = _in_dtype(model, plan.folder, dtype)
+    model = set_dtypes(model, plan.folder, None if dtype is None else getattr(torch, dtype))
     whole = None
     if adapter is not None:
         apply_adapter(model, adapter)
@@ -68,35 +66,8 @@ def load_shared(
     meshes = build_meshes(Degrees(ranks.size), device.type)
     shard_model(model, DistributedConfig(), meshes)
     allocate(model, device, ranks, "use more processes")
-    load_folder(model, meshes, plan.folder, plan.family.files)
+    fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
     if whole is not None:
         load_tensors(model, meshes, adapter_tensors(whole))
     model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
     return model.eval()
-
-
-def _in_dtype(model: nn.Module, folder: Path, dtype: str | None) -> nn.Module:
-    """Return a network on the meta device with every tensor in a dtype, or in that of its file."""
-    if dtype is not None:
-        return model.to(getattr(torch, dtype))
-    own = model.state_dict()
-    for key, kind in _stored_dtypes(folder):
-        if key in own:
-            model.load_state_dict({key: own[key].to(kind)}, strict=False, assign=True)
-    return model
-
-
-def _stored_dtypes(folder: Path) -> Iterator[tuple[str, torch.dtype]]:
-    if not is_plain(folder):
-        yield from ((key.removeprefix(MODEL), kind) for key, (_, kind) in stored_sizes(folder).items())
-        return
-    from safetensors import safe_open
-
-    by_file: dict[Path, list[str]] = {}
-    for key, file in weight_files(folder).items():
-        by_file.setdefault(file, []).append(key)
-    for file, keys in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for key in keys:
-                stored = opened.get_slice(key)
-                yield key, (stored[:0] if stored.get_shape() else stored[...]).dtype

@@ -175,9 +175,3 @@ def compile_blocks(stack: nn.Module) -> None:
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
                 block.forward = torch.compile(block.forward)
-
-
-def prepare_model(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> nn.Module:
-    """Place a whole network on the device of a run and set its switches; raises ConfigError as `set_switches`."""
-    set_switches(model, section, runtime)
-    return model.to(runtime.device).train()

@@ -29,6 +29,7 @@ from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.distributed.expert import expert_dispatch, narrow_experts
 from unmask.distributed.mesh import Meshes
 from unmask.models.registry import family_of
+from unmask.models.weights import Piece, whole_piece
 
 
 def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
@@ -112,43 +113,30 @@ def _offload(section: DistributedConfig) -> OffloadPolicy:
     return OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rank's part of one named tensor of the whole network.
-
-    Attributes:
-        local: the part itself, sharing memory with the network; may be empty.
-        shape: shape of the whole tensor.
-        place: where the part lies in it, a slice a dimension.
-    """
-
-    local: Tensor
-    shape: torch.Size
-    place: tuple[slice, ...]
+def pieces(model: nn.Module, meshes: Meshes | None) -> Iterator[tuple[str, Piece]]:
+    """Yield (state-dict key, this rank's piece) of every parameter and buffer that is saved."""
+    return ((name, piece(tensor, meshes)) for name, tensor in model.state_dict().items())
 
 
-def pieces(model: nn.Module, meshes: Meshes) -> Iterator[tuple[str, Piece]]:
-    """Yield (state-dict key, piece) of every parameter and buffer that is saved."""
-    for name, tensor in model.state_dict().items():
-        whole = whole_view(name, tensor, model, meshes)
-        if isinstance(whole, DTensor):
-            yield name, Piece(whole.to_local(), whole.shape, _place(whole))
-        else:
-            yield name, Piece(whole, whole.shape, tuple(slice(0, length) for length in whole.shape))
+def piece(tensor: Tensor, meshes: Meshes | None) -> Piece:
+    """Return what this rank holds of a tensor of the network or its optimizer."""
+    whole = whole_view(tensor, meshes)
+    if not isinstance(whole, DTensor):
+        return whole_piece(whole)
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+    place = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+    return Piece(whole.to_local(), whole.shape, place)
 
 
-def _place(tensor: DTensor) -> tuple[slice, ...]:
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
-
-
-def whole_view(name: str, tensor: Tensor, model: nn.Module, meshes: Meshes) -> Tensor:
-    """Return a tensor of the network (or of its optimizer, by the parameter's name) as a part of the whole network's.
+def whole_view(tensor: Tensor, meshes: Meshes | None) -> Tensor:
+    """Return a tensor of the network or its optimizer as this rank's part of the whole network's.
 
     FSDP2's own DTensor says the same for everything but experts under expert parallelism, of which it sees only those
     that this rank's neighbours do not have: their tensor becomes one over all experts, sharing the memory.
     """
-    if meshes.experts is None or not isinstance(tensor, DTensor) or tensor.device_mesh != meshes.experts_data:
+    if meshes is None or meshes.experts is None:
+        return tensor
+    if not isinstance(tensor, DTensor) or tensor.device_mesh != meshes.experts_data:
         return tensor
     shape = torch.Size((tensor.shape[0] * meshes.degrees.experts, *tensor.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from unmask.errors import ModelError
 
@@ -15,9 +19,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SHARDED = "sharded"  # folder of a checkpoint that several ranks have written, each its shards
+SHARDED = "sharded"  # folder of files that each hold one rank's parts of tensors
 _SAMPLE = 2**12  # bytes read at the start, middle and end of each tensor
-_STRIDE = 2**18  # bytes between two samples of a file whose tensors are not listed
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
 _LIGHT = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.jinja",
@@ -116,54 +119,131 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def is_plain(folder: Path) -> bool:
-    """Say whether a folder's weights are to be read as safetensors; else several ranks have written their shards."""
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() or not (folder / SHARDED).is_dir()
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a tensor that one safetensors file holds.
+
+    Attributes:
+        file: that file.
+        offset: where the part begins in the whole tensor.
+        shape: of the part.
+    """
+
+    file: Path
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each stored tensor by key, after checking that every file is whole.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a folder holds it, from the headers of its files.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: safetensors' name, such as `BF16`.
+        chunks: its parts, which do not overlap: one, or one from each rank that saved a part.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a folder by key, after checking that all files are there and whole. Reads headers alone.
+
+    The folder is one that transformers reads (`model.safetensors`, or several files and their index), or it has a
+    folder `sharded` of the files that each rank of a run has written (torch's HuggingFaceStorageWriter).
 
     Raises:
-        ModelError: no safetensors in the folder, a shard missing, a file cut short, or an index that disagrees.
+        ModelError: no safetensors in the folder, a file missing or cut short, an index that disagrees, a tensor of
+            which a part is missing.
     """
     if (folder / WEIGHTS).is_file():  # first, as transformers does
-        return dict.fromkeys(_keys(folder / WEIGHTS), folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        return _indexed_tensors(folder)
+    elif (folder / SHARDED).is_dir():
+        files = sorted((folder / SHARDED).glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"{folder / SHARDED}: no safetensors; an earlier version wrote pickled shards, which are not read: "
+                "export the checkpoint with that version"
+            )
+    else:
         raise ModelError(f"{folder}: not a checkpoint: neither {WEIGHTS} nor {INDEX} is there")
+    parts: dict[str, list[tuple[str, Chunk]]] = {}
+    for file in files:
+        for key, part in _header(file).items():
+            parts.setdefault(key, []).append(part)
+    return {key: _joined(folder, key, entries) for key, entries in parts.items()}
+
+
+def _indexed_tensors(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelError(f"{folder / INDEX}: no weight_map; copy the checkpoint again")
     promised = {(key, str(file)) for key, file in weight_map.items()}
-    stored = {(key, name) for name in sorted({name for _, name in promised}) for key in _keys(folder / name)}
+    headers = {name: _header(folder / name) for name in sorted({name for _, name in promised})}
+    stored = {(key, name) for name, header in headers.items() for key in header}
     if promised != stored:
         odd = min(promised ^ stored)[0]
         raise ModelError(f"{folder / INDEX}: disagrees with its shards about {odd!r}; copy the checkpoint again")
-    return {key: folder / name for key, name in sorted(stored, key=lambda entry: entry[::-1])}
+    return {key: _joined(folder, key, [part]) for header in headers.values() for key, part in header.items()}
+
+
+def _header(file: Path) -> dict[str, tuple[str, Chunk]]:
+    """Return (dtype, part) of each key of a safetensors file."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            # torch.distributed.checkpoint writes here where each part begins; other files hold whole tensors.
+            begins = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            header = {}
+            for key in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(key)
+                shape = tuple(part.get_shape())
+                offset = tuple(begins[key]["saved_offsets"]) if begins else (0,) * len(shape)
+                if len(offset) != len(shape) or not all(isinstance(start, int) and start >= 0 for start in offset):
+                    raise ValueError(f"{key} begins at {offset}")
+                header[key] = part.get_dtype(), Chunk(file, offset, shape)
+            return header
+    except FileNotFoundError:
+        raise ModelError(f"{file}: this shard is missing; copy the checkpoint again") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def _joined(folder: Path, key: str, parts: list[tuple[str, Chunk]]) -> StoredTensor:
+    """Return one tensor from its parts; ModelError when they do not make a whole."""
+    dtypes = {dtype for dtype, _ in parts}
+    chunks = [chunk for _, chunk in parts]
+    ends = [tuple(map(sum, zip(chunk.offset, chunk.shape, strict=True))) for chunk in chunks]
+    shape = tuple(map(max, *ends)) if len(ends) > 1 else ends[0]
+    if len(dtypes) > 1 or len({len(end) for end in ends}) > 1 or sum(prod(c.shape) for c in chunks) != prod(shape):
+        raise ModelError(f"{folder}: the parts of {key!r} do not make a whole; is a file of a rank missing?")
+    filled = tuple(chunk for chunk in chunks if prod(chunk.shape)) or tuple(chunks[:1])
+    return StoredTensor(shape, dtypes.pop(), filled)
 
 
 def weights_fingerprint(folder: Path) -> str:
     """Return a hash that tells one model's weights from another's in little time, wherever the folder lies.
 
     It covers config.json, the name, shape and type of every tensor, and 4 KiB at the start, middle and end of each:
-    what training or merging an adapter changes shows there, whichever tensors it touches. Of shards that ranks have
-    written, whose tensors no header lists, it covers 4 KiB in each 256 KiB.
+    what training or merging an adapter changes shows there, whichever tensors it touches.
 
     Raises:
-        ModelError: as `weight_files`.
+        ModelError: as `stored_tensors`.
     """
     digest = hashlib.blake2b(digest_size=16)
     if (folder / "config.json").is_file():
         digest.update((folder / "config.json").read_bytes())
-    plain = is_plain(folder)
-    for shard in sorted(set(weight_files(folder).values() if plain else (folder / SHARDED).iterdir())):
-        size = shard.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
+    for file in sorted({chunk.file for stored in stored_tensors(folder).values() for chunk in stored.chunks}):
+        digest.update(file.stat().st_size.to_bytes(8, "little"))
         # Without a buffer, which would read on past every sample.
-        with shard.open("rb", buffering=0) as file:
-            for start, end in _tensor_samples(file) if plain else _spread_samples(size):
-                file.seek(start)
-                digest.update(file.read(end - start))
+        with file.open("rb", buffering=0) as opened:
+            for start, end in _samples(opened):
+                opened.seek(start)
+                digest.update(opened.read(end - start))
     return digest.hexdigest()
 
 
@@ -186,7 +266,7 @@ def base_note(adapter: Path, checkpoint: Path) -> str:
     )
 
 
-def _tensor_samples(file: FileIO) -> list[tuple[int, int]]:
+def _samples(file: FileIO) -> list[tuple[int, int]]:
     """Return which bytes of a safetensors file tell it from another: its header and parts of each tensor."""
     data = 8 + int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(data - 8))
@@ -198,20 +278,3 @@ def _tensor_samples(file: FileIO) -> list[tuple[int, int]]:
         else:
             samples += [(data + start, data + start + _SAMPLE) for start in starts]
     return samples
-
-
-def _spread_samples(size: int) -> list[tuple[int, int]]:
-    starts = {*range(0, size, _STRIDE), max(0, size - _SAMPLE)}
-    return [(start, min(start + _SAMPLE, size)) for start in sorted(starts)]
-
-
-def _keys(shard: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(shard, framework="numpy") as file:
-            return list(file.keys())
-    except FileNotFoundError:
-        raise ModelError(f"{shard}: this shard is missing; copy the checkpoint again") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{shard}: not a whole safetensors file ({error}); copy it again") from None

@@ -11,7 +11,7 @@ from typing import Any
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
-from unmask.models.folders import find_folder, is_plain, read_json, weight_files
+from unmask.models.folders import find_folder, read_json, stored_tensors
 
 # model_type of a config.json → the module whose FAMILY describes it. A new family is a folder and a line here. Where
 # two families share a model_type, the one that came later stands under the name of its architecture.
@@ -107,8 +107,8 @@ def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     values = read_json(path)
     family = family_named(values, str(path))
     config = family.parse_config(values, str(path))
-    if (weights or hub_id is None) and is_plain(folder):
-        weight_files(folder)
+    if weights or hub_id is None:
+        stored_tensors(folder)
     return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -14,22 +16,181 @@ from torch import Tensor, nn
 
 from unmask.errors import ModelError
 from unmask.models.family import PLAIN, FileLayout
-from unmask.models.folders import INDEX, WEIGHTS, is_plain, weight_files
-from unmask.models.sharded_folder import read_sharded, stored_shapes
+from unmask.models.folders import INDEX, WEIGHTS, StoredTensor, stored_tensors
 
 SHARD_BYTES = 5 * 10**9
-CARRIED = "carried.safetensors"  # beside the shards of several ranks: what is none of the network's
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+T = TypeVar("T")
+Place = tuple[slice, ...]  # a part of a tensor, a slice a dimension; () is a number, whole
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A process's part of one named tensor of the whole network.
+
+    Attributes:
+        local: the part itself, sharing memory with the network; may be empty.
+        shape: shape of the whole tensor.
+        place: where the part lies in it.
+    """
+
+    local: Tensor
+    shape: torch.Size
+    place: Place
+
+
+def whole_piece(tensor: Tensor) -> Piece:
+    """Return a tensor that this process holds whole."""
+    return Piece(tensor, tensor.shape, tuple(slice(0, length) for length in tensor.shape))
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
-    """Yield every wanted (key, tensor) of a folder, shard by shard; of safetensors at most one is held at a time."""
-    if not is_plain(folder):
-        yield from ((key, tensor) for key, tensor in read_sharded(folder).items() if wanted(key))
-        return
-    for file, keys in _keys_by_file(folder, wanted).items():
-        with safe_open(file, framework="pt") as opened:
+    """Yield every wanted (key, tensor) of a folder, whole, file by file; of each file one tensor is held at a time."""
+    return _read({key: stored for key, stored in stored_tensors(folder).items() if wanted(key)}, {})
+
+
+def read_slices(
+    shapes: Mapping[str, torch.Size], places: Mapping[str, Place], folder: Path, layout: FileLayout = PLAIN
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, slice of the stored tensor) for every key, reading no more than the slices from the disk.
+
+    Args:
+        shapes: of each tensor of the network, whole.
+        places: the wanted slice of each; an empty one is not read and not yielded.
+        folder: a folder with safetensors.
+        layout: what the folder may hold beside the network.
+
+    Raises:
+        ModelError: a key too many or too few, or a shape that does not fit, before anything is read; a tensor that is
+            tied to another and not equal to it. The first one is named.
+    """
+    stored = stored_tensors(folder)
+    own = _check(shapes, stored, folder, layout)
+    tied = {key: layout.tied_to(key) for key in stored if key not in own and not layout.passthrough(key)}
+    wanted = {key: places[owner or key] for key, owner in {**dict.fromkeys(own), **tied}.items()}
+    wanted = {key: place for key, place in wanted.items() if all(side.stop > side.start for side in place)}
+    for key, part in _read({key: stored[key] for key in wanted}, wanted):
+        owner = tied.get(key)
+        if owner is None:
+            yield key, part
+        elif not torch.equal(next(_read({owner: stored[owner]}, {owner: wanted[key]}))[1], part):
+            raise ModelError(
+                f"{folder}: {key} is not equal to {owner}, which it is tied to; this network holds one tensor for "
+                "both, so tie them (transformers: tie_weights) before saving"
+            )
+
+
+def _read(stored: Mapping[str, StoredTensor], places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, part of the tensor), whole without a place. No more files are open than one tensor needs."""
+    by_files: dict[tuple[Path, ...], list[str]] = {}
+    for key, entry in stored.items():
+        by_files.setdefault(tuple(chunk.file for chunk in entry.chunks), []).append(key)
+    for files, keys in by_files.items():
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
             for key in keys:
-                yield key, opened.get_tensor(key)
+                yield key, _assemble(key, stored[key], places.get(key), opened)
+
+
+def _assemble(key: str, stored: StoredTensor, place: Place | None, opened: list[Any]) -> Tensor:
+    """Return a part of a tensor from the chunks that hold some of it."""
+    if len(stored.chunks) == 1:
+        return opened[0].get_tensor(key) if not place else opened[0].get_slice(key)[place]
+    place = place or tuple(slice(0, length) for length in stored.shape)
+    part: Tensor | None = None
+    for chunk, file in zip(stored.chunks, opened, strict=True):
+        ends = [start + length for start, length in zip(chunk.offset, chunk.shape, strict=True)]
+        begin = [max(side.start, start) for side, start in zip(place, chunk.offset, strict=True)]
+        end = [min(side.stop, stop) for side, stop in zip(place, ends, strict=True)]
+        if any(first >= last for first, last in zip(begin, end, strict=True)):
+            continue
+        source = tuple(slice(b - s, e - s) for b, e, s in zip(begin, end, chunk.offset, strict=True))
+        values = file.get_slice(key)[source]
+        if part is None:
+            part = torch.empty([side.stop - side.start for side in place], dtype=values.dtype)
+        part[tuple(slice(b - p.start, e - p.start) for b, e, p in zip(begin, end, place, strict=True))] = values
+    assert part is not None  # the chunks make a whole
+    return part
+
+
+def _check(
+    shapes: Mapping[str, torch.Size], stored: Mapping[str, StoredTensor], folder: Path, layout: FileLayout
+) -> list[str]:
+    """Return the keys of a network that a folder holds, in the folder's order: all of them, or ModelError."""
+    own: list[str] = []
+    for key, entry in stored.items():
+        if layout.passthrough(key) or layout.tied_to(key) in shapes:
+            continue
+        if key not in shapes:
+            raise ModelError(
+                f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
+            )
+        if entry.shape != tuple(shapes[key]):
+            raise ModelError(f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[key])}")
+        own.append(key)
+    missing = [key for key in shapes if key not in stored]
+    if missing:
+        raise ModelError(
+            f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all); copy the checkpoint again, or take "
+            "what is missing from the one that it was made from"
+        )
+    return own
+
+
+def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> None:
+    """Check that a folder has the tensors of a network, from its headers alone: no weight is read.
+
+    That tied tensors which are stored twice are equal is left to loading.
+
+    Raises:
+        ModelError: as `read_slices`.
+    """
+    _check({key: tensor.shape for key, tensor in model.state_dict().items()}, stored_tensors(folder), folder, layout)
+
+
+@torch.no_grad()
+def fill(pieces: Iterable[tuple[str, Piece]], folder: Path, layout: FileLayout = PLAIN) -> None:
+    """Copy a folder's values into existing tensors, which an optimizer may hold; raises as `read_slices`.
+
+    Args:
+        pieces: (key, piece) of all tensors that the folder must have; several may have one key.
+        folder, layout: as `read_slices`.
+    """
+    by_key: dict[str, list[Piece]] = {}
+    for key, piece in pieces:
+        by_key.setdefault(key, []).append(piece)
+    shapes = {key: held[0].shape for key, held in by_key.items()}
+    places = {key: held[0].place for key, held in by_key.items()}
+    for key, part in read_slices(shapes, places, folder, layout):
+        for piece in by_key[key]:
+            piece.local.copy_(part)
+
+
+def base_tensors(tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield the tensors of a network, an adapter attached or not, by the keys that the bare network's files have.
+
+    An adapter's own are left out. PEFT moves an adapted layer to `base_layer`, and a module that is trained whole has
+    its start in the files too.
+    """
+    for name, tensor in tensors:
+        if ".lora_" not in name:
+            for wrapped in (".base_layer.", ".original_module.", ".modules_to_save.default."):
+                name = name.replace(wrapped, ".")
+            yield name, tensor
+
+
+def set_dtypes(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Return a network on the meta device with every tensor in a dtype; None = in that of its file."""
+    if dtype is not None:
+        return model.to(dtype)
+    own = model.state_dict()
+    for key, stored in stored_tensors(folder).items():
+        if key in own:
+            if stored.dtype not in _DTYPES:
+                raise ModelError(f"{folder}: {key} has dtype {stored.dtype}, which no network here computes with")
+            model.load_state_dict({key: own[key].to(_DTYPES[stored.dtype])}, strict=False, assign=True)
+    return model
 
 
 def load_weights(
@@ -45,161 +206,21 @@ def load_weights(
         layout: what the folder may hold beside the network.
 
     Raises:
-        ModelError: a key too many or too few, or a shape that does not fit; the first one is named.
+        ModelError: as `read_slices`.
     """
-    for key, tensor in _fitting_tensors(model, folder, layout):
-        moved = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-        model.load_state_dict({key: moved}, strict=False, assign=True)
+    check_tensors(model, folder, layout)
+    set_dtypes(model, folder, dtype).to_empty(device=device)
+    fill(((key, whole_piece(tensor)) for key, tensor in model.state_dict().items()), folder, layout)
 
 
-@torch.no_grad()
-def copy_weights(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> None:
-    """Copy a folder's values into a network's existing parameters, which an optimizer may hold; raises ModelError."""
-    places = model.state_dict()
-    for key, tensor in _fitting_tensors(model, folder, layout):
-        places[key].copy_(tensor)
+def passthrough_keys(folder: Path | None, layout: FileLayout) -> list[str]:
+    """Return the keys of `passthrough_tensors`, without reading a tensor."""
+    return [] if folder is None else [key for key in stored_tensors(folder) if layout.passthrough(key)]
 
 
-def carried_keys(folder: Path | None, layout: FileLayout) -> list[str]:
-    """Return the keys of `carried_tensors`, without reading a tensor."""
-    if folder is None:
-        return []
-    if is_plain(folder):
-        return [key for key in weight_files(folder) if layout.passthrough(key)]
-    if not (folder / CARRIED).is_file():
-        return []
-    with safe_open(folder / CARRIED, framework="pt") as opened:
-        return list(opened.keys())
-
-
-def carried_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
+def passthrough_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a folder that are not the network's and belong into every copy of it, as stored."""
-    if folder is None:
-        return
-    if not is_plain(folder):
-        if (folder / CARRIED).is_file():
-            with safe_open(folder / CARRIED, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - no mapping
-                    yield key, opened.get_tensor(key)
-        return
-    yield from read_tensors(folder, layout.passthrough)
-
-
-def _check_twin(folder: Path, key: str, twin: str, tensor: Tensor, part: tuple[slice, ...] = ()) -> None:
-    """Raise ModelError unless a tensor that repeats another, or a slice of it, is equal to that of the other."""
-    file = weight_files(folder).get(twin) if is_plain(folder) else None
-    if file is not None:
-        with safe_open(file, framework="pt") as opened:
-            if torch.equal(opened.get_slice(twin)[part or ...], tensor):
-                return
-    raise ModelError(
-        f"{folder}: {key} is not equal to {twin}, which it is tied to; this network holds one tensor for both, so tie "
-        "them (transformers: tie_weights) before saving"
-    )
-
-
-def _fitting_tensors(model: nn.Module, folder: Path, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a folder that the network has, checked to be exactly its set."""
-    wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    missing = dict.fromkeys(wanted)
-    for key, tensor in read_tensors(folder, lambda key: not layout.passthrough(key)):
-        twin = layout.tied_to(key)
-        if twin in wanted:
-            _check_twin(folder, key, twin, tensor)
-            continue
-        _check_fit(key, tuple(tensor.shape), wanted, folder)
-        del missing[key]
-        yield key, tensor
-    _check_none_missing(missing, folder)
-
-
-def read_slices(
-    shapes: Mapping[str, torch.Size],
-    places: Mapping[str, tuple[slice, ...]],
-    folder: Path,
-    layout: FileLayout = PLAIN,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, slice of the stored tensor) for every key, reading no more than the slices from the disk.
-
-    Args:
-        shapes: of each tensor of the network, whole.
-        places: the wanted slice of each; an empty one is not read and not yielded.
-        folder: a folder with safetensors.
-        layout: what the folder may hold beside the network.
-
-    Raises:
-        ModelError: a key too many or too few, or a shape that does not fit; the first one is named.
-    """
-    missing = dict.fromkeys(shapes)
-    for file, keys in _keys_by_file(folder).items():
-        with safe_open(file, framework="pt") as opened:
-            for key in keys:
-                if layout.passthrough(key):
-                    continue
-                stored = opened.get_slice(key)
-                twin = layout.tied_to(key)
-                if twin is not None and twin in shapes:
-                    part = places[twin]
-                    if all(side.stop > side.start for side in part):
-                        _check_twin(folder, key, twin, stored[part or ...], part)
-                    continue
-                _check_fit(key, tuple(stored.get_shape()), shapes, folder)
-                del missing[key]
-                if all(part.stop > part.start for part in places[key]):
-                    yield key, stored[places[key] or ...]
-    _check_none_missing(missing, folder)
-
-
-def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> None:
-    """Check that a folder has the tensors of a network, from its headers alone: no weight is read.
-
-    That tied tensors which are stored twice are equal is left to loading.
-
-    Raises:
-        ModelError: as `load_weights`.
-    """
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    missing = dict.fromkeys(shapes)
-    for key, shape in _stored_shapes(folder):
-        if not layout.passthrough(key) and layout.tied_to(key) not in shapes:
-            _check_fit(key, shape, shapes, folder)
-            del missing[key]
-    _check_none_missing(missing, folder)
-
-
-def _stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if not is_plain(folder):
-        yield from stored_shapes(folder).items()
-        return
-    for file, keys in _keys_by_file(folder).items():
-        with safe_open(file, framework="pt") as opened:
-            for key in keys:
-                yield key, tuple(opened.get_slice(key).get_shape())
-
-
-def _keys_by_file(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[Path, list[str]]:
-    by_file: dict[Path, list[str]] = {}
-    for key, file in weight_files(folder).items():
-        if wanted(key):
-            by_file.setdefault(file, []).append(key)
-    return by_file
-
-
-def _check_fit(key: str, shape: tuple[int, ...], wanted: Mapping[str, torch.Size], folder: Path) -> None:
-    if key not in wanted:
-        raise ModelError(
-            f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
-        )
-    if shape != tuple(wanted[key]):
-        raise ModelError(f"{folder}: {key} has shape {shape}, config.json says {tuple(wanted[key])}")
-
-
-def _check_none_missing(missing: Mapping[str, None], folder: Path) -> None:
-    if missing:
-        raise ModelError(
-            f"{folder}: tensor {next(iter(missing))!r} is missing ({len(missing)} in all); copy the checkpoint again, "
-            "or take what is missing from the one that it was made from"
-        )
+    return iter(()) if folder is None else read_tensors(folder, layout.passthrough)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written beside, then renamed; read only after every byte is checked.
 
-`step_N/` is a plain Hugging Face folder (the model as it is at step N) with the optimizer's moments, the data position
-and the run's configuration beside the weights. `manifest.json` is written last and lists every file's size and CRC-32.
+`step_N/` is a Hugging Face folder (the model as it is at step N) with the optimizer's moments, the data position and
+the run's configuration beside the weights. `manifest.json` is written last and lists every file's size and CRC-32.
+What is in the other files is `saver`'s and `network`'s business.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP = re.compile(r"step_(\d+)")
-_FORMAT = 1
+_FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of several ranks
 
 
 @dataclass(frozen=True)
@@ -56,32 +57,6 @@ def prepare_run_dir(root: Path) -> None:
         raise CheckpointError(
             f"checkpoint.checkpoint_dir: {root} cannot be written ({error.strerror}); choose another folder"
         ) from None
-
-
-def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """Write `step_N` beside its place, rename it into place and point `latest` at it.
-
-    Args:
-        root: the run directory.
-        step: N; an existing `step_N` is replaced.
-        state: JSON-able content of state.json.
-        write: fills a new folder with the model, optimizer and configuration.
-
-    Raises:
-        CheckpointError: the disk is full or read-only; nothing half-written stays and older checkpoints are untouched.
-    """
-    from safetensors import SafetensorError
-
-    temporary = _beside(root, step)
-    try:
-        begin_checkpoint(root, step)
-        write(temporary)
-        write_state(temporary, step, state)
-        files = [path for path in temporary.rglob("*") if path.is_file()]
-        return commit_checkpoint(root, step, temporary, list_files(temporary, files))
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
-        drop_checkpoint(temporary)
-        raise cannot_save(root / f"step_{step}", error) from error
 
 
 def _beside(root: Path, step: int) -> Path:
@@ -208,7 +183,10 @@ def verify(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
     if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder.name} has format {manifest.get('format')}, this version reads {_FORMAT}")
+        raise CheckpointError(
+            f"{folder.name} has format {manifest.get('format')}, this version reads {_FORMAT}; resume it with the "
+            "version that wrote it, or train on from its weights (model.pretrained_model_name_or_path)"
+        )
     for name, (size, crc) in files.items():
         path = folder / name
         if not path.is_file():

@@ -86,11 +86,11 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
 
 def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
     """Warn of a checkpoint that lost what training carries along unread: all of it, or tensors of single layers."""
-    from unmask.models.weights import carried_keys
+    from unmask.models.weights import passthrough_keys
 
     if plan.family.files is PLAIN:
         return []
-    keys = carried_keys(plan.folder, plan.family.files)
+    keys = passthrough_keys(plan.folder, plan.family.files)
     if not keys:
         return [
             f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it "

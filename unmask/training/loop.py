@@ -231,13 +231,13 @@ def _tell_saved(run: TrainingRun) -> None:
     """Say which checkpoint is complete; record how long a save in the background took, and held the step up."""
     for news in run.saver.poll():
         run.progress.say(f"step {news['step']}  saved {news['folder']}")
-        if "seconds" in news:
-            run.metrics.write("checkpoint", **{**news, "folder": news["folder"].name})
+        run.metrics.write("checkpoint", **{**news, "folder": news["folder"].name})
 
 
 def _not_finite(run: TrainingRun, step: int, result: StepResult, batches: Sequence[Batch]) -> TrainingError:
     own = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
     everyone = [sample for ids in run.runtime.ranks.gather(own) for sample in ids]
+    run.saver.abandon()  # which may be about to complete the last good checkpoint
     run.metrics.write("stopped", step=step, reason="not finite")  # NaN has no place in JSON, so no value
     return TrainingError(
         f"step {step}: the loss ({result.loss}) or the gradient norm ({result.grad_norm}) is not finite, and training "
@@ -255,6 +255,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _out_of_memory(run: TrainingRun, step: int) -> TrainingError:
+    run.saver.abandon()
     run.metrics.write("stopped", step=step, reason="out of memory")
     return TrainingError(
         f"step {step}: memory ran out on {run.runtime.device}. Lower step_scheduler.local_batch_size (the result stays "

@@ -1,8 +1,9 @@
-"""A run's network and optimizer, on one process or shared by several: how they start, are restored and are saved."""
+"""A run's network and optimizer, whole on one process or shared by several: how they start and are restored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ from torch.optim import Optimizer
 
 from unmask.config.distributed import DistributedConfig
 from unmask.config.model import PeftConfig
-from unmask.config.results import CheckpointConfig
 from unmask.config.training import OptimizerConfig
-from unmask.distributed.runtime import Runtime, prepare_model
+from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
+from unmask.distributed.mesh import Meshes
+from unmask.distributed.runtime import Runtime, set_switches
+from unmask.distributed.shard import piece, pieces, shard_model, whole_view
+from unmask.errors import CheckpointError, ConfigError
 from unmask.models.experts import freeze_routers
-from unmask.models.folders import SHARDED
-from unmask.models.loading import build_model, empty_network
-from unmask.models.lora.files import is_trained
+from unmask.models.folders import stored_tensors
+from unmask.models.loading import build_model, draw_weights, empty_network
+from unmask.models.lora.files import adapter_state, is_trained, read_adapter
 from unmask.models.registry import ModelPlan
-from unmask.training.adapter_draw import draw_adapter
-from unmask.training.lora import resolve_targets
-from unmask.training.model_files import model_files, write_config, write_tokenizer
+from unmask.models.weights import Piece, base_tensors, fill
+from unmask.rng import key
+from unmask.training.lora import attach, resolve_targets
 from unmask.training.optim import build_optimizer
-from unmask.training.optimizer_state import load_optimizer
-from unmask.training.saver import LocalSaver, Saver
+
+OPTIMIZER = "optimizer"  # a checkpoint's folder of the optimizer's state, `<parameter>/<moment>` in safetensors
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,8 @@ class NetworkSettings:
         plan, dtype: the model and its master weights' dtype.
         peft: the adapter to train; None trains the network.
         freeze_router: routers of mixtures of experts are not trained.
-        distributed, optimizer, checkpoint: those sections.
-        seed: of fresh weights and adapters.
-        root: the run directory.
-        tokenizer, template: saved beside the weights, so that inference prompts as training did.
-        run_config: YAML of the run, saved as config.yaml.
+        distributed, optimizer: those sections.
+        seed: of fresh weights and adapters, which are the same on any number of ranks.
     """
 
     plan: ModelPlan
@@ -50,12 +51,7 @@ class NetworkSettings:
     freeze_router: bool
     distributed: DistributedConfig
     optimizer: OptimizerConfig
-    checkpoint: CheckpointConfig
     seed: int
-    root: Path
-    tokenizer: Any
-    template: str
-    run_config: str
 
 
 @dataclass(frozen=True)
@@ -64,79 +60,149 @@ class Network:
 
     Attributes:
         model, optimizer: whole, or this rank's shards.
-        restore: puts both back from a checkpoint's folder, whoever wrote it; with several ranks all call it.
-        saver: makes the run's saver, given the checkpoint that it goes on from.
+        plan, dtype: as in `NetworkSettings`.
+        meshes: the arrangement of ranks; None on one process.
+        adapter: the network that holds the adapter whole: on one process `model`, on several a copy on the host whose
+            other tensors are on the meta device; None when the network itself is trained.
+        adapter_config: its peft.LoraConfig; None without an adapter.
     """
 
     model: nn.Module
     optimizer: Optimizer
-    restore: Callable[[Path], None]
-    saver: Callable[[Path | None], Saver]
+    plan: ModelPlan
+    dtype: str
+    meshes: Meshes | None
+    adapter: nn.Module | None
+    adapter_config: Any
 
 
 def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
-    """Load or draw the network of a run; raises ModelError or ConfigError as loading and adapters do."""
-    return _whole(settings, runtime) if runtime.meshes is None else _shared(settings, runtime)
+    """Load or draw the network of a run; all ranks call it.
 
-
-def _whole(settings: NetworkSettings, runtime: Runtime) -> Network:
-    if settings.peft is not None:
-        # Refused before the weights are read.
-        with torch.device("meta"):
-            resolve_targets(settings.peft, empty_network(settings.plan.family, settings.plan.config))
-    model = build_model(settings.plan, settings.dtype, seed=settings.seed)
-    files = model_files(model, settings.plan, settings.peft, settings.tokenizer, settings.template, settings.run_config)
-    draw_adapter(model, settings.seed)
-    model = prepare_model(model, settings.distributed, runtime)
+    Raises:
+        ModelError: weights that do not fit the network.
+        ConfigError: an adapter that the network cannot have, or that needs the whole network on one device.
+    """
+    plan, peft, meshes = settings.plan, settings.peft, runtime.meshes
+    with torch.device("meta"):
+        model = empty_network(plan.family, plan.config).to(getattr(torch, settings.dtype))
+    adapter = config = None
+    if meshes is None:
+        if peft is not None:
+            resolve_targets(peft, model)  # refused before the weights are read
+        model = build_model(plan, settings.dtype, seed=settings.seed)
+    if peft is not None:
+        for name in ("load_in_4bit", "use_dora"):
+            if meshes is not None and getattr(peft, name):
+                raise ConfigError(f"peft.{name}: needs the whole network on one device; use one process, or set false")
+        config = attach(model, peft, plan.source)
+        adapter = model if meshes is None else whole_adapter(model)
+        draw_adapter(adapter, settings.seed)
+    set_switches(model, settings.distributed, runtime)
+    if meshes is None:
+        model.to(runtime.device)
+    else:
+        _share(model, adapter, settings, runtime, meshes)
+    model.train()
     if settings.freeze_router:
         freeze_routers(model)
     optimizer = build_optimizer(settings.optimizer, model)
-
-    def trained() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model.state_dict().items():
-            if settings.peft is None or is_trained(name):
-                yield name, tensor
-
-    def restore(folder: Path) -> None:
-        if (folder / SHARDED).is_dir():
-            from unmask.training.sharded_state import load_run
-
-            load_run(trained(), model, optimizer, None, folder)
-            return
-        files.read(folder)
-        load_optimizer(model, optimizer, folder)
-
-    def saver(newest: Path | None) -> Saver:
-        return LocalSaver(settings.root, settings.checkpoint, model, optimizer, files.write, newest)
-
-    return Network(model, optimizer, restore, saver)
+    return Network(model, optimizer, plan, settings.dtype, meshes, adapter, config)
 
 
-def _shared(settings: NetworkSettings, runtime: Runtime) -> Network:
-    from unmask.training.sharded_model import build_shared
-    from unmask.training.sharded_saver import ShardedSaver
-    from unmask.training.sharded_state import load_plain_optimizer, load_run
+def _share(
+    model: nn.Module, adapter: nn.Module | None, settings: NetworkSettings, runtime: Runtime, meshes: Meshes
+) -> None:
+    """Shard a network on the meta device and fill each rank's shards."""
+    plan, section = settings.plan, settings.distributed
+    shard_model(model, section, meshes)
+    place = runtime.device if section.offload_policy is None else torch.device("cpu")
+    allocate(model, place, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
+    if plan.folder is not None:
+        fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
+    else:  # drawn whole, as one process does, so that weights do not depend on the number of ranks
+        with torch.device("meta"):
+            whole = empty_network(plan.family, plan.config)
+        whole.to_empty(device="cpu")
+        draw_weights(whole, plan.family, settings.seed)
+        load_tensors(model, meshes, whole.to(getattr(torch, settings.dtype)).state_dict().items())
+    if adapter is not None:
+        load_tensors(model, meshes, ((name, p) for name, p in adapter_tensors(adapter) if ".lora_" in name))
 
-    plan = settings.plan
-    network = build_shared(plan, settings.dtype, settings.peft, settings.distributed, runtime, settings.seed)
-    if settings.freeze_router:
-        freeze_routers(network.model)
-    optimizer = build_optimizer(settings.optimizer, network.model)
 
-    def restore(folder: Path) -> None:
-        if (folder / SHARDED).is_dir():
-            load_run(network.trained(), network.model, optimizer, network.meshes, folder)
-            return
-        network.read_plain(folder)
-        load_plain_optimizer(network.model, optimizer, network.meshes, folder)
+@torch.no_grad()
+def draw_adapter(model: nn.Module, seed: int) -> None:
+    """Draw every `lora_A` uniformly within ±1/√inputs, as PEFT does; `lora_B` stays zero, so that nothing changes yet.
 
-    def write_beside(folder: Path) -> None:
-        if settings.peft is None:
-            write_config(plan, settings.dtype, folder)
-        write_tokenizer(settings.tokenizer, settings.template, folder)
-        (folder / "config.yaml").write_text(settings.run_config, encoding="utf-8")
+    A function of (seed, name): the same on any number of ranks. Adapters on the meta device are left alone.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_A" not in name or parameter.is_meta:
+            continue
+        generator = torch.Generator().manual_seed(key(seed, f"adapter/init/{name}") % 2**32)
+        bound = 1 / math.sqrt(parameter.shape[-1])
+        parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
 
-    def saver(newest: Path | None) -> Saver:
-        return ShardedSaver(settings.root, settings.checkpoint, network, optimizer, runtime.ranks, write_beside, newest)
 
-    return Network(network.model, optimizer, restore, saver)
+def weights(network: Network) -> dict[str, Tensor]:
+    """Return the network's tensors by key, as this rank's parts of the whole, sharing memory; none with an adapter."""
+    if network.adapter is not None:
+        return {}
+    return {name: whole_view(tensor, network.meshes) for name, tensor in network.model.state_dict().items()}
+
+
+def moments(network: Network) -> dict[str, Tensor]:
+    """Return the optimizer's state by `<parameter>/<moment>`, as `weights`."""
+    return {
+        f"{name}/{moment}": whole_view(tensor, network.meshes)
+        for name, parameter in network.model.named_parameters()
+        for moment, tensor in network.optimizer.state.get(parameter, {}).items()
+    }
+
+
+@torch.no_grad()
+def gather_adapter(network: Network) -> dict[str, Tensor]:
+    """Return a copy of the adapter on the host, as PEFT's file holds it; all ranks call it, none with no adapter."""
+    if network.adapter is None:
+        return {}
+    if network.adapter is not network.model:
+        whole = dict(adapter_tensors(network.adapter))
+        for name, tensor in network.model.state_dict().items():
+            if is_trained(name):
+                part: Any = whole_view(tensor, network.meshes)
+                whole[name].copy_(part.full_tensor() if hasattr(part, "full_tensor") else part)
+    return adapter_state(network.adapter)
+
+
+def restore(network: Network, folder: Path) -> None:
+    """Put weights and optimizer back from a checkpoint, whatever number of ranks wrote it; all ranks call it.
+
+    Raises:
+        CheckpointError: it is of other parameters than this run trains.
+    """
+    model, meshes = network.model, network.meshes
+    if network.adapter is None:
+        fill(pieces(model, meshes), folder, network.plan.family.files)
+    else:
+        read_adapter(network.adapter, folder)
+        if meshes is not None:
+            load_tensors(model, meshes, adapter_tensors(network.adapter))
+    fill(_empty_moments(network, folder / OPTIMIZER), folder / OPTIMIZER)
+
+
+def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]]:
+    """Give the optimizer places for the state that a folder holds, each sharded like its parameter, and yield them."""
+    stored = stored_tensors(folder)
+    trained = {name: parameter for name, parameter in network.model.named_parameters() if parameter.requires_grad}
+    odd = {entry.rpartition("/")[0] for entry in stored} ^ set(trained)
+    if odd:
+        raise CheckpointError(f"{folder}: saved for other parameters than this run trains (first: {min(odd)})")
+    for entry, tensor in stored.items():
+        name, _, moment = entry.rpartition("/")
+        parameter = trained[name]
+        if tensor.shape:
+            place = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
+        else:
+            place = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        network.optimizer.state[parameter][moment] = place
+        yield entry, piece(place, network.meshes)

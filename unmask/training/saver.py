@@ -1,93 +1,353 @@
-"""What the training loop needs of checkpoints, and how one process meets it: save now, return when it is done."""
+"""Saves checkpoints in the background, on one process or several: each writes what it holds, rank 0 commits.
+
+Training goes on at once: weights and moments change in the optimizer's step alone, so a thread on every rank takes them
+while the next step computes its gradients, and only the update waits. What lies on a CUDA device is copied to the host
+first, and the update waits for that copy; what lies on the host is written from where it is, and the update waits until
+it is written. When all files are on the disk, rank 0 lists them in the manifest and renames the folder, so that a
+`step_N` is whole or not there. On several ranks the threads have a process group of their own: they never take part in
+the training loop's collectives.
+
+Tensors are safetensors: whole ones from one process; from several, each rank's parts as torch.distributed.checkpoint's
+HuggingFaceStorageWriter writes them. Its consolidation zeroes tensors of shape (), fails on integers, which a
+checkpoint's vision tower may hold, and writes no `format`; so whole files are written from the parts by our own writer.
+"""
 
 from __future__ import annotations
 
+import copy
+import shutil
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint import save as save_parts
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from unmask.config.results import CheckpointConfig
-from unmask.training.checkpoint import prune, save_checkpoint
-from unmask.training.optimizer_state import save_optimizer
+from unmask.distributed.ranks import Ranks, from_first
+from unmask.errors import CheckpointError
+from unmask.models.folders import ADAPTER_WEIGHTS, SHARDED
+from unmask.models.lora.files import write_adapter_config
+from unmask.models.weights import SHARD_BYTES, passthrough_tensors, read_tensors, save_weights, write_tensors
+from unmask.training.checkpoint import (
+    begin_checkpoint,
+    cannot_save,
+    commit_checkpoint,
+    drop_checkpoint,
+    list_files,
+    prune,
+    write_state,
+)
+from unmask.training.model_files import write_config, write_tokenizer
+from unmask.training.network import OPTIMIZER, Network, gather_adapter, moments, weights
+
+_LAST_WAIT = 60.0  # seconds that a failed run gives to a save under way
+_PASSTHROUGH = "passthrough.safetensors"  # beside the ranks' parts: what is none of the network's
 
 
-class Saver(Protocol):
-    """Saves checkpoints of a run, at once or in the background."""
+@dataclass
+class _Save:
+    """A save under way.
 
-    @property
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is complete; None when there is none yet."""
-        ...
+    Attributes:
+        step: steps made.
+        temporary: the folder that becomes the checkpoint.
+        state: content of state.json.
+        whole: the weights become a plain Hugging Face folder.
+        tensors: `weights` and `moments`, sharing the run's memory.
+        adapter: a copy of the adapter, by the keys of its file.
+        ready: waits until the device has computed `tensors`.
+        began: when, by `time.perf_counter`.
+        pause: seconds that training was held up.
+        released: set when `tensors` may change.
+        seconds: from the beginning until the checkpoint was complete.
+    """
 
-    def save(self, step: int, state: Mapping[str, Any], last: bool) -> None:
-        """Save a step, or begin to: the model may change as soon as this returns.
-
-        Args:
-            step: steps made.
-            state: data position and identity, JSON-able.
-            last: the run has come to its end with this step.
-        """
-        ...
-
-    def poll(self) -> list[dict[str, Any]]:
-        """Return what there is to say of each save that has become complete since the last call."""
-        ...
-
-    def settle(self) -> None:
-        """Wait for a save under way."""
-        ...
-
-    def abandon(self) -> None:
-        """Give a save under way a last chance, without an error of its own: the run has failed."""
-        ...
+    step: int
+    temporary: Path
+    state: dict[str, Any]
+    whole: bool
+    tensors: dict[str, dict[str, Tensor]]
+    adapter: dict[str, Tensor]
+    ready: Callable[[], None]
+    began: float
+    pause: float = 0.0
+    released: threading.Event = field(default_factory=threading.Event)
+    seconds: float = 0.0
 
 
-class LocalSaver:
-    """Saves the whole model in this process.
+class Saver:
+    """Saves what the ranks of a run hold.
 
     Args:
-        root: the run directory.
+        root: the run directory, the same for all ranks.
         section: the `checkpoint` section.
-        model, optimizer: what is saved.
-        write_model: writes the model as a folder that inference reads.
-        newest: the checkpoint that the run goes on from.
+        network: what is saved; with an adapter, the adapter alone.
+        ranks: all of them.
+        beside: path within a checkpoint → content of what belongs to it beside tensors (`files_beside`), on rank 0.
+        newest: the checkpoint that the run goes on from; from then on the newest that is complete.
     """
 
     def __init__(
         self,
         root: Path,
         section: CheckpointConfig,
-        model: nn.Module,
-        optimizer: Optimizer,
-        write_model: Callable[[Path], None],
+        network: Network,
+        ranks: Ranks,
+        beside: Mapping[str, bytes],
         newest: Path | None,
     ) -> None:
         self.newest = newest
-        self._root, self._section = root, section
-        self._model, self._optimizer, self._write_model = model, optimizer, write_model
-        self._news: list[dict[str, Any]] = []
+        self._root, self._section, self._network = root, section, network
+        self._ranks, self._beside = ranks, beside
+        self._background = ranks if ranks.size == 1 else Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
+        # Kept over saves, with its memory: taking that anew costs more than the copy. It has a stream of its own,
+        # beside the one that computes.
+        self._stager = DefaultStager(StagingOptions(use_shared_memory=False)) if _on_cuda(network) else None
+        self._thread: threading.Thread | None = None
+        self._underway: _Save | None = None
+        self._complete: list[_Save] = []
+        self._problem: str | BaseException | None = None
+        network.optimizer.register_step_pre_hook(self._hold)
 
     def save(self, step: int, state: Mapping[str, Any], last: bool) -> None:
-        """Save a step; raises CheckpointError."""
+        """Begin to save a step; all ranks call it. It waits for the save before, if that is still under way.
 
-        def write(folder: Path) -> None:
-            self._write_model(folder)
-            save_optimizer(self._model, self._optimizer, folder)
+        The model may be used as soon as this returns, and may change in the optimizer's step.
 
-        self.newest = save_checkpoint(self._root, step, state, write)
-        prune(self._root, self._section.max_recent_checkpoints, self.newest)
-        self._news.append({"step": step, "folder": self.newest})
+        Args:
+            step: steps made.
+            state: data position and identity, JSON-able.
+            last: the run has come to its end with this step.
+
+        Raises:
+            CheckpointError: the disk is full or read-only.
+        """
+        began = time.perf_counter()
+        self.settle()
+        temporary = Path(from_first(self._ranks, lambda: str(self._begin(step))))
+        when = self._section.save_consolidated
+        whole = self._ranks.size == 1 or when == "every" or (when == "final" and last)
+        tensors = {"weights": weights(self._network), "moments": moments(self._network)}
+        adapter, own_state = gather_adapter(self._network), copy.deepcopy(dict(state))
+        save = _Save(step, temporary, own_state, whole, tensors, adapter, _device_is_ready(), began)
+        self._underway = save
+        self._thread = threading.Thread(target=self._finish, args=(save,), name="unmask-save", daemon=True)
+        self._thread.start()
+        save.pause = time.perf_counter() - began
 
     def poll(self) -> list[dict[str, Any]]:
-        """Return {step, folder} of each save since the last call."""
-        news, self._news = self._news, []
+        """Return {step, folder, pause_seconds, seconds} of each save that has become complete since the last call.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self._raise_problem()
+        news = []
+        while self._complete:
+            save = self._complete.pop(0)
+            times = {"pause_seconds": round(save.pause, 3), "seconds": round(save.seconds, 3)}
+            news.append({"step": save.step, "folder": self._root / f"step_{save.step}", **times})
         return news
 
     def settle(self) -> None:
-        """Return at once: nothing goes on in the background."""
+        """Wait for a save under way; raises CheckpointError when it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise_problem()
 
     def abandon(self) -> None:
-        """Return at once."""
+        """Let a save under way come to its end, where the other ranks live to see it, whatever ended the run."""
+        if self._thread is not None:
+            self._thread.join(_LAST_WAIT)
+
+    def _hold(self, *_: Any) -> None:
+        """Before an update: wait until the save under way has what the update changes."""
+        save = self._underway
+        if save is not None and not save.released.is_set():
+            began = time.perf_counter()
+            save.released.wait()
+            save.pause += time.perf_counter() - began
+
+    def _raise_problem(self) -> None:
+        problem, self._problem = self._problem, None
+        if isinstance(problem, str):
+            raise CheckpointError(problem)
+        if problem is not None:
+            raise problem
+
+    def _begin(self, step: int) -> Path:
+        try:
+            return begin_checkpoint(self._root, step)
+        except OSError as error:
+            raise cannot_save(self._root / f"step_{step}", error) from error
+
+    def _finish(self, save: _Save) -> None:
+        """Write, then commit; runs in a thread of its own on every rank."""
+        try:
+            problem, listing = self._write(save), {}
+            if problem is None:
+                problem = self._attempt(lambda: listing.update(list_files(save.temporary, self._parts(save))))
+            # All ranks take part, whatever befell one: the others would wait for it.
+            listings, problems = zip(*self._background.gather((listing, problem)), strict=True)
+            said = [None]
+            if self._ranks.first:
+                said = [self._commit(save, listings, next(filter(None, problems), None))]
+            said = self._background.gather(said[0])[0]
+            if said is not None:
+                self._problem = said
+            else:
+                self.newest = self._root / f"step_{save.step}"
+                save.seconds = time.perf_counter() - save.began
+                self._complete.append(save)
+        except BaseException as error:  # shown by the main thread: here nobody would see it
+            self._problem = error
+
+    def _write(self, save: _Save) -> str | None:
+        """Write this rank's files; return what the disk said against it."""
+        folder, ranks, problem = save.temporary, self._background, None
+        try:
+            save.ready()
+            tensors = save.tensors
+            if self._stager is not None:
+                tensors = self._stager.stage(tensors).result()  # pyright: ignore[reportAttributeAccessIssue]
+                save.released.set()
+            if ranks.first:
+                problem = self._attempt(lambda: self._write_small(save))
+            if ranks.size == 1:
+                return problem or self._attempt(lambda: self._write_whole(tensors, folder))
+            # All ranks take part in each.
+            for name, place in (("moments", folder / OPTIMIZER), ("weights", folder)):
+                if tensors[name]:
+                    problem = _write_parts(tensors[name], place / SHARDED, ranks) or problem
+        finally:
+            save.tensors = {}
+            save.released.set()
+        if ranks.first and problem is None and not save.adapter:
+            problem = self._attempt(lambda: self._complete_weights(save))
+        return problem
+
+    def _write_small(self, save: _Save) -> None:
+        for name, content in self._beside.items():
+            path = save.temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if save.adapter:
+            write_tensors(save.adapter, save.temporary / ADAPTER_WEIGHTS)
+        write_state(save.temporary, save.step, save.state)
+
+    def _write_whole(self, tensors: Mapping[str, dict[str, Tensor]], folder: Path) -> None:
+        (folder / OPTIMIZER).mkdir()
+        save_weights(tensors["moments"].items(), folder / OPTIMIZER)
+        if tensors["weights"]:
+            save_weights(chain(tensors["weights"].items(), self._passthrough()), folder)
+
+    def _complete_weights(self, save: _Save) -> None:
+        """Add what is none of the network's to all ranks' parts, or make a plain folder of both."""
+        folder = save.temporary
+        if save.whole:
+            save_weights(chain(read_tensors(folder), self._passthrough()), folder)
+            shutil.rmtree(folder / SHARDED)
+        elif passthrough := dict(self._passthrough()):
+            write_tensors(passthrough, folder / SHARDED / _PASSTHROUGH)
+
+    def _passthrough(self) -> Any:
+        plan = self._network.plan
+        return passthrough_tensors(plan.folder, plan.family.files)
+
+    def _parts(self, save: _Save) -> list[Path]:
+        """Return the files of parts that this rank has written and that stay."""
+        folders = [save.temporary / OPTIMIZER, *([] if save.whole else [save.temporary])]
+        return [path for folder in folders for path in (folder / SHARDED).glob(f"shard-{self._ranks.rank + 1:05d}-*")]
+
+    def _attempt(self, write: Callable[[], object]) -> str | None:
+        """Do something to the disk; return what that said against it."""
+        try:
+            write()
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
+            return _said(self._ranks, self._ranks.rank, error)
+        return None
+
+    def _commit(self, save: _Save, listings: Any, problem: str | None) -> str | None:
+        """Put a complete checkpoint into its place; return what went wrong, if anything did."""
+        final, temporary = self._root / f"step_{save.step}", save.temporary
+        try:
+            if problem is not None:
+                raise OSError(0, problem)
+            written = {name: entry for listing in listings for name, entry in listing.items()}
+            rest = [path for path in temporary.rglob("*") if path.is_file()]
+            others = [path for path in rest if str(path.relative_to(temporary)) not in written]
+            commit_checkpoint(self._root, save.step, temporary, {**written, **list_files(temporary, others)})
+            prune(self._root, self._section.max_recent_checkpoints, final)
+        except OSError as error:
+            drop_checkpoint(temporary)
+            return str(cannot_save(final, error))
+        return None
+
+
+def files_beside(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
+    """Return the content of the files that belong to each checkpoint of a run beside tensors, by their paths in it.
+
+    Args:
+        network: the run's.
+        tokenizer: saved with `template`, Jinja source of the chat template, so that inference prompts as training did.
+        run_config: YAML of the run.
+    """
+    with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
+        folder = Path(name)
+        if network.adapter is not None:
+            write_adapter_config(network.adapter, network.adapter_config, folder)
+        else:
+            write_config(network.plan, network.dtype, folder)
+        write_tokenizer(tokenizer, template, folder)
+        (folder / "config.yaml").write_text(run_config, encoding="utf-8")
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _write_parts(tensors: dict[str, Any], folder: Path, ranks: Ranks) -> str | None:
+    """Write all ranks' parts, which fails on all or on none; return what the disk said against it, and where."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():  # a file is put together in memory, so that none may be large
+        nbytes = tensor.numel() * tensor.element_size()
+        if size and size + nbytes > SHARD_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + nbytes
+    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
+    try:
+        save_parts(tensors, storage_writer=writer, process_group=ranks.group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        return _said(ranks, rank, cause)
+    return None
+
+
+def _said(ranks: Ranks, rank: int, error: BaseException) -> str:
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return reason if ranks.size == 1 else f"rank {rank}: {reason}"
+
+
+def _on_cuda(network: Network) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in network.model.parameters())
+
+
+def _device_is_ready() -> Callable[[], None]:
+    """Return what waits until a CUDA device has done what it was told so far: another stream may read then."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize

@@ -160,15 +160,23 @@ def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
         config: peft.LoraConfig with our names.
         folder: an existing folder.
     """
+    write_tensors(adapter_state(model), folder / ADAPTER_WEIGHTS)
+    write_adapter_config(model, config, folder)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of an attached adapter on the host by PEFT's keys, as its file holds it."""
     targets = family_of(model.config).lora
-    tensors: dict[str, Tensor] = {}
-    for slot in slots(model):
-        for name in targets.reference_names(slot.key):
-            tensors[PREFIX + name] = (
-                slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
-            )
-    write_tensors(tensors, folder / ADAPTER_WEIGHTS)
-    written = copy.deepcopy(config)
+    return {
+        PREFIX + name: slot.pack(slot.parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        for slot in slots(model)
+        for name in targets.reference_names(slot.key)
+    }
+
+
+def write_adapter_config(model: nn.Module, config: Any, folder: Path) -> None:
+    """Write what lies beside an adapter's tensors: adapter_config.json and the card. Arguments as `write_adapter`."""
+    targets, written = family_of(model.config).lora, copy.deepcopy(config)
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         names = getattr(config, field)
         if names is not None:
