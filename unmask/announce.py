@@ -10,8 +10,7 @@ import yaml
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import differences
 from unmask.prepare import Prepared, stored_generation
-from unmask.sampling.family_settings import approximation_note
-from unmask.sampling.settings import default_settings, resolve
+from unmask.sampling.settings import resolve_settings
 
 if TYPE_CHECKING:
     from unmask.data.loader import ValidationSet
@@ -82,8 +81,8 @@ def _sampling_notes(prepared: Prepared) -> list[str]:
     section = prepared.config.validation
     if section is None or prepared.validation_rows is None:
         return []
-    defaults = default_settings(prepared.plan.config, stored_generation(prepared.plan))
-    note = approximation_note(resolve(section.settings(), defaults))
+    plan = prepared.plan
+    note = resolve_settings(section.settings(), plan.family, plan.config, stored_generation(plan)).note
     return [note] if note else []
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from unmask.models.llada.config import LLaDAConfig, parse_config
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.models.loading import load_model
-from unmask.sampling.backends.backend import FamilySpec
+from unmask.sampling.backends.backend import ModelSpec
 from unmask.sampling.backends.bidirectional import Prompts
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
@@ -115,15 +115,15 @@ def gemma_model(gemma_folder):
 
 
 class Script:
-    """An adapter whose logits are a function of (prompt's first token, position, calls so far).
+    """A backend whose logits are a function of (prompt's first token, position, calls so far).
 
-    10 ids, mask 9, EOS 8. With a `logit_shift` the positions are those of the hidden states, -1 the prompt's last.
+    10 ids, mask 9, EOS 8.
     """
 
-    signal = None
+    self_conditioning = None
 
-    def __init__(self, script: Callable[[int, int, int], Tensor], vocab_size: int = 10, logit_shift: int = 0) -> None:
-        self.spec = FamilySpec("mask", 9, (9,), (8,), vocab_size, vocab_size, 1000, logit_shift=logit_shift)
+    def __init__(self, script: Callable[[int, int, int], Tensor], vocab_size: int = 10) -> None:
+        self.spec = ModelSpec(9, (9,), (8,), vocab_size, vocab_size, 1000)
         self.device = torch.device("cpu")
         self.script = script
         self.calls = 0
@@ -131,12 +131,9 @@ class Script:
     def prefill(self, prompts) -> Prompts:
         return Prompts.of(prompts)
 
-    def join(self, context, more) -> Prompts:
-        return context.join(more)
-
     def denoise(self, context, call) -> tuple[Tensor, Prompts]:
         requests_M = context.ids_BP[call.rows_M, 0]
-        pairs = zip(requests_M.tolist(), call.positions_M.tolist(), strict=True)
+        pairs = zip(requests_M.tolist(), call.columns_M.tolist(), strict=True)
         found = torch.stack([self.script(request, position, self.calls) for request, position in pairs])
         self.calls += 1
         return found, context

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from unmask.config.sampler import SamplerConfig
+from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.backends.backend import Call
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import MaskSettings
+from unmask.sampling.settings import settings_of
+
+MaskSettings = partial(settings_of, LLADA)
 
 CACHES = ("prefix", "dual")
 PROMPTS = [[3, 9, 4], [11, 2, 30, 8, 5, 17, 21], [6], [1, 2, 3, 4, 5], [3, 3], [20, 19, 18, 17, 16, 15]]
@@ -113,12 +118,12 @@ def call(answer_BC, lengths, first, step, end=None) -> Call:
     """A call that scores each row's block of four, or what there is of it."""
     end = [min(f + 4, n) for f, n in zip(first, lengths, strict=True)] if end is None else end
     places = [(row, p) for row, (f, e) in enumerate(zip(first, end, strict=True)) for p in range(f, e)]
-    rows_M, positions_M = torch.tensor(places).T
+    rows_M, columns_M = torch.tensor(places).T
     first_B, end_B = torch.tensor(first), torch.tensor(end)
-    return Call(answer_BC, tuple(lengths), first_B // 4, first_B, end_B, torch.tensor(step), rows_M, positions_M)
+    return Call(answer_BC, tuple(lengths), first_B, end_B, torch.tensor(step), rows_M, columns_M)
 
 
-def adapter(model, **settings) -> BidirectionalBackend:
+def backend(model, **settings) -> BidirectionalBackend:
     return BidirectionalBackend(model, MaskSettings(**settings))
 
 
@@ -136,13 +141,13 @@ def full_forward(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
 def test_calls_of_an_unchanged_answer_are_full_forwards(models, cache, fields):
     """Nothing in the store is out of date, so a window over it is no approximation; rows stand in different blocks."""
     model, prompts = models(**fields), PROMPTS[:3]
-    ours, answer_BC, lengths = adapter(model, cache=cache), answers(3, 0), [12, 9, 11]
+    ours, answer_BC, lengths = backend(model, cache=cache), answers(3, 0), [12, 9, 11]
     context = ours.prefill(prompts)
     for step in ([0, 0, 0], [1, 1, 1], [0, 2, 0], [1, 3, 1]):
         asked = call(answer_BC, lengths, [4, 0, 8], step)
         hidden_MD, context = ours.denoise(context, asked)
         whole = [full_forward(model, p, a[:n]) for p, a, n in zip(prompts, answer_BC.tolist(), lengths, strict=True)]
-        expected = [whole[row][position] for row, position in zip(asked.rows_M, asked.positions_M, strict=True)]
+        expected = [whole[row][position] for row, position in zip(asked.rows_M, asked.columns_M, strict=True)]
         torch.testing.assert_close(hidden_MD, torch.stack(expected))
 
 
@@ -150,7 +155,7 @@ def test_calls_of_an_unchanged_answer_are_full_forwards(models, cache, fields):
 @pytest.mark.parametrize("cfg_scale", [0.0, 2.0])
 def test_rows_that_join_and_leave_change_nothing_for_the_others(models, cache, cfg_scale):
     model = models()
-    ours = adapter(model, cache=cache, cfg_scale=cfg_scale)
+    ours = backend(model, cache=cache, cfg_scale=cfg_scale)
     changed = [answers(4, seed) for seed in range(4)]
 
     def alone(row: int, steps: list[tuple[int, int]]) -> torch.Tensor:
@@ -166,16 +171,16 @@ def test_rows_that_join_and_leave_change_nothing_for_the_others(models, cache, c
     # Row 0 leaves; rows 2 and 3 join, one of them with a store of its own already.
     other = ours.prefill([PROMPTS[2]])
     _, other = ours.denoise(other, call(changed[1][2:3], [12], [4], [0]))
-    context = ours.join(first.take(torch.tensor([False, True])), ours.join(other, ours.prefill([PROMPTS[3]])))
+    context = first.select(torch.tensor([False, True])).concat(other.concat(ours.prefill([PROMPTS[3]])))
     hidden, _ = ours.denoise(context, call(changed[2][1:], [12] * 3, [4] * 3, [2, 1, 0]))
     expected = [alone(1, [(0, 0), (1, 1), (2, 2)]), alone(2, [(1, 0), (2, 1)]), alone(3, [(2, 0)])]
     torch.testing.assert_close(hidden, torch.cat(expected))
 
 
 def test_a_batch_that_all_rows_leave_can_be_joined(models):
-    ours, answer_BC = adapter(models(), cache="dual"), answers(1, 0)
+    ours, answer_BC = backend(models(), cache="dual"), answers(1, 0)
     _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [0], [0]))
-    context = ours.join(context.take(torch.tensor([False])), ours.prefill(PROMPTS[1:2]))
+    context = context.select(torch.tensor([False])).concat(ours.prefill(PROMPTS[1:2]))
     hidden_MD, _ = ours.denoise(context, call(answer_BC, [12], [0], [0]))
     torch.testing.assert_close(hidden_MD, full_forward(ours.model, PROMPTS[1], answer_BC[0].tolist())[:4])
 
@@ -185,7 +190,7 @@ def test_a_batch_that_all_rows_leave_can_be_joined(models):
 )
 def test_the_network_computes_no_more_than_the_window(models, monkeypatch, cache, widths):
     model, seen = models(), []
-    ours = adapter(model, cache=cache, refresh_interval=None if cache == "none" else 2)
+    ours = backend(model, cache=cache, refresh_interval=None if cache == "none" else 2)
     project = model.transformer.blocks[0].q_proj.forward
 
     def counted(hidden):
@@ -201,7 +206,7 @@ def test_the_network_computes_no_more_than_the_window(models, monkeypatch, cache
 
 def test_given_positions_before_the_block_are_seen(models):
     """Another token in a settled block changes what a window computes, once a full forward has seen it."""
-    ours, answer_BC = adapter(models(), cache="dual"), answers(1, 0)
+    ours, answer_BC = backend(models(), cache="dual"), answers(1, 0)
     _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [4], [0]))
     stale, context = ours.denoise(context, call(answer_BC, [12], [4], [1]))
     changed_BC = answer_BC.clone()

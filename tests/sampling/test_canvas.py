@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from unmask.cli import main
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
+from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import CanvasSettings
+from unmask.sampling.settings import settings_of
 from unmask.sampling.view import Drawing, watch
+
+CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
 
 # At low temperatures the network is sure, so canvases stop before their last step and rows at different times.
 SURE = {"steps": 12, "entropy_bound": 30.0, "confidence_threshold": 0.5, "t_min": 0.02, "t_max": 0.2}
@@ -191,15 +195,15 @@ def test_the_signal_is_the_soft_embedding_of_the_tempered_logits(gemma_model, mo
 
 
 def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
-    adapter = backend_for(gemma_model)
+    backend = backend_for(gemma_model)
     prompts = prompts_of(3, 20, 7)
     answer = torch.randint(0, 300, (3, 48), generator=torch.Generator().manual_seed(2))
-    context = adapter.prefill(prompts)
+    context = backend.prefill(prompts)
     block = torch.tensor([0, 0, 0])
     for done in ([True, False, True], [False, True, False], [True, True, False]):
-        context = adapter.commit(context, answer, block * 16, block * 16 + 16, torch.tensor(done))
+        context = backend.commit(context, answer, block * 16, block * 16 + 16, torch.tensor(done))
         block = block + torch.tensor(done)
-    context = context.take(torch.tensor([True, False, True]))
+    context = context.select(torch.tensor([True, False, True]))
     canvas = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(3))
     found = gemma_model.decode(canvas, context.encoded, starts=context.lengths)
     for place, (row, canvases) in enumerate([(0, 2), (2, 1)]):
@@ -210,7 +214,7 @@ def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
     assert context.encoded.positions_BS.shape[1] == max(context.lengths)
 
 
-def test_logits_are_weighed_in_chunks_whose_size_changes_nothing(gemma_model, monkeypatch):
+def test_logits_are_made_in_chunks_whose_size_changes_nothing(gemma_model, monkeypatch):
     prompts, sampler = prompts_of(2, 5), SamplerConfig(steps=3, max_new_tokens=20)
     whole = tokens(generate(gemma_model, prompts, sampler=sampler))
     monkeypatch.setattr("unmask.sampling.engine.loop._LOGITS_AT_ONCE", 300 * 5)
@@ -288,7 +292,7 @@ def test_the_command_line_takes_the_familys_sampler_and_the_checkpoints_settings
     [
         (["--temperature", "0.5"], "temperature: DiffusionGemma's sampler has no such setting"),
         (["--cfg-scale", "1"], "cfg_scale: DiffusionGemma's sampler has no such setting"),
-        (["--block_size", "32"], "block_size: 32 is not the model's canvas of 16 tokens"),
+        (["--block_size", "32"], "block_size: 32 is not the model's canvas_length of 16"),
         (["--eos", "defer"], "eos: "),
         (["--t_max", "0.1"], "t_min: 0.4 is above t_max 0.1"),
         (["--max_new_tokens", "200"], "over the model's max_sequence_length 128"),
@@ -301,8 +305,8 @@ def test_what_the_command_line_refuses_is_one_line_and_status_2(checkpoint, caps
 
 
 @pytest.mark.parametrize("positions", [1, 3])
-def test_a_canvas_weighed_in_parts_is_the_same(gemma_model, monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
-    """Its weights too, of which the next step's signal is made."""
+def test_a_canvas_predicted_in_parts_is_the_same(gemma_model, monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    """Its weights too, of which the next step's self-conditioning is made."""
     prompts, sampler = [[5, 6, 7], [8, 9]], SamplerConfig(max_new_tokens=32, steps=6)
     whole = generate(gemma_model, prompts, sampler=sampler)
     monkeypatch.setattr("unmask.ops.chunks.CACHED_LOGITS", 300 * positions)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
+from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
-from unmask.sampling.settings import CanvasSettings
+from unmask.sampling.settings import settings_of
+
+CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
 
 # transformers' generate marks its steps for CUDA graphs, and torch's modules behind that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -33,12 +38,12 @@ class OneGenerator:
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
-    def category(self, places, weights_MV):
+    def category(self, positions, weights_MV):
         probabilities_MV = weights_MV / weights_MV.sum(dim=-1, keepdim=True)
         return torch.multinomial(probabilities_MV, num_samples=1, generator=self.generator)[:, 0]
 
-    def noise(self, places, vocab_size):
-        return torch.randint(0, vocab_size, (1, len(places.position_M)), generator=self.generator)[0]
+    def noise(self, positions, vocab_size):
+        return torch.randint(0, vocab_size, (1, len(positions.column_M)), generator=self.generator)[0]
 
 
 def published(reference, prompt: list[int], seed: int, settings: CanvasSettings) -> tuple[list[int], int]:

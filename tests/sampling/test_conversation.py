@@ -12,14 +12,23 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Columns
 from unmask.data.files import FileRows
 from unmask.errors import SamplingError
+from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
+from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.chat import COMMANDS, Conversation, as_turn, is_command, run_command
-from unmask.sampling.settings import CanvasSettings, MaskSettings, resolve
+from unmask.sampling.settings import resolve_settings
 
-EMPTY = Conversation(lambda sampler: resolve(sampler, MaskSettings()))
+
+class Config:
+    max_sequence_length = 4096
+    canvas_length = 256
+
+
+def opened(family=LLADA, **fields) -> Conversation:
+    return Conversation(lambda sampler: resolve_settings(sampler, family, Config, {}), **fields)
 
 
 def talked(exchanges: int, system: bool = False) -> Conversation:
-    conversation = EMPTY.say("system", "s") if system else EMPTY
+    conversation = opened().say("system", "s") if system else opened()
     for number in range(exchanges):
         conversation = conversation.say("user", f"question {number}").say("assistant", f"answer {number}")
     return conversation
@@ -72,23 +81,19 @@ def test_commands_change_the_conversation():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "defaults", "note"),
+    ("sampler", "family", "note"),
     [
-        ({}, MaskSettings(), "steps: 7 an answer"),
-        ({"threshold": 0.9}, MaskSettings(), "steps: 7; not used while --threshold is set"),
-        ({"factor": 1.0}, MaskSettings(), "steps: 7; not used while --factor is set"),
-        ({"entropy_bound": 0.2}, MaskSettings(), "steps: 7; not used while --entropy_bound is set"),
-        ({"preset": "fast"}, MaskSettings(), "steps: 7 an answer, in place of the preset's threshold 0.9"),
-        ({"preset": "fast"}, CanvasSettings(), "steps: 7 a canvas at the most"),
+        ({}, LLADA, "steps: 7 an answer"),
+        ({"threshold": 0.9}, LLADA, "steps: 7; not used while --threshold is set"),
+        ({"factor": 1.0}, LLADA, "steps: 7; not used while --factor is set"),
+        ({"entropy_bound": 0.2}, LLADA, "steps: 7; not used while --entropy_bound is set"),
+        ({"preset": "fast"}, LLADA, "steps: 7 an answer, in place of the preset's threshold 0.9"),
+        ({"preset": "fast"}, DIFFUSION_GEMMA, "steps: 7 a canvas at the most"),
     ],
 )
-def test_a_number_of_steps_says_what_it_changes(sampler, defaults, note):
-    conversation = Conversation(
-        lambda given: resolve(given, defaults),
-        sampler=SamplerConfig(**sampler),
-        canvases=isinstance(defaults, CanvasSettings),
-    )
-    outcome = run_command(conversation, "/steps 7")
+def test_a_number_of_steps_says_what_it_changes(sampler, family, note):
+    asked = opened(family, sampler=SamplerConfig(**sampler))
+    outcome = run_command(asked, "/steps 7")
     assert (outcome.note, outcome.conversation.settings.steps) == (note, 7)
 
 
@@ -117,13 +122,13 @@ def test_mistakes_in_commands_name_the_remedy(line, words, tmp_path, monkeypatch
 
 def test_nothing_is_saved_before_an_answer(tmp_path):
     with pytest.raises(SamplingError, match="nothing has been answered"):
-        run_command(EMPTY.say("user", "hi"), f"/save {tmp_path / 'a.jsonl'}")
+        run_command(opened().say("user", "hi"), f"/save {tmp_path / 'a.jsonl'}")
 
 
 def test_saved_conversations_are_rows_that_training_reads(tmp_path):
     path = tmp_path / "a b.jsonl"
     path.write_text('{"messages": [{"role": "assistant", "content": "old\u2028"}]}', "utf-8")  # and no newline
-    odd = EMPTY.say("user", 'é☃\u2028"\n').say("assistant", "</script>")
+    odd = opened().say("user", 'é☃\u2028"\n').say("assistant", "</script>")
     assert "row 2" in run_command(odd, f"/save {path}").note
     assert "row 3" in run_command(talked(2, system=True), f"/save {path}").note
     rows = FileRows(path, Columns(), "dataset")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,20 +12,23 @@ from torch import Tensor
 
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
+from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.engine.schedule import planned_calls, quota
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import MaskSettings
+from unmask.sampling.settings import settings_of
+
+MaskSettings = partial(settings_of, LLADA)
 
 
 def peak(token: int, height: float = 5.0) -> Tensor:
     return torch.zeros(10).index_fill(0, torch.tensor([token]), height)
 
 
-def run(adapter, rows: int = 1, **fields) -> list[StepEvent]:
-    return list(denoise(adapter, [Request(i, [i], i) for i in range(rows)], MaskSettings(**fields)))
+def run(backend, rows: int = 1, **fields) -> list[StepEvent]:
+    return list(denoise(backend, [Request(i, [i], i) for i in range(rows)], MaskSettings(**fields)))
 
 
 def order(events: list[StepEvent], row: int = 0) -> list[list[int]]:
@@ -53,15 +58,15 @@ def test_a_settled_token_never_changes_though_the_network_changes_its_mind(scrip
 
 
 def test_a_block_that_is_complete_in_its_first_step_costs_one_call(script):
-    adapter = script(lambda row, at, call: peak(1, 20.0 if at < 4 else 0.5))
-    events = run(adapter, max_new_tokens=8, block_size=4, threshold=0.9)
+    backend = script(lambda row, at, call: peak(1, 20.0 if at < 4 else 0.5))
+    events = run(backend, max_new_tokens=8, block_size=4, threshold=0.9)
     assert order(events) == [[0, 1, 2, 3], [4], [5], [6], [7]]
-    assert adapter.calls == 5
+    assert backend.calls == 5
 
 
 def test_rows_advance_at_their_own_pace(script):
-    adapter = script(lambda row, at, call: peak(1, 20.0 if row == 0 else 0.5))
-    events = run(adapter, rows=2, max_new_tokens=4, block_size=2, threshold=0.9)
+    backend = script(lambda row, at, call: peak(1, 20.0 if row == 0 else 0.5))
+    events = run(backend, rows=2, max_new_tokens=4, block_size=2, threshold=0.9)
     assert [event.rows for event in events] == [(0, 1), (0, 1), (1,), (1,)]
     assert [event.nfe_B.tolist() for event in events] == [[1, 1], [2, 2], [3], [4]]
     assert events[1].block_B.tolist() == [1, 0]
@@ -69,9 +74,9 @@ def test_rows_advance_at_their_own_pace(script):
 
 @pytest.mark.parametrize(("threshold", "calls"), [(0.0, 3), (1.5, 10)], ids=["one call a block", "one token a call"])
 def test_extreme_thresholds(script, threshold, calls):
-    adapter = script(lambda row, at, call: peak(at % 8, at))
-    events = run(adapter, max_new_tokens=10, block_size=4, threshold=threshold)
-    assert adapter.calls == calls == len(events)
+    backend = script(lambda row, at, call: peak(at % 8, at))
+    events = run(backend, max_new_tokens=10, block_size=4, threshold=threshold)
+    assert backend.calls == calls == len(events)
 
 
 def test_threshold_above_one_equals_one_token_a_step(reference_model, reference):
@@ -84,21 +89,21 @@ def test_threshold_above_one_equals_one_token_a_step(reference_model, reference)
 
 def test_a_stop_token_ends_the_row_once_everything_left_of_it_is_settled(script):
     # The stop token at 5 settles first, then 0 to 4; 6 to 15 never need to be computed.
-    adapter = script(lambda row, at, call: peak(8, 9.0) if at == 5 else peak(1, 5.0 - at / 10))
-    events = run(adapter, steps=16, max_new_tokens=16, block_size=8)
+    backend = script(lambda row, at, call: peak(8, 9.0) if at == 5 else peak(1, 5.0 - at / 10))
+    events = run(backend, steps=16, max_new_tokens=16, block_size=8)
     assert order(events) == [[5], [0], [1], [2], [3], [4]]
     assert [bool(event.finished_B[0]) for event in events] == [False] * 5 + [True]
 
 
 def test_an_open_position_left_of_a_stop_token_may_become_an_earlier_one(script):
-    adapter = script(lambda row, at, call: peak(8, 9.0 if at == 3 else 4.0) if at in (1, 3) else peak(2, 3.0))
-    last = run(adapter, steps=4, max_new_tokens=4, block_size=4)[-1]
+    backend = script(lambda row, at, call: peak(8, 9.0 if at == 3 else 4.0) if at in (1, 3) else peak(2, 3.0))
+    last = run(backend, steps=4, max_new_tokens=4, block_size=4)[-1]
     assert last.answer_BC[0, :2].tolist() == [2, 8] and bool(last.finished_B[0])
 
 
 def test_finished_rows_leave_and_the_others_go_on(script):
-    adapter = script(lambda row, at, call: peak(8 if row == 1 and call == 0 else 3))
-    events = run(adapter, rows=3, steps=3, max_new_tokens=3, block_size=3)
+    backend = script(lambda row, at, call: peak(8 if row == 1 and call == 0 else 3))
+    events = run(backend, rows=3, steps=3, max_new_tokens=3, block_size=3)
     assert [event.rows for event in events] == [(0, 1, 2), (0, 2), (0, 2)]
 
 
@@ -114,14 +119,14 @@ def test_eos_suppressed_is_never_written_and_deferred_comes_last(script):
 
 
 def test_other_stop_tokens_end_a_row_too(script):
-    adapter = script(lambda row, at, call: peak(4))
-    events = list(denoise(adapter, [Request(0, [0], 0)], MaskSettings(steps=8, max_new_tokens=8), stop_ids=[4]))
+    backend = script(lambda row, at, call: peak(4))
+    events = list(denoise(backend, [Request(0, [0], 0)], MaskSettings(steps=8, max_new_tokens=8), stop_ids=[4]))
     assert len(events) == 1
 
 
 def test_the_mask_is_never_written_even_if_it_is_named_as_a_stop_token(script):
-    adapter = script(lambda row, at, call: peak(9, 9.0) + peak(4))
-    events = list(denoise(adapter, [Request(0, [0], 0)], MaskSettings(steps=2, max_new_tokens=2), stop_ids=[9]))
+    backend = script(lambda row, at, call: peak(9, 9.0) + peak(4))
+    events = list(denoise(backend, [Request(0, [0], 0)], MaskSettings(steps=2, max_new_tokens=2), stop_ids=[9]))
     assert events[-1].answer_BC.tolist() == [[4, 4]]
 
 
@@ -134,9 +139,9 @@ def test_every_call_draws_afresh(script):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_stop_with_the_place_named(script, bad):
-    adapter = script(lambda row, at, call: peak(1, bad if call == 2 and row == 1 and at == 3 else 1.0))
+    backend = script(lambda row, at, call: peak(1, bad if call == 2 and row == 1 and at == 3 else 1.0))
     with pytest.raises(SamplingError, match=r"not finite at prompt 1 \(block 2, step 1\)"):
-        run(adapter, rows=2, steps=4, max_new_tokens=4, block_size=2)
+        run(backend, rows=2, steps=4, max_new_tokens=4, block_size=2)
 
 
 def test_a_network_with_nan_weights_is_refused(small_model):
@@ -161,7 +166,10 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
 ):
     model = small_model({favoured: 50.0})
     threshold = threshold if remasking == "low_confidence" else None  # the two exclude each other
-    sampler = MaskSettings(steps, length, block, temperature, remasking, threshold, cache=cache)
+    sampler = MaskSettings(
+        steps=steps, max_new_tokens=length, block_size=block, temperature=temperature, remasking=remasking,
+        threshold=threshold, cache=cache,
+    )  # fmt: skip
     events = list(
         denoise(BidirectionalBackend(model, sampler), [Request(0, [3, 39, 4], 9), Request(1, [5], 8)], sampler)
     )
@@ -185,18 +193,14 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
 
 
 class Watched:
-    """The LLaDA adapter, keeping the narrowest margin between a position's two best tokens."""
+    """The LLaDA backend, keeping the narrowest margin between a position's two best tokens."""
 
     def __init__(self, model) -> None:
-        self.inner = BidirectionalBackend(model)
+        self.inner = BidirectionalBackend(model, MaskSettings())
         self.spec, self.device = self.inner.spec, self.inner.device
-        self.prefill, self.join = self.inner.prefill, self.inner.join
-        self.denoise, self.commit = self.inner.denoise, self.inner.commit
-        self.signal = None
+        self.prefill, self.denoise, self.commit = self.inner.prefill, self.inner.denoise, self.inner.commit
+        self.self_conditioning = None
         self.margin = float("inf")
-
-    def head(self, hidden_MD) -> None:
-        return None
 
     def logits(self, hidden_MD) -> Tensor:
         logits = self.inner.logits(hidden_MD)
@@ -214,20 +218,20 @@ def test_a_row_alone_equals_the_row_in_any_batch_and_order(reference_model, fiel
     ]
     sampler = MaskSettings(steps=12, max_new_tokens=24, block_size=8, **fields)
 
-    def answers(batch: list[Request], adapter) -> dict[int, tuple]:
+    def answers(batch: list[Request], backend) -> dict[int, tuple]:
         found = {}
-        for event in denoise(adapter, batch, sampler):
+        for event in denoise(backend, batch, sampler):
             for place in event.finished_B.nonzero()[:, 0].tolist():
                 found[event.rows[place]] = (event.answer_BC[place].tolist(), int(event.nfe_B[place]))
         return found
 
-    adapter = Watched(reference_model)
-    alone = {index: answer for request in requests for index, answer in answers([request], adapter).items()}
+    backend = Watched(reference_model)
+    alone = {index: answer for request in requests for index, answer in answers([request], backend).items()}
     assert (
-        adapter.margin > 1e-5
+        backend.margin > 1e-5
     )  # decisions are clear enough for fp32, so equality is asked of the sampler, not of luck
     assert len(alone) == 5
     for batch in (requests, requests[::-1], [requests[3], requests[0]], requests[1:]):
-        assert answers(batch, BidirectionalBackend(reference_model)) == {
+        assert answers(batch, BidirectionalBackend(reference_model, MaskSettings())) == {
             request.index: alone[request.index] for request in batch
         }

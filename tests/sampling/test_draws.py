@@ -5,6 +5,12 @@ import math
 import torch
 
 from unmask.sampling.engine import draws
+from unmask.sampling.engine.state import Positions
+
+
+def positions(call: int) -> Positions:
+    key, at, nothing = torch.full((30000,), 7), torch.arange(30000), torch.zeros(30000, dtype=torch.long)
+    return Positions(key, nothing + call, at, nothing, nothing)
 
 
 def splitmix64(state: int, count: int) -> list[int]:
@@ -44,10 +50,10 @@ def test_gumbel_has_its_moments():
 
 def test_each_part_of_a_key_matters_and_its_place_in_the_batch_does_not():
     row, call, place = (torch.tensor(values) for values in ([7, 8, 7, 7], [0, 0, 1, 0], [3, 3, 3, 4]))
-    keys = draws.position_keys(row, draws.CANDIDATES, call, place)
+    keys = draws.position_keys(row, draws.TOKENS, call, place)
     assert len(set(keys.tolist())) == 4
     assert not set(keys.tolist()) & set(draws.position_keys(row, draws.ORDER, call, place).tolist())
-    assert torch.equal(draws.position_keys(row[2:], draws.CANDIDATES, call[2:], place[2:]), keys[2:])
+    assert torch.equal(draws.position_keys(row[2:], draws.TOKENS, call[2:], place[2:]), keys[2:])
     assert row.tolist() == [7, 8, 7, 7]
 
 
@@ -62,17 +68,17 @@ def test_row_keys_follow_the_prompt_not_its_neighbours():
 
 
 def test_noise_is_uniform_over_the_vocabulary_and_new_in_every_call():
-    places = draws.Places(torch.full((30000,), 7), torch.zeros(30000, dtype=torch.long), torch.arange(30000))
+    places = positions(call=0)
     noise = draws.KeyedDraws().noise(places, 10)
     assert noise.min() == 0 and noise.max() == 9
     assert (noise.bincount() / 30000 - 0.1).abs().max() < 0.01
-    later = draws.KeyedDraws().noise(draws.Places(places.key_M, places.call_M + 1, places.position_M), 10)
+    later = draws.KeyedDraws().noise(positions(call=1), 10)
     assert abs((noise == later).float().mean() - 0.1) < 0.01
     assert torch.equal(draws.KeyedDraws().noise(places[5:9], 10), noise[5:9])
 
 
 def test_a_category_does_not_depend_on_the_noise_of_its_call():
-    places = draws.Places(torch.full((30000,), 7), torch.zeros(30000, dtype=torch.long), torch.arange(30000))
+    places = positions(call=0)
     source = draws.KeyedDraws()
     drawn, noise = source.category(places, torch.ones(30000, 10)), source.noise(places, 10)
     assert abs((drawn == noise).float().mean() - 0.1) < 0.01

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from unmask.config.sampler import SamplerConfig
 from unmask.sampling.backends import bidirectional
-from unmask.sampling.backends.length_groups import length_groups
+from unmask.sampling.backends.bidirectional import length_groups
 from unmask.sampling.generate import generate
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from unmask.errors import SamplingError
+from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
+from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, denoise
-from unmask.sampling.engine.request import Template
-from unmask.sampling.settings import CanvasSettings, MaskSettings
+from unmask.sampling.engine.state import Template
+from unmask.sampling.settings import settings_of
+
+MaskSettings = partial(settings_of, LLADA)
+CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
 
 
 def peak(token: int, height: float = 5.0) -> torch.Tensor:
     return torch.zeros(10).index_fill(0, torch.tensor([token]), height)
 
 
-def answers(adapter, requests, settings, batch_size) -> dict[int, tuple[list[int], int]]:
+def answers(backend, requests, settings, batch_size) -> dict[int, tuple[list[int], int]]:
     found = {}
-    for event in denoise(adapter, iter(requests), settings, batch_size=batch_size):
+    for event in denoise(backend, iter(requests), settings, batch_size=batch_size):
         assert len(event.rows) <= batch_size
         for place in event.finished_B.nonzero()[:, 0].tolist():
             is_open = event.masked_BC[place, : event.lengths[place]].tolist()
@@ -31,12 +38,12 @@ def answers(adapter, requests, settings, batch_size) -> dict[int, tuple[list[int
 
 def test_a_finished_rows_place_is_taken_before_the_next_call(script):
     # Row 0 is sure at once, the others take a call a token.
-    adapter = script(lambda row, at, call: peak(1, 20.0 if row == 0 else 0.5))
+    backend = script(lambda row, at, call: peak(1, 20.0 if row == 0 else 0.5))
     requests = [Request(i, [i], i) for i in range(4)]
-    events = list(denoise(adapter, requests, MaskSettings(max_new_tokens=2, threshold=0.9), batch_size=2))
+    events = list(denoise(backend, requests, MaskSettings(max_new_tokens=2, threshold=0.9), batch_size=2))
     assert [event.rows for event in events] == [(0, 1), (1, 2), (2, 3), (3,)]
     assert [event.step_B.tolist() for event in events] == [[0, 0], [1, 0], [1, 0], [1]]
-    assert adapter.calls == 4
+    assert backend.calls == 4
 
 
 def test_requests_are_taken_as_places_become_free(script):
@@ -55,8 +62,8 @@ def test_requests_are_taken_as_places_become_free(script):
 
 
 def test_no_requests_no_calls(script):
-    adapter = script(lambda *_: peak(1))
-    assert list(denoise(adapter, [], MaskSettings())) == [] and adapter.calls == 0
+    backend = script(lambda *_: peak(1))
+    assert list(denoise(backend, [], MaskSettings())) == [] and backend.calls == 0
 
 
 def prompts_of(*lengths: int, high: int) -> list[list[int]]:
@@ -83,11 +90,11 @@ def requests_of(prompts: list[list[int]], block: int) -> list[Request]:
 def test_a_masked_row_alone_is_the_row_in_any_refilled_batch(reference_model, fields):
     requests = requests_of(prompts_of(3, 17, 1, 9, high=500), 8)
     settings = MaskSettings(steps=12, max_new_tokens=24, block_size=8, **fields)
-    adapter = BidirectionalBackend(reference_model, settings)
-    alone = {i: answer for request in requests for i, answer in answers(adapter, [request], settings, 1).items()}
+    backend = BidirectionalBackend(reference_model, settings)
+    alone = {i: answer for request in requests for i, answer in answers(backend, [request], settings, 1).items()}
     assert len(alone) == 4 and len({calls for _, calls in alone.values()}) > 1
-    assert answers(adapter, requests, settings, 3) == alone
-    assert answers(adapter, requests[::-1], settings, 2) == alone
+    assert answers(backend, requests, settings, 3) == alone
+    assert answers(backend, requests[::-1], settings, 2) == alone
 
 
 @pytest.mark.parametrize("cache", ["block", "none"])
@@ -95,10 +102,10 @@ def test_a_canvas_alone_is_the_canvas_in_any_refilled_batch_cached_or_not(gemma_
     requests = requests_of(prompts_of(3, 30, 1, 12, high=300), 16)
     sure = {"steps": 7, "entropy_bound": 30.0, "confidence_threshold": 0.5, "t_min": 0.02, "t_max": 0.2}
     settings = CanvasSettings(max_new_tokens=24, block_size=16, cache=cache, **sure)
-    adapter, cached = backend_for(gemma_model, settings), backend_for(gemma_model)
+    backend, cached = backend_for(gemma_model, settings), backend_for(gemma_model)
     alone = {i: answer for request in requests for i, answer in answers(cached, [request], settings, 1).items()}
     assert len({calls for _, calls in alone.values()}) > 1
-    assert answers(adapter, requests[::-1] if cache == "none" else requests, settings, 2) == alone
+    assert answers(backend, requests[::-1] if cache == "none" else requests, settings, 2) == alone
 
 
 def test_without_a_cache_canvases_are_encoded_anew(gemma_model, monkeypatch):
@@ -111,27 +118,12 @@ def test_without_a_cache_canvases_are_encoded_anew(gemma_model, monkeypatch):
         encoded.clear()
 
 
-def test_logits_of_a_shifted_family_are_read_one_column_earlier(script):
-    asked = []
-
-    def answers(row: int, at: int, call: int) -> torch.Tensor:
-        asked.append(at)
-        return peak(at + 1)  # the hidden state of column p - 1 predicts p
-
-    for shift in (0, 1):
-        settings = MaskSettings(steps=2, max_new_tokens=6, block_size=3)
-        last = list(denoise(script(answers, logit_shift=shift), [Request(0, [0], 0)], settings))[-1]
-        assert last.answer_BC.tolist() == [[1 - shift + at for at in range(6)]]
-        assert (min(asked), max(asked)) == (-shift, 5 - shift)
-        asked.clear()
-
-
 def test_blocks_of_a_template_have_their_own_quotas(script):
     # Blocks of 2, 0 and 5 open positions share seven steps: four and three, and no call settles nothing.
     is_open = [True, True, False] + [False] * 3 + [True] * 5
     template = Template([4] * 11, is_open, [0] * 3 + [1] * 3 + [2] * 5)
-    adapter = script(lambda row, at, call: peak(1, 9.0 - at / 2))
-    events = list(denoise(adapter, [Request(0, [0], 0, template)], MaskSettings(steps=7)))
+    backend = script(lambda row, at, call: peak(1, 9.0 - at / 2))
+    events = list(denoise(backend, [Request(0, [0], 0, template)], MaskSettings(steps=7)))
     assert [int(event.committed_BC.sum()) for event in events] == [1, 1, 2, 2, 1]
     assert [int(event.block_B[0]) for event in events] == [0, 0, 2, 2, 2]
     assert [int(event.begun_B[0]) for event in events] == [3, 3, 11, 11, 11]
@@ -150,7 +142,7 @@ def test_a_given_stop_token_ends_nothing_and_a_written_one_does(script):
     ("fields", "says"),
     [
         (([1, 2], [True], [0, 0]), "one entry a position"),
-        (([1, 2], [False, False], [0, 0]), "no position is open"),
+        (([1, 2], [False, False], [0, 0]), "no position is masked"),
         (([1, 2], [True, True], [1, 1]), "start at 0"),
         (([1, 2], [True, True], [0, 2]), "rise in steps of one"),
         (([1, 2], [True, True], [1, 0]), "start at 0"),
@@ -171,13 +163,13 @@ def test_a_settled_stop_token_cuts_the_blocks_behind_it_where_the_cache_is_appro
         ("dual", "none", [8, 4, 4]),
         ("dual", "edit", [8, 8, 8]),
     ):
-        adapter, seen = script(answers), []
-        inner = adapter.denoise
-        adapter.denoise = lambda context, call, seen=seen, inner=inner: (
+        backend, seen = script(answers), []
+        inner = backend.denoise
+        backend.denoise = lambda context, call, seen=seen, inner=inner: (
             seen.append(call.lengths[0]) or inner(context, call)
         )
         settings = MaskSettings(steps=8, max_new_tokens=8, block_size=4, cache=cache, revise=revise)
-        assert len(list(denoise(adapter, [Request(0, [0], 0)], settings))) == 3
+        assert len(list(denoise(backend, [Request(0, [0], 0)], settings))) == 3
         assert seen == lengths
 
 
@@ -186,14 +178,14 @@ def test_cut_rows_alone_are_the_rows_in_any_refilled_batch(small_model, cache):
     # The end of text is likely, so rows end in all blocks, and what is behind is cut while others go on.
     model = small_model(favour={38: 1.5}, n_layers=2)
     settings = MaskSettings(steps=24, max_new_tokens=24, block_size=8, cache=cache)
-    adapter, seen = BidirectionalBackend(model, settings), set()
-    inner = adapter.denoise
-    adapter.denoise = lambda context, call: seen.update(call.lengths) or inner(context, call)
+    backend, seen = BidirectionalBackend(model, settings), set()
+    inner = backend.denoise
+    backend.denoise = lambda context, call: seen.update(call.lengths) or inner(context, call)
     prompts = prompts_of(3, 17, 1, 9, 2, 30, high=36)
     requests = [
         Request(i, prompt, key) for i, (prompt, key) in enumerate(zip(prompts, row_keys(0, prompts), strict=True))
     ]
-    alone = {i: answer for request in requests for i, answer in answers(adapter, [request], settings, 1).items()}
+    alone = {i: answer for request in requests for i, answer in answers(backend, [request], settings, 1).items()}
     assert seen & {8, 16} and len({calls for _, calls in alone.values()}) > 1
     for size in (2, 6):
-        assert answers(adapter, requests, settings, size) == alone
+        assert answers(backend, requests, settings, size) == alone

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
-from unmask.sampling.engine.request import Template
 from unmask.sampling.engine.revise import REVISERS
 from unmask.sampling.engine.rules import RULES, SCORES
+from unmask.sampling.engine.state import Template
 from unmask.sampling.infill import _log_probabilities
-from unmask.sampling.settings import MaskSettings
+from unmask.sampling.settings import settings_of
+
+MaskSettings = partial(settings_of, LLADA)
 
 MASK, EOS = 9, 8
 
@@ -25,8 +30,8 @@ def logits_of(**probabilities: float) -> Tensor:
     return torch.tensor([given.get(token, rest) for token in range(10)]).log()
 
 
-def run(adapter, template: Template | None = None, **fields) -> list[StepEvent]:
-    return list(denoise(adapter, [Request(0, [0], 0, template)], MaskSettings(**fields)))
+def run(backend, template: Template | None = None, **fields) -> list[StepEvent]:
+    return list(denoise(backend, [Request(0, [0], 0, template)], MaskSettings(**fields)))
 
 
 def marks(tensor: Tensor) -> list[int]:
@@ -59,8 +64,8 @@ def test_fewer_are_masked_again_than_are_settled_the_least_probable_first(script
 
 
 def test_one_token_a_call_takes_nothing_back(script):
-    adapter = script(lambda row, at, call: logits_of(**{f"t{call % 8}": 0.9}))
-    events = run(adapter, steps=8, max_new_tokens=8, block_size=8, revise="remask", revise_threshold=1.0)
+    backend = script(lambda row, at, call: logits_of(**{f"t{call % 8}": 0.9}))
+    events = run(backend, steps=8, max_new_tokens=8, block_size=8, revise="remask", revise_threshold=1.0)
     assert len(events) == 8 and not any(event.revised_BC.any() for event in events)
 
 
@@ -86,8 +91,8 @@ def test_a_token_is_replaced_by_one_that_has_become_probable_and_the_call_count_
 def test_given_tokens_and_other_blocks_are_never_revised(script):
     template = Template([5, 0, 0, 9, 0, 0], [False, True, True, False, True, True], [0, 0, 0, 0, 1, 1])
     for revise in ("remask", "edit"):
-        adapter = script(lambda row, at, call: logits_of(**{f"t{(at + call) % 8}": 0.9}))
-        events = run(adapter, template, steps=2, revise=revise, revise_threshold=0.5)
+        backend = script(lambda row, at, call: logits_of(**{f"t{(at + call) % 8}": 0.9}))
+        events = run(backend, template, steps=2, revise=revise, revise_threshold=0.5)
         for event in events:
             assert event.answer_BC[0, [0, 3]].tolist() == [5, 9] and not event.masked_BC[0, [0, 3]].any()
             inside = torch.tensor([[0, 0, 0, 0, 1, 1]]) == event.block_B[:, None]
@@ -104,9 +109,9 @@ def test_an_edit_writes_no_stop_token_that_is_deferred(script):
 
 def test_only_ways_that_read_settled_tokens_send_them_through_the_head(script, monkeypatch):
     for revise, widths in (("none", [4, 3, 2, 1]), ("edit", [4, 4, 4, 4])):
-        adapter, seen = script(lambda *_: logits_of(t1=0.9)), []
-        monkeypatch.setattr(adapter, "logits", lambda hidden, seen=seen: seen.append(len(hidden)) or hidden.clone())
-        run(adapter, steps=4, max_new_tokens=4, block_size=4, revise=revise)
+        backend, seen = script(lambda *_: logits_of(t1=0.9)), []
+        monkeypatch.setattr(backend, "logits", lambda hidden, seen=seen: seen.append(len(hidden)) or hidden.clone())
+        run(backend, steps=4, max_new_tokens=4, block_size=4, revise=revise)
         assert seen == widths
 
 
@@ -150,7 +155,7 @@ def test_whatever_is_combined_given_tokens_stay_and_every_row_ends_with_allowed_
 ):
     numbers = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, 10, 10, 10, generator=numbers) * 4  # (row, position, call, token)
-    adapter = script(lambda row, at, call: logits[row, at, call % 10])
+    backend = script(lambda row, at, call: logits[row, at, call % 10])
     templates = [
         Template([(MASK, EOS, 3)[at % 3] for at in range(len(row))], row, [at // block for at in range(len(row))])
         for row in opens
@@ -158,19 +163,19 @@ def test_whatever_is_combined_given_tokens_stay_and_every_row_ends_with_allowed_
     requests = [Request(number, [number], number, template) for number, template in enumerate(templates)]
     sampler = MaskSettings(steps=steps, temperature=temperature, eos=eos, revise_threshold=level, **fields)
     finished = set()
-    for event in denoise(adapter, requests, sampler, batch_size=2):
+    for event in denoise(backend, requests, sampler, batch_size=2):
         for place, number in enumerate(event.rows):
             template, length = templates[number], event.lengths[place]
-            assert length == len(template.open)
+            assert length == len(template.masked)
             answer, is_open = event.answer_BC[place, :length].tolist(), event.masked_BC[place, :length].tolist()
-            written = [at for at in range(length) if template.open[at] and not is_open[at]]
-            assert all(answer[at] == template.answer_ids[at] for at in range(length) if not template.open[at])
-            assert not any(is_open[at] for at in range(length) if not template.open[at])
+            written = [at for at in range(length) if template.masked[at] and not is_open[at]]
+            assert all(answer[at] == template.answer_ids[at] for at in range(length) if not template.masked[at])
+            assert not any(is_open[at] for at in range(length) if not template.masked[at])
             assert all(answer[at] != MASK and (eos != "suppress" or answer[at] != EOS) for at in written)
             assert int(event.committed_BC[place].sum()) > int((event.revised_BC & event.masked_BC)[place].sum())
             assert not event.masked_BC[place, length:].any()
             # The bound: never more calls than one for each open position.
-            assert int(event.nfe_B[place]) <= sum(template.open)
+            assert int(event.nfe_B[place]) <= sum(template.masked)
             if event.finished_B[place]:
                 finished.add(number)
                 stops = [at for at in written if answer[at] == EOS]
@@ -180,7 +185,7 @@ def test_whatever_is_combined_given_tokens_stay_and_every_row_ends_with_allowed_
 
 @pytest.mark.parametrize("revise", ["remask", "edit"])
 def test_no_revision_happens_where_nothing_is_doubtful(script, revise):
-    adapter = script(lambda row, at, call: logits_of(**{f"t{at}": 0.9}))
-    plain = run(adapter, steps=2, max_new_tokens=6, block_size=6)
-    revised = run(adapter, steps=2, max_new_tokens=6, block_size=6, revise=revise)
+    backend = script(lambda row, at, call: logits_of(**{f"t{at}": 0.9}))
+    plain = run(backend, steps=2, max_new_tokens=6, block_size=6)
+    revised = run(backend, steps=2, max_new_tokens=6, block_size=6, revise=revise)
     assert [event.answer_BC.tolist() for event in plain] == [event.answer_BC.tolist() for event in revised]

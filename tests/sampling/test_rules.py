@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
+from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.engine import draws, rules
-from unmask.sampling.settings import CanvasSettings, MaskSettings
+from unmask.sampling.settings import settings_of
+
+MaskSettings = partial(settings_of, LLADA)
+CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
 
 OFF = -torch.inf
 
@@ -15,48 +22,38 @@ def test_ban_covers_tokens_and_padded_rows():
     assert rules.ban_(torch.zeros(2, 6), (1, 99), 4).tolist() == [[0, OFF, 0, 0, OFF, OFF]] * 2
 
 
-def test_choose_without_temperature_is_argmax():
+def test_a_sample_without_temperature_is_argmax():
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, OFF, 1.0]])
-    assert rules.choose(logits, 0.0, None).tolist() == [1, 0]
+    assert rules.sample(logits, 0.0, None).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("width", [40, 512, 1024, 1300])
-def test_the_likeliest_is_the_first_of_the_highest(width):
+def test_the_argmax_is_the_first_of_the_highest(width):
     numbers = torch.Generator().manual_seed(0)
     values = torch.randint(0, 3, (50, width), generator=numbers).float() - 3
     values[:, : width // 2] -= 3  # the highest values begin in the middle, and some rows have one only at the end
     values[::5] = -4.0
     values[::5, -1] = 1.0
     expected = [row.index(max(row)) for row in values.tolist()]
-    assert rules.likeliest(values).tolist() == expected
-    assert rules.likeliest(values.bfloat16()).tolist() == expected
-    assert rules.likeliest(torch.full((2, width), OFF)).tolist() == [0, 0]
+    assert rules.argmax(values).tolist() == expected
+    assert rules.argmax(values.bfloat16()).tolist() == expected
+    assert rules.argmax(torch.full((2, width), OFF)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_choose_samples_the_tempered_softmax(temperature):
+def test_a_sample_is_of_the_tempered_softmax(temperature):
     logits = torch.tensor([1.0, 0.0, -1.0, OFF]).expand(20000, 4)
-    chosen = rules.choose(logits, temperature, draws.gumbel(torch.arange(20000), 4))
+    chosen = rules.sample(logits, temperature, draws.gumbel(torch.arange(20000), 4))
     shares = chosen.bincount(minlength=4) / 20000
     assert (shares - (logits[0] / temperature).softmax(-1)).abs().max() < 0.015
     assert shares[3] == 0
 
 
-def candidates(logits: torch.Tensor, uniform: torch.Tensor | None = None, first: int = 0) -> rules.Candidates:
+def score_inputs(logits: torch.Tensor, uniform: torch.Tensor | None = None, first: int = 0) -> rules.ScoreInputs:
     logits = logits.float()
-    total = rules.log_total(logits)
+    total = logits.logsumexp(dim=-1)
     confidence = (rules.logit(logits, logits.argmax(-1)) - total).exp()
-    return rules.Candidates(logits, total, confidence, torch.arange(len(logits)) + first, uniform)
-
-
-def test_the_log_total_is_the_same_in_the_memory_of_the_logits():
-    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 30
-    logits[:, 4] = OFF
-    kept = logits.clone()
-    total = rules.log_total(logits)
-    assert torch.equal(logits, kept)
-    torch.testing.assert_close(rules.log_total(logits, overwrite=True), total)
-    torch.testing.assert_close(total.double(), kept.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    return rules.ScoreInputs(logits, total, confidence, torch.arange(len(logits)) + first, uniform)
 
 
 def test_scores_are_what_their_formulas_say():
@@ -65,7 +62,7 @@ def test_scores_are_what_their_formulas_say():
     exact = logits.double().softmax(-1)
     best = exact.sort(-1, descending=True).values
     uniform = torch.linspace(0, 1, 6, dtype=torch.float64)
-    found = {name: score.measure(candidates(logits, uniform, 3)) for name, score in rules.SCORES.items()}
+    found = {name: score.measure(score_inputs(logits, uniform, 3)) for name, score in rules.SCORES.items()}
     expected = {
         "low_confidence": best[:, 0],
         "entropy": (exact * exact.clamp(min=1e-300).log()).sum(-1),
@@ -81,11 +78,11 @@ def test_scores_are_what_their_formulas_say():
 def test_scores_of_a_certain_position_are_the_highest_there_are():
     logits = torch.full((1, 5), OFF).index_fill(1, torch.tensor(2), 4.0)
     for name, value in (("low_confidence", 1.0), ("entropy", 0.0), ("margin", 1.0)):
-        assert rules.SCORES[name].measure(candidates(logits)).tolist() == [value]
-    assert rules.margin(candidates(torch.zeros(1, 1))).tolist() == [1.0]
+        assert rules.SCORES[name].measure(score_inputs(logits)).tolist() == [value]
+    assert rules.margin(score_inputs(torch.zeros(1, 1))).tolist() == [1.0]
 
 
-def settle(rule: str, scores: list[float], active: list[int], quota: int = 1, **fields) -> list[int]:
+def accept(rule: str, scores: list[float], active: list[int], quota: int = 1, **fields) -> list[int]:
     chosen = rules.RULES[rule](
         torch.tensor([scores]), torch.tensor([active]).bool(), torch.tensor([quota]), MaskSettings(**fields)
     )
@@ -93,35 +90,35 @@ def settle(rule: str, scores: list[float], active: list[int], quota: int = 1, **
 
 
 def test_quota_takes_the_best_active_positions_only():
-    assert settle("quota", [0.9, 0.1, 0.5, 0.7], [0, 1, 1, 1], quota=2) == [2, 3]
+    assert accept("quota", [0.9, 0.1, 0.5, 0.7], [0, 1, 1, 1], quota=2) == [2, 3]
 
 
 def test_ties_go_to_the_lowest_position():
-    assert settle("quota", [0.5] * 40, [0] + [1] * 39, quota=3) == [1, 2, 3]
-    assert settle("threshold", [0.5] * 40, [0, 0] + [1] * 38, threshold=0.9) == [2]
+    assert accept("quota", [0.5] * 40, [0] + [1] * 39, quota=3) == [1, 2, 3]
+    assert accept("threshold", [0.5] * 40, [0, 0] + [1] * 38, threshold=0.9) == [2]
 
 
 def test_a_deferred_position_is_taken_when_nothing_else_is_left():
-    assert settle("quota", [OFF, 0.3, OFF, OFF], [0, 1, 1, 1], quota=2) == [1, 2]
-    assert settle("threshold", [OFF, OFF, OFF], [0, 1, 1], threshold=0.0) == [1]
+    assert accept("quota", [OFF, 0.3, OFF, OFF], [0, 1, 1, 1], quota=2) == [1, 2]
+    assert accept("threshold", [OFF, OFF, OFF], [0, 1, 1], threshold=0.0) == [1]
 
 
 def test_threshold_takes_all_at_or_above_it_and_at_least_one():
-    assert settle("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.5) == [1, 3]
-    assert settle("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.8) == [3]
-    assert settle("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.0) == [1, 2, 3]
+    assert accept("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.5) == [1, 3]
+    assert accept("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.8) == [3]
+    assert accept("threshold", [0.9, 0.5, 0.4, 0.6], [0, 1, 1, 1], threshold=0.0) == [1, 2, 3]
 
 
 def test_factor_takes_the_longest_run_of_sure_enough_positions_and_at_least_one():
     # With f = 1 the first of r positions must have at least 1/2, 2/3, 3/4, 4/5.
-    assert settle("factor", [0.7, 0.9, 0.76, 0.4], [1, 1, 1, 1], factor=1.0) == [1, 2]
-    assert settle("factor", [0.76, 0.9, 0.8, 0.4], [1, 1, 1, 1], factor=1.0) == [0, 1, 2]
-    assert settle("factor", [0.7, 0.9, 0.1, 0.1], [1, 1, 1, 1], factor=1.0) == [0, 1]
+    assert accept("factor", [0.7, 0.9, 0.76, 0.4], [1, 1, 1, 1], factor=1.0) == [1, 2]
+    assert accept("factor", [0.76, 0.9, 0.8, 0.4], [1, 1, 1, 1], factor=1.0) == [0, 1, 2]
+    assert accept("factor", [0.7, 0.9, 0.1, 0.1], [1, 1, 1, 1], factor=1.0) == [0, 1]
     # The second fails though the third's bound, which is higher, cannot be met either: a run ends where it breaks.
-    assert settle("factor", [0.9, 0.6, 0.6, 0.6], [1, 1, 1, 1], factor=1.0) == [0]
-    assert settle("factor", [0.1, 0.4, 0.3, 0.2], [1, 1, 1, 1], factor=1.0) == [1]
-    assert settle("factor", [0.99, 0.1, 0.3, OFF], [0, 1, 1, 1], factor=9.0) == [1, 2]
-    assert settle("factor", [OFF, OFF], [0, 1], factor=0.0) == [1]
+    assert accept("factor", [0.9, 0.6, 0.6, 0.6], [1, 1, 1, 1], factor=1.0) == [0]
+    assert accept("factor", [0.1, 0.4, 0.3, 0.2], [1, 1, 1, 1], factor=1.0) == [1]
+    assert accept("factor", [0.99, 0.1, 0.3, OFF], [0, 1, 1, 1], factor=9.0) == [1, 2]
+    assert accept("factor", [OFF, OFF], [0, 1], factor=0.0) == [1]
 
 
 @given(
@@ -134,7 +131,7 @@ def test_factor_equals_the_loop_that_defines_it(scores, factor):
     run = 0
     while run < len(order) and scores[order[run]] >= 1 - factor / (run + 2):
         run += 1
-    assert settle("factor", scores, [1] * len(scores), factor=factor) == sorted(order[: max(run, 1)])
+    assert accept("factor", scores, [1] * len(scores), factor=factor) == sorted(order[: max(run, 1)])
 
 
 def test_an_entropy_rule_settles_one_where_all_are_put_off():

@@ -3,14 +3,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import ModelError, SamplingError
-from unmask.sampling.presets import PRESETS
-from unmask.sampling.settings import CanvasSettings, MaskSettings, canvas_defaults, mask_defaults, resolve
+from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
+from unmask.models.llada.family import FAMILY as LLADA
+from unmask.sampling.settings import SCHEMES, SETTINGS, SamplerSettings, resolve_settings, settings_of
+
+
+class Config:
+    canvas_length = 256
+    max_sequence_length = 4096
+
+
+def resolve(sampler: SamplerConfig | None, family=LLADA, config=Config, generation=None) -> SamplerSettings:
+    return resolve_settings(sampler, family, config, generation or {})
 
 
 @pytest.mark.parametrize(
@@ -81,35 +93,43 @@ def test_rules_and_scores_that_do_not_go_together_are_refused(fields, says):
     ],
 )
 def test_the_rule_follows_from_what_is_set(fields, rule, score):
-    settings = resolve(SamplerConfig(**fields), MaskSettings())
-    assert (settings.rule, settings.score) == (rule, score)
+    settings = resolve(SamplerConfig(**fields))
+    assert (settings.rule, settings.remasking) == (rule, score)
 
 
 def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made():
     with pytest.raises(SamplingError, match="^remasking: low_confidence scores"):
-        MaskSettings(entropy_bound=0.2)
+        settings_of(LLADA, entropy_bound=0.2)
 
 
 @pytest.mark.parametrize(
-    ("fields", "defaults", "says"),
+    ("fields", "family", "says"),
     [
-        ({"cache": "block"}, MaskSettings(), "cache: block .* both ways; LLaDA takes none, prefix, dual"),
-        ({"cache": "prefix"}, CanvasSettings(), "cache: prefix approximates .*; DiffusionGemma takes block, none"),
-        ({"cache": "dual"}, CanvasSettings(), "cache: dual approximates"),
-        ({"revise": "redraw"}, MaskSettings(), "revise: LLaDA's sampler has no redraw; use none or remask or edit"),
-        ({"revise": "none"}, CanvasSettings(), "revise: DiffusionGemma's sampler has no none; use redraw"),
-        ({"refresh_interval": 4}, MaskSettings(), "refresh_interval: there is no cache"),
-        ({"revise_threshold": 0.5}, MaskSettings(), "revise_threshold: nothing is revised"),
-        ({"revise": "remask"}, MaskSettings(), "revise: remask takes .* 128 steps for 128 tokens .* set threshold"),
-        ({"revise": "remask", "steps": 10, "max_new_tokens": 10, "block_size": 5}, MaskSettings(), "revise: remask"),
-        ({"revise": "remask", "threshold": 1.5}, MaskSettings(), "revise: remask .* with threshold 1.5 that is one"),
-        ({"refresh_interval": 4}, CanvasSettings(), "refresh_interval: DiffusionGemma's sampler has no such setting"),
-        ({"factor": 1.0}, CanvasSettings(), "factor: DiffusionGemma's sampler has no such setting"),
+        (
+            {"cache": "block"},
+            LLADA,
+            "cache: LLaDA's .* no block, .* both ways, .*; use none or prefix or dual",
+        ),
+        (
+            {"cache": "prefix"},
+            DIFFUSION_GEMMA,
+            "cache: DiffusionGemma's .* no prefix, which is approxi.*; use block or none",
+        ),
+        ({"cache": "dual"}, DIFFUSION_GEMMA, "cache: DiffusionGemma's sampler has no dual"),
+        ({"revise": "redraw"}, LLADA, "revise: LLaDA's sampler has no redraw; use none or remask or edit"),
+        ({"revise": "none"}, DIFFUSION_GEMMA, "revise: DiffusionGemma's sampler has no none; use redraw"),
+        ({"refresh_interval": 4}, LLADA, "refresh_interval: there is no cache"),
+        ({"revise_threshold": 0.5}, LLADA, "revise_threshold: nothing is revised"),
+        ({"revise": "remask"}, LLADA, "revise: remask takes .* 128 steps for 128 tokens .* set threshold"),
+        ({"revise": "remask", "steps": 10, "max_new_tokens": 10, "block_size": 5}, LLADA, "revise: remask"),
+        ({"revise": "remask", "threshold": 1.5}, LLADA, "revise: remask .* with threshold 1.5 that is one"),
+        ({"refresh_interval": 4}, DIFFUSION_GEMMA, "refresh_interval: DiffusionGemma's sampler has no such setting"),
+        ({"factor": 1.0}, DIFFUSION_GEMMA, "factor: DiffusionGemma's sampler has no such setting"),
     ],
 )
-def test_what_a_family_does_not_permit_is_refused_by_name(fields, defaults, says):
+def test_what_a_family_does_not_permit_is_refused_by_name(fields, family, says):
     with pytest.raises(SamplingError, match=f"^{says}"):
-        resolve(SamplerConfig(**fields), defaults)
+        resolve(SamplerConfig(**fields), family)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +142,7 @@ def test_what_a_family_does_not_permit_is_refused_by_name(fields, defaults, says
     ],
 )
 def test_remask_is_taken_where_a_call_may_settle_several(fields):
-    assert resolve(SamplerConfig(revise="remask", **fields), MaskSettings()).revise == "remask"
+    assert resolve(SamplerConfig(revise="remask", **fields)).revise == "remask"
 
 
 def test_by_default_an_answer_takes_at_most_half_the_context_and_an_explicit_length_stays():
@@ -133,31 +153,33 @@ def test_by_default_an_answer_takes_at_most_half_the_context_and_an_explicit_len
     class Long(Short):
         max_sequence_length = 4096
 
-    assert (mask_defaults(Short, {}).max_new_tokens, mask_defaults(Long, {}).max_new_tokens) == (50, 128)
-    assert (canvas_defaults(Short, {}).max_new_tokens, canvas_defaults(Long, {}).max_new_tokens) == (50, 256)
-    assert canvas_defaults(Short, {"max_new_tokens": 90}).max_new_tokens == 90
-    assert resolve(SamplerConfig(max_new_tokens=99), mask_defaults(Short, {})).max_new_tokens == 99
+    for family, lengths in ((LLADA, [50, 128]), (DIFFUSION_GEMMA, [50, 256])):
+        assert [resolve(None, family, config).max_new_tokens for config in (Short, Long)] == lengths
+    assert resolve(None, DIFFUSION_GEMMA, Short, {"max_new_tokens": 90}).max_new_tokens == 90
+    assert resolve(SamplerConfig(max_new_tokens=99), LLADA, Short).max_new_tokens == 99
 
 
 def test_what_is_approximate_says_so():
-    assert MaskSettings().exact and CanvasSettings().exact and CanvasSettings(cache="none").exact
-    assert MaskSettings(threshold=0.5, revise="remask").approximations == ()
-    prefix = MaskSettings(cache="prefix")
+    mask, canvas = partial(settings_of, LLADA), partial(settings_of, DIFFUSION_GEMMA, block_size=256)
+    assert mask().exact and canvas().exact and canvas(cache="none").exact and mask().note == ""
+    assert mask(threshold=0.5, revise="remask").approximations == ()
+    prefix = mask(cache="prefix")
     assert not prefix.exact and prefix.cuts
     assert "prefix cache, computed anew at block starts" in prefix.approximations
-    often = MaskSettings(cache="dual", refresh_interval=4, revise="edit")
+    often = mask(cache="dual", refresh_interval=4, revise="edit")
     assert often.approximations == ("dual cache, computed anew at block starts and every 4 calls",) and not often.cuts
-    assert MaskSettings(cache="dual", refresh_interval=1).exact  # every call is a full forward
+    assert often.note == f"approximate sampling: {often.approximations[0]}"
+    assert mask(cache="dual", refresh_interval=1).exact  # every call is a full forward
 
 
-def test_a_preset_is_the_families_own_and_what_is_given_wins_over_it():
-    fast = resolve(SamplerConfig(preset="fast"), MaskSettings())
-    assert fast == MaskSettings(**PRESETS["LLaDA"]["fast"]) and not fast.exact
-    assert resolve(SamplerConfig(preset="reference"), MaskSettings(steps=9)) == MaskSettings(steps=9)
-    stored = CanvasSettings(block_size=16, t_min=0.1)
-    expected = {"block_size": 16, "t_min": 0.1} | PRESETS["DiffusionGemma"]["balanced"] | {"steps": 7}
-    assert resolve(SamplerConfig(preset="balanced", steps=7), stored) == CanvasSettings(**expected)
-    assert resolve(SamplerConfig(preset="fast", cache="none"), MaskSettings()).cache == "none"
+def test_a_preset_is_the_familys_own_and_what_is_given_wins_over_it():
+    fast = resolve(SamplerConfig(preset="fast"))
+    assert fast == settings_of(LLADA, **LLADA.sampler.presets["fast"]) and not fast.exact
+    assert resolve(SamplerConfig(preset="reference", steps=9)) == settings_of(LLADA, steps=9)
+    found = resolve(SamplerConfig(preset="balanced", steps=7), DIFFUSION_GEMMA, Canvas16, {"t_min": 0.1})
+    expected = {"block_size": 16, "t_min": 0.1} | DIFFUSION_GEMMA.sampler.presets["balanced"] | {"steps": 7}
+    assert found == settings_of(DIFFUSION_GEMMA, **expected)
+    assert resolve(SamplerConfig(preset="fast", cache="none")).cache == "none"
 
 
 @pytest.mark.parametrize(
@@ -175,15 +197,22 @@ def test_a_preset_is_the_families_own_and_what_is_given_wins_over_it():
     ],
 )
 def test_a_given_schedule_rule_or_score_takes_the_place_of_the_presets_rule(given, rule):
-    settings = resolve(SamplerConfig(preset="fast", **given), MaskSettings())
+    settings = resolve(SamplerConfig(preset="fast", **given))
     assert settings.rule == rule and settings.cache == "dual"
     assert all(getattr(settings, name) == value for name, value in given.items())
 
 
-def test_every_family_has_every_preset():
-    assert set(PRESETS) == {MaskSettings.family, CanvasSettings.family}
-    assert all(set(presets) == {"reference", "balanced", "fast"} for presets in PRESETS.values())
-    assert all(not presets["reference"] for presets in PRESETS.values())
+@pytest.mark.parametrize("family", [LLADA, DIFFUSION_GEMMA], ids=lambda family: family.name)
+def test_every_family_has_every_preset_and_settings_that_its_sampler_takes(family):
+    assert set(family.sampler.presets) == {"reference", "balanced", "fast"} and not family.sampler.presets["reference"]
+    for preset in family.sampler.presets:
+        settings = resolve(SamplerConfig(preset=preset), family)
+        assert set(settings.values) == set(SCHEMES[family.noise, family.attention].fields) <= set(SETTINGS)
+
+
+def test_settings_of_no_sampler_are_refused():
+    with pytest.raises(SamplingError, match="^LLaDA: no sampler for uniform noise and bidirectional attention"):
+        settings_of(replace(LLADA, noise="uniform"))
 
 
 def test_settings_need_no_torch():
@@ -202,18 +231,17 @@ RELEASED = json.loads(
 
 
 def test_the_released_generation_config_gives_the_released_settings():
-    assert canvas_defaults(Canvas16, RELEASED) == CanvasSettings(block_size=16)
-    assert canvas_defaults(Canvas16, dict.fromkeys(RELEASED)) == CanvasSettings(block_size=16)
-    assert canvas_defaults(Canvas16, {}) == CanvasSettings(block_size=16)
+    for stored in (RELEASED, dict.fromkeys(RELEASED), {}):
+        assert resolve(None, DIFFUSION_GEMMA, Canvas16, stored) == settings_of(DIFFUSION_GEMMA, block_size=16)
 
 
 def test_a_checkpoints_own_values_come_before_the_released_and_the_callers_before_those():
     stored = {"max_denoising_steps": 9, "t_min": 0.2, "sampler_config": {"entropy_bound": 0.7}, "max_new_tokens": 77}
-    defaults = canvas_defaults(Canvas16, stored)
-    assert (defaults.steps, defaults.t_min, defaults.entropy_bound, defaults.t_max) == (9, 0.2, 0.7, 0.8)
-    settings = resolve(SamplerConfig(steps=3, max_new_tokens=20, eos="suppress"), defaults)
+    own = resolve(None, DIFFUSION_GEMMA, Canvas16, stored)
+    assert (own.steps, own.t_min, own.entropy_bound, own.t_max) == (9, 0.2, 0.7, 0.8)
+    settings = resolve(SamplerConfig(steps=3, max_new_tokens=20, eos="suppress"), DIFFUSION_GEMMA, Canvas16, stored)
     assert (settings.steps, settings.max_new_tokens, settings.length, settings.t_min) == (3, 20, 32, 0.2)
-    assert resolve(None, defaults) == defaults == resolve(SamplerConfig(block_size=16), defaults)
+    assert resolve(SamplerConfig(block_size=16), DIFFUSION_GEMMA, Canvas16, stored) == own
 
 
 @pytest.mark.parametrize(
@@ -227,7 +255,7 @@ def test_a_checkpoints_own_values_come_before_the_released_and_the_callers_befor
 )
 def test_a_bad_generation_config_is_refused_by_file_and_entry(stored, says):
     with pytest.raises(ModelError, match=f"^generation_config.json: {says}"):
-        canvas_defaults(Canvas16, stored)
+        resolve(None, DIFFUSION_GEMMA, Canvas16, stored)
 
 
 @pytest.mark.parametrize(
@@ -235,28 +263,31 @@ def test_a_bad_generation_config_is_refused_by_file_and_entry(stored, says):
 )
 def test_lladas_settings_are_refused_for_a_canvas_by_name(field, value):
     with pytest.raises(SamplingError, match=f"^{field}: DiffusionGemma's sampler has no such setting"):
-        resolve(SamplerConfig(**{field: value}), CanvasSettings())
+        resolve(SamplerConfig(**{field: value}), DIFFUSION_GEMMA)
 
 
 @pytest.mark.parametrize("field", ["t_min", "t_max", "stability_threshold", "confidence_threshold"])
 def test_a_canvass_settings_are_refused_for_llada_by_name(field):
     with pytest.raises(SamplingError, match=f"^{field}: LLaDA's sampler has no such setting"):
-        resolve(SamplerConfig(**{field: 1}), MaskSettings())
+        resolve(SamplerConfig(**{field: 1}))
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"block_size": 32}, "block_size: 32 is not the model's canvas of 256 tokens"),
-        ({"eos": "defer"}, "eos: .* none is deferred"),
+        ({"block_size": 32}, "block_size: 32 is not the model's canvas_length of 256; leave it out"),
+        (
+            {"eos": "defer"},
+            "eos: DiffusionGemma's .* no defer, since a canvas .*; use allow or suppress",
+        ),
         ({"t_min": 0.9}, "t_min: 0.9 is above t_max 0.8"),
     ],
 )
 def test_what_contradicts_the_canvas_is_refused(fields, says):
     with pytest.raises(SamplingError, match=f"^{says}"):
-        resolve(SamplerConfig(**fields), CanvasSettings())
+        resolve(SamplerConfig(**fields), DIFFUSION_GEMMA)
 
 
 def test_the_temperature_falls_from_t_max_towards_t_min():
-    settings = CanvasSettings(steps=4, t_min=0.4, t_max=0.8)
-    assert [settings.temperature(step) for step in range(4)] == pytest.approx([0.8, 0.7, 0.6, 0.5])
+    settings = settings_of(DIFFUSION_GEMMA, block_size=16, steps=4, t_min=0.4, t_max=0.8)
+    assert [settings.temperature_at(step) for step in range(4)] == pytest.approx([0.8, 0.7, 0.6, 0.5])

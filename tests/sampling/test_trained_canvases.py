@@ -10,16 +10,15 @@ from benchmarks import trained_canvases
 from unmask import quickstart
 from unmask.data.arithmetic import make_problems
 from unmask.data.vocabulary import DIFFUSION_GEMMA
-from unmask.sampling.family_settings import CanvasSettings
-from unmask.sampling.presets import PRESETS
+from unmask.models.diffusion_gemma.family import FAMILY
 
 
 def test_the_released_settings_are_the_familys_defaults() -> None:
-    assert {name: getattr(CanvasSettings(), name) for name in trained_canvases.RELEASED} == trained_canvases.RELEASED
+    assert {name: FAMILY.sampler.values[name] for name in trained_canvases.RELEASED} == trained_canvases.RELEASED
 
 
 def test_it_measures_every_preset_of_the_family() -> None:
-    assert set(PRESETS["DiffusionGemma"]) == {"reference", *trained_canvases.PRESETS}
+    assert set(FAMILY.sampler.presets) == {"reference", *trained_canvases.PRESETS}
 
 
 def test_a_short_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

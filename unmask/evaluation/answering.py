@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from unmask.config.results import ValidationConfig
 from unmask.errors import ConfigError, SamplingError
 from unmask.evaluation.grade import check_grader
+from unmask.models.registry import family_of
 from unmask.rng import key
-from unmask.sampling.settings import default_settings, resolve
+from unmask.sampling.settings import resolve_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,7 @@ def check_answering(section: ValidationConfig | None, model_config: Any, generat
         return
     check_grader(section.grader)
     try:
-        resolve(section.settings(), default_settings(model_config, generation))
+        resolve_settings(section.settings(), family_of(model_config), model_config, generation)
     except SamplingError as error:
         raise ConfigError(f"validation.sampler: {error}") from None
 
@@ -55,7 +56,7 @@ def check_lengths(
 
     room = (
         model_config.max_sequence_length
-        - resolve(section.settings(), default_settings(model_config, generation)).length
+        - resolve_settings(section.settings(), family_of(model_config), model_config, generation).length
     )
     mask = getattr(model_config, "mask_token_id", None)
     encoded = encode_prompts([question.as_prompt() for question in questions], tokenizer, mask_id=mask)

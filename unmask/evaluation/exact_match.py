@@ -13,9 +13,9 @@ from unmask.distributed.ranks import ALONE, Ranks
 from unmask.distributed.rows import divide_rows
 from unmask.evaluation.grade import Grade, Interval, check_grader, grade, wilson
 from unmask.evaluation.tasks import Question
-from unmask.sampling.backends.backend import settings_for
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE, Generation, generate
 from unmask.sampling.prompts import as_document, check_prompts, encode_prompts
+from unmask.sampling.settings import settings_for
 
 if TYPE_CHECKING:
     from torch import nn

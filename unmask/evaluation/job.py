@@ -25,7 +25,7 @@ from unmask.models.folders import (
 )
 from unmask.models.registry import plan_folder
 from unmask.models.tokenizer import tokenizer_folder
-from unmask.sampling.settings import default_settings, resolve
+from unmask.sampling.settings import resolve_settings
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _checkpoints(job: EvalJob) -> list[Checkpoint]:
         folder = str(find_folder(name, "--checkpoint"))
         adapter = None if adapter is None else str(find_adapter(adapter))
         plan = plan_folder(folder, "--checkpoint")
-        resolve(job.sampler, default_settings(plan.config, read_generation(Path(folder))))
+        resolve_settings(job.sampler, plan.family, plan.config, read_generation(Path(folder)))
         found.append(Checkpoint(label, folder, adapter, str(tokenizer_folder(folder, adapter))))
     return found
 

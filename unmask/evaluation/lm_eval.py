@@ -201,8 +201,8 @@ class UnmaskLM(LM):
     def _generate(
         self, requests: Sequence[Instance], indices: Sequence[int], options: dict[str, Any], texts: list[str], bar: tqdm
     ) -> None:
-        from unmask.sampling.backends.backend import settings_for
         from unmask.sampling.generate import generate
+        from unmask.sampling.settings import settings_for
 
         sampler, stops = self._sampler(options), _stops(options)
         room = self.max_length - settings_for(self.model, sampler).length

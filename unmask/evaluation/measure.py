@@ -31,8 +31,8 @@ from unmask.evaluation.job import Likelihoods
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, Pair, log_likelihoods
 from unmask.report import resumable
 from unmask.report.resumable import Record
-from unmask.sampling.backends.backend import settings_for
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
+from unmask.sampling.settings import settings_for
 
 # Answers that each process scores between two saves of a likelihood evaluation.
 PAIRS_BETWEEN_SAVES = 64
@@ -74,7 +74,7 @@ def answers_identity(run: TaskRun, model_identity: Mapping[str, Any]) -> dict[st
         **model_identity,
         "grader": run.grader,
         "seed": run.seed,
-        "sampler": as_plain(dataclasses.asdict(settings_for(run.model, run.sampler))),
+        "sampler": as_plain(settings_for(run.model, run.sampler).values),
         "stops": list(run.stops),
         "rows": len(run.questions),
         "questions": _fingerprint(zip(run.prompts, references, strict=True)),

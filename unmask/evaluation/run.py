@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import time
@@ -49,9 +48,8 @@ from unmask.models.folders import base_note, read_generation
 from unmask.models.registry import plan_folder
 from unmask.models.tokenizer import load_tokenizer
 from unmask.report.resumable import first_difference, write_lines
-from unmask.sampling.backends.backend import settings_for
-from unmask.sampling.family_settings import approximation_note
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
+from unmask.sampling.settings import settings_for
 
 
 def run_job(plan: EvalPlan, device_name: str) -> None:
@@ -150,7 +148,7 @@ def _evaluate_one(checkpoint: Checkpoint, plan: EvalPlan, device: Any, ranks: Ra
     job = plan.job
     tokenizer = load_tokenizer(checkpoint.tokenizer, "--checkpoint")
     model, together = load_for_answers(checkpoint.folder, job.dtype, device, checkpoint.adapter, ranks, job.shard)
-    note = approximation_note(settings_for(model, job.sampler))
+    note = settings_for(model, job.sampler).note
     if note and (plan.manager is not None or any(TASKS[name].kind == "answers" for name in plan.questions)):
         console.print(f"{checkpoint.label}: {note}", highlight=False, soft_wrap=True)
     if checkpoint.adapter is not None:
@@ -270,7 +268,7 @@ def _harness_tasks(plan: EvalPlan, loaded: _Loaded, console: Console) -> list[Ou
         "dtype": job.dtype or "as stored",
         "seed": job.seed,
         # A task may set the answer's length and the temperature, where these were not given.
-        "sampler": as_plain(dataclasses.asdict(sampler)),
+        "sampler": as_plain(sampler.values),
         "approximations": list(sampler.approximations),
         "few_shot": job.few_shot,
         "limit": job.limit,

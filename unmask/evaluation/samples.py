@@ -48,7 +48,7 @@ def sample_answers(run: TaskRun, rows: Sequence[int]) -> list[Sample]:
     from unmask.sampling.view import Drawing
 
     loaded = as_loaded(run.model, run.tokenizer, run.sampler)
-    shades = _MASKED * 2 if loaded.backend.spec.noise == "mask" else None
+    shades = _MASKED * 2 if loaded.settings.noise == "mask" else None
     drawing = Drawing(run.tokenizer, loaded.stop_ids, shades)
 
     def answered(own: list[int]) -> list[Sample]:

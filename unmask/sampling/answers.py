@@ -7,7 +7,6 @@ that was interrupted, on any number of processes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from unmask.errors import ConfigError
 from unmask.report.progress import AnswerProgress
 from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
 from unmask.sampling.blanks import encode_blanks, has_blank
-from unmask.sampling.family_settings import approximation_note
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.infill import Infill, fill
 from unmask.sampling.jobs import LoadedModel, load
@@ -79,7 +77,7 @@ def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shar
             printer.close()
     if not ranks.first:
         return
-    note = approximation_note(plan.settings)
+    note = plan.settings.note
     if note:
         print(note, file=sys.stderr)
     if output is not None:
@@ -120,7 +118,7 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """The settings in force, and what of them is not computed by full forwards."""
         settings = self.plan.settings
-        return {**dataclasses.asdict(settings), "approximations": list(settings.approximations)}
+        return {**settings.values, "approximations": list(settings.approximations)}
 
     def identity(self, dtype: str | None) -> dict[str, Any]:
         """Return what decides the answers beside the prompts."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unmask.data.controls import PROBE, control_pattern
 from unmask.errors import DataError, SamplingError
 from unmask.models.registry import family_of
-from unmask.sampling.engine.request import Template
+from unmask.sampling.engine.state import Template
 from unmask.sampling.prompts import (
     check_vocabulary,
     mask_of,
@@ -22,7 +22,7 @@ from unmask.sampling.prompts import (
     start_of_text,
     template_of,
 )
-from unmask.sampling.settings import Settings, check_remask
+from unmask.sampling.settings import SamplerSettings, check_remask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class BlankText:
     @property
     def hashed(self) -> list[int]:
         """All its tokens, with one number at masked positions: equal where texts ask for the same."""
-        pairs = zip(self.template.answer_ids, self.template.open, strict=True)
+        pairs = zip(self.template.answer_ids, self.template.masked, strict=True)
         return [*self.prompt_ids, *(_MASKED if masked else token for token, masked in pairs)]
 
     def whole(self, answer: list[int]) -> list[int]:
@@ -123,7 +123,7 @@ def encode_blanks(
     tokenizer: PreTrainedTokenizerBase | None,
     raw: bool,
     config: Any,
-    settings: Settings,
+    settings: SamplerSettings,
 ) -> list[BlankText]:
     """Return the tokens of texts with blanks; what stands between blanks is tokenised apart.
 
@@ -187,7 +187,7 @@ def _lay_out(
     context: list[int],
     parts: list[list[int]],
     config: Any,
-    settings: Settings,
+    settings: SamplerSettings,
 ) -> BlankText:
     before, *between, closing = parts
     blanks = [piece.length for piece in pieces if isinstance(piece, Blank)]
@@ -217,7 +217,7 @@ def _check_revise(texts: Sequence[BlankText], settings: Any) -> None:
     """Refuse to mask tokens again where it can do nothing in any of the texts."""
     problem = None
     for text in texts:
-        pairs = zip(text.template.block_of, text.template.open, strict=True)
+        pairs = zip(text.template.block_of, text.template.masked, strict=True)
         try:
             return check_remask(settings, list(Counter(block for block, masked in pairs if masked).values()))
         except SamplingError as error:

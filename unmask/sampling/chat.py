@@ -16,12 +16,11 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.chat import ChatTemplate
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
-from unmask.sampling.family_settings import approximation_note
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
 from unmask.sampling.plan import JobPlan
 from unmask.sampling.prompts import mask_of, room_for, template_of, template_problem
-from unmask.sampling.settings import Settings
+from unmask.sampling.settings import SamplerSettings
 from unmask.sampling.text import unanswered_note
 from unmask.sampling.view import watcher
 
@@ -39,18 +38,16 @@ class Conversation:
         sampler: settings of the next answer.
         seed: its seed.
         forgotten: of the turns after the system's, how many of the oldest the model no longer sees.
-        canvases: whether an answer is denoised in canvases, each with its own steps.
     """
 
-    resolve: Callable[[SamplerConfig], Settings]
+    resolve: Callable[[SamplerConfig], SamplerSettings]
     turns: tuple[Turn, ...] = ()
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     seed: int = 42
     forgotten: int = 0
-    canvases: bool = False
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> SamplerSettings:
         """The settings in force."""
         return self.resolve(self.sampler)
 
@@ -169,7 +166,7 @@ def _steps(conversation: Conversation, argument: str) -> Outcome:
     steps = _number("/steps", argument, 1)
     changed = dataclasses.replace(conversation, sampler=dataclasses.replace(conversation.sampler, steps=steps))
     before, after = conversation.settings, changed.settings
-    if conversation.canvases:
+    if after.attention == "canvas":
         said = " a canvas at the most"
     elif after.rule != "quota":
         said = f"; not used while --{after.rule} is set"
@@ -256,8 +253,7 @@ def converse(
             f"max_sequence_length {most}; give less"
         )
     place = own_device(pick_device(device))
-    canvases = plan.model.family.attention == "canvas"
-    conversation = Conversation(plan.resolve, sampler=sampler, seed=seed, canvases=canvases)
+    conversation = Conversation(plan.resolve, sampler=sampler, seed=seed)
     if system is not None:
         conversation = conversation.say("system", system)
     chat_template = _template(plan, template, conversation)  # refused before the weights load
@@ -265,7 +261,7 @@ def converse(
     talk = Talk(loaded, chat_template, Console(highlight=False), sys.stdin.isatty())
     if talk.interactive:
         talk.note(f"{plan.name}: /help lists the commands, Ctrl-D leaves")
-    talk.note(approximation_note(plan.settings))
+    talk.note(plan.settings.note)
     talk.note(plan.base_note())
     return talk.run(conversation)
 

@@ -207,7 +207,7 @@ def _events(
     # Prompts of like length need little padding.
     requests = sorted((Request(*request) for request in keyed), key=lambda request: len(request.prompt_ids))
     with evaluating(loaded.model):
-        yield from denoise(loaded.backend, requests, loaded.settings, loaded.stop_ids, batch_size=size, places=labels)
+        yield from denoise(loaded.backend, requests, loaded.settings, loaded.stop_ids, batch_size=size, labels=labels)
 
 
 class RowClock:

@@ -16,7 +16,7 @@ from unmask.config.sampler import SamplerConfig
 from unmask.sampling.blanks import BlankText, encode_blanks
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import StepEvent, denoise
-from unmask.sampling.engine.request import Request
+from unmask.sampling.engine.state import Request
 from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.plan import check_blank_sampler
@@ -142,7 +142,7 @@ def fill(
     stops = loaded.stop_ids
     with evaluating(loaded.model):
         for event in denoise(
-            loaded.backend, requests, loaded.settings, stops, None, size, stops, untempered=True, places=labels
+            loaded.backend, requests, loaded.settings, stops, None, size, stops, untempered=True, labels=labels
         ):
             clock.tick(event.rows)
             if on_event is not None:

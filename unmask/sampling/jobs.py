@@ -21,9 +21,9 @@ from unmask.distributed.joint_calls import JointCalls
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
 from unmask.models.loading import apply_adapter, build_model
-from unmask.sampling.backends.backend import Backend, backend_for, settings_for
+from unmask.sampling.backends.backend import Backend, backend_for
 from unmask.sampling.plan import JobPlan
-from unmask.sampling.settings import Settings
+from unmask.sampling.settings import SamplerSettings, settings_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
-    settings: Settings
+    settings: SamplerSettings
     ranks: Ranks = ALONE
     together: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
 

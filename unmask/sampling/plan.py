@@ -21,7 +21,7 @@ from unmask.models.folders import (
 )
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
-from unmask.sampling.settings import Settings, default_settings, resolve
+from unmask.sampling.settings import SamplerSettings, resolve_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class JobPlan:
     model: ModelPlan
     adapter: Path | None
     generation: Mapping[str, Any]
-    settings: Settings
+    settings: SamplerSettings
     tokenizer_folder: Path
     where: str = "--checkpoint"
 
@@ -65,9 +65,9 @@ class JobPlan:
         """The tokenizer, loaded when it is first asked for; raises ModelError."""
         return load_tokenizer(str(self.tokenizer_folder), self.where)
 
-    def resolve(self, sampler: SamplerConfig | None) -> Settings:
+    def resolve(self, sampler: SamplerConfig | None) -> SamplerSettings:
         """Return the settings in force where a caller wants these; raises SamplingError."""
-        return resolve(sampler, default_settings(self.config, self.generation))
+        return resolve_settings(sampler, self.model.family, self.config, self.generation)
 
     def fingerprint(self) -> dict[str, str | None]:
         """Return what tells its weights, and the rank and scale of its adapter, from another's."""
@@ -101,7 +101,7 @@ def plan_job(
     model = plan_folder(checkpoint, where)
     assert model.folder is not None
     generation = read_generation(model.folder)
-    settings = resolve(sampler, default_settings(model.config, generation))
+    settings = resolve_settings(sampler, model.family, model.config, generation)
     tokenizer = tokenizer_folder(str(model.folder), None if found is None else str(found), where)
     return JobPlan(checkpoint, model, found, generation, settings, tokenizer, where)
 

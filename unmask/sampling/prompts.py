@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.data.chat import ChatTemplate, load_template
 from unmask.errors import ConfigError, DataError, SamplingError
-from unmask.sampling.settings import Settings
+from unmask.sampling.settings import SamplerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,9 @@ def encode_prompts(
     return encoded
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], labels: Sequence[str], config: Any, settings: Settings) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], labels: Sequence[str], config: Any, settings: SamplerSettings
+) -> None:
     """Refuse prompts that do not fit a model together with their answers.
 
     Args:
@@ -121,7 +123,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], labels: Sequence[str], confi
         check_vocabulary(label, ids, config)
 
 
-def room_for(config: Any, settings: Settings) -> int:
+def room_for(config: Any, settings: SamplerSettings) -> int:
     """Return the longest prompt that fits a model together with an answer, in tokens; not positive where none does."""
     return config.max_sequence_length - settings.length
 

@@ -1,165 +1,329 @@
-"""How an answer is sampled: what a caller may ask for, and how it joins what a model's family has.
+"""How an answer is sampled: what a family releases, a checkpoint says and a caller asks for, joined and checked.
 
-`SamplerConfig` is what a caller sets. A family's own class (`family_settings.py`) holds every setting it has, with its
-defaults, and `resolve` joins the two. No torch here, so a bad setting is refused before anything heavy loads.
+`SamplerConfig` is what a caller asks for; `SamplerSettings` is what the loop goes by. No torch, so that a bad setting
+is refused before anything heavy loads.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-from unmask.config.sampler import SamplerConfig
+from unmask.config.sampler import PROBABILITIES, Cache, Eos, Remasking, Revise, SamplerConfig, check_rule
 from unmask.errors import ModelError, SamplingError
+from unmask.models.family import Attention, Family, Noise
+from unmask.models.registry import FAMILIES, family_of
 from unmask.sampling.engine.schedule import planned_calls
-from unmask.sampling.family_settings import CanvasSettings, MaskSettings, Settings
-from unmask.sampling.presets import preset_settings
 
-_SettingsT = TypeVar("_SettingsT", bound=Settings)
+SETTINGS = tuple(field.name for field in fields(SamplerConfig) if field.name != "preset")
+# Settings of which each names a rule, and one excludes the others.
+RULE_SETTINGS = ("threshold", "factor", "entropy_bound")
 
 
-def resolve(sampler: SamplerConfig | None, defaults: _SettingsT) -> _SettingsT:
-    """Return a family's settings with a preset's and then what a caller has set put in.
+@dataclass(frozen=True)
+class Scheme:
+    """What the sampler for one kind of noise and attention can do.
+
+    Attributes:
+        fields: the settings that it has.
+        choices: setting → the values that it takes, where it does not take all.
+        reasons: setting → why it takes no other.
+    """
+
+    fields: tuple[str, ...]
+    choices: Mapping[str, tuple[str, ...]]
+    reasons: Mapping[str, str]
+
+
+# (noise, attention) → its sampler.
+SCHEMES: dict[tuple[Noise, Attention], Scheme] = {
+    # LLaDA (Nie et al. 2025, appendix A.3; ML-GSAI/LLaDA, generate.py).
+    ("mask", "bidirectional"): Scheme(
+        fields=(
+            "steps", "max_new_tokens", "block_size", "temperature", "remasking", "threshold", "cfg_scale", "eos",
+            "factor", "entropy_bound", "cache", "refresh_interval", "revise", "revise_threshold",
+        ),
+        choices={"cache": ("none", "prefix", "dual"), "revise": ("none", "remask", "edit")},
+        reasons={"cache": "which keeps finished blocks: where attention goes both ways, they change with every token"},
+    ),
+    # DiffusionGemma (transformers, generation_diffusion_gemma.py).
+    ("uniform", "canvas"): Scheme(
+        fields=(
+            "steps", "max_new_tokens", "block_size", "eos", "entropy_bound", "t_min", "t_max", "stability_threshold",
+            "confidence_threshold", "cache", "revise",
+        ),
+        choices={"cache": ("block", "none"), "revise": ("redraw",), "eos": ("allow", "suppress")},
+        reasons={
+            "cache": "which is approximate: finished canvases never change, and block keeps them exactly",
+            "eos": "since a canvas commits all of its tokens at once",
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What the denoising loop goes by. A setting that the sampler of this noise and attention does not have is None.
+
+    Attributes:
+        family: what messages call the model.
+        noise, attention: the family's.
+        steps: network calls: with masks for the whole answer, shared out over the blocks, at least one each, and used
+            where no other rule is set; for a canvas at the most.
+        max_new_tokens: length of the answer.
+        block_size: the answer is denoised in blocks of this length from left to right; a canvas is one.
+        eos: `allow`; `suppress` never writes the model's end-of-text token; `defer` commits stop tokens last.
+        cache: `none`; `prefix` keeps keys and values of all before the current block, `dual` of all but the block, both
+            approximate where attention goes both ways; `block` keeps finished canvases, which is exact.
+        revise: `none`, committed tokens never change; `remask` masks the current block's improbable ones again, fewer
+            than the call commits; `edit` replaces them by tokens that have become probable; `redraw` draws what a
+            canvas does not accept anew.
+        temperature: 0 takes the most likely token; T > 0 samples from softmax(logits / T).
+        remasking: which masked positions are committed first: `low_confidence` those with the most probable token (the
+            others stay masked), `entropy` those with the least entropy, `margin` those whose two most probable tokens
+            are furthest apart, `random` any, `left_to_right`.
+        threshold: rule: commit every masked position of the block with at least this score, and always one. Above 1 it
+            is one token a step, 0 one step a block.
+        factor: rule: f, commit the best positions as long as the r-th scores at least 1 − f/(r + 1), and always one.
+        entropy_bound: rule: accept positions by rising entropy while those before one have at most this much together,
+            in nats, and always one (arXiv 2505.24857); with masks, `remasking` is `entropy`.
+        cfg_scale: s of classifier-free guidance, u + (s + 1)(c - u), where u has the prompt masked; 0 is off.
+        refresh_interval: calls within a block after which the cache is computed anew; None = at block starts only,
+            1 = at each call, which is exact.
+        revise_threshold: `remask` masks tokens with a probability below this, `edit` writes those of at least this.
+        t_min, t_max: temperature t_min + (t_max − t_min)·n/N at the call of a canvas with n of N left, itself counted.
+        stability_threshold: a canvas stops when its most likely tokens equal those of this many calls before …
+        confidence_threshold: … and the mean entropy of its positions is below this, in nats.
 
     Raises:
-        SamplingError: a setting that the family does not have, one that would have no effect, or a block size that is
-            not the model's canvas.
+        SamplingError: values that exclude each other, or that the sampler does not take.
     """
+
+    family: str
+    noise: Noise
+    attention: Attention
+    steps: int
+    max_new_tokens: int
+    block_size: int
+    eos: Eos
+    cache: Cache
+    revise: Revise
+    temperature: float | None = None
+    remasking: Remasking | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
+    cfg_scale: float | None = None
+    refresh_interval: int | None = None
+    revise_threshold: float | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.noise, self.attention) not in SCHEMES:
+            raise SamplingError(f"{self.family}: no sampler for {self.noise} noise and {self.attention} attention")
+        names = self._scheme.fields
+        for name in SETTINGS:
+            if name not in names and getattr(self, name) is not None:
+                raise SamplingError(
+                    f"{name}: {self.family}'s sampler has no such setting; leave it out (it has {', '.join(names)})"
+                )
+        check_rule(self.remasking, self.threshold, self.factor, self.entropy_bound)
+        if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
+            raise SamplingError(f"t_min: {self.t_min} is above t_max {self.t_max}; the temperature falls from t_max")
+        for name, choices in self._scheme.choices.items():
+            value, reason = getattr(self, name), self._scheme.reasons.get(name)
+            if value not in choices:
+                why = "" if reason is None else f", {reason}"
+                raise SamplingError(f"{name}: {self.family}'s sampler has no {value}{why}; use {' or '.join(choices)}")
+
+    @property
+    def _scheme(self) -> Scheme:
+        return SCHEMES[self.noise, self.attention]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The settings that there are, by name."""
+        return {name: getattr(self, name) for name in self._scheme.fields}
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule that says which positions take their token, a key of `rules.RULES`."""
+        return next((name for name in RULE_SETTINGS if getattr(self, name) is not None), "quota")
+
+    @property
+    def length(self) -> int:
+        """Positions that are denoised for an answer: of canvases whole ones."""
+        if self.attention == "canvas":
+            return -(-self.max_new_tokens // self.block_size) * self.block_size
+        return self.max_new_tokens
+
+    def temperature_at(self, step: int) -> float:
+        """Return the temperature of call number `step` of a block, from 0."""
+        if self.t_min is None or self.t_max is None:
+            return self.temperature or 0.0
+        return self.t_min + (self.t_max - self.t_min) * (self.steps - step) / self.steps
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether calls read keys and values that are out of date."""
+        return self.cache in ("prefix", "dual") and self.refresh_interval != 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the blocks after a committed stop token are left out of later calls.
+
+        Their masks are seen by what is still masked before the stop token, so it is exact only where nothing is; it is
+        done where the cache is approximate anyway. A revised stop token would need them back.
+        """
+        return self._outdated and self.revise == "none"
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What is not computed by full forwards, in words; empty where everything is.
+
+        Other rules, scores, steps and ways to revise than the published are other algorithms, and show as the settings
+        that they are; they are no approximation of the network.
+        """
+        if not self._outdated:
+            return ()
+        often = "" if self.refresh_interval is None else f" and every {self.refresh_interval} calls"
+        cut = ("blocks after a committed stop token are left out",) if self.cuts else ()
+        return (f"{self.cache} cache, computed anew at block starts{often}", *cut)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every call computes what a full forward would: there are no `approximations`."""
+        return not self.approximations
+
+    @property
+    def note(self) -> str:
+        """What is to be said beside whatever these settings gave: empty where they are exact."""
+        return "" if self.exact else f"approximate sampling: {'; '.join(self.approximations)}"
+
+
+def settings_of(family: Family, **values: Any) -> SamplerSettings:
+    """Return a family's released settings with some values put in.
+
+    Raises:
+        SamplingError: values that exclude each other, or that the family's sampler does not take.
+    """
+    return SamplerSettings(family.name, family.noise, family.attention, **{**family.sampler.values, **values})
+
+
+def settings_for(model: Any, sampler: SamplerConfig | None = None) -> SamplerSettings:
+    """Return what a network is sampled with.
+
+    Raises:
+        SamplingError: a model of no known family, or a setting that its sampler does not have.
+        ModelError: a bad value in the checkpoint's generation_config.json.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in FAMILIES:
+        raise SamplingError(
+            f"cannot sample from a {type(model).__name__}; load one of {', '.join(sorted(FAMILIES))} with "
+            "unmask.load_model"
+        )
+    return resolve_settings(sampler, family_of(config), config, getattr(model, "generation", {}))
+
+
+def resolve_settings(
+    sampler: SamplerConfig | None, family: Family, config: Any, generation: Mapping[str, Any]
+) -> SamplerSettings:
+    """Return the settings of a checkpoint: released < its files < a preset < what a caller sets.
+
+    The released length of an answer is at most half of what the model can see at once.
+
+    Args:
+        sampler: what a caller sets; None = nothing.
+        family: the model's.
+        config: its parsed config.json.
+        generation: the values of its generation_config.json; an entry that is null is as if it were missing.
+
+    Raises:
+        SamplingError: a setting that the family's sampler does not have, one that would have no effect, or one that the
+            model fixes otherwise.
+        ModelError: a bad value in generation_config.json; names the file and the entry.
+    """
+    fixed = {name: getattr(config, attribute) for name, attribute in family.sampler.from_config.items()}
+    length = max(1, min(family.sampler.values["max_new_tokens"], config.max_sequence_length // 2))
+    try:
+        stored = _stored_settings(generation, family.sampler.from_generation)
+        released = settings_of(family, **{"max_new_tokens": length} | fixed | stored)
+    except SamplingError as error:
+        raise ModelError(f"generation_config.json: {error}") from None
     given = sampler.given if sampler is not None else {}
     preset = given.pop("preset", None)
-    names = [field.name for field in dataclasses.fields(defaults)]
-    for name, value in given.items():
-        if name not in names:
-            raise SamplingError(
-                f"{name}: {defaults.family}'s sampler has no such setting; leave it out (it has {', '.join(names)})"
-            )
-        if name == "block_size" and isinstance(defaults, CanvasSettings) and value != defaults.block_size:
-            raise SamplingError(
-                f"block_size: {value} is not the model's canvas of {defaults.block_size} tokens; leave it out"
-            )
-    values = preset_settings(defaults.family, preset, given) | given
-    if isinstance(defaults, MaskSettings) and "entropy_bound" in values:
+    for name in fixed.keys() & given.keys():
+        if given[name] != fixed[name]:
+            what = f"{family.sampler.from_config[name]} of {fixed[name]}"
+            raise SamplingError(f"{name}: {given[name]} is not the model's {what}; leave it out")
+    values = _preset_settings(family, preset, given) | given
+    if "entropy_bound" in values and released.remasking is not None:
         values.setdefault("remasking", "entropy")
-    settings = dataclasses.replace(defaults, **values)
+    settings = settings_of(family, **released.values | values)
     if "refresh_interval" in given and settings.cache == "none":
         raise SamplingError("refresh_interval: there is no cache to compute anew; set cache to prefix or dual")
     if "revise_threshold" in given and settings.revise == "none":
         raise SamplingError("revise_threshold: nothing is revised; set revise to remask or edit")
-    if isinstance(settings, MaskSettings) and settings.revise == "remask":
-        sizes = [settings.block_size] * (settings.length // settings.block_size)
-        check_remask(settings, [*sizes, settings.length % settings.block_size])
+    sizes = [settings.block_size] * (settings.length // settings.block_size)
+    check_remask(settings, [*sizes, settings.length % settings.block_size])
     return settings
 
 
-def check_remask(settings: MaskSettings, sizes: Sequence[int]) -> None:
-    """Refuse to mask tokens again where every call settles one: fewer are taken back than a call settles, so none.
+def _stored_settings(generation: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings in a generation_config.json; raises SamplingError, naming the entry.
+
+    Args:
+        generation: the file's values.
+        names: entry → setting; an entry within an entry is written with a dot, and what else stands beside it there,
+            but for names with an underscore in front, is refused.
+    """
+    values: dict[str, Any] = {}
+    for entry, setting in names.items():
+        outer, _, inner = entry.partition(".")
+        value = generation.get(outer)
+        if inner and value is not None:
+            siblings = {name.partition(".")[2] for name in names if name.startswith(f"{outer}.")}
+            if not isinstance(value, Mapping) or any(key not in siblings for key in value if not key.startswith("_")):
+                raise SamplingError(f"{outer} must hold {' and '.join(sorted(siblings))} alone, got {value!r}")
+            value = value.get(inner)
+        values[setting] = value
+    return SamplerConfig(**values).given
+
+
+def _preset_settings(family: Family, preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a preset adds to the settings that are given, which win over it.
+
+    A given rule (or number of steps, or score that is no probability) takes the place of the preset's rule altogether:
+    beside it, it would contradict it or mean nothing. A score that is a probability keeps the preset's rule.
+    """
+    values = {} if preset is None else dict(family.sampler.presets[preset])
+    replaced = any(name in given for name in (*RULE_SETTINGS, "steps"))
+    if replaced or given.get("remasking", PROBABILITIES[0]) not in PROBABILITIES:
+        values = {name: value for name, value in values.items() if name not in RULE_SETTINGS}
+    return {name: value for name, value in values.items() if name not in given}
+
+
+def check_remask(settings: SamplerSettings, sizes: Sequence[int]) -> None:
+    """Refuse to mask tokens again where every call commits one: fewer are taken back than a call commits, so none.
 
     Args:
         settings: of the answer.
-        sizes: open positions of each of its blocks.
+        sizes: masked positions of each of its blocks.
 
     Raises:
         SamplingError: it would have no effect; names the remedy.
     """
-    counted = settings.rule == "quota" and all(
-        calls == size for calls, size in zip(planned_calls(sizes, settings.steps), sizes, strict=True)
-    )
-    if settings.revise == "remask" and (counted or (settings.threshold is not None and settings.threshold > 1)):
+    if settings.revise != "remask":
+        return
+    counted = settings.rule == "quota" and planned_calls(sizes, settings.steps) == tuple(sizes)
+    if counted or (settings.threshold is not None and settings.threshold > 1):
         why = f"{settings.steps} steps for {sum(sizes)} tokens" if counted else f"threshold {settings.threshold}"
         raise SamplingError(
-            f"revise: remask takes back fewer tokens than a call settles, and with {why} that is one; "
+            f"revise: remask takes back fewer tokens than a call commits, and with {why} that is one; "
             "set threshold (0.9, say) or fewer steps"
         )
-
-
-def _fitting(default: int, config: Any) -> int:
-    """Return a family's length of an answer, at most half of what the model can see at once."""
-    return max(1, min(default, config.max_sequence_length // 2))
-
-
-# Names in a generation_config.json → ours.
-_GENERATION = {
-    "max_denoising_steps": "steps",
-    **{name: name for name in ("max_new_tokens", "t_min", "t_max", "stability_threshold", "confidence_threshold")},
-}
-
-
-def canvas_defaults(config: Any, generation: Mapping[str, Any]) -> CanvasSettings:
-    """Return DiffusionGemma's settings of a checkpoint: its generation_config.json over the released values.
-
-    Args:
-        config: the network's configuration; `canvas_length` and `max_sequence_length` are read.
-        generation: the file's values; an entry that is missing or null is the released value.
-
-    Raises:
-        ModelError: a value that the sampler cannot take; names the file and the entry.
-    """
-    values = {ours: generation.get(theirs) for theirs, ours in _GENERATION.items()}
-    bound = generation.get("sampler_config") or {}
-    if not isinstance(bound, Mapping) or set(bound) - {"_cls_name", "entropy_bound"}:
-        raise ModelError(f"generation_config.json: sampler_config must hold entropy_bound alone, got {bound!r}")
-    try:
-        sampler = SamplerConfig(**values, entropy_bound=bound.get("entropy_bound"))
-        length = _fitting(CanvasSettings.max_new_tokens, config)
-        return resolve(sampler, CanvasSettings(block_size=config.canvas_length, max_new_tokens=length))
-    except SamplingError as error:
-        raise ModelError(f"generation_config.json: {error}") from None
-
-
-def mask_defaults(config: Any, generation: Mapping[str, Any]) -> MaskSettings:
-    """Return LLaDA's settings: the published ones, since its files hold none; the answer no longer than there is room.
-
-    Args:
-        config: the network's configuration; its `max_sequence_length` is read.
-        generation: not used.
-    """
-    return MaskSettings(max_new_tokens=_fitting(MaskSettings.max_new_tokens, config))
-
-
-@dataclass(frozen=True)
-class FamilySampler:
-    """How a family is sampled.
-
-    Attributes:
-        module: where its adapter is; imported when it is used.
-        adapter: the adapter's class there, made with (model, settings).
-        defaults: (configuration, values of generation_config.json) → the settings that a model has by itself.
-    """
-
-    module: str
-    adapter: str
-    defaults: Callable[[Any, Mapping[str, Any]], Settings]
-
-
-# Name of a configuration's class → how its family is sampled. A new family is a line here.
-SAMPLERS: dict[str, FamilySampler] = {
-    "LLaDAConfig": FamilySampler("unmask.sampling.backends.bidirectional", "BidirectionalBackend", mask_defaults),
-    "DiffusionGemmaConfig": FamilySampler("unmask.sampling.backends.canvas", "CanvasBackend", canvas_defaults),
-}
-
-
-def family_sampler(config: Any, model: Any = None) -> FamilySampler:
-    """Return how models with this configuration are sampled; `model` is named where there is no way.
-
-    Raises:
-        SamplingError: a configuration of no family that can be sampled from.
-    """
-    name = type(config).__name__
-    if name not in SAMPLERS:
-        what = "a model" if model is None else f"a {type(model).__name__}"
-        raise SamplingError(
-            f"cannot sample from {what} with a {name}; load it with unmask.load_model ({', '.join(sorted(SAMPLERS))})"
-        )
-    return SAMPLERS[name]
-
-
-def default_settings(config: Any, generation: Mapping[str, Any]) -> Settings:
-    """Return the settings that a model has by itself: its generation_config.json's over its family's.
-
-    Raises:
-        SamplingError: a configuration of no family that can be sampled from.
-        ModelError: a bad value in the file.
-    """
-    return family_sampler(config).defaults(config, generation)

@@ -8,7 +8,6 @@ Shapes: B rows, C answer positions.
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 import math
@@ -52,7 +51,7 @@ class Trace:
     Args:
         tokenizer: says what tokens stand for.
         stops: tokens that end an answer (`generate.stop_ids`).
-        noise: what stands at open positions: masks, or random tokens (`FamilySpec.noise`).
+        noise: what stands at open positions: masks, or random tokens (the family's `noise`).
         checkpoint: what the page calls the model.
         sampler: the settings in force, by name.
         label: whether every call is a full forward: "exact", or what is approximate (`approximations`).
@@ -173,9 +172,9 @@ def trace_for(loaded: LoadedModel, prompts: Iterable[Any], *, checkpoint: str, s
     return Trace(
         loaded.tokenizer,
         stops=loaded.stop_ids,
-        noise=loaded.backend.spec.noise,
+        noise=loaded.settings.noise,
         checkpoint=checkpoint,
-        sampler={"family": settings.family} | dataclasses.asdict(settings),
+        sampler={"family": settings.family} | settings.values,
         label="exact" if settings.exact else "approximate: " + "; ".join(settings.approximations),
         seed=seed,
         prompts=[title_of(prompt, index) for index, prompt in enumerate(prompts)],

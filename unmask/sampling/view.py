@@ -207,7 +207,7 @@ def watcher(loaded: LoadedModel, console: Console | None = None, titles: Mapping
     assert loaded.tokenizer is not None
     console = console if console is not None else Console()
     shades = SHADES if console.encoding.lower().startswith("utf") else ASCII_SHADES
-    drawing = Drawing(loaded.tokenizer, loaded.stop_ids, shades if loaded.backend.spec.noise == "mask" else None)
+    drawing = Drawing(loaded.tokenizer, loaded.stop_ids, shades if loaded.settings.noise == "mask" else None)
     return Watcher(drawing, console, titles)
 
 

@@ -1,7 +1,7 @@
-"""LLaDA in the denoising loop: prompt and answer are seen at once, in both directions.
+"""Bidirectional attention in the denoising loop: prompt and answer are seen at once, in both directions.
 
-Nothing that it computes stays true when a token changes, so by default every call is a full forward. The caches
-`prefix` and `dual` keep keys and values all the same: calls get much shorter, and answers are approximate.
+Nothing that such a network computes stays true when a token changes, so by default every call is a full forward. The
+caches `prefix` and `dual` keep keys and values all the same: calls get much shorter, and answers are approximate.
 
 Shapes: B rows, P prompt columns, C answer columns, L columns of both, M scored positions, D width, V vocabulary rows,
 R network rows (a guided row is two, one behind the other), K some of them, S columns of a window.
@@ -10,53 +10,64 @@ R network rows (a guided row is two, one behind the other), K some of them, S co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.models.llada.cache import KeyValueStore, Window, forward_window, spans
-from unmask.sampling.backends.backend import Call, FamilySpec
-from unmask.sampling.backends.length_groups import length_groups
+from unmask.models.llada.model import LLaDA
+from unmask.ops.ragged import concat_padded, pad_rows
+from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import replays_for
-from unmask.sampling.settings import MaskSettings
+from unmask.sampling.settings import SamplerSettings
 
-if TYPE_CHECKING:
-    from unmask.models.llada.model import LLaDA
+# Positions whose computation takes about as long as starting one more forward and reading the weights again.
+_FORWARD = 128
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a batch, padded on the right.
+    """The prompts of a batch, and what was computed of them and their answers.
 
     Attributes:
-        ids_BP: int64 (B, P), on the CPU; padding holds token 0, which nothing attends to.
+        ids_BP: int64 (B, P), on the CPU, padded on the right with token 0, which nothing attends to.
         lengths: tokens of each prompt.
+        store: keys and values of R rows, written in place by calls. None without a cache, and before the first call.
     """
 
     ids_BP: Tensor
     lengths: tuple[int, ...]
+    store: KeyValueStore | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]]) -> Prompts:
         """Return prompts of any lengths, none included."""
-        lengths = tuple(len(prompt) for prompt in prompts)
-        width = max(lengths, default=0)
-        ids = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        return cls(torch.tensor(ids, dtype=torch.long).reshape(len(prompts), width), lengths)
+        return cls(pad_rows(prompts), tuple(map(len, prompts)))
 
-    def take(self, keep_B: Tensor) -> Prompts:
+    def select(self, keep_B: Tensor) -> Prompts:
         """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are then padding in all."""
         lengths = tuple(length for length, keep in zip(self.lengths, keep_B.tolist(), strict=True) if keep)
-        return Prompts(self.ids_BP[keep_B][:, : max(lengths, default=0)], lengths)
+        store = None
+        if self.store is not None and lengths:
+            keep_R = keep_B.repeat_interleave(self.store.rows // len(keep_B))
+            store = self.store.select(keep_R.nonzero()[:, 0].tolist())
+        return Prompts(self.ids_BP[keep_B][:, : max(lengths, default=0)], lengths, store)
 
-    def join(self, more: Prompts) -> Prompts:
-        """Return these and the rows of `more` behind them."""
-        width = max(self.ids_BP.shape[1], more.ids_BP.shape[1])
-        padded = [F.pad(ids_BP, (0, width - ids_BP.shape[1])) for ids_BP in (self.ids_BP, more.ids_BP)]
-        return Prompts(torch.cat(padded), self.lengths + more.lengths)
+    def concat(self, more: Prompts) -> Prompts:
+        """Return these and the rows of `more` behind them; rows that no call has computed have an empty store."""
+        both = (self, more)
+        stores = [prompts.store for prompts in both if prompts.store is not None]
+        store = None
+        if stores:
+            rows = stores[0].rows // len(self.lengths if self.store is not None else more.lengths)
+            one, other = (
+                _zeros(stores[0], rows * len(prompts.lengths)) if prompts.store is None else prompts.store
+                for prompts in both
+            )
+            store = one.concat(other)
+        return Prompts(concat_padded([self.ids_BP, more.ids_BP]), self.lengths + more.lengths, store)
 
     def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return ids (B, L), each answer right behind its prompt; behind that, token 0.
@@ -72,115 +83,82 @@ class Prompts:
         return ids_BL
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a batch carries from call to call.
-
-    Attributes:
-        prompts: the prompts.
-        store: keys and values, R rows; written in place by calls. None with `cache` none, and before the first call.
-    """
-
-    prompts: Prompts
-    store: KeyValueStore | None = None
-
-    def take(self, keep_B: Tensor) -> Rows:
-        """Return the rows where `keep_B` (bool, on the CPU) is True."""
-        if self.store is None or not keep_B.any():
-            return Rows(self.prompts.take(keep_B))
-        keep_R = keep_B.repeat_interleave(self.store.rows // len(keep_B))
-        return Rows(self.prompts.take(keep_B), self.store.select(keep_R.nonzero()[:, 0].tolist()))
+def _zeros(like: KeyValueStore, rows: int) -> KeyValueStore:
+    keys, values = (tuple(old.new_zeros(rows, *old.shape[1:]) for old in each) for each in (like.keys, like.values))
+    return KeyValueStore(keys, values)
 
 
 class BidirectionalBackend:
-    """LLaDA with a full forward a call, or with keys and values kept within a block, which is an approximation.
+    """A full forward a call, or keys and values kept within a block, which is an approximation.
 
     The first call of a block is a full forward whose keys and values are kept; the block's later calls compute with
     cache `prefix` the block and all behind it, with `dual` the block alone, and take every other position's from the
-    store (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, section 3.2). The model is bidirectional, so what is kept is out
-    of date from the first token that settles. Rows of one batch may be at different calls of different blocks.
+    store (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, section 3.2). What is kept is out of date from the first token
+    that is committed. Rows of one batch may be at different calls of different blocks.
 
     Args:
         model: the network.
-        settings: `cache` and `refresh_interval`, after how many calls of a block a full forward renews the store (None
-            = never within a block, 1 = each call, which is exact); `cfg_scale`, s of classifier-free guidance,
-            u + (s + 1)(c - u), where 0 is off. The pair is one call of twice the rows.
+        settings: `cache` and `refresh_interval`; `cfg_scale`, whose pair is one call of twice the rows.
     """
 
-    signal = None
+    self_conditioning = None
 
-    def __init__(self, model: LLaDA, settings: MaskSettings | None = None) -> None:
-        config, settings = model.config, MaskSettings() if settings is None else settings
+    def __init__(self, model: LLaDA, settings: SamplerSettings) -> None:
+        config = model.config
         self.model = model
         self.cache, self.refresh_interval = settings.cache, settings.refresh_interval
-        self.cfg_scale = settings.cfg_scale
+        self.cfg_scale = settings.cfg_scale or 0.0
         self.copies = 2 if self.cfg_scale else 1  # network rows a row
         self.device = next(model.parameters()).device
         self._network = replays_for(model)
         padding = () if config.pad_token_id == config.eos_token_id else (config.pad_token_id,)
-        self.spec = FamilySpec(
-            noise="mask",
+        self.spec = ModelSpec(
             mask_id=config.mask_token_id,
             banned_ids=(config.mask_token_id, *padding),
             eos_ids=(config.eos_token_id,),
             vocab_size=config.vocab_size,
             rows=config.rows,
             max_length=config.max_sequence_length,
-            attention=MaskSettings.attention,
         )
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Rows:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Prompts:
         """Pad the prompts on the right; the network is not called."""
-        return Rows(Prompts.of(prompts))
-
-    def join(self, context: Rows, more: Rows) -> Rows:
-        """As in `Backend`; rows that no call has computed yet have an empty store."""
-        prompts = context.prompts.join(more.prompts)
-        if context.store is None and more.store is None:
-            return Rows(prompts)
-        columns = max(rows.store.columns for rows in (context, more) if rows.store is not None)
-        stores = (
-            rows.store or self._empty_store(self.copies * len(rows.prompts.lengths), columns)
-            for rows in (context, more)
-        )
-        return Rows(prompts, next(stores).concat(next(stores)))
+        return Prompts.of(prompts)
 
     @torch.no_grad()
-    def denoise(self, context: Rows, call: Call) -> tuple[Tensor, Rows]:
+    def denoise(self, context: Prompts, call: Call) -> tuple[Tensor, Prompts]:
         """Run the network; return (M, D), or with guidance (M, 2, D): with the prompt, and with it masked.
 
         One call is several forwards where rows compute windows of unlike length.
         """
-        ids_BL = context.prompts.with_answers(call.answer_BC, call.lengths)
-        prompts_B = torch.tensor(context.prompts.lengths)
+        ids_BL = context.with_answers(call.answer_BC, call.lengths)
+        prompts_B = torch.tensor(context.lengths)
         lengths_B = prompts_B + torch.tensor(call.lengths)
-        columns_M = prompts_B[call.rows_M] + call.positions_M
+        columns_M = prompts_B[call.rows_M] + call.columns_M
         ids_RL = self._with_blind(ids_BL, prompts_B)
         store = None
         first_B, end_B = torch.zeros_like(lengths_B), lengths_B
         if self.cache != "none":
             store = (context.store or self._empty_store(*ids_RL.shape)).padded(ids_RL.shape[1])
-            # The window holds the hidden states that predict the block, which a shifted model has a column earlier.
-            block_B = (prompts_B + call.first_B - self.spec.logit_shift).clamp(min=0)
-            due_B = self._due(call)
-            first_B = torch.where(due_B, first_B, block_B)
+            due_B = call.step_B % (self.refresh_interval or torch.iinfo(torch.int64).max) == 0  # for a full forward
+            first_B = torch.where(due_B, first_B, prompts_B + call.first_B)
             if self.cache == "dual":
                 end_B = torch.where(due_B, end_B, torch.minimum(prompts_B + call.end_B, lengths_B))
+        context = replace(context, store=store)
         groups = length_groups(tuple((end_B - first_B).tolist()))
         if len(groups) == 1:
             hidden_RSD = self._forward(store, ids_RL, None, first_B, end_B, lengths_B)
-            return self._scored(hidden_RSD, call.rows_M, columns_M - first_B[call.rows_M]), Rows(context.prompts, store)
-        found, places = [], []
+            return self._scored(hidden_RSD, call.rows_M, columns_M - first_B[call.rows_M]), context
+        scored, order = [], []
         for group in groups:
             rows_K = torch.tensor(group)
             hidden_KSD = self._forward(store, ids_RL, rows_K, first_B[rows_K], end_B[rows_K], lengths_B[rows_K])
             within_B = torch.full_like(lengths_B, -1).index_put((rows_K,), torch.arange(len(group)))
-            mine_N = (within_B[call.rows_M] >= 0).nonzero()[:, 0]
-            rows_N = call.rows_M[mine_N]
-            found.append(self._scored(hidden_KSD, within_B[rows_N], columns_M[mine_N] - first_B[rows_N]))
-            places.append(mine_N)
-        back_M = torch.cat(places).argsort().to(self.device)
-        return torch.cat(found)[back_M], Rows(context.prompts, store)
+            of_group_N = (within_B[call.rows_M] >= 0).nonzero()[:, 0]
+            rows_N = call.rows_M[of_group_N]
+            scored.append(self._scored(hidden_KSD, within_B[rows_N], columns_M[of_group_N] - first_B[rows_N]))
+            order.append(of_group_N)
+        return torch.cat(scored)[torch.cat(order).argsort().to(self.device)], context
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Return logits (M, V) in the model's dtype, guided where there are two hidden states a position."""
@@ -189,15 +167,11 @@ class BidirectionalBackend:
         conditional_MV, unconditional_MV = (self.model.logits(hidden) for hidden in hidden_MD.unbind(dim=1))
         return unconditional_MV + (self.cfg_scale + 1) * (conditional_MV - unconditional_MV)
 
-    def commit(self, context: Rows, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor) -> Rows:
+    def commit(
+        self, context: Prompts, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor
+    ) -> Prompts:
         """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
         return context
-
-    def _due(self, call: Call) -> Tensor:
-        """Return bool (B,): rows whose call is a full forward."""
-        if self.refresh_interval is None:
-            return call.step_B == 0
-        return call.step_B % self.refresh_interval == 0
 
     def _empty_store(self, rows: int, columns: int) -> KeyValueStore:
         return KeyValueStore.empty(self.model.config, rows, columns, like=self.model.transformer.wte.weight)
@@ -252,3 +226,31 @@ class BidirectionalBackend:
         if not self.cfg_scale:
             return hidden_KSD[rows_M, columns_M]
         return torch.stack((hidden_KSD[2 * rows_M, columns_M], hidden_KSD[2 * rows_M + 1, columns_M]), dim=1)
+
+
+@lru_cache(maxsize=256)
+def length_groups(lengths: tuple[int, ...], forward: int = _FORWARD) -> tuple[tuple[int, ...], ...]:
+    """Split rows into groups, each to be padded to its longest row, so that the whole costs least.
+
+    Args:
+        lengths: positions of each row; padding costs what a position costs.
+        forward: what a group costs beside its positions, in positions.
+
+    Returns:
+        the indices of each group, rising; groups by rising length. Of equally cheap splits the one with fewer groups.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    # Of the first n rows in this order: the least cost, the number of groups, and where the last group starts.
+    best = [(0, 0, 0)]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(
+            min((best[start][0] + (end - start) * longest + forward, best[start][1] + 1, start) for start in range(end))
+        )
+    groups: list[tuple[int, ...]] = []
+    end = len(order)
+    while end:
+        start = best[end][2]
+        groups.append(tuple(sorted(order[start:end])))
+        end = start
+    return tuple(reversed(groups))

@@ -1,25 +1,22 @@
-"""DiffusionGemma in the denoising loop: prompts and finished canvases are encoded once, and a call runs canvases alone.
+"""Canvas attention in the denoising loop: prompts and finished canvases are encoded once, a call runs canvases alone.
 
-Shapes: B rows, K rows that completed a canvas, L positions, S canvas positions, M weighed positions, D width,
-V vocabulary rows.
+Shapes: B rows, K rows that completed a canvas, S canvas positions, M scored positions, D width, V vocabulary rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import Encoded
-from unmask.sampling.backends.backend import Call, FamilySpec
+from unmask.models.diffusion_gemma.model import DiffusionGemma
+from unmask.ops.ragged import pad_rows
+from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Replays, replays_for
-from unmask.sampling.settings import CanvasSettings
-
-if TYPE_CHECKING:
-    from unmask.models.diffusion_gemma.model import DiffusionGemma
+from unmask.sampling.settings import SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -29,67 +26,66 @@ class Canvases:
     Attributes:
         encoded: keys and values of each row's prompt and finished canvases, padded on the right.
         ids: the tokens of each row that are encoded; on the host, so that cutting columns never waits for a device.
-        signal_BSD: what the network said in the call before; zeros, which is no signal, where a canvas begins.
-        told_at: rows and canvas positions that `told` is about; None = all.
+        conditioning_BSD: what the network said in the call before; zeros, which is nothing, where a canvas begins.
+        scored: rows and canvas positions that the next `conditioned` is about; None = all.
     """
 
     encoded: Encoded
     ids: tuple[tuple[int, ...], ...]
-    signal_BSD: Tensor
-    told_at: tuple[Tensor, Tensor] | None = None
+    conditioning_BSD: Tensor
+    scored: tuple[Tensor, Tensor] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens encoded of each row."""
         return tuple(map(len, self.ids))
 
-    def take(self, keep_B: Tensor) -> Canvases:
+    def select(self, keep_B: Tensor) -> Canvases:
         """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that none of them has."""
         kept = keep_B.nonzero()[:, 0]
         ids = tuple(self.ids[row] for row in kept.tolist())
-        rows = kept.to(self.signal_BSD.device)
+        rows = kept.to(self.conditioning_BSD.device)
         encoded = self.encoded.take(rows)
-        return Canvases(encoded.first([len(row) for row in ids]) if ids else encoded, ids, self.signal_BSD[rows])
+        return Canvases(encoded.first([len(row) for row in ids]) if ids else encoded, ids, self.conditioning_BSD[rows])
 
-    def join(self, more: Canvases) -> Canvases:
+    def concat(self, more: Canvases) -> Canvases:
         """Return these and the rows of `more` behind them."""
-        signal_BSD = torch.cat((self.signal_BSD, more.signal_BSD))
-        return Canvases(self.encoded.join(more.encoded), self.ids + more.ids, signal_BSD)
+        conditioning_BSD = torch.cat((self.conditioning_BSD, more.conditioning_BSD))
+        return Canvases(self.encoded.join(more.encoded), self.ids + more.ids, conditioning_BSD)
 
-    def told(self, signal_MD: Tensor) -> Canvases:
-        """Return the same with what the network said of the weighed positions."""
-        if self.told_at is None:
-            return replace(self, signal_BSD=signal_MD.view_as(self.signal_BSD))
-        return replace(self, signal_BSD=self.signal_BSD.index_put(self.told_at, signal_MD), told_at=None)
+    def conditioned(self, conditioning_MD: Tensor) -> Canvases:
+        """Return the same with what the network said of the scored positions."""
+        if self.scored is None:
+            return replace(self, conditioning_BSD=conditioning_MD.view_as(self.conditioning_BSD))
+        return replace(
+            self, conditioning_BSD=self.conditioning_BSD.index_put(self.scored, conditioning_MD), scored=None
+        )
 
 
 class CanvasBackend:
-    """DiffusionGemma, whose clean tokens never change what they are: their keys and values are kept.
+    """A causal encoder, whose clean tokens never change what they are, so that their keys and values are kept.
 
     Args:
         model: the network.
-        settings: `cache: none` encodes a row anew after each of its canvases; None = the released settings.
+        settings: `cache: none` encodes a row anew after each of its canvases.
     """
 
-    def __init__(self, model: DiffusionGemma, settings: CanvasSettings | None = None) -> None:
+    def __init__(self, model: DiffusionGemma, settings: SamplerSettings) -> None:
         config, generation = model.config, getattr(model, "generation", {})
         ends = generation.get("eos_token_id")
         ends = config.eos_token_ids if ends is None else ends
         self.model = model
         self.device = next(model.parameters()).device
-        self._keeps = settings is None or settings.cache == "block"
+        self._keeps = settings.cache == "block"
         # Without a grouped kernel the host has to know how many tokens each expert has, and waits for the device.
         self._replays = replays_for(model) if model.stack.experts_are_grouped else Replays(None)
-        self.spec = FamilySpec(
-            noise="uniform",
+        self.spec = ModelSpec(
             mask_id=None,
             banned_ids=(),
             eos_ids=tuple(ends) if isinstance(ends, (list, tuple)) else (ends,),
             vocab_size=config.vocab_size,
             rows=config.rows,
             max_length=config.max_sequence_length,
-            attention=CanvasSettings.attention,
-            block_size=config.canvas_length,
         )
 
     @torch.no_grad()
@@ -100,41 +96,35 @@ class CanvasBackend:
         zeros_BSD = torch.zeros(len(prompts), config.canvas_length, config.hidden_size, dtype=dtype, device=self.device)
         return Canvases(encoded, tuple(map(tuple, prompts)), zeros_BSD)
 
-    def join(self, context: Canvases, more: Canvases) -> Canvases:
-        """As in `Backend`."""
-        return context.join(more)
-
     @torch.no_grad()
     def denoise(self, context: Canvases, call: Call) -> tuple[Tensor, Canvases]:
         """Run each row's canvas; return hidden states (M, D).
 
-        Given positions of a canvas are not weighed. What the network is told of them in the next call is what is known:
+        Given positions of a canvas are not scored. What the network is shown of them in the next call is what is known:
         their own embedding.
         """
-        rows, length = context.signal_BSD.shape[:2]
+        rows, length = context.conditioning_BSD.shape[:2]
         columns_BS = call.first_B[:, None] + torch.arange(length)
         canvas_BS = call.answer_BC.gather(1, columns_BS).to(self.device)
         model, encoded, starts = self.model, context.encoded, context.lengths
 
-        def decode(canvas_BS: Tensor, signal_BSD: Tensor) -> Tensor:
-            return model.decode(canvas_BS, encoded, signal_BSD, starts=starts)
+        def decode(canvas_BS: Tensor, conditioning_BSD: Tensor) -> Tensor:
+            return model.decode(canvas_BS, encoded, conditioning_BSD, starts=starts)
 
         # Unequal starts have to be brought to the device, which cannot be recorded.
         network = self._replays if len(set(starts)) == 1 else Replays(None)
-        hidden_BSD = network(encoded, starts, decode, canvas_BS, context.signal_BSD)
+        hidden_BSD = network(encoded, starts, decode, canvas_BS, context.conditioning_BSD)
         if len(call.rows_M) == rows * length:
             return hidden_BSD.flatten(0, 1), context
-        rows_M = call.rows_M.to(self.device)
-        places_M = (call.positions_M - call.first_B[call.rows_M]).to(self.device)
-        known_BSD = self.model.stack.embed(canvas_BS).to(context.signal_BSD.dtype)
-        return hidden_BSD[rows_M, places_M], replace(context, signal_BSD=known_BSD, told_at=(rows_M, places_M))
+        scored = (call.rows_M.to(self.device), (call.columns_M - call.first_B[call.rows_M]).to(self.device))
+        known_BSD = self.model.stack.embed(canvas_BS).to(context.conditioning_BSD.dtype)
+        return hidden_BSD[scored], replace(context, conditioning_BSD=known_BSD, scored=scored)
 
-    @torch.no_grad()
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Return softcapped logits (M, V) in fp32."""
         return self.model.logits(hidden_MD)
 
-    def signal(self, weights_MV: Tensor, total_M: Tensor) -> Tensor:
+    def self_conditioning(self, weights_MV: Tensor, total_M: Tensor) -> Tensor:
         """Return softmax @ embedding · √D of a prediction, (M, D) in the embedding's dtype."""
         return self.model.mixed_embedding(weights_MV, total_M)
 
@@ -142,31 +132,31 @@ class CanvasBackend:
     def commit(
         self, context: Canvases, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor
     ) -> Canvases:
-        """Encode finished canvases behind what their rows have; those rows' next canvases begin without a signal."""
-        length = context.signal_BSD.shape[1]
+        """Encode finished canvases behind what their rows have; those rows' next canvases begin unconditioned."""
+        length = context.conditioning_BSD.shape[1]
         spans = zip(first_B.tolist(), end_B.tolist(), completed_B.tolist(), strict=True)
         more = [answer_BC[row, first:end].tolist() if done else [] for row, (first, end, done) in enumerate(spans)]
-        signal_BSD = context.signal_BSD.masked_fill(completed_B.to(self.device)[:, None, None], 0)
-        context = replace(context, signal_BSD=signal_BSD)
+        conditioning_BSD = context.conditioning_BSD.masked_fill(completed_B.to(self.device)[:, None, None], 0)
+        context = replace(context, conditioning_BSD=conditioning_BSD)
         if not self._keeps:
-            ids = tuple((*old, *new) for old, new in zip(context.ids, more, strict=True))
+            ids = _joined(context.ids, more)
             return replace(context, encoded=self._encode(ids), ids=ids)
         for start in range(0, max(map(len, more)), length):
-            context = self._grown(context, [new[start : start + length] for new in more])
+            context = self._append(context, [new[start : start + length] for new in more])
         return context
 
-    def _grown(self, context: Canvases, more: list[list[int]]) -> Canvases:
+    def _append(self, context: Canvases, more: list[list[int]]) -> Canvases:
         """Return the context with one canvas more in the rows that have one."""
         done = [row for row, new in enumerate(more) if new]
         lengths = context.lengths
         canvas_KS = torch.tensor([more[row] for row in done]).to(self.device)
         past = context.encoded.take(torch.tensor(done, device=self.device)).first([lengths[row] for row in done])
         encoded = context.encoded.grown(done, self.model.encode(canvas_KS, past=past), canvas_KS.shape[1], lengths)
-        return replace(
-            context, encoded=encoded, ids=tuple((*old, *new) for old, new in zip(context.ids, more, strict=True))
-        )
+        return replace(context, encoded=encoded, ids=_joined(context.ids, more))
 
     def _encode(self, rows: Sequence[Sequence[int]]) -> Encoded:
-        lengths = [len(row) for row in rows]
-        ids = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
-        return self.model.encode(torch.tensor(ids).to(self.device)).first(lengths)
+        return self.model.encode(pad_rows(rows).to(self.device)).first([len(row) for row in rows])
+
+
+def _joined(ids: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple((*old, *new) for old, new in zip(ids, more, strict=True))

@@ -4,14 +4,13 @@ A generator that hands out numbers in order would make a row's draws depend on w
 one does not. SplitMix64 (Steele, Lea & Flood 2014, fig. 14) is one multiply-and-shift hash a number, so a whole batch
 is drawn by a few tensor operations, with the same bits on every device.
 
-Shapes: M open positions, N numbers a position.
+Shapes: M positions, N numbers a position, V vocabulary rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
@@ -20,50 +19,28 @@ from torch import Tensor
 
 from unmask import rng
 from unmask.ops.categorical import categorical
+from unmask.sampling.engine.state import Positions
 
 # Names of the draws of one network call; different streams are independent.
-CANDIDATES, ORDER, NOISE = 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Places:
-    """Positions that random numbers are drawn for.
-
-    Attributes:
-        key_M: int64, the key of the row that each position stands in.
-        call_M: int64, number of the row's network call.
-        position_M: int64, index within the answer.
-    """
-
-    key_M: Tensor
-    call_M: Tensor
-    position_M: Tensor
-
-    def __getitem__(self, part: slice) -> Places:
-        """Return some of the positions."""
-        return Places(self.key_M[part], self.call_M[part], self.position_M[part])
-
-    def to(self, device: torch.device) -> Places:
-        """Return the same on a device."""
-        return Places(self.key_M.to(device), self.call_M.to(device), self.position_M.to(device))
+TOKENS, ORDER, NOISE = 1, 2, 3
 
 
 class Draws(Protocol):
-    """Where the denoising loop gets its random numbers; for logits, on the device that they and the places are on."""
+    """Where the denoising loop gets its random numbers; for logits, on the device of the logits."""
 
-    def gumbel(self, places: Places, logits_MV: Tensor) -> Tensor:
+    def gumbel(self, positions: Positions, logits_MV: Tensor) -> Tensor:
         """Return standard Gumbel noise for logits, float64 (M, V)."""
         ...
 
-    def order(self, places: Places, logits_MV: Tensor) -> Tensor:
+    def order(self, positions: Positions, logits_MV: Tensor) -> Tensor:
         """Return a number a position, uniform on (0, 1), float64 (M,)."""
         ...
 
-    def category(self, places: Places, weights_MV: Tensor) -> Tensor:
+    def category(self, positions: Positions, weights_MV: Tensor) -> Tensor:
         """Return a token a position, int64 (M,), each with a probability proportional to its weight (M, V)."""
         ...
 
-    def noise(self, places: Places, vocab_size: int) -> Tensor:
+    def noise(self, positions: Positions, vocab_size: int) -> Tensor:
         """Return a token a position, uniform over the vocabulary, int64 (M,) on the CPU.
 
         Called for whole canvases: once before a row's first call and after each call.
@@ -74,25 +51,25 @@ class Draws(Protocol):
 class KeyedDraws:
     """Numbers that depend on (row's key, call, position) alone, so on no neighbour and no order."""
 
-    def gumbel(self, places: Places, logits_MV: Tensor) -> Tensor:
+    def gumbel(self, positions: Positions, logits_MV: Tensor) -> Tensor:
         """As in `Draws`."""
-        return gumbel(_keys(places, CANDIDATES), logits_MV.shape[1])
+        return gumbel(_keys(positions, TOKENS), logits_MV.shape[1])
 
-    def order(self, places: Places, logits_MV: Tensor) -> Tensor:
+    def order(self, positions: Positions, logits_MV: Tensor) -> Tensor:
         """As in `Draws`."""
-        return uniform(_keys(places, ORDER), 1)[:, 0]
+        return uniform(_keys(positions, ORDER), 1)[:, 0]
 
-    def category(self, places: Places, weights_MV: Tensor) -> Tensor:
+    def category(self, positions: Positions, weights_MV: Tensor) -> Tensor:
         """As in `Draws`, by one uniform number a position."""
-        return categorical(weights_MV, uniform(_keys(places, CANDIDATES), 1)[:, 0])
+        return categorical(weights_MV, uniform(_keys(positions, TOKENS), 1)[:, 0])
 
-    def noise(self, places: Places, vocab_size: int) -> Tensor:
+    def noise(self, positions: Positions, vocab_size: int) -> Tensor:
         """As in `Draws`."""
-        return (uniform(_keys(places, NOISE), 1)[:, 0] * vocab_size).long()
+        return (uniform(_keys(positions, NOISE), 1)[:, 0] * vocab_size).long()
 
 
-def _keys(places: Places, stream: int) -> Tensor:
-    return position_keys(places.key_M, stream, places.call_M, places.position_M)
+def _keys(positions: Positions, stream: int) -> Tensor:
+    return position_keys(positions.key_M, stream, positions.call_M, positions.column_M)
 
 
 def _signed(value: int) -> int:
@@ -136,7 +113,7 @@ def position_keys(keys_M: Tensor, stream: int, calls_M: Tensor, positions_M: Ten
 
     Args:
         keys_M: int64 (M,), the key of the row that each position stands in.
-        stream: `CANDIDATES`, `ORDER` or `NOISE`.
+        stream: `TOKENS`, `ORDER` or `NOISE`.
         calls_M: int64 (M,), number of the row's network call.
         positions_M: int64 (M,), index within the answer.
     """
@@ -159,9 +136,9 @@ def gumbel(keys_M: Tensor, numbers: int) -> Tensor:
     return uniform(keys_M, numbers).log_().neg_().log_().neg_()
 
 
-def _shift_(bits: Tensor, places: int) -> Tensor:
+def _shift_(bits: Tensor, count: int) -> Tensor:
     """Shift right in place, filling with zeros (int64's own shift repeats the sign)."""
-    return bits.bitwise_right_shift_(places).bitwise_and_((1 << (64 - places)) - 1)
+    return bits.bitwise_right_shift_(count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _scramble(bits: Tensor) -> Tensor:

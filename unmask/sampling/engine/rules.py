@@ -1,4 +1,4 @@
-"""What a denoising step decides, as pure functions: which token each open position would get, how urgent that is, and
+"""What a denoising call decides, as pure functions: which token each masked position would get, how urgent that is, and
 which positions take it. A new score or rule is one function and one line in its table.
 
 Shapes: M positions, V vocabulary rows, B rows, C columns of the answer.
@@ -13,32 +13,32 @@ import torch
 from torch import Tensor
 
 from unmask.ops.categorical import BLOCK
-from unmask.sampling.settings import MaskSettings, Settings
+from unmask.sampling.settings import SamplerSettings
 
 
-def ban_(logits_MV: Tensor, token_ids: Sequence[int], vocab_size: int) -> Tensor:
-    """Put -inf, in place, for `token_ids` and for the padded rows from `vocab_size` on; return the logits."""
-    logits_MV[:, vocab_size:] = -torch.inf
+def ban_(logits_MV: Tensor, token_ids: Sequence[int], vocab_size: int, value: float = -torch.inf) -> Tensor:
+    """Put `value`, in place, for `token_ids` and for the padded rows from `vocab_size` on; return the logits."""
+    logits_MV[:, vocab_size:] = value
     for token in token_ids:
-        logits_MV[:, token : token + 1] = -torch.inf  # a slice, so an id that the head has no row for is no error
+        logits_MV[:, token : token + 1] = value  # a slice, so an id that the head has no row for is no error
     return logits_MV
 
 
-def choose(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> Tensor:
-    """Return the candidate token of each position, int64 (M,): argmax(logits + T·Gumbel) in float64.
+def sample(logits_MV: Tensor, temperature: float, gumbel_MV: Tensor | None) -> Tensor:
+    """Return one sample of softmax(logits / T) a position, int64 (M,): argmax(logits + T·Gumbel) in float64.
 
-    That is one sample of softmax(logits / T) (Gumbel-max trick). In lower precision the noise's tail is cut and the
-    samples are too likely (Zheng et al. 2024, arXiv 2409.02908), hence float64.
+    In lower precision the noise's tail is cut and probable tokens are drawn too often (Zheng et al. 2024,
+    arXiv 2409.02908).
 
     Args:
         logits_MV: (M, V), banned tokens at -inf.
         temperature: T; 0 takes the argmax of the logits.
         gumbel_MV: float64 (M, V) of standard Gumbel noise; None at temperature 0.
     """
-    return likeliest(logits_MV if gumbel_MV is None else logits_MV + temperature * gumbel_MV)
+    return argmax(logits_MV if gumbel_MV is None else logits_MV + temperature * gumbel_MV)
 
 
-def likeliest(logits_MV: Tensor) -> Tensor:
+def argmax(logits_MV: Tensor) -> Tensor:
     """Return the column of each row's highest value, the first one where several are, int64 (M,).
 
     Over a whole vocabulary a CPU's argmax takes ten times as long as its maximum. So it finds the block of columns that
@@ -57,81 +57,71 @@ def likeliest(logits_MV: Tensor) -> Tensor:
     return torch.where(rest_M > highest_M, whole + rest_column_M, column_M)
 
 
-def log_total(logits_MV: Tensor, overwrite: bool = False) -> Tensor:
-    """Return the logsumexp of each position, (M,); `overwrite` makes it in the memory of the logits, which are lost."""
-    if not overwrite:
-        return logits_MV.logsumexp(dim=-1)
-    highest_M = logits_MV.amax(dim=-1)
-    return logits_MV.sub_(highest_M[:, None]).exp_().sum(dim=-1).log_().add_(highest_M)
-
-
 def logit(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
     """Return each position's logit of its token, (M,)."""
     return logits_MV.gather(-1, tokens_M[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
-class Candidates:
+class ScoreInputs:
     """What a score may go by, of M positions, on their device.
 
     Attributes:
-        logits_MV: float32, without temperature, banned tokens at -inf; for scores with `reads_logits` only.
+        logits_MV: float32, without temperature, banned tokens at -inf.
         total_M: float32, their logsumexp.
-        confidence_M: float32, softmax(logits)[candidate], without temperature. In fp32 whatever the model computes in:
+        confidence_M: float32, softmax(logits)[sample], without temperature. In fp32 whatever the model computes in:
             bf16 probabilities have so few values that most positions would tie.
-        position_M: int64, column in the answer.
+        column_M: int64, column in the answer.
         uniform_M: a uniform number a position; None where the score does not ask for one.
     """
 
     logits_MV: Tensor
     total_M: Tensor
     confidence_M: Tensor
-    position_M: Tensor
+    column_M: Tensor
     uniform_M: Tensor | None
 
 
-def low_confidence(candidates: Candidates) -> Tensor:
-    """Return the probability of the candidate (LLaDA's name, from the other end: the least confident stay masked)."""
-    return candidates.confidence_M
+def low_confidence(inputs: ScoreInputs) -> Tensor:
+    """Return the probability of the sample (LLaDA's name, from the other end: the least confident stay masked)."""
+    return inputs.confidence_M
 
 
-def negative_entropy(candidates: Candidates) -> Tensor:
+def negative_entropy(inputs: ScoreInputs) -> Tensor:
     """Return Σ p log p in nats, at most 0; that of a sure position is 0 (Dream, arXiv 2508.15487)."""
-    probabilities_MV = (candidates.logits_MV - candidates.total_M[:, None]).exp_()
+    probabilities_MV = (inputs.logits_MV - inputs.total_M[:, None]).exp_()
     return -torch.special.entr(probabilities_MV).sum(dim=-1)
 
 
-def margin(candidates: Candidates) -> Tensor:
+def margin(inputs: ScoreInputs) -> Tensor:
     """Return p₁ − p₂, the two most probable tokens' difference, in [0, 1] (Kim et al. 2025, arXiv 2502.06768)."""
-    best_M2 = candidates.logits_MV.topk(min(2, candidates.logits_MV.shape[1]), dim=-1).values
-    best_M2 = (best_M2 - candidates.total_M[:, None]).exp_()
+    best_M2 = inputs.logits_MV.topk(min(2, inputs.logits_MV.shape[1]), dim=-1).values
+    best_M2 = (best_M2 - inputs.total_M[:, None]).exp_()
     return best_M2[:, 0] - best_M2[:, 1] if best_M2.shape[1] == 2 else best_M2[:, 0]
 
 
-def random_order(candidates: Candidates) -> Tensor:
+def random_order(inputs: ScoreInputs) -> Tensor:
     """Return a uniform random number a position, whatever the logits say."""
-    assert candidates.uniform_M is not None
-    return candidates.uniform_M
+    assert inputs.uniform_M is not None
+    return inputs.uniform_M
 
 
-def left_to_right(candidates: Candidates) -> Tensor:
+def left_to_right(inputs: ScoreInputs) -> Tensor:
     """Return minus the column, so that the leftmost comes first."""
-    return -candidates.position_M
+    return -inputs.column_M
 
 
 @dataclass(frozen=True)
 class Score:
-    """How urgently a position is settled.
+    """How urgently a position is committed.
 
     Attributes:
-        measure: candidates -> (M,), larger first.
+        measure: inputs -> (M,), larger first.
         random: whether it needs a uniform number a position.
-        reads_logits: whether it goes by the logits; otherwise they may be overwritten before.
     """
 
-    measure: Callable[[Candidates], Tensor]
+    measure: Callable[[ScoreInputs], Tensor]
     random: bool = False
-    reads_logits: bool = False
 
 
 def ranks(scores_BC: Tensor, active_BC: Tensor) -> Tensor:
@@ -144,34 +134,34 @@ def ranks(scores_BC: Tensor, active_BC: Tensor) -> Tensor:
     return torch.empty_like(order_BC).scatter_(1, order_BC, torch.arange(order_BC.shape[1]).expand_as(order_BC))
 
 
-def settle_quota(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
-    """Settle the `quota_B` best active positions of each row (LLaDA, generate.py); bool (B, C)."""
+def accept_quota(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: SamplerSettings) -> Tensor:
+    """Accept the `quota_B` best active positions of each row (LLaDA, generate.py); bool (B, C)."""
     return active_BC & (ranks(scores_BC, active_BC) < quota_B[:, None])
 
 
-def settle_threshold(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
-    """Settle every active position with a score of at least `settings.threshold`, and always the best one; bool (B, C).
+def accept_threshold(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: SamplerSettings) -> Tensor:
+    """Accept every active position that scores at least `settings.threshold`, and always the best one; bool (B, C).
 
     Source: Fast-dLLM (arXiv 2505.22618), section 3.3. The quota is not used.
     """
-    assert isinstance(settings, MaskSettings) and settings.threshold is not None
+    assert settings.threshold is not None
     return active_BC & ((scores_BC >= settings.threshold) | (ranks(scores_BC, active_BC) < 1))
 
 
-def settle_factor(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
-    """Settle the longest run of best positions of which the r-th, from 1, scores at least 1 − f/(r + 1); bool (B, C).
+def accept_factor(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: SamplerSettings) -> Tensor:
+    """Accept the longest run of best positions of which the r-th, from 1, scores at least 1 − f/(r + 1); bool (B, C).
 
-    The more are settled together, the surer each must be; f is `settings.factor`. Always the best one. The quota is not
-    used. Source: Fast-dLLM (arXiv 2505.22618), section 3.3, factor-based decoding.
+    The more are committed together, the surer each must be; f is `settings.factor`. Always the best one. The quota is
+    not used. Source: Fast-dLLM (arXiv 2505.22618), section 3.3, factor-based decoding.
     """
-    assert isinstance(settings, MaskSettings) and settings.factor is not None
+    assert settings.factor is not None
     falling_BC = scores_BC.double().masked_fill(~active_BC, -torch.inf).sort(dim=-1, descending=True).values
     needed_C = 1 - settings.factor / torch.arange(2, falling_BC.shape[1] + 2, dtype=torch.float64)
     run_B = (falling_BC >= needed_C).long().cumprod(dim=-1).sum(dim=-1).clamp(min=1)
     return active_BC & (ranks(scores_BC, active_BC) < run_B[:, None])
 
 
-def accept_by_entropy(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: Settings) -> Tensor:
+def accept_entropy_bound(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, settings: SamplerSettings) -> Tensor:
     """Accept active positions by rising entropy while those before have at most `entropy_bound` together; bool (B, C).
 
     The entropies before a position bound the mutual information of taking it along with them, so what is accepted is
@@ -192,15 +182,15 @@ def accept_by_entropy(scores_BC: Tensor, active_BC: Tensor, quota_B: Tensor, set
 
 SCORES: dict[str, Score] = {
     "low_confidence": Score(low_confidence),
-    "entropy": Score(negative_entropy, reads_logits=True),
-    "margin": Score(margin, reads_logits=True),
+    "entropy": Score(negative_entropy),
+    "margin": Score(margin),
     "random": Score(random_order, random=True),
     "left_to_right": Score(left_to_right),
 }
 
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Settings], Tensor]] = {
-    "quota": settle_quota,
-    "threshold": settle_threshold,
-    "factor": settle_factor,
-    "entropy_bound": accept_by_entropy,
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor, SamplerSettings], Tensor]] = {
+    "quota": accept_quota,
+    "threshold": accept_threshold,
+    "factor": accept_factor,
+    "entropy_bound": accept_entropy_bound,
 }
