@@ -2,7 +2,8 @@
 
 Gradients are made in the forward pass, while a chunk's probabilities are at hand (Liger's FusedLinearCrossEntropy,
 arXiv 2410.10989, section 3.2). Matmuls run in autocast's dtype where it is on; softmax, loss and sums of gradients are
-fp32 (fp64 for fp64). PyTorch's `F.linear_cross_entropy` has neither softcap nor weights and losses of rows.
+fp32 (fp64 for fp64). PyTorch's own `F.linear_cross_entropy` has no softcap, and where rows have weights and losses it
+makes the logits twice.
 
 Shapes: N scored positions, R rows of a chunk, D width, V vocabulary rows, C of them at a time.
 """
