@@ -1,4 +1,4 @@
-"""Law: taking rows and adding to them give the same bits in every run, with two threads too."""
+"""Law: the gradients of taken rows have the same bits in every run, with two threads too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.ops.rows import add_rows, inverse, take_rows
+from unmask.ops.rows import inverse, take_rows
 
 RUNS = 6
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -26,19 +26,12 @@ def test_rows_that_meet_are_added_in_the_same_order(shape: tuple[int, ...]) -> N
     values, index = crowded()
     values = values.reshape(shape)
     index = index.repeat(len(values) // len(index))
-    for first in (0, 1):  # what is added to, and what a taken row's gradient is
-        found = []
-        for _ in range(RUNS):
-            total = torch.full((9, *values.shape[1:]), 0.1, requires_grad=not first)
-            if first:
-                add_rows(total, index, values)
-                found.append(total)
-            else:
-                found.append(torch.autograd.grad(take_rows(total, index), total, values)[0])
-        assert all(torch.equal(found[0], again) for again in found[1:])
-        exact = torch.full_like(found[0], 0.1 * first).double().index_add_(0, index, values.double())
-        torch.testing.assert_close(found[0], exact.float(), rtol=1e-3, atol=1e-1)
-        assert torch.equal(found[0][7:], torch.full_like(found[0][7:], 0.1 * first))
+    total = torch.zeros(9, *values.shape[1:], requires_grad=True)
+    found = [torch.autograd.grad(take_rows(total, index), total, values)[0] for _ in range(RUNS)]
+    assert all(torch.equal(found[0], again) for again in found[1:])
+    exact = torch.zeros_like(total).double().index_add_(0, index, values.double())
+    torch.testing.assert_close(found[0], exact.float(), rtol=1e-3, atol=1e-1)
+    assert not found[0][7:].any()
 
 
 @given(rows=st.integers(0, 9), seed=st.integers(0, 99))

@@ -181,11 +181,10 @@ class CanvasDiffusion:
     def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, Scored]:
         """Run the network; return what there is to score for each term."""
         encoded = model.encode(noisy.encoder_ids_BL)
-        signal_KCD = self._signal(model, noisy, encoded)
         hidden_KCD = model.decode(
             noisy.canvas_ids_KC,
             encoded.detach() if self.stop_gradient_to_encoder else encoded,
-            signal_KCD,
+            self._self_conditioning(model, noisy, encoded),
             rows=noisy.rows_K,
             starts=noisy.starts,
             canvas_mask=noisy.canvas_mask_KC,
@@ -209,16 +208,16 @@ class CanvasDiffusion:
         what = f"canvas from position {noisy.starts[canvas]}: {sum(changed)} of {len(changed)} tokens replaced"
         return Shown(what, ids.tolist(), [False] * len(changed), changed)
 
-    def _signal(self, model: Any, noisy: CanvasBatch, encoded: Any) -> Tensor:
-        """Return each canvas's signal (K, C, D), zeros where it has none.
+    def _self_conditioning(self, model: Any, noisy: CanvasBatch, encoded: Any) -> Tensor:
+        """Return the soft embedding of each canvas's own first prediction (K, C, D), zeros where it sees none.
 
         Zeros are passed on also where no first pass is made: so the self-conditioning weights have a gradient, of
         zeros, in every step and on every rank.
         """
         chosen_S, weight_S = noisy.conditioned_S, noisy.conditioned_weight_S
-        signal_KCD = encoded.hidden_BLD.new_zeros(*noisy.canvas_ids_KC.shape, encoded.hidden_BLD.shape[-1])
+        predicted_KCD = encoded.hidden_BLD.new_zeros(*noisy.canvas_ids_KC.shape, encoded.hidden_BLD.shape[-1])
         if chosen_S is None or weight_S is None:
-            return signal_KCD
+            return predicted_KCD
         rows_S = chosen_S if noisy.rows_K is None else noisy.rows_K[chosen_S]
         with torch.no_grad():
             hidden_SCD = model.decode(
@@ -229,8 +228,8 @@ class CanvasDiffusion:
                 canvas_mask=None if noisy.canvas_mask_KC is None else noisy.canvas_mask_KC[chosen_S],
             )
         soft_ND = soft_embedding(hidden_SCD.flatten(0, 1), model.head) * model.stack.embedding_scale
-        signal_SCD = soft_ND.view_as(hidden_SCD) * weight_S[:, None, None]
-        return signal_KCD.index_copy(0, chosen_S, signal_SCD.to(signal_KCD.dtype))
+        predicted_SCD = soft_ND.view_as(hidden_SCD) * weight_S[:, None, None]
+        return predicted_KCD.index_copy(0, chosen_S, predicted_SCD.to(predicted_KCD.dtype))
 
 
 def filled_rows(batch: Batch, answers: Answers, size: int, eos_token_id: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 Where a row is taken several times, its gradients meet, and a sum that threads race for is rounded differently each
 time: two starts of one command would part. `tensor[index]` adds in a fixed order on CUDA, where it sorts, but on CPUs
-several threads add atomically; `index_select` and `index_add_` are the other way round
-(PyTorch, aten/src/ATen/native/cpu/IndexKernel.cpp, index_put_kernel, and native/cuda/Indexing.cu).
+several threads add atomically; `index_select` is the other way round (PyTorch,
+aten/src/ATen/native/cpu/IndexKernel.cpp, index_put_kernel, and native/cuda/Indexing.cu).
 
 Where each row is taken once, as by a permutation, nothing is added and `index_select` will do.
 
@@ -24,20 +24,6 @@ def take_rows(rows_N: Tensor, index_M: Tensor) -> Tensor:
         index_M: int64 in 0..N-1, with repetitions or without.
     """
     return rows_N.index_select(0, index_M) if rows_N.device.type == "cpu" else rows_N[index_M]
-
-
-def add_rows(total_N: Tensor, index_M: Tensor, rows_M: Tensor) -> None:
-    """Add each of rows_M to the row of total_N that its index names, in place, one after another as they are given.
-
-    Args:
-        total_N: (N, …).
-        index_M: int64 in 0..N-1, with repetitions or without.
-        rows_M: (M, …), in the dtype of `total_N`.
-    """
-    if total_N.device.type == "cpu":
-        total_N.index_add_(0, index_M, rows_M)
-    else:
-        total_N.index_put_((index_M,), rows_M, accumulate=True)
 
 
 def inverse(order_M: Tensor) -> Tensor:
