@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.cache import PADDING_POSITION, Encoded
+from unmask.models.diffusion_gemma.cache import select
 from unmask.models.diffusion_gemma.config import parse_config
-from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
+from unmask.models.diffusion_gemma.model import PADDING_POSITION, DiffusionGemma, Encoded, initialise
 from unmask.models.experts import local_dispatch
 
 Reference = Callable[..., Any]
@@ -304,7 +304,7 @@ def test_selected_rows_are_those_rows(model: DiffusionGemma) -> None:
     with torch.no_grad():
         encoded = model.encode(*tokens)
         for picked in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
-            some = encoded.select(picked)
+            some = select(encoded, picked)
             expected = model.decode(canvases, encoded)[picked]
             torch.testing.assert_close(model.decode(canvases[picked], some), expected, **CLOSE)
     assert encoded.positions_BS[1].tolist() == [PADDING_POSITION] * 8 + [0, 1, 2]

@@ -230,9 +230,9 @@ def test_what_a_canvas_is_told_of_given_positions_is_their_embedding(gemma_model
     infill(gemma_model, "a{blank:2}bc", tokenizer=chat_tokenizer, sampler=SamplerConfig(steps=2))
     assert not signals[0].any()
     b, c = chat_tokenizer.encode("bc")
-    expected = gemma_model.stack.embed(torch.tensor([b, c, *[1] * 12]))
+    expected = gemma_model.stack.embed_tokens(torch.tensor([b, c, *[1] * 12]))
     torch.testing.assert_close(signals[1][0, 2:], expected)
-    assert not torch.equal(signals[1][0, 0], gemma_model.stack.embed(torch.tensor(0)))
+    assert not torch.equal(signals[1][0, 0], gemma_model.stack.embed_tokens(torch.tensor(0)))
 
 
 def test_a_canvass_likelihood_does_not_depend_on_the_temperature_of_its_calls(gemma_model, chat_tokenizer):

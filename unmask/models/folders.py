@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # which loads what is asked of it, when it is
 from safetensors import SafetensorError, safe_open
 
 from unmask.errors import ModelError
@@ -88,10 +89,8 @@ def _refuse_adapter(path: Path, name: str, where: str) -> None:
 
 
 def _download(name: str, where: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: offline, gated, missing, interrupted
         reason = str(error).strip().split("\n")[0]
         raise ModelError(

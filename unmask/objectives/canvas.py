@@ -227,7 +227,7 @@ class CanvasDiffusion:
                 starts=noisy.conditioned_starts,
                 canvas_mask=None if noisy.canvas_mask_KC is None else noisy.canvas_mask_KC[chosen_S],
             )
-        soft_ND = soft_embedding(hidden_SCD.flatten(0, 1), model.head) * model.stack.embedding_scale
+        soft_ND = soft_embedding(hidden_SCD.flatten(0, 1), model.head)
         predicted_SCD = soft_ND.view_as(hidden_SCD) * weight_S[:, None, None]
         return predicted_KCD.index_copy(0, chosen_S, predicted_SCD.to(predicted_KCD.dtype))
 

@@ -54,24 +54,15 @@ _TOP = frozenset(
 
 @dataclass(frozen=True)
 class DiffusionGemmaConfig:
-    """What defines the text part of a DiffusionGemma network.
+    """What defines the text part of a DiffusionGemma network; fields are named as in config.json.
 
     Attributes:
-        vocab_size: rows of the embedding, which is also the head.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the dense MLP and of the self-conditioning MLP.
         layer_types: `sliding_attention` or `full_attention`, one a layer; the last is a full one.
-        num_attention_heads: query heads of every layer.
         num_key_value_heads, head_dim: of sliding layers.
-        full_num_key_value_heads, full_head_dim: of full layers.
         sliding_window: W; a query of a sliding layer sees keys with q − k < W.
-        sliding_rope_theta, full_rope_theta: bases of the rotary frequencies.
         full_rotary_factor: share of a full layer's rotary pairs that turn.
         max_position_embeddings: positions the model was made for; longer inputs are refused.
-        rms_norm_eps: of every norm.
         final_logit_softcapping: c; logits are c · tanh(z / c).
-        num_experts, top_k_experts, moe_intermediate_size: of every layer's mixture.
-        canvas_length: tokens of a canvas.
         eos_token_id: fills the rest of an answer's last canvas.
         eos_token_ids: all ids that end an answer.
         pad_token_id: its embedding is never trained by lookups.
@@ -126,8 +117,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
     """Read the keys of a config.json.
 
     Args:
-        values: the parsed JSON object (or the inline `model.config` of a run).
-        where: the file or section, for messages.
+        values: the parsed JSON object, or the inline `model.config` of a run.
+        where: that file or section, for messages.
 
     Raises:
         ModelError: a key that is not known, a value that this network does not implement, or sizes that do not fit.

@@ -15,7 +15,7 @@ key/value heads, E head size (of the router: experts), T experts a token, V voca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,12 +24,39 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.cache import PADDING_POSITION, Encoded
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
-from unmask.models.experts import Dispatch, Experts, grouped_kernel, local_dispatch
+from unmask.models.experts import Dispatch, Experts, local_dispatch
 from unmask.models.layers import Kernel, Mask, RMSNorm, attend, prepare_mask, rotary_tables, rotate
 from unmask.ops.head import Head
 from unmask.ops.rows import take_rows
+
+# Position of a padding column: after everything, so that neither causal attention nor a canvas ever sees it.
+PADDING_POSITION = 2**40
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder leaves for the decoder: clean tokens as canvases see them (`cache.py` changes their rows).
+
+    Attributes:
+        keys, values: one (B, G, S, E) a layer.
+        hidden_BLD: final hidden states, normed, of the tokens encoded last.
+        positions_BS: int64, position of each column; `PADDING_POSITION` at padding.
+        lengths_B: int64, tokens of each row, which is where its next canvas starts.
+        aligned: whether column s holds position s or padding in every row, so that columns can be cut by position.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    hidden_BLD: Tensor
+    positions_BS: Tensor
+    lengths_B: Tensor
+    aligned: bool
+
+    def detach(self) -> Encoded:
+        """Return the same keys and values without their history; hidden states keep theirs."""
+        keys, values = (tuple(map(Tensor.detach, tensors)) for tensors in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
 
 @dataclass(frozen=True)
@@ -243,15 +270,6 @@ class Stack(nn.Module):
         self.self_conditioning = SelfConditioning(config)
 
     @property
-    def experts_are_grouped(self) -> bool:
-        """Whether all experts' matmuls are one kernel each, for which the host need not know how tokens are divided."""
-        return all(
-            type(layer.experts) is Experts
-            and all(grouped_kernel(weight[0], weight) for weight in layer.experts.parameters())
-            for layer in self.layers
-        )
-
-    @property
     def embedding_scale(self) -> float:
         """√D rounded to the embedding's dtype as in the released model; on the host, so that no device waits for it."""
         return float(torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype))
@@ -373,8 +391,8 @@ class DiffusionGemma(nn.Module):
         Args:
             canvas_ids: int64 (K, C).
             encoded: the clean tokens.
-            self_conditioning: (K, C, D) from `soft_embedding` of the previous pass's logits, zeros where a canvas has
-                none; None = all zeros.
+            self_conditioning: (K, C, D), `soft_embedding` of the previous pass's logits, zeros where a canvas has none;
+                None = all zeros.
             rows: int64 (K,), row of `encoded` that each canvas belongs to; None = canvas k to row k.
             starts: position of each canvas's first token, on the host, so that columns that nobody sees are cut off
                 without waiting for a device. None = right after all encoded tokens of its row.
@@ -406,6 +424,8 @@ class DiffusionGemma(nn.Module):
                 mask = prepare_mask(mask, stack.attention_kernel, canvases, length, mask.shape[3])
             inputs[kind] = AttentionInputs(*self._rotary(positions_KC, kind), mask, False, columns)
         scalars = [layer.layer_scalar for layer in stack.layers]
+        if self_conditioning is not None:
+            self_conditioning = self_conditioning * stack.embedding_scale
         embedded_KCD = stack.self_conditioning(stack.embed(canvas_ids), self_conditioning)
         return stack(embedded_KCD, inputs, encoded, rows, scalars)[0]  # pyright: ignore[reportArgumentType]
 
@@ -414,22 +434,13 @@ class DiffusionGemma(nn.Module):
         return self.head.logits(hidden)
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
-        """Return softmax(logits) @ embedding · √D, what `decode` takes as `self_conditioning`.
+        """Return softmax(logits) @ embedding, (..., D), of softcapped logits (..., V): `self_conditioning` of `decode`.
 
-        Args:
-            logits: (..., V), softcapped; at inference divided by the temperature.
-
-        Returns:
-            (..., D) in the embedding's dtype.
+        At inference the logits are divided by the temperature. `unmask.ops.soft_embedding` makes the same of hidden
+        states without ever holding all logits.
         """
         weight_VD = self.stack.embed_tokens.weight
-        return logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD * self.stack.embedding_scale
-
-    def mixed_embedding(self, weights: Tensor, total: Tensor) -> Tensor:
-        """Return weights / total @ embedding · √D, (..., D) in the embedding's dtype."""
-        weight_VD = self.stack.embed_tokens.weight
-        mixed = weights.to(weight_VD.dtype) @ weight_VD
-        return (mixed / total[..., None]).to(mixed.dtype) * self.stack.embedding_scale
+        return logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD
 
     def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         config = self.config

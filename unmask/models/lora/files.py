@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
@@ -82,8 +83,6 @@ def _expert_slot(owner: str, name: str, parameter: nn.Parameter, experts: Adapte
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             yield file

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unmask.models.diffusion_gemma.cache import Encoded
-from unmask.models.diffusion_gemma.model import DiffusionGemma
+from unmask.models.diffusion_gemma.cache import append, concat, select, truncate
+from unmask.models.diffusion_gemma.model import DiffusionGemma, Encoded
+from unmask.models.experts import Experts, grouped_kernel
 from unmask.ops.ragged import pad_rows
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Replays, replays_for
@@ -45,13 +46,15 @@ class Canvases:
         kept = keep_B.nonzero()[:, 0]
         ids = tuple(self.ids[row] for row in kept.tolist())
         rows = kept.to(self.conditioning_BSD.device)
-        encoded = self.encoded.take(rows)
-        return Canvases(encoded.first([len(row) for row in ids]) if ids else encoded, ids, self.conditioning_BSD[rows])
+        encoded = select(self.encoded, rows)
+        return Canvases(
+            truncate(encoded, [len(row) for row in ids]) if ids else encoded, ids, self.conditioning_BSD[rows]
+        )
 
     def concat(self, more: Canvases) -> Canvases:
         """Return these and the rows of `more` behind them."""
         conditioning_BSD = torch.cat((self.conditioning_BSD, more.conditioning_BSD))
-        return Canvases(self.encoded.join(more.encoded), self.ids + more.ids, conditioning_BSD)
+        return Canvases(concat(self.encoded, more.encoded), self.ids + more.ids, conditioning_BSD)
 
     def conditioned(self, conditioning_MD: Tensor) -> Canvases:
         """Return the same with what the network said of the scored positions."""
@@ -78,7 +81,7 @@ class CanvasBackend:
         self.device = next(model.parameters()).device
         self._keeps = settings.cache == "block"
         # Without a grouped kernel the host has to know how many tokens each expert has, and waits for the device.
-        self._replays = replays_for(model) if model.stack.experts_are_grouped else Replays(None)
+        self._replays = replays_for(model) if _experts_are_grouped(model) else Replays(None)
         self.spec = ModelSpec(
             mask_id=None,
             banned_ids=(),
@@ -117,7 +120,7 @@ class CanvasBackend:
         if len(call.rows_M) == rows * length:
             return hidden_BSD.flatten(0, 1), context
         scored = (call.rows_M.to(self.device), (call.columns_M - call.first_B[call.rows_M]).to(self.device))
-        known_BSD = self.model.stack.embed(canvas_BS).to(context.conditioning_BSD.dtype)
+        known_BSD = self.model.stack.embed_tokens(canvas_BS).to(context.conditioning_BSD.dtype)
         return hidden_BSD[scored], replace(context, conditioning_BSD=known_BSD, scored=scored)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
@@ -125,8 +128,10 @@ class CanvasBackend:
         return self.model.logits(hidden_MD)
 
     def self_conditioning(self, weights_MV: Tensor, total_M: Tensor) -> Tensor:
-        """Return softmax @ embedding · √D of a prediction, (M, D) in the embedding's dtype."""
-        return self.model.mixed_embedding(weights_MV, total_M)
+        """Return softmax @ embedding of a prediction, (M, D) in the embedding's dtype."""
+        weight_VD = self.model.head.weight
+        mixed_MD = weights_MV.to(weight_VD.dtype) @ weight_VD
+        return (mixed_MD / total_M[:, None]).to(mixed_MD.dtype)
 
     @torch.no_grad()
     def commit(
@@ -150,13 +155,23 @@ class CanvasBackend:
         done = [row for row, new in enumerate(more) if new]
         lengths = context.lengths
         canvas_KS = torch.tensor([more[row] for row in done]).to(self.device)
-        past = context.encoded.take(torch.tensor(done, device=self.device)).first([lengths[row] for row in done])
-        encoded = context.encoded.grown(done, self.model.encode(canvas_KS, past=past), canvas_KS.shape[1], lengths)
+        past = select(context.encoded, torch.tensor(done, device=self.device))
+        more_encoded = self.model.encode(canvas_KS, past=truncate(past, [lengths[row] for row in done]))
+        encoded = append(context.encoded, done, more_encoded, canvas_KS.shape[1], lengths)
         return replace(context, encoded=encoded, ids=_joined(context.ids, more))
 
     def _encode(self, rows: Sequence[Sequence[int]]) -> Encoded:
-        return self.model.encode(pad_rows(rows).to(self.device)).first([len(row) for row in rows])
+        return truncate(self.model.encode(pad_rows(rows).to(self.device)), [len(row) for row in rows])
 
 
 def _joined(ids: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple((*old, *new) for old, new in zip(ids, more, strict=True))
+
+
+def _experts_are_grouped(model: DiffusionGemma) -> bool:
+    """Whether all experts' matmuls are one kernel each, for which the host need not know how tokens are divided."""
+    held = [layer.experts for layer in model.stack.layers]
+    return all(
+        type(experts) is Experts and all(grouped_kernel(weight[0], weight) for weight in experts.parameters())
+        for experts in held
+    )
