@@ -46,12 +46,12 @@ def _seconds(words: list[str]) -> float:
 def _first_step(folder: Path, number: int) -> float:
     """Return the seconds from starting the command to the time that the log gives for step 1."""
     from unmask.data.arithmetic import make_problems
-    from unmask.quickstart import write_folder
+    from unmask.quickstart import configuration, write_run
     from unmask.report.metrics import read_metrics
 
     root = folder / str(number)
     train, held_out = make_problems(2000, 20, seed=0)
-    write_folder(root, train, held_out, seed=0)
+    write_run(root, train, held_out, configuration(root, seed=0))
     words = [sys.executable, "-m", "unmask", "train", "-c", str(root / "quickstart.yaml")]
     words += [
         "--step_scheduler.max_steps",

@@ -39,11 +39,11 @@ PRESETS = ("balanced", "fast")
 
 def configuration(root: Path, seed: int) -> dict[str, Any]:
     """Return the run's configuration."""
-    from unmask.quickstart import RUN, TOKENIZER, VALIDATION_ROWS, VOCABULARY, fast_bf16
+    from unmask.quickstart import RUN, TOKENIZER, VALIDATION_ROWS, fast_bf16
 
     data = {"tokenizer": str(root / TOKENIZER), "seq_length": 80, "unshifted": True}
-    # <eos> and <turn|>, by `unmask.data.vocabulary.DIFFUSION_GEMMA`.
-    text = {**TEXT, "vocab_size": VOCABULARY, "eos_token_id": 1}
+    # <eos> and <turn|>, by the family's `control_tokens`.
+    text = {**TEXT, "vocab_size": 384, "eos_token_id": 1}
     config = {
         "model_type": "diffusion_gemma", "canvas_length": CANVAS, "eos_token_id": [1, 4], "text_config": text,
     }  # fmt: skip
@@ -71,12 +71,10 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Train, then measure exact match, network calls and speed of every setting."""
-    from unmask.data.vocabulary import DIFFUSION_GEMMA
-
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
         values = configuration(root, seed=42)
-        model, tokenizer, test, seconds = train_on_problems(root, values, DIFFUSION_GEMMA, "diffusion_gemma")
+        model, tokenizer, test, seconds = train_on_problems(root, values)
     return measured(model, tokenizer, test) | {"training_seconds": seconds}
 
 

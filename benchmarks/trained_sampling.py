@@ -45,17 +45,14 @@ def train(root: Path, seed: int = 42) -> tuple[Any, Any, list[Any], float]:
 
     Training ends when the validation problems are solved, or after the quickstart's number of steps.
     """
-    from unmask.data.vocabulary import LLADA
     from unmask.quickstart import configuration, learned
 
-    return train_on_problems(root, configuration(root, seed), LLADA, "llada", learned())
+    return train_on_problems(root, configuration(root, seed), learned())
 
 
 def train_on_problems(
     root: Path,
     values: dict[str, Any],
-    controls: Any,
-    template: str,
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
 ) -> tuple[Any, Any, list[Any], float]:
     """Train on the quickstart's problems; return the model, its tokenizer, the test problems and the seconds.
@@ -63,7 +60,6 @@ def train_on_problems(
     Args:
         root: folder for everything.
         values: the configuration, whose seed the problems go by, too.
-        controls, template: of the family's tokenizer, as in `unmask.quickstart.write_run`.
         is_good_enough: may end training, told what a validation measured.
     """
     from rich.console import Console
@@ -78,7 +74,7 @@ def train_on_problems(
 
     began = time.monotonic()
     problems, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, values["seed"])
-    write_run(root, problems, held_out[:VALIDATION_ROWS], values, controls, template)
+    write_run(root, problems, held_out[:VALIDATION_ROWS], values)
     run_training(prepare(load_config(root / CONFIG)), Console(highlight=False), is_good_enough=is_good_enough)
     model, tokenizer = load_model(str(root / RUN)), load_tokenizer(str(root / RUN))
     return model.eval(), tokenizer, held_out[VALIDATION_ROWS:], time.monotonic() - began

@@ -18,8 +18,9 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from unmask.config.data import DatasetConfig
 from unmask.data.chat import read_template
 from unmask.data.sources import open_rows
-from unmask.data.vocabulary import DIFFUSION_GEMMA, train_tokenizer
+from unmask.data.vocabulary import train_tokenizer
 from unmask.errors import UnmaskError
+from unmask.models.diffusion_gemma.family import FAMILY
 
 TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -43,7 +44,8 @@ def make(source: str, output: str, vocab_size: int = 2048, canvas_length: int = 
     """Write the checkpoint; return its number of parameters."""
     rows = open_rows(DatasetConfig(source))
     texts = (message.content for index in range(len(rows)) for message in rows[index].messages)
-    tokenizer = train_tokenizer(texts, vocab_size, DIFFUSION_GEMMA)
+    assert FAMILY.control_tokens is not None
+    tokenizer = train_tokenizer(texts, vocab_size, FAMILY.control_tokens)
     tokenizer.chat_template = read_template("diffusion_gemma")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<turn|>")]
     config = DiffusionGemmaConfig(

@@ -13,13 +13,13 @@ import pytest
 from unmask.cli import main
 from unmask.config import load_config
 from unmask.data.arithmetic import make_problems
-from unmask.quickstart import CONFIG, RUN, clear, learned, write_folder
+from unmask.quickstart import CONFIG, RUN, clear, configuration, learned, write_run
 
 
 def test_its_configuration_is_one_that_train_takes(tmp_path: Path) -> None:
     train, held_out = make_problems(100, 10, seed=0)
     root = tmp_path / "quickstart"
-    write_folder(root, train, held_out, seed=7)
+    write_run(root, train, held_out, configuration(root, seed=7))
     config = load_config(root / CONFIG).config
     assert config.seed == 7
     assert config.checkpoint.checkpoint_dir == str(root / RUN)

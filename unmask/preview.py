@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.rule import Rule
+from rich.syntax import Syntax
+from rich.text import Text
+
+from unmask.batch import Batch
 from unmask.config import dump_config
 from unmask.distributed.ranks import Ranks
+from unmask.models.experts import freeze_routers
+from unmask.models.loading import empty_network
+from unmask.models.weights import check_tensors
 from unmask.prepare import Parts, Prepared, build_parts
+from unmask.rng import NoiseStream
 from unmask.training.estimate import Estimate, estimate_memory
 from unmask.training.estimate_shared import SharedEstimate, estimate_shared
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
-
-    from unmask.batch import Batch
+from unmask.training.lora import attach
 
 ROWS = 3
 HIDDEN = "dim"  # style of a masked position, drawn as one block of shade
@@ -23,16 +30,6 @@ CHANGED = "red"  # style of a token that noise replaced
 
 def show_plan(prepared: Prepared, console: Console) -> None:
     """Print the resolved configuration, sizes, and three training rows clean and corrupted."""
-    import torch
-    from rich.rule import Rule
-    from rich.syntax import Syntax
-
-    from unmask.models.experts import freeze_routers
-    from unmask.models.loading import empty_network
-    from unmask.models.weights import check_tensors
-    from unmask.rng import NoiseStream
-    from unmask.training.lora import attach
-
     config, plan = prepared.config, prepared.plan
     parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
     with torch.device("meta"):
@@ -117,10 +114,6 @@ def _clean(batch: Batch, row: int, tokenizer: Any) -> Text:
 
 def _pieces(ids: list[int], styles: list[str], attended: list[bool], tokenizer: Any) -> Text:
     """Decode runs of equally styled tokens together, since a character may be spread over several tokens."""
-    from itertools import groupby
-
-    from rich.text import Text
-
     text = Text()
     kept = [(token, style) for token, style, seen in zip(ids, styles, attended, strict=True) if seen]
     for style, run in groupby(kept, key=lambda item: item[1]):

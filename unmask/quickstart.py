@@ -1,4 +1,4 @@
-"""`unmask quickstart`: train, evaluate and sample a small LLaDA from scratch, on a CPU, in minutes, offline.
+"""`unmask quickstart`: train, evaluate and sample a small network from scratch, on a CPU, in minutes, offline.
 
 The same configuration, training, evaluation and generation code as everything else; only the problems are made here.
 """
@@ -10,26 +10,36 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import yaml
+from rich.console import Console
+from torch import nn
 
+from unmask.assemble import run_training
+from unmask.config import load_config
+from unmask.config.sampler import SamplerConfig
 from unmask.data.arithmetic import Problem, make_problems
+from unmask.data.chat import read_template
+from unmask.data.conversation import Message
+from unmask.data.vocabulary import train_tokenizer
 from unmask.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import nn
-
-    from unmask.data.vocabulary import Controls
+from unmask.evaluation.exact_match import score_answers
+from unmask.evaluation.tasks import Question
+from unmask.models.loading import build_model, load_model
+from unmask.models.registry import family_named
+from unmask.models.tokenizer import load_tokenizer
+from unmask.prepare import prepare
+from unmask.sampling.view import watch
 
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 80, 120
 PROMISED = 0.90  # exact match on the test problems after training
 # Exact match on the validation problems that ends training, and how many times running: once alone is partly luck, and
 # the test problems have to be right as well.
 GOOD_ENOUGH, IN_A_ROW = 0.975, 3
-ANSWER_TOKENS, VOCABULARY = 24, 384
 CONFIG, RUN, TOKENIZER = "quickstart.yaml", "run", "tokenizer"
 
 
@@ -61,33 +71,26 @@ def quickstart(root: Path, seed: int = 42, own_process: bool = False) -> int:
     train, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, seed)
     validation, test = held_out[:VALIDATION_ROWS], held_out[VALIDATION_ROWS:]
 
-    from rich.console import Console
-
     console = Console(highlight=False)
     console.print(
         f"{len(train):,} arithmetic problems to train on, {len(held_out)} held out: no training problem has their "
         f"operands and operator. One of them:\n  {test[0].question}\n  " + test[0].answer.replace("\n", "\n  "),
         markup=False,
     )
-    write_folder(root, train, validation, seed)
-
-    from unmask.assemble import run_training
-    from unmask.config import load_config
-    from unmask.models.loading import build_model
-    from unmask.models.tokenizer import load_tokenizer
-    from unmask.prepare import prepare
+    write_run(root, train, validation, configuration(root, seed))
 
     prepared = prepare(load_config(root / CONFIG))
     tokenizer = load_tokenizer(str(root / TOKENIZER))
-    before = score(
-        build_model(prepared.plan, None, seed=seed), tokenizer, test
-    )  # the weights that training starts from
+    assert prepared.config.validation is not None
+    sampler = prepared.config.validation.settings()
+    # The weights that training starts from.
+    before = score(build_model(prepared.plan, None, seed=seed), tokenizer, test, sampler)
     outcome = run_training(prepared, console, is_good_enough=learned(), own_process=own_process)
     if outcome.reason.startswith("SIG"):
         console.print(f"stopped after step {outcome.step}; run the quickstart again to start over", markup=False)
         return 0
-    after = _show_answers(console, root, test)
-    _show_results(console, root, test, before, after, time.monotonic() - began)
+    after = _show_answers(console, root, test, sampler)
+    _show_results(console, root, test, sampler, before, after, time.monotonic() - began)
     return 0 if after >= PROMISED else 1
 
 
@@ -100,35 +103,20 @@ def clear(root: Path) -> None:
     shutil.rmtree(root)
 
 
-def write_folder(root: Path, train: Sequence[Problem], validation: Sequence[Problem], seed: int) -> None:
-    """Write the problems as chat JSONL, a tokenizer trained on them, and the configuration."""
-    from unmask.data.vocabulary import LLADA
-
-    write_run(root, train, validation, configuration(root, seed), LLADA, "llada")
-
-
-def write_run(
-    root: Path,
-    train: Sequence[Problem],
-    validation: Sequence[Problem],
-    values: Mapping[str, Any],
-    controls: Controls,
-    template: str,
-) -> None:
-    """Write what a run on the problems needs.
+def write_run(root: Path, train: Sequence[Problem], validation: Sequence[Problem], values: Mapping[str, Any]) -> None:
+    """Write what a run on the problems needs: chat JSONL, a tokenizer trained on them, and the configuration.
 
     Args:
         root: folder to write.
-        train, validation: problems, written as chat JSONL.
-        values: the configuration.
-        controls, template: of the family whose tokenizer is trained on the problems; the template's name.
+        train, validation: the problems.
+        values: the configuration, of a fresh model.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    from unmask.data.chat import read_template
-    from unmask.data.vocabulary import train_tokenizer
-
+    fresh = values["model"]["config"]
+    family = family_named(fresh, "model.config")
+    assert family.control_tokens is not None and family.chat_template is not None
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Written first: it marks the folder as a quickstart's, so that a killed one can be replaced.
@@ -141,56 +129,19 @@ def write_run(
     texts = [
         text for problem in train[:2000] for text in (f"user\n\n{problem.question}", f"assistant\n\n{problem.answer}")
     ]
-    tokenizer = train_tokenizer(texts, vocab_size=VOCABULARY, controls=controls)
-    tokenizer.chat_template = read_template(template)
+    tokenizer = train_tokenizer(texts, family.parse_config(fresh, "model.config").vocab_size, family.control_tokens)
+    tokenizer.chat_template = read_template(family.chat_template)
     tokenizer.save_pretrained(root / TOKENIZER)
 
 
 def configuration(root: Path, seed: int) -> dict[str, Any]:
-    """Return the quickstart's configuration; written as YAML, it is an example to start from."""
-    data = {"tokenizer": str(root / TOKENIZER), "seq_length": 80}
-    return {
-        "model": {
-            "config": {
-                "model_type": "llada",
-                "d_model": 128,
-                "n_heads": 4,
-                "n_layers": 2,
-                "mlp_hidden_size": 384,
-                "vocab_size": VOCABULARY,
-                "max_sequence_length": 128,
-                "rope_theta": 10000.0,
-                "mask_token_id": 5,
-                "eos_token_id": 1,
-                "pad_token_id": 1,
-            }
-        },
-        # Answers are short and half of each is copied: a high least level spends the minutes on what is hard. With a
-        # half, though, a network hardly sees a last mask, and miscopies there.
-        "dllm": {"mode": "mdlm", "eps": 0.3, "supervise_padding": True, "time_sampling": "stratified"},
-        "dataset": {"path_or_dataset_id": str(root / "train.jsonl"), **data},
-        "validation_dataset": {"path_or_dataset_id": str(root / "validation.jsonl"), **data},
-        # Exact match on the validation problems, which ends training: see `learned`.
-        "validation": {
-            "generate_every_steps": 100,
-            "max_samples": VALIDATION_ROWS,
-            "batch_size": 64,
-            "sampler": {"steps": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS, "block_size": ANSWER_TOKENS},
-        },
-        "step_scheduler": {
-            "global_batch_size": 64,
-            "local_batch_size": 64,
-            "max_steps": 1000,
-            "val_every_steps": 100,
-            "val_at_start": True,
-        },
-        # There are only 510 sums to learn from, and others to be solved: weight decay is what has it learn the rule.
-        "optimizer": {"lr": 2e-3, "betas": [0.9, 0.99], "weight_decay": 0.3},
-        "lr_scheduler": {"lr_decay_style": "cosine", "lr_warmup_steps": 50},
-        "distributed": {"autocast_dtype": "bfloat16" if fast_bf16() else "float32", "device": "cpu"},
-        "checkpoint": {"checkpoint_dir": str(root / RUN)},
-        "seed": seed,
-    }
+    """Return the quickstart's configuration (quickstart.yaml) for a folder."""
+    values = yaml.safe_load(files("unmask").joinpath("quickstart.yaml").read_text("utf-8"))
+    for name in ("dataset", "validation_dataset"):
+        values[name] |= {key: str(root / values[name][key]) for key in ("path_or_dataset_id", "tokenizer")}
+    values["checkpoint"]["checkpoint_dir"] = str(root / RUN)
+    values["distributed"]["autocast_dtype"] = "bfloat16" if fast_bf16() else "float32"
+    return values | {"seed": seed}
 
 
 def fast_bf16() -> bool:
@@ -198,48 +149,40 @@ def fast_bf16() -> bool:
 
     Of training steps of the quickstart's size an AMD Zen 5 with AVX512_BF16 makes 1.7 times as many in bf16.
     """
-    import torch
-
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> float:
+def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem], sampler: SamplerConfig) -> float:
     """Return the share of problems that the model solves, its answers sampled as `unmask generate` would."""
-    from unmask.config.sampler import SamplerConfig
-    from unmask.data.conversation import Message
-    from unmask.evaluation.exact_match import score_answers
-    from unmask.evaluation.tasks import Question
-
-    sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
     questions = [Question((Message("user", problem.question),), problem.answer) for problem in problems]
     return score_answers(model, questions, tokenizer=tokenizer, sampler=sampler, batch_size=64).exact_match
 
 
-def _show_answers(console: Console, root: Path, test: Sequence[Problem]) -> float:
+def _show_answers(console: Console, root: Path, test: Sequence[Problem], sampler: SamplerConfig) -> float:
     """Draw two answers as they are denoised; return the share of test problems that the trained model solves."""
-    from unmask.config.sampler import SamplerConfig
-    from unmask.models.loading import load_model
-    from unmask.models.tokenizer import load_tokenizer
-    from unmask.sampling.view import watch
-
     run = str(root / RUN)
     model, tokenizer = load_model(run), load_tokenizer(run)
-    sampler = SamplerConfig(steps=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, block_size=ANSWER_TOKENS)
     for problem in test[:2]:
         console.print(f"\n> {problem.question}", markup=False)
         watch(model, problem.question, tokenizer, sampler, console)
-    return score(model, tokenizer, test)
+    return score(model, tokenizer, test, sampler)
 
 
 def _show_results(
-    console: Console, root: Path, test: Sequence[Problem], before: float, after: float, seconds: float
+    console: Console,
+    root: Path,
+    test: Sequence[Problem],
+    sampler: SamplerConfig,
+    before: float,
+    after: float,
+    seconds: float,
 ) -> None:
-    run, command = root / RUN, _command()
+    run, command, length = root / RUN, _command(), sampler.max_new_tokens
     console.print(
         f"\nexact match on {len(test)} held-out problems, which neither training nor its end has seen: "
         f"{before:.1%} before training, {after:.1%} after\n"
         f"loss curve: {run / 'loss.png'}\nfrom start to end: {seconds:.0f} s\n\nNext:\n"
-        f'  {command} generate --checkpoint {run} --prompt "{test[2].question}" --max_new_tokens {ANSWER_TOKENS}\n'
+        f'  {command} generate --checkpoint {run} --prompt "{test[2].question}" --max_new_tokens {length}\n'
         f"  {command} train -c {root / CONFIG} --dry-run\n"
         f"  {command} export --checkpoint {run} --output {root / 'model'}",
         markup=False,

@@ -6,11 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.data.vocabulary import DIFFUSION_GEMMA, LLADA, train_tokenizer
+from unmask.data.vocabulary import train_tokenizer
 from unmask.errors import DataError
+from unmask.models.family import ControlTokens
+from unmask.models.registry import FAMILIES, resolve
 
+
+def controls_of(model_type: str) -> ControlTokens:
+    found = resolve(f"{FAMILIES[model_type]}:FAMILY").control_tokens
+    assert found is not None
+    return found
+
+
+LLADA, DIFFUSION_GEMMA = controls_of("llada"), controls_of("diffusion_gemma")
 TEXTS = ["Ada has 23 apples and buys 4.", "user\n\nHow many now?", "23+4 = <<23+4=27>>27 apples"] * 20
-TOKENIZER = train_tokenizer(TEXTS, 300)
+TOKENIZER = train_tokenizer(TEXTS, 300, LLADA)
 
 
 def test_control_tokens_have_the_first_ids_and_their_roles() -> None:
@@ -37,7 +47,7 @@ def test_any_text_survives_the_round_trip(text: str) -> None:
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
     with pytest.raises(DataError, match="vocab_size: 100"):
-        train_tokenizer(TEXTS, 100)
+        train_tokenizer(TEXTS, 100, LLADA)
 
 
 def test_another_family_has_its_own_control_tokens() -> None:

@@ -9,7 +9,6 @@ import pytest
 from benchmarks import trained_canvases
 from unmask import quickstart
 from unmask.data.arithmetic import make_problems
-from unmask.data.vocabulary import DIFFUSION_GEMMA
 from unmask.models.diffusion_gemma.family import FAMILY
 
 
@@ -28,9 +27,7 @@ def test_a_short_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     values = trained_canvases.configuration(tmp_path / "run", seed=42)
     values["step_scheduler"] |= {"max_steps": 2, "global_batch_size": 4, "local_batch_size": 4, "val_every_steps": None}
     values["validation"] = values["validation_dataset"] = None
-    model, tokenizer, test, seconds = trained_canvases.train_on_problems(
-        tmp_path / "run", values, DIFFUSION_GEMMA, "diffusion_gemma"
-    )
+    model, tokenizer, test, seconds = trained_canvases.train_on_problems(tmp_path / "run", values)
     held_out = make_problems(200, 200, 42)[1]
     assert test == held_out[80:]
     longest = max(len(tokenizer.encode(problem.answer + "<turn|>", add_special_tokens=False)) for problem in held_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unmask.config.flags import add_sampling_flags, command, flag, sampler_from
+from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
 from unmask.errors import ConfigError
 
 _CHAT_HELP = """\
@@ -29,8 +29,7 @@ def add(commands: Any) -> None:
     )
     add_sampling_flags(parser)
     flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
-    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
+    add_place_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unmask.config.flags import add_sampling_flags, command, flag, sampler_from
+from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
 
 _GENERATE_HELP = """\
 A prompt is one user turn through the checkpoint's chat template; --raw takes it literally.
@@ -32,10 +32,7 @@ def add(commands: Any) -> None:
     flag(parser, "raw", action="store_true", help="take prompts literally: no chat template, control tokens as spelt")
     flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
     flag(parser, "batch_size", type=int, help="prompts denoised together (16)")
-    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
-    flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine; they share prompts")
-    flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
+    add_place_flags(parser, "prompts")
     flag(parser, "output", metavar="FILE.jsonl", help="write a record per answer instead of printing the texts")
     flag(parser, "watch", action="store_true", help="draw each answer while it is denoised, one after the other")
     flag(parser, "trace", metavar="FILE.html", help="write a page that replays how the answers came about")
@@ -50,8 +47,10 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.infill:
         check_blank_sampler(sampler)
     prompts = given_prompts(arguments.prompt, arguments.input, arguments.infill)
-    options = ("infill", "raw", "seed", "batch_size", "output", "watch", "trace")
-    asked = Asked(prompts, **{name: getattr(arguments, name) for name in options})
+    asked = Asked(
+        prompts, arguments.infill, arguments.raw, arguments.seed, arguments.batch_size, arguments.output,
+        arguments.watch, arguments.trace,
+    )  # fmt: skip
     plan = plan_job(arguments.checkpoint, sampler, arguments.adapter)
     if arguments.nproc_per_node not in (None, 1):
         from unmask.distributed.launch import relaunch

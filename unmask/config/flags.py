@@ -59,6 +59,16 @@ def add_sampling_flags(parser: Any) -> None:
         flag(groups.get(name, parser), name, type=numbers[0] if numbers else str, help=text)
 
 
+def add_place_flags(parser: Any, shared: str | None = None) -> None:
+    """Declare where and in which dtype a network runs, and on how many processes; `shared` is what they divide."""
+    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
+    if shared is not None:
+        said = f"processes to start on this machine; they share {shared}"
+        flag(parser, "nproc_per_node", type=int, metavar="N", help=said)
+        flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
+
+
 def sampler_from(arguments: argparse.Namespace) -> SamplerConfig:
     """Return the settings that were given.
 

@@ -6,8 +6,7 @@ Digits stay single tokens, so that arithmetic is done on digits and not on arbit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from unmask.errors import DataError
 
@@ -17,35 +16,21 @@ if TYPE_CHECKING:
 _BYTES = 256
 
 
-@dataclass(frozen=True)
-class Controls:
-    """A family's control tokens, named as in its released tokenizer.
+class Controls(Protocol):
+    """A family's control tokens, named as in its released tokenizer (`models.family.ControlTokens`)."""
 
-    Attributes:
-        tokens: in the order of their ids, from 0.
-        roles: which of them is what, in transformers' names (`bos_token`, `eos_token`, `pad_token`, `mask_token`).
-    """
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """In the order of their ids, from 0."""
+        ...
 
-    tokens: tuple[str, ...]
-    roles: Mapping[str, str]
-
-
-LLADA = Controls(
-    ("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"),
-    {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "mask_token": "<|mdm_mask|>",
-    },
-)
-DIFFUSION_GEMMA = Controls(
-    ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"),
-    {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
-)
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Which of them is what, in transformers' names (`bos_token`, `eos_token`, `pad_token`, `mask_token`)."""
+        ...
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, controls: Controls = LLADA) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, controls: Controls) -> PreTrainedTokenizerFast:
     """Train byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) and give it a family's control tokens.
 
     Args:
