@@ -61,7 +61,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention needs in one kind of layer, the same for all layers of that kind in one pass.
+    """What attention needs in one pass, the same for all layers of a type.
 
     Attributes:
         cos, sin: rotary tables at the queries' positions.
@@ -107,13 +107,13 @@ def past_mask(positions_KS: Tensor, starts_K: Tensor, window: int | None) -> Ten
 class Attention(nn.Module):
     """Grouped-query attention with normed queries, keys and values; full layers use the key projection as values."""
 
-    def __init__(self, config: DiffusionGemmaConfig, kind: str) -> None:
+    def __init__(self, config: DiffusionGemmaConfig, layer_type: str) -> None:
         super().__init__()
-        kv_heads, self.head_dim = config.heads(kind)
+        kv_heads, self.head_dim = config.heads(layer_type)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False) if kind == SLIDING else None
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False) if layer_type == SLIDING else None
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps)
         self.k_norm = RMSNorm(self.head_dim, eps)
@@ -214,11 +214,11 @@ class Router(nn.Module):
 class Layer(nn.Module):
     """Attention, then a dense MLP and a mixture of experts side by side, each between two norms."""
 
-    def __init__(self, config: DiffusionGemmaConfig, kind: str) -> None:
+    def __init__(self, config: DiffusionGemmaConfig, layer_type: str) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.dispatch: Dispatch = local_dispatch
-        self.self_attn = Attention(config, kind)
+        self.self_attn = Attention(config, layer_type)
         self.mlp = GatedMLP(width, config.intermediate_size)
         self.router = Router(width, config.num_experts, config.top_k_experts, eps)
         self.experts = Experts(config.num_experts, width, config.moe_intermediate_size, gelu)
@@ -265,7 +265,7 @@ class Stack(nn.Module):
         # Not drawn, for on the meta device drawing would import PyTorch's compiler; `initialise` draws.
         table_VD = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False, padding_idx=config.pad_token_id)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(Layer(config, layer_type) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
 
@@ -290,21 +290,21 @@ class Stack(nn.Module):
 
         Args:
             hidden_BLD: embeddings.
-            inputs: what attention needs in each kind of layer.
+            inputs: what attention needs, by type of layer.
             past: keys and values that come before the own ones.
             rows: int64 (B,), row of `past` that each row continues; None = its own.
             scalars: each layer's scalar in this role.
         """
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         keys, values = [], []
-        for number, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
+        for number, (layer_type, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
             before = None
             if past is not None:
                 stored = (past.keys[number], past.values[number])
-                cut = tuple(tensor[:, :, inputs[kind].columns] for tensor in stored)
+                cut = tuple(tensor[:, :, inputs[layer_type].columns] for tensor in stored)
                 before = cut if rows is None else tuple(take_rows(tensor, rows) for tensor in cut)
             run = partial(checkpoint, layer, use_reentrant=False) if checkpointing else layer
-            hidden_BLD, own_keys, own_values = run(hidden_BLD, inputs[kind], before, scalars[number])
+            hidden_BLD, own_keys, own_values = run(hidden_BLD, inputs[layer_type], before, scalars[number])
             keys.append(own_keys)
             values.append(own_values)
         return self.norm(hidden_BLD), tuple(keys), tuple(values)
@@ -362,12 +362,12 @@ class DiffusionGemma(nn.Module):
             columns_BS = torch.cat((past.positions_BS, columns_BS), dim=1)
             lengths_B = past.lengths_B + lengths_B
         inputs = {}
-        for kind in set(self.config.layer_types):
-            window = self.config.sliding_window if kind == SLIDING else None
+        for layer_type in dict.fromkeys(self.config.layer_types):
+            window = self.config.sliding_window if layer_type == SLIDING else None
             causal = attention_mask is None and past is None and (window is None or length <= window)
             mask = None if causal else causal_mask(positions_BL, columns_BS, window)
             mask = prepare_mask(mask, stack.attention_kernel, rows, length, columns_BS.shape[1])
-            inputs[kind] = AttentionInputs(*self._rotary(positions_BL, kind), mask, causal, slice(None))
+            inputs[layer_type] = AttentionInputs(*self._rotary(positions_BL, layer_type), mask, causal, slice(None))
         scalars = [module.layer_scalar for module in self.model["encoder"]["language_model"]["layers"]]  # pyright: ignore
         hidden_BLD, keys, values = stack(stack.embed(input_ids), inputs, past, None, scalars)
         aligned = attention_mask is None and (past is None or past.aligned)
@@ -412,8 +412,8 @@ class DiffusionGemma(nn.Module):
             starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
         positions_KC = starts_K[:, None] + torch.arange(length, device=canvas_ids.device)
         inputs = {}
-        for kind in set(self.config.layer_types):
-            window = self.config.sliding_window if kind == SLIDING else None
+        for layer_type in dict.fromkeys(self.config.layer_types):
+            window = self.config.sliding_window if layer_type == SLIDING else None
             columns, all_seen = _seen_columns(encoded, starts, window)
             mask = None
             if canvas_mask is not None or not all_seen:
@@ -422,7 +422,7 @@ class DiffusionGemma(nn.Module):
                 own_KC = torch.ones_like(canvas_ids, dtype=torch.bool) if canvas_mask is None else canvas_mask
                 mask = torch.cat((before_KS, own_KC), dim=1)[:, None, None]
                 mask = prepare_mask(mask, stack.attention_kernel, canvases, length, mask.shape[3])
-            inputs[kind] = AttentionInputs(*self._rotary(positions_KC, kind), mask, False, columns)
+            inputs[layer_type] = AttentionInputs(*self._rotary(positions_KC, layer_type), mask, False, columns)
         scalars = [layer.layer_scalar for layer in stack.layers]
         if self_conditioning is not None:
             self_conditioning = self_conditioning * stack.embedding_scale
@@ -442,9 +442,9 @@ class DiffusionGemma(nn.Module):
         weight_VD = self.stack.embed_tokens.weight
         return logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD
 
-    def _rotary(self, positions_BL: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions_BL: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
         config = self.config
-        if kind == FULL:
+        if layer_type == FULL:
             pairs = int(config.full_rotary_factor * config.full_head_dim // 2)
             return rotary_tables(positions_BL, config.full_head_dim, config.full_rope_theta, pairs)
         return rotary_tables(positions_BL, config.head_dim, config.sliding_rope_theta)
