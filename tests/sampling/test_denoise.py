@@ -16,9 +16,9 @@ from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
-from unmask.sampling.engine.schedule import planned_calls, quota
+from unmask.sampling.engine.noise import quota
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import planned_calls, settings_of
 
 MaskSettings = partial(settings_of, LLADA)
 

@@ -189,3 +189,15 @@ def test_cut_rows_alone_are_the_rows_in_any_refilled_batch(small_model, cache):
     assert seen & {8, 16} and len({calls for _, calls in alone.values()}) > 1
     for size in (2, 6):
         assert answers(backend, requests, settings, size) == alone
+
+
+def test_a_row_with_a_target_leaves_at_the_first_token_that_is_another_and_no_stop_token_ends_it(script):
+    # The positions' order is 2, 3, 1, 0; there is a stop token at 1.
+    backend = script(lambda row, at, call: peak(8 if at == 1 else at, 9.0 - abs(at - 2.1)))
+    everything = Template([0] * 4, [True] * 4, [0] * 4)
+    for target, calls, answer in (([0, 8, 2, 3], 4, [0, 8, 2, 3]), ([0, 1, 2, 3], 3, [9, 8, 2, 3])):
+        events = list(denoise(backend, [Request(0, [0], 0, everything, target)], MaskSettings(steps=4)))
+        assert len(events) == calls and events[-1].finished_B.tolist() == [True]
+        assert events[-1].answer_BC.tolist() == [answer]
+    with pytest.raises(SamplingError, match="target_ids must have one token a position"):
+        next(denoise(backend, [Request(0, [0], 0, everything, [1])], MaskSettings(steps=4)))

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.sampling.engine.schedule import planned_calls, quota
+from unmask.sampling.engine.noise import quota
+from unmask.sampling.settings import planned_calls
 
 
 def quotas(sizes: list[int], steps: int) -> list[list[int]]:

@@ -14,7 +14,6 @@ from unmask.config.sampler import PROBABILITIES, Cache, Eos, Remasking, Revise, 
 from unmask.errors import ModelError, SamplingError
 from unmask.models.family import Attention, Family, Noise
 from unmask.models.registry import FAMILIES, family_of
-from unmask.sampling.engine.schedule import planned_calls
 
 SETTINGS = tuple(field.name for field in fields(SamplerConfig) if field.name != "preset")
 # Settings of which each names a rule, and one excludes the others.
@@ -64,37 +63,14 @@ SCHEMES: dict[tuple[Noise, Attention], Scheme] = {
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """What the denoising loop goes by. A setting that the sampler of this noise and attention does not have is None.
+    """What the denoising loop goes by; `SamplerConfig` describes the settings.
+
+    A setting that the sampler of this noise and attention does not have is None, and so is the rule that is not chosen
+    (`threshold`, `factor`, `entropy_bound`).
 
     Attributes:
         family: what messages call the model.
         noise, attention: the family's.
-        steps: network calls: with masks for the whole answer, shared out over the blocks, at least one each, and used
-            where no other rule is set; for a canvas at the most.
-        max_new_tokens: length of the answer.
-        block_size: the answer is denoised in blocks of this length from left to right; a canvas is one.
-        eos: `allow`; `suppress` never writes the model's end-of-text token; `defer` commits stop tokens last.
-        cache: `none`; `prefix` keeps keys and values of all before the current block, `dual` of all but the block, both
-            approximate where attention goes both ways; `block` keeps finished canvases, which is exact.
-        revise: `none`, committed tokens never change; `remask` masks the current block's improbable ones again, fewer
-            than the call commits; `edit` replaces them by tokens that have become probable; `redraw` draws what a
-            canvas does not accept anew.
-        temperature: 0 takes the most likely token; T > 0 samples from softmax(logits / T).
-        remasking: which masked positions are committed first: `low_confidence` those with the most probable token (the
-            others stay masked), `entropy` those with the least entropy, `margin` those whose two most probable tokens
-            are furthest apart, `random` any, `left_to_right`.
-        threshold: rule: commit every masked position of the block with at least this score, and always one. Above 1 it
-            is one token a step, 0 one step a block.
-        factor: rule: f, commit the best positions as long as the r-th scores at least 1 − f/(r + 1), and always one.
-        entropy_bound: rule: accept positions by rising entropy while those before one have at most this much together,
-            in nats, and always one (arXiv 2505.24857); with masks, `remasking` is `entropy`.
-        cfg_scale: s of classifier-free guidance, u + (s + 1)(c - u), where u has the prompt masked; 0 is off.
-        refresh_interval: calls within a block after which the cache is computed anew; None = at block starts only,
-            1 = at each call, which is exact.
-        revise_threshold: `remask` masks tokens with a probability below this, `edit` writes those of at least this.
-        t_min, t_max: temperature t_min + (t_max − t_min)·n/N at the call of a canvas with n of N left, itself counted.
-        stability_threshold: a canvas stops when its most likely tokens equal those of this many calls before …
-        confidence_threshold: … and the mean entropy of its positions is below this, in nats.
 
     Raises:
         SamplingError: values that exclude each other, or that the sampler does not take.
@@ -160,6 +136,13 @@ class SamplerSettings:
         if self.attention == "canvas":
             return -(-self.max_new_tokens // self.block_size) * self.block_size
         return self.max_new_tokens
+
+    def calls(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Return how many calls the blocks of an answer are planned to take, given how many are masked in each.
+
+        Canvases have `steps` at the most, whatever is masked in them, and stop by themselves.
+        """
+        return [self.steps] * len(sizes) if self.noise == "uniform" else planned_calls(sizes, self.steps)
 
     def temperature_at(self, step: int) -> float:
         """Return the temperature of call number `step` of a block, from 0."""
@@ -269,8 +252,8 @@ def resolve_settings(
         raise SamplingError("refresh_interval: there is no cache to compute anew; set cache to prefix or dual")
     if "revise_threshold" in given and settings.revise == "none":
         raise SamplingError("revise_threshold: nothing is revised; set revise to remask or edit")
-    sizes = [settings.block_size] * (settings.length // settings.block_size)
-    check_remask(settings, [*sizes, settings.length % settings.block_size])
+    blocks, rest = divmod(settings.length, settings.block_size)
+    check_remask(settings, [settings.block_size] * blocks + [rest])
     return settings
 
 
@@ -306,6 +289,23 @@ def _preset_settings(family: Family, preset: str | None, given: Mapping[str, Any
     if replaced or given.get("remasking", PROBABILITIES[0]) not in PROBABILITIES:
         values = {name: value for name, value in values.items() if name not in RULE_SETTINGS}
     return {name: value for name, value in values.items() if name not in given}
+
+
+def planned_calls(sizes: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Share steps out over the blocks of an answer (LLaDA, generate.py).
+
+    The blocks with something masked have steps // blocks calls each, the first ones one more until all are given out,
+    and at least one. A call that would commit nothing could not change anything and is left out, so there are no more
+    of them than masked positions.
+
+    Args:
+        sizes: masked positions of each block at the start; 0 where all are given, and then no call is made.
+        steps: calls for the whole answer.
+    """
+    blocks = sum(size > 0 for size in sizes)
+    each, more = divmod(steps, max(1, blocks))
+    shares = iter([each + 1] * more + [each] * (blocks - more))
+    return tuple(min(size, max(1, next(shares))) if size else 0 for size in sizes)
 
 
 def check_remask(settings: SamplerSettings, sizes: Sequence[int]) -> None:

@@ -64,20 +64,11 @@ class Call:
     columns_M: Tensor
 
 
-class Context(Protocol):
-    """What a backend knows of the rows of a batch from the calls before."""
-
-    def select(self, keep_B: Tensor) -> Any:
-        """Return the rows where `keep_B` (bool, on the CPU) is True."""
-        ...
-
-    def concat(self, more: Any) -> Any:
-        """Return these and the rows of `more` behind them."""
-        ...
-
-
 class Backend(Protocol):
-    """One way of attending, made as `Class(model, settings)`. Its contexts satisfy `Context`.
+    """One way of attending, made as `Class(model, settings)`.
+
+    What it knows of a batch's rows from the calls before is a context of its own, of which the loop asks
+    `select(keep_B)` for the rows where a bool on the CPU is True, and `concat(more)` to put another's behind them.
 
     Attributes:
         spec: what the loop must know.
@@ -91,8 +82,7 @@ class Backend(Protocol):
     def self_conditioning(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """None, or what the network is shown of a prediction in the block's next call, (M, D).
 
-        Arguments: (weights_MV, total_M); the probabilities are weights / total. What it returns is given to the
-        context's `conditioned`.
+        It is made of (weights_MV, total_M), where p = weights / total, and given to the context's `conditioned`.
         """
         ...
 

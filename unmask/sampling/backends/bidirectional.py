@@ -161,7 +161,7 @@ class BidirectionalBackend:
         return torch.cat(scored)[torch.cat(order).argsort().to(self.device)], context
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Return logits (M, V) in the model's dtype, guided where there are two hidden states a position."""
+        """Return logits (M, V); with guidance of scale s, u + (s + 1)(c - u), where u has the prompt masked."""
         if not self.cfg_scale:
             return self.model.logits(hidden_MD)
         conditional_MV, unconditional_MV = (self.model.logits(hidden) for hidden in hidden_MD.unbind(dim=1))

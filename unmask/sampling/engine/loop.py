@@ -120,7 +120,7 @@ def denoise(
 
     Args:
         backend: the model.
-        requests: taken from as places become free; prompt and answer of each must fit the model.
+        requests: taken from as rows leave; prompt and answer of each must fit the model.
         settings: of the backend's model.
         stop_ids: tokens that end an answer beside the model's own end-of-text tokens.
         draws: where random numbers come from; None = the rows' own keys.
@@ -141,7 +141,7 @@ def denoise(
     while True:
         rows = 0 if state is None else len(state.rows)
         if more := list(islice(queue, None if batch_size is None else batch_size - rows)):
-            joining = starting_state(more, settings, tokens.mask, process.planned)
+            joining = starting_state(more, settings, tokens.mask)
             prompts = backend.prefill([request.prompt_ids for request in more])
             state = state.concat(joining) if state is not None and rows else joining
             context = context.concat(prompts) if rows else prompts

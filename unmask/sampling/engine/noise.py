@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -20,7 +21,6 @@ from unmask.ops.chunks import cached_rows
 from unmask.sampling.engine.draws import Draws
 from unmask.sampling.engine.revise import REVISERS
 from unmask.sampling.engine.rules import SCORES, ScoreInputs, argmax, ban_, logit, sample
-from unmask.sampling.engine.schedule import planned_calls, quota
 from unmask.sampling.engine.state import Positions, State, Tokens
 from unmask.sampling.settings import SamplerSettings
 
@@ -72,10 +72,6 @@ class Process(Protocol):
     `untempered` asks for confidences at temperature 1, `conditioning` (or None) is the network's.
     """
 
-    def planned(self, sizes: Sequence[int]) -> Sequence[int]:
-        """Return how many calls the blocks of an answer are planned to take, given how many are masked in each."""
-        ...
-
     def begin(self, state: State) -> State:
         """Return the state with noise in the blocks that begin, which are those of rows with `step_B` 0."""
         ...
@@ -93,24 +89,15 @@ class Process(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class MaskProcess:
     """Absorbing noise: masked positions hold the mask."""
 
-    def __init__(
-        self,
-        settings: SamplerSettings,
-        tokens: Tokens,
-        draws: Draws,
-        untempered: bool = False,
-        conditioning: SelfConditioning | None = None,
-    ) -> None:
-        assert settings.remasking is not None
-        self.settings, self.tokens, self.draws = settings, tokens, draws
-        self.score, self.rereads = SCORES[settings.remasking], REVISERS[settings.revise].rereads
-
-    def planned(self, sizes: Sequence[int]) -> Sequence[int]:
-        """As in `Process`: `steps` are shared out over the blocks."""
-        return planned_calls(sizes, self.settings.steps)
+    settings: SamplerSettings
+    tokens: Tokens
+    draws: Draws
+    untempered: bool = False
+    conditioning: SelfConditioning | None = None
 
     def begin(self, state: State) -> State:
         """Return the state: masked positions hold masks from the start."""
@@ -128,7 +115,9 @@ class MaskProcess:
         return Predictions.concat([self._part(logits_MV[part], positions[part]) for part in cached_rows(logits_MV)])
 
     def _part(self, logits_MV: Tensor, positions: Positions) -> Predictions:
-        settings, score, logits_MV = self.settings, self.score, logits_MV.float()
+        settings, logits_MV = self.settings, logits_MV.float()
+        assert settings.remasking is not None
+        score = SCORES[settings.remasking]
         finite_M = logits_MV.sum(dim=-1).isfinite()
         ban_(logits_MV, self.tokens.banned, self.tokens.vocab_size)
         temperature = settings.temperature or 0.0
@@ -141,7 +130,7 @@ class MaskProcess:
         score_M = self._defer(sample_M, score.measure(inputs).float(), -torch.inf)
         zero_M = torch.zeros_like(confidence_M)
         predictions = Predictions(finite_M, sample_M, sample_M, score_M, confidence_M, zero_M, zero_M)
-        if not self.rereads:
+        if not REVISERS[settings.revise].rereads:
             return predictions
         argmax_M = argmax(logits_MV)
         highest_M = (logit(logits_MV, argmax_M) - total_M).exp()
@@ -166,24 +155,29 @@ class MaskProcess:
         return torch.full_like(state.answer_BC, self.tokens.mask)
 
 
+def quota(size: int, calls: int, step: int) -> int:
+    """Return how many positions call number `step` (from 0) of a block commits: size // calls, the first ones one more.
+
+    Over the planned calls the quotas add up to `size`. Calls beyond the plan, which only revised positions ask for,
+    commit size // calls.
+    """
+    return size // calls + (step < size % calls)
+
+
+@dataclass(frozen=True)
 class UniformProcess:
     """Uniform noise: masked positions hold random tokens, drawn anew until a sample is accepted."""
 
-    def __init__(
-        self,
-        settings: SamplerSettings,
-        tokens: Tokens,
-        draws: Draws,
-        untempered: bool = False,
-        conditioning: SelfConditioning | None = None,
-    ) -> None:
-        self.settings, self.tokens, self.draws = settings, tokens, draws
-        self.untempered, self.conditioning = untempered, conditioning
-        self.temperature_K = torch.tensor([settings.temperature_at(step) for step in range(settings.steps)])
+    settings: SamplerSettings
+    tokens: Tokens
+    draws: Draws
+    untempered: bool = False
+    conditioning: SelfConditioning | None = None
 
-    def planned(self, sizes: Sequence[int]) -> Sequence[int]:
-        """As in `Process`: a canvas has `steps` calls at the most, whatever is masked in it, and stops by itself."""
-        return [self.settings.steps] * len(sizes)
+    @cached_property
+    def temperature_K(self) -> Tensor:
+        """The temperature of each call."""
+        return torch.tensor([self.settings.temperature_at(step) for step in range(self.settings.steps)])
 
     def begin(self, state: State) -> State:
         """Fill the blocks with tokens drawn uniformly; what the call before said is of another block."""
@@ -200,12 +194,12 @@ class UniformProcess:
 
     def predict(self, logits_MV: Tensor, positions: Positions) -> Predictions:
         """Predict by softmax(logits / T), overwriting the logits: this is the bulk of a call beside the matmuls."""
-        self.temperature_K = self.temperature_K.to(logits_MV.device)
         logits_MV = logits_MV.float()
+        temperature_M = self.temperature_K.to(logits_MV.device)[positions.step_M]
         weights_MV = torch.empty_like(logits_MV)
         parts, totals = [], []
         for part in cached_rows(logits_MV):
-            predictions, total_M = self._part(logits_MV[part], weights_MV[part], positions[part])
+            predictions, total_M = self._part(logits_MV[part], weights_MV[part], temperature_M[part], positions[part])
             parts.append(predictions)
             totals.append(total_M)
         predictions = Predictions.concat(parts)
@@ -213,10 +207,12 @@ class UniformProcess:
             return predictions
         return replace(predictions, conditioning_MD=self.conditioning(weights_MV, torch.cat(totals)))
 
-    def _part(self, logits_MV: Tensor, weights_MV: Tensor, positions: Positions) -> tuple[Predictions, Tensor]:
+    def _part(
+        self, logits_MV: Tensor, weights_MV: Tensor, temperature_M: Tensor, positions: Positions
+    ) -> tuple[Predictions, Tensor]:
         """Write the weights of some positions; return the predictions, and what the weights add up to."""
         confidence_M = self._highest(logits_MV) if self.untempered else None
-        logits_MV = logits_MV.div_(self.temperature_K[positions.step_M][:, None])
+        logits_MV = logits_MV.div_(temperature_M[:, None])
         finite_M = logits_MV.sum(dim=-1).isfinite()
         ban_(logits_MV, self.tokens.banned, self.tokens.vocab_size, _NEVER)
         argmax_M = argmax(logits_MV)

@@ -29,14 +29,10 @@ class Proposal:
     """What a call says of the positions that it scored, in their places; tensors (B, C) on the CPU.
 
     Attributes:
-        sample_BC: int64, the token that each would take; elsewhere what stands there.
-        argmax_BC: int64, the most likely token; elsewhere what stands there.
-        score_BC: float32, the score of each masked position that was scored, larger first; -inf elsewhere.
-        confidence_BC: float32, probability of the sample (of a canvas: of the most likely token, at its temperature);
-            0 elsewhere.
-        current_BC: float32, probability of the token that stands at a scored position; 0 elsewhere, and everywhere
-            where the way to revise does not ask for it.
-        highest_BC: float32, probability of the most likely token, likewise.
+        sample_BC, argmax_BC: as in `noise.Predictions`; elsewhere what stands there.
+        score_BC: the same of masked positions; -inf elsewhere.
+        confidence_BC: the same of masked positions; 0 elsewhere.
+        current_BC, highest_BC: the same; 0 elsewhere.
     """
 
     sample_BC: Tensor

@@ -8,7 +8,7 @@ Shapes: B rows, C answer columns (the longest row's; shorter ones are padded on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -213,30 +213,13 @@ class State:
         return [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "rows"]
 
 
-def starting_state(
-    requests: Sequence[Request],
-    settings: SamplerSettings,
-    mask_id: int | None,
-    planned: Callable[[Sequence[int]], Sequence[int]],
-) -> State:
-    """Return the state before the first call: the mask (or, until its block begins, token 0) at masked positions.
-
-    Args:
-        requests: at least one.
-        settings: how long an answer without a template is, and its blocks.
-        mask_id: the mask; None where noise stands at masked positions.
-        planned: how many calls the blocks of an answer are planned to take, given how many are masked in each.
-    """
-    first, *others = (_row(request, settings, mask_id, planned) for request in requests)
+def starting_state(requests: Sequence[Request], settings: SamplerSettings, mask_id: int | None) -> State:
+    """Return the state before the first call: the mask (or, until its block begins, token 0) at masked positions."""
+    first, *others = (_row(request, settings, mask_id) for request in requests)
     return first.concat(*others)
 
 
-def _row(
-    request: Request,
-    settings: SamplerSettings,
-    mask_id: int | None,
-    planned: Callable[[Sequence[int]], Sequence[int]],
-) -> State:
+def _row(request: Request, settings: SamplerSettings, mask_id: int | None) -> State:
     template, shown = request.template, settings.max_new_tokens
     if template is None:
         columns = range(settings.length)
@@ -257,7 +240,7 @@ def _row(
         masked_BC=masked_1C,
         given_BC=~masked_1C,
         block_of_BC=block_of_1C,
-        calls_BC=torch.tensor(planned(sizes))[block_of_1C],
+        calls_BC=torch.tensor(settings.calls(sizes))[block_of_1C],
         length_B=zero_1 + length,
         shown_B=zero_1 + shown,
         step_B=zero_1,
