@@ -124,7 +124,13 @@ def changes(config: RunConfig, start: ResumePoint) -> list[str]:
     """Return a line for each field in which a configuration differs from that of the checkpoint it goes on from."""
     if start.folder is None:
         return []
-    stored = yaml.safe_load((start.folder / "config.yaml").read_text(encoding="utf-8"))
+    path = start.folder / "config.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict):
+        return [f"{path} cannot be read, so what changed is not known"]
     return differences(stored, yaml.safe_load(dump_config(config)))
 
 

@@ -57,6 +57,9 @@ def test_what_is_saved_is_found(tmp_path: Path) -> None:
     [
         (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text('{"for'), "manifest.json"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {"weights": 5}}'), "manifest.json"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": [["weights", 5]]}'), "manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json"),
         (lambda f: (f / "weights").unlink(), "weights is missing"),
         (lambda f: (f / "weights").write_bytes(b"w" * 999), "999 bytes instead of 1000"),
         (lambda f: (f / "weights").write_bytes(b"w" * 500 + b"x" + b"w" * 499), "checksum"),
@@ -73,6 +76,17 @@ def test_a_torn_one_is_refused_by_name_and_the_previous_one_used(tmp_path: Path,
     damage(good)
     with pytest.raises(CheckpointError, match="step_4 is .*step_2 is .*checkpoint_dir"):
         find_checkpoint(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("state", ["5", "[]", '{"step": 4}', '{"step": 4, "loader": 5, "identity": {}}', "\udcff"])
+def test_a_state_of_another_shape_is_torn(tmp_path: Path, state: str) -> None:
+    good, torn = save(tmp_path, 2), save(tmp_path, 4)
+    (torn / "state.json").write_bytes(state.encode("utf-8", "surrogateescape"))
+    files = list_files(torn, [torn / "state.json"])
+    (torn / "manifest.json").write_text(json.dumps({"format": 2, "files": files}))
+    found = find_checkpoint(tmp_path, IDENTITY)
+    assert found is not None and found.folder == good
+    assert found.refused == ("step_4 is torn: its state.json is missing or unreadable",)
 
 
 def test_a_foreign_one_is_refused_by_name(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Found | None:
 
     Args:
         root: the run directory.
-        identity: what must be equal for a checkpoint to belong to this run (see `save_checkpoint`'s state["identity"]).
+        identity: what must be equal to its state's `identity` for a checkpoint to belong to this run.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; each is named with its reason.
@@ -157,8 +157,8 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Found | None:
     for folder in checkpoints(root):
         try:
             verify(folder)
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            _check_identity(folder, state.get("identity", {}), identity)
+            state = _read_state(folder)
+            _check_identity(folder, state["identity"], identity)
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -179,8 +179,8 @@ def verify(folder: Path) -> None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {name: (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(
@@ -195,6 +195,15 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder.name} is torn: {name} has {path.stat().st_size} bytes instead of {size}")
         if _crc32(path) != crc:
             raise CheckpointError(f"{folder.name} is damaged: {name} does not match its checksum")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        dict(state["identity"]), dict(state["loader"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{folder.name} is torn: its {STATE} is missing or unreadable") from None
+    return state
 
 
 def _check_identity(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
