@@ -88,6 +88,12 @@ def test_every_field_is_on_the_configuration_page_with_its_default() -> None:
         assert_described(field, typing.get_type_hints(RunConfig)[field.name], tables[""][field.name])
 
 
+def test_the_tables_of_the_configuration_page_are_the_sections_own() -> None:
+    """`python docs/write_tables.py` makes them from types, defaults and docstrings."""
+    page = CONFIGURATION.read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "write_tables.py"))["written"](page) == page
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, made as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)

@@ -10,7 +10,7 @@ import yaml
 from unmask.config import config_from_mapping, dump_config, load_config, parse_overrides
 from unmask.errors import ConfigError
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "dllm_sft"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "dllm_sft"
 
 
 def minimal(**changes: object) -> dict:
