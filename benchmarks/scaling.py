@@ -101,8 +101,8 @@ def _worker(note: Path) -> None:
     from unmask.config.model import ModelConfig
     from unmask.config.results import CheckpointConfig
     from unmask.config.training import OptimizerConfig
-    from unmask.distributed.mesh import Degrees
-    from unmask.distributed.ranks import leave, world_size
+    from unmask.distributed.processes import Degrees, world_size
+    from unmask.distributed.ranks import leave
     from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_model
     from unmask.objectives.mdlm import MDLM

@@ -21,7 +21,8 @@ import json, os, sys
 import torch
 from rich.console import Console
 from unmask.assemble import assemble
-from unmask.prepare import build_parts, prepare
+from unmask.parts import build_parts
+from unmask.prepare import prepare
 from unmask.config import load_config
 from unmask.distributed.runtime import Runtime, build_runtime
 from unmask.models.loading import empty_network

@@ -1,22 +1,30 @@
-"""What a run says and records before its first step: sizes, rows left out, what changed since its checkpoint."""
+"""What a run says and records before its first step, and what makes two runs the same."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import transformers
 import yaml
 
+import unmask
 from unmask.config import RunConfig, dump_config
-from unmask.config.reader import differences
+from unmask.config.reader import differences, to_mapping
+from unmask.data.batches import ValidationSet
+from unmask.data.sources import Rows
+from unmask.models.folders import weights_fingerprint
+from unmask.models.lora.quantized import packed_elements
 from unmask.prepare import Prepared, stored_generation
 from unmask.sampling.settings import resolve_settings
-
-if TYPE_CHECKING:
-    from unmask.data.loader import ValidationSet
-    from unmask.data.sources import Rows
-    from unmask.training.loop import TrainingRun
-    from unmask.training.resume import ResumePoint
+from unmask.training.resume import ResumePoint
+from unmask.training.run import TrainingRun
 
 
 def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint) -> None:
@@ -28,12 +36,7 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         validation: its encoded validation rows.
         start: where it begins.
     """
-    import torch
-    import transformers
-
-    import unmask
-    from unmask.distributed.shard import whole_view
-    from unmask.models.lora.quantized import packed_elements
+    from unmask.distributed.shard import whole_view  # its DTensor takes seconds to import
 
     sizes = [(whole_view(p, run.runtime.meshes).numel(), p.requires_grad) for p in run.model.parameters()]
     total = sum(size for size, _ in sizes) + packed_elements(run.model)
@@ -88,11 +91,6 @@ def _sampling_notes(prepared: Prepared) -> list[str]:
 
 def _environment(run: TrainingRun) -> dict[str, Any]:
     """Return what the run computes on, for a report."""
-    import os
-    import platform
-
-    import torch
-
     device, processes = run.runtime.device, run.runtime.ranks.size
     compute = run.runtime.compute_dtype
     return {
@@ -164,4 +162,37 @@ def _validation_counts(rows: Rows | None, validation: ValidationSet | None) -> d
         "validation_rows": len(rows),
         "validation_skipped_rows": len(rows.skipped),
         "validation_dropped_rows": dict(validation.dropped),
+    }
+
+
+def agreement(prepared: Prepared) -> dict[str, str]:
+    """Return what all ranks must have alike, by the name that a message shows."""
+    config, plan = prepared.config, prepared.plan
+    validation = prepared.validation_rows
+    hashed = {
+        "configuration": dump_config(config),
+        "model": json.dumps([plan.config_json, None if plan.folder is None else weights_fingerprint(plan.folder)]),
+        "training data": prepared.rows.fingerprint,
+        "validation data": "" if validation is None else validation.fingerprint,
+    }
+    return {
+        **{name: hashlib.blake2b(str(text).encode(), digest_size=6).hexdigest() for name, text in hashed.items()},
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+        "version of Python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+def run_identity(prepared: Prepared) -> dict[str, Any]:
+    """Return what a checkpoint must share with a run to be resumed by it."""
+    config, folder = prepared.config, prepared.plan.folder
+    return {
+        "model": json.loads(json.dumps(dataclasses.asdict(prepared.plan.config))),
+        "torch_dtype": config.model.torch_dtype,
+        "peft": None if config.peft is None else to_mapping(config.peft),
+        "base": None if config.peft is None or folder is None else weights_fingerprint(folder),
+        "data": prepared.rows.fingerprint,
+        "global_batch_size": config.step_scheduler.global_batch_size,
+        "seed": [config.seed, config.dataset.shuffle_seed],
+        "order": [config.dataloader.shuffle, config.dataloader.group_by_length],
     }

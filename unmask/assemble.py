@@ -7,31 +7,36 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from unmask.announce import announce, left_out, name_rows
+from rich.console import Console
+from torch import nn
+
+from unmask.announce import agreement, announce, left_out, name_rows, run_identity
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import to_mapping
+from unmask.data.batches import ValidationSet, validation_set
+from unmask.data.encode import RowEncoder
+from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
 from unmask.evaluation.answering import SAMPLES, answer_validator, check_lengths
 from unmask.evaluation.tasks import questions_of
-from unmask.identity import agreement, run_identity
-from unmask.prepare import Parts, Prepared, build_parts, stored_generation
+from unmask.evaluation.validation import fixed_noise, validation_losses
+from unmask.objectives.registry import build_objective
+from unmask.parts import Parts, build_parts
+from unmask.prepare import Prepared, stored_generation
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
+from unmask.report.plots import plot_runs
+from unmask.report.progress import TrainingProgress
+from unmask.report.trackers import open_tracker
+from unmask.rng import NoiseStream
+from unmask.training.loop import train
+from unmask.training.network import NetworkSettings, build_network, restore
+from unmask.training.resume import ResumeParts, ResumePoint, resume
+from unmask.training.run import TrainingOutcome, TrainingRun, Validator
 from unmask.training.run_directory import hold_run_dir
+from unmask.training.saver import Saver, files_beside
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import nn
-
-    from unmask.data.loader import ValidationSet
-    from unmask.distributed.runtime import Runtime
-    from unmask.training.evaluate import Validator
-    from unmask.training.loop import TrainingOutcome, TrainingRun
-    from unmask.training.network import NetworkSettings
-    from unmask.training.resume import ResumePoint
-
-
-Measure = Callable[["nn.Module"], Mapping[str, Any]]
+Measure = Callable[[nn.Module], Mapping[str, Any]]
 
 
 def assemble(
@@ -52,13 +57,6 @@ def assemble(
         extra_validators: further measurements at each validation.
         is_good_enough: may end the run, told what was measured at a step.
     """
-    from unmask.report.progress import TrainingProgress
-    from unmask.rng import NoiseStream
-    from unmask.training.loop import TrainingRun
-    from unmask.training.network import build_network, restore
-    from unmask.training.resume import ResumeParts, resume
-    from unmask.training.saver import Saver, files_beside
-
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     parts = build_parts(prepared, runtime.ranks)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
@@ -104,8 +102,6 @@ def assemble(
 
 
 def _network_settings(prepared: Prepared) -> NetworkSettings:
-    from unmask.training.network import NetworkSettings
-
     config = prepared.config
     return NetworkSettings(
         plan=prepared.plan,
@@ -120,8 +116,6 @@ def _network_settings(prepared: Prepared) -> NetworkSettings:
 
 def _open_log(config: RunConfig, root: Path) -> MetricsLog:
     """Write config.yaml and open metrics.jsonl and the tracker."""
-    from unmask.report.trackers import open_tracker
-
     (root / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     tracker = open_tracker(config.wandb, root, to_mapping(config))
     return MetricsLog(root / FILE, [tracker.log] if tracker else [], [tracker.close] if tracker else [])
@@ -144,10 +138,6 @@ def run_training(
     with contextlib.ExitStack() as stack:
         if prepared.degrees.world == 1:
             stack.enter_context(hold_run_dir(root, section))
-        from unmask.distributed.host_memory import keep_freed_memory
-        from unmask.distributed.runtime import build_runtime
-        from unmask.training.loop import train
-
         runtime = build_runtime(prepared.config.distributed, prepared.degrees)
         if own_process and runtime.device.type == "cpu":
             keep_freed_memory()
@@ -156,7 +146,7 @@ def run_training(
             if runtime.ranks.first:
                 stack.enter_context(hold_run_dir(root, section))
             else:
-                console = _silent_console()
+                console = Console(quiet=True)
             runtime.ranks.barrier()  # nobody looks into the run directory before rank 0 holds it
         run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough)
         try:
@@ -170,15 +160,7 @@ def run_training(
     return outcome
 
 
-def _silent_console() -> Console:
-    from rich.console import Console
-
-    return Console(quiet=True)
-
-
 def _draw_curve(root: Path) -> None:
-    from unmask.report.plots import plot_runs
-
     if any(event["event"] == "train" for event in read_metrics(root / FILE)):
         plot_runs([root], root / "loss.png")
 
@@ -186,9 +168,6 @@ def _draw_curve(root: Path) -> None:
 def _validation_set(prepared: Prepared, parts: Parts) -> ValidationSet | None:
     if prepared.validation_rows is None:
         return None
-    from unmask.data.encode import RowEncoder
-    from unmask.data.loader import validation_set
-
     config = prepared.config
     assert config.validation_dataset is not None
     return validation_set(
@@ -205,8 +184,6 @@ def _validators(
     prepared: Prepared, parts: Parts, runtime: Runtime, root: Path, measures: Sequence[Measure]
 ) -> list[Validator]:
     """Return what is measured during the run: losses at each validation, answers as often as `validation` says."""
-    from unmask.training.evaluate import Validator
-
     config, section, found = prepared.config, prepared.config.validation, []
     if measures:
         every = config.step_scheduler.val_every_steps
@@ -224,9 +201,6 @@ def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _measure_loss(prepared: Prepared, validation: ValidationSet, runtime: Runtime) -> Measure:
-    from unmask.evaluation.validation import fixed_noise, validation_losses
-    from unmask.objectives.registry import build_objective
-
     section = dataclasses.replace(prepared.config.dllm, time_sampling="stratified")
     objective = build_objective(section, prepared.plan.config)
     noisy = fixed_noise(objective, validation.batches, prepared.config.seed, runtime.ranks)

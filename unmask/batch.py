@@ -5,22 +5,12 @@ Shape suffixes: B rows, L positions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-# Padding that changes no number is rounded up to a multiple of this: a matmul library keeps memory for every shape that
-# it has met (oneDNN's primitive cache), and rows of text have hundreds of lengths.
-LENGTH_MULTIPLE = 16
-
-
-def rounded_up(length: int) -> int:
-    """Return the length up to which rows of at most `length` positions are padded."""
-    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -194,10 +184,6 @@ class LossTerms:
 
 
 def _moved(container: Any, device: object) -> Any:
-    import dataclasses
-
-    from torch import Tensor
-
     changes = {}
     for item in dataclasses.fields(container):
         value = getattr(container, item.name)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     status = _run(build_parser(), words)
     if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended
-        from unmask.distributed.launch import leave_status
+        from unmask.distributed.processes import leave_status
 
         leave_status(status)
     return status

@@ -1,33 +1,28 @@
-"""What a run is made of, checked against the world before anything is built.
+"""A run's configuration checked against the world: model files, tokenizer, data, processes.
 
-`prepare` does all checks that need no torch, so that a mistake is reported within a second or two; `build_parts` makes
-what a dry run shows and a run uses, all but the network.
+Nothing here needs torch, so a mistake is reported within a second or two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unmask.config import LoadedConfig, RunConfig
+from unmask.config.model import PeftConfig
+from unmask.config.results import ValidationConfig
 from unmask.data.sources import Rows, open_rows
-from unmask.distributed.mesh import Degrees, resolve_degrees
-from unmask.distributed.ranks import ALONE, Ranks, world_size
-from unmask.errors import ConfigError
-from unmask.evaluation.answering import check_answering
+from unmask.distributed.processes import Degrees, resolve_degrees, world_size
+from unmask.errors import ConfigError, SamplingError
+from unmask.evaluation.grade import check_grader
 from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model, most_padding
 from unmask.report.trackers import check_tracker
-from unmask.training.lora import check_quantization
-
-if TYPE_CHECKING:
-    from unmask.data.chat import ChatTemplate
-    from unmask.data.encode import RowEncoder
-    from unmask.data.loader import TrainLoader
-    from unmask.objectives.registry import Objective
+from unmask.sampling.settings import resolve_settings
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     check_quantization(config.peft, processes)
     degrees = resolve_degrees(config.distributed, processes, getattr(plan.config, "num_experts", None))
     _check_batch(config, processes)
-    check_answering(config.validation, plan.config, stored_generation(plan))
+    _check_answering(config.validation, plan)
     check_against_model(config.dllm, plan.family, plan.config)
     tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
     room = plan.config.max_sequence_length - most_padding(config.dllm, plan.config)
@@ -99,87 +94,41 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     return Prepared(config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows, degrees)
 
 
+def _check_answering(section: ValidationConfig | None, plan: ModelPlan) -> None:
+    """Refuse sampler settings that the model's family does not have, and a grader whose package is not installed."""
+    if section is None:
+        return
+    check_grader(section.grader)
+    try:
+        resolve_settings(section.settings(), plan.family, plan.config, stored_generation(plan))
+    except SamplingError as error:
+        raise ConfigError(f"validation.sampler: {error}") from None
+
+
+def check_quantization(section: PeftConfig | None, processes: int) -> None:
+    """Refuse `load_in_4bit` without bitsandbytes, or on several processes, over which packed weights are not sharded.
+
+    Args:
+        section: the `peft` section.
+        processes: how many the launcher started.
+    """
+    if section is None or not section.load_in_4bit:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("peft.load_in_4bit: needs bitsandbytes; install it with `pip install 'unmask[quant]'`")
+    if processes > 1:
+        raise ConfigError(
+            f"peft.load_in_4bit: works on one device, and {processes} processes were started; start one, or set it "
+            "false"
+        )
+
+
 def _check_batch(config: RunConfig, processes: int) -> None:
     steps = config.step_scheduler
     if steps.global_batch_size % (steps.local_batch_size * processes):
         raise ConfigError(
             f"step_scheduler.global_batch_size: {steps.global_batch_size} is no multiple of local_batch_size "
             f"{steps.local_batch_size} × {processes} processes; every process needs as many whole micro-batches"
-        )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The pieces of a run that a dry run shows and a run uses.
-
-    Attributes:
-        tokenizer, template: how text becomes tokens.
-        encode: row index → tokens, or the reason to leave the row out.
-        loader: the training data.
-        objective: corruption and loss.
-        pad_token_id: padding; the model's EOS where it is supervised.
-    """
-
-    tokenizer: Any
-    template: ChatTemplate
-    encode: RowEncoder
-    loader: TrainLoader
-    objective: Objective
-    pad_token_id: int
-
-
-def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
-    """Build tokenizer, template, this rank's loader and objective; the network is not touched."""
-    from unmask.data.chat import load_template
-    from unmask.data.encode import RowEncoder
-    from unmask.data.loader import TrainLoader
-    from unmask.models.tokenizer import load_tokenizer
-    from unmask.objectives.registry import build_objective
-
-    config, plan = prepared.config, prepared.plan
-    tokenizer = load_tokenizer(str(prepared.tokenizer_folder), "dataset.tokenizer")
-    if len(tokenizer) > plan.config.rows:
-        raise ConfigError(
-            f"dataset.tokenizer: {prepared.tokenizer_folder} has {len(tokenizer)} ids, the model's embedding only "
-            f"{plan.config.rows}; use the model's own tokenizer"
-        )
-    mask = getattr(plan.config, "mask_token_id", None)  # families without masked noise have none
-    if mask is not None:
-        _check_mask(tokenizer, mask, prepared.tokenizer_folder)
-    template = load_template(
-        tokenizer,
-        config.dataset.chat_template,
-        [] if mask is None else [mask],
-        variables=config.dataset.chat_template_kwargs,
-        supervise_reasoning=config.dataset.supervise_reasoning,
-    )
-    tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
-    encode = RowEncoder(prepared.rows, template, config.dataset)
-    pad = plan.config.eos_token_id
-    loader = TrainLoader(
-        prepared.rows,
-        encode,
-        config=config.dataloader,
-        global_batch_size=config.step_scheduler.global_batch_size,
-        local_batch_size=config.step_scheduler.local_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        seed=config.seed if config.dataset.shuffle_seed is None else config.dataset.shuffle_seed,
-        pad_token_id=pad,
-        supervise_padding=bool(config.dllm.supervise_padding),
-        seq_length=config.dataset.seq_length,
-    )
-    return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
-
-
-def _check_mask(tokenizer: Any, mask_token_id: int, folder: Path) -> None:
-    """Refuse a mask that text can contain: the network could not tell it from what is hidden."""
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    if mask_token_id < len(tokenizer) and mask_token_id not in special:
-        raise ConfigError(
-            f"dataset.tokenizer: {folder} uses the model's mask_token_id {mask_token_id} for ordinary text "
-            f"({tokenizer.convert_ids_to_tokens(mask_token_id)!r}); use the model's own tokenizer, or add a mask token "
-            "to this one and set the model's mask_token_id to its id"
         )
 
 

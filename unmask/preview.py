@@ -17,7 +17,8 @@ from unmask.distributed.ranks import Ranks
 from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
 from unmask.models.weights import check_tensors
-from unmask.prepare import Parts, Prepared, build_parts
+from unmask.parts import Parts, build_parts
+from unmask.prepare import Prepared
 from unmask.rng import NoiseStream
 from unmask.training.estimate import Estimate, estimate_memory
 from unmask.training.estimate_shared import SharedEstimate, estimate_shared

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 def key(seed: int, stream: str, epoch: int = 0, sample: int = 0) -> int:
@@ -52,8 +50,6 @@ class NoiseStream:
         Returns:
             float32 (B, length) on the CPU.
         """
-        import torch
-
         name = f"{self.scope}/{stream}"
         rows = [
             generator(self.seed, name, epoch, sample).random(length, dtype=np.float32)

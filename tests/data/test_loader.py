@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from unmask.config.data import DataloaderConfig, DatasetConfig
 from unmask.config.reader import read_section
+from unmask.data.batches import rounded, validation_set
 from unmask.data.chat import load_template
-from unmask.data.collate import rounded
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.loader import TrainLoader, validation_set
-from unmask.data.order import epoch_order
+from unmask.data.loader import TrainLoader, epoch_order
 from unmask.data.sources import open_rows
 from unmask.errors import ConfigError, DataError
 
@@ -191,7 +190,7 @@ def test_too_few_rows_are_refused():
 
 
 def test_grouping_by_length_saves_padding_and_visits_each_row_once(monkeypatch):
-    monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", 1)
+    monkeypatch.setattr("unmask.config.data.LENGTH_MULTIPLE", 1)
     rows = Numbered(1000)
 
     def padding(group_by_length: bool) -> float:

@@ -5,9 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unmask.data.ahead import encoded_ahead
-from unmask.data.encode import Dropped, EncodedRow
-from unmask.data.remember import RememberedRows
+from unmask.data.encode import Dropped, EncodedRow, RememberedRows, encoded_ahead
 from unmask.errors import DataError
 
 

@@ -16,15 +16,13 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-import unmask.assemble  # noqa: F401
-import unmask.data.collate
-import unmask.report.plots
+import unmask.assemble
 import unmask.training.loop
 import unmask.training.network
 import unmask.training.saver  # noqa: F401
 
 # A curve takes longer to draw than these runs to train, and has tests of its own.
-unmask.report.plots.plot_runs = lambda *_, **__: None
+unmask.assemble.plot_runs = lambda *_, **__: None
 
 
 def train(values: dict[str, Any]) -> str:
@@ -136,8 +134,8 @@ def load_peak(folder: str, trained: bool) -> dict[str, int]:
     import threading
 
     from unmask.config.distributed import DistributedConfig
-    from unmask.distributed.answering import load_shared
-    from unmask.distributed.mesh import Degrees
+    from unmask.distributed.inference import load_shared
+    from unmask.distributed.processes import Degrees
     from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
     from unmask.training.network import build_network
@@ -177,8 +175,8 @@ def load_peak(folder: str, trained: bool) -> dict[str, int]:
 
 def divide(prompts: list[str]) -> dict[str, list]:
     """Divide rows among ranks; return all results and the rows that this rank was given."""
+    from unmask.distributed.inference import divide_rows
     from unmask.distributed.ranks import join
-    from unmask.distributed.rows import divide_rows
 
     given: list[str] = []
 
@@ -260,7 +258,7 @@ def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
 
     from unmask.config.distributed import DistributedConfig
     from unmask.config.results import CheckpointConfig
-    from unmask.distributed.mesh import Degrees
+    from unmask.distributed.processes import Degrees
     from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
     from unmask.training import saver

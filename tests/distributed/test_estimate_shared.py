@@ -12,7 +12,7 @@ import torch
 from unmask.cli import main
 from unmask.config import config_from_mapping
 from unmask.config.distributed import DistributedConfig
-from unmask.distributed.mesh import Degrees, resolve_degrees
+from unmask.distributed.processes import Degrees, resolve_degrees
 from unmask.errors import ConfigError
 from unmask.models.loading import empty_network
 from unmask.prepare import prepare

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from unmask.distributed.host_memory import _CHOICES
+from unmask.distributed.runtime import _CHOICES
 
 COUNT = """
 import resource, torch
-from unmask.distributed.host_memory import keep_freed_memory
+from unmask.distributed.runtime import keep_freed_memory
 
 def faults(times=8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

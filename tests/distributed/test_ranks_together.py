@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from unmask.distributed.ranks import ALONE, from_first, process_rank, world_size
+from unmask.distributed.processes import process_rank, world_size
+from unmask.distributed.ranks import ALONE, from_first
 from unmask.errors import CheckpointError, ConfigError
 from unmask.report.metrics import read_metrics
 from unmask.training.checkpoint import verify

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import main
+from unmask.distributed.inference import divide_rows, own_rows
 from unmask.distributed.ranks import Ranks
-from unmask.distributed.rows import divide_rows, own_rows
 
 
 def test_every_row_has_one_rank_and_equal_rows_the_same() -> None:

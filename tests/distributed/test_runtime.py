@@ -46,10 +46,10 @@ def test_checkpointing_is_switched() -> None:
 
 def test_the_peak_is_this_processs_own() -> None:
     """A parent's size must not show: Linux hands ru_maxrss on to what a process starts."""
-    ballast = torch.ones(2**26)  # 256 MiB in this process
+    ballast = torch.ones(2**27)  # 512 MiB in this process
     code = "from unmask.distributed.runtime import _peak_resident_gib; print(_peak_resident_gib())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ballast.numel() and float(done.stdout) < 0.125
+    assert ballast.numel() and float(done.stdout) < 0.375
 
 
 def test_the_attention_kernel_is_set_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from unmask.config import config_from_mapping
+from unmask.data.batches import validation_set
 from unmask.data.encode import RowEncoder
-from unmask.data.loader import validation_set
 from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import fixed_noise, validation_losses
 from unmask.models.loading import build_model
 from unmask.objectives.mdlm import MDLM
-from unmask.prepare import build_parts, prepare
+from unmask.parts import build_parts
+from unmask.prepare import prepare
 
 RUNTIME = Runtime(torch.device("cpu"), None)
 

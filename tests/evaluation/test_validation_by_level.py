@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from unmask.config import config_from_mapping
+from unmask.data.batches import validation_set
 from unmask.data.encode import RowEncoder
-from unmask.data.loader import validation_set
 from unmask.distributed.ranks import Ranks
 from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import FixedBatch, fixed_noise, validation_losses
@@ -21,7 +21,8 @@ from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import build_model
 from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
-from unmask.prepare import build_parts, prepare
+from unmask.parts import build_parts
+from unmask.prepare import prepare
 from unmask.report.trackers import numbers
 from unmask.rng import NoiseStream
 

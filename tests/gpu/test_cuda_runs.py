@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from unmask.config.distributed import DistributedConfig
 from unmask.config.sampler import SamplerConfig
 from unmask.config.training import OptimizerConfig
-from unmask.distributed.mesh import Degrees, build_meshes
+from unmask.distributed.processes import Degrees
+from unmask.distributed.ranks import build_meshes
 from unmask.distributed.runtime import Runtime
 from unmask.distributed.shard import shard_model
 from unmask.models.loading import load_model

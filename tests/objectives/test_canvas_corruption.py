@@ -31,7 +31,7 @@ layouts = st.lists(
 @pytest.fixture(autouse=True)
 def exact_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as long as they are; that rounding their length up changes no number has a test of its own."""
-    monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", 1)
+    monkeypatch.setattr("unmask.config.data.LENGTH_MULTIPLE", 1)
 
 
 def layout_of(drawn: tuple[int, list[tuple[int, int]]], open_end: bool) -> Layout:

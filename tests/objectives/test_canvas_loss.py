@@ -41,7 +41,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def exact_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as long as they are; that rounding their length up changes no number has a test of its own."""
-    monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", 1)
+    monkeypatch.setattr("unmask.config.data.LENGTH_MULTIPLE", 1)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ class Calls:
 def test_rounding_the_length_of_rows_changes_no_number(ours, turns, monkeypatch) -> None:
     results = []
     for multiple in (1, 16):
-        monkeypatch.setattr("unmask.batch.LENGTH_MULTIPLE", multiple)
+        monkeypatch.setattr("unmask.config.data.LENGTH_MULTIPLE", multiple)
         noisy = OBJECTIVE.corrupt(turns(ROWS), NoiseStream(0))
         loss = OBJECTIVE.loss(ours, noisy).total
         results.append((noisy.encoder_ids_BL.shape[1], loss.detach(), gradients(ours, loss)))

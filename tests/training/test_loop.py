@@ -88,7 +88,8 @@ def test_a_step_that_is_not_finite_leaves_model_and_optimizer_alone(tiny) -> Non
     from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
     from unmask.models.loading import build_model
-    from unmask.prepare import build_parts, prepare
+    from unmask.parts import build_parts
+    from unmask.prepare import prepare
     from unmask.rng import NoiseStream
     from unmask.training.optim import build_optimizer
     from unmask.training.step import train_step

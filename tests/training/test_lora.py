@@ -11,8 +11,8 @@ from unmask.config.reader import read_section
 from unmask.errors import ConfigError
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
-from unmask.training import lora
-from unmask.training.lora import attach, check_quantization, target_names
+from unmask.prepare import check_quantization
+from unmask.training.lora import attach, target_names
 
 BLOCK = "model.transformer.blocks"
 LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -139,7 +139,7 @@ def test_four_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPa
     check_quantization(section, 1)
     with pytest.raises(ConfigError, match="peft.load_in_4bit: works on one device, and 2 processes"):
         check_quantization(section, 2)
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr("unmask.prepare.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"peft.load_in_4bit: needs bitsandbytes; .*pip install 'unmask\[quant\]'"):
         check_quantization(section, 1)
     for fine in (PeftConfig(), None):

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
-    from unmask.distributed.ranks import world_size
+    from unmask.distributed.processes import world_size
     from unmask.sampling.plan import plan_job
 
     if world_size() > 1:

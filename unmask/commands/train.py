@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.config import load_config
-    from unmask.distributed.ranks import process_rank, world_size
+    from unmask.distributed.processes import process_rank, world_size
 
     processes = arguments.nproc_per_node or 1
     if arguments.nproc_per_node is not None and arguments.nproc_per_node < 1:
@@ -35,7 +35,6 @@ def run(arguments: argparse.Namespace) -> int | None:
     if processes > 1 and world_size() > 1:
         raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
-    from unmask.assemble import run_training
     from unmask.prepare import prepare
 
     prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if processes > 1 else None)
@@ -52,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int | None:
 
         show_plan(prepared, Console())
         return 0
+    from unmask.assemble import run_training
+
     outcome = run_training(prepared, Console(), own_process=True)
     if process_rank() > 0:
         return 0

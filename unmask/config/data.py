@@ -9,6 +9,10 @@ from unmask.errors import FieldError, choice_problem
 
 OnMalformed = Literal["error", "skip"]
 
+# Padding that changes no number is rounded up to a multiple of this: a matmul library keeps memory for every shape that
+# it has met (oneDNN's primitive cache), and rows of text have hundreds of lengths.
+LENGTH_MULTIPLE = 16
+
 # Variables that rendering a conversation sets itself.
 _RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
@@ -109,3 +113,8 @@ class DataloaderConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise FieldError("num_workers", f"must be 0 or more, got {self.num_workers}")
+
+
+def rounded_up(length: int) -> int:
+    """Return the length up to which rows of at most `length` positions are padded."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -21,6 +21,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from unmask.data.answers import Span, Turn, assistant_runs, find_answers, reasoning_of, with_reasoning
 from unmask.data.controls import PROBE, Marked, control_pattern, mark_controls
 from unmask.data.conversation import Message
@@ -262,9 +265,6 @@ class ChatTemplate:
         self, turns: Sequence[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False
     ) -> Rendered:
         """Return the text and, for a tagged template, the tagged stretches; those that touch are one."""
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
             rendered: Any = render_jinja_template(
                 [list(turns)],

@@ -1,23 +1,38 @@
-"""From a row to the tokens that training sees: render, tokenise, cut, or drop with a reason."""
+"""From a row to the tokens that training sees: render, tokenise, cut, or drop with a reason.
+
+Rows are encoded in the process that asks for them, and remembered, or ahead of their use by worker processes.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 
+from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate
 from unmask.data.conversation import Conversation
+from unmask.data.sources import Rows
 from unmask.errors import DataError
-
-if TYPE_CHECKING:
-    from unmask.config.data import DatasetConfig
-    from unmask.data.sources import Rows
 
 TOO_LONG = "longer than seq_length, and truncation is off"
 NOTHING_LEFT = "no supervised token within seq_length"
 MALFORMED = "malformed"
+
+MOST_BYTES = 2**26  # of rows that one process remembers
+_ROW_BYTES = 512  # of a row's objects beside its numbers
+_CHUNK = 16  # rows a task: sending one costs about as much as encoding one
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,3 +121,99 @@ class RowEncoder:
             if self.config.on_malformed == "error":
                 raise DataError(f"{place}: {error}; fix the row or set {self.where}.on_malformed: skip") from None
             return Dropped(MALFORMED, f"{place}: {error}")
+
+
+Encode = Callable[[int], EncodedRow | Dropped]
+
+
+class RememberedRows:
+    """Gives what `encode` gives; a row that trains and that it was asked for before it does not encode again.
+
+    When its memory is full it stays as it is: rows come in a new order each epoch, so the ones that it has are as good
+    as any, while making room for the newest would throw each one out before its turn comes.
+
+    Args:
+        encode: a function of the row's index alone.
+        most_bytes: of rows that are kept.
+    """
+
+    def __init__(self, encode: Encode, most_bytes: int = MOST_BYTES) -> None:
+        self._encode = encode
+        self._left = most_bytes
+        self._rows: dict[int, EncodedRow] = {}
+
+    def __call__(self, index: int) -> EncodedRow | Dropped:
+        """Return row `index` as tokens; what `encode` raises is raised."""
+        if index in self._rows:
+            return self._rows[index]
+        row = self._encode(index)
+        if isinstance(row, EncodedRow):
+            self._left -= row.input_ids.nbytes + row.supervised.nbytes + _ROW_BYTES
+            if self._left >= 0:
+                self._rows[index] = row
+        return row
+
+
+def encoded_ahead(
+    encode: Encode, candidates: Iterable[tuple[T, int]], num_workers: int, lookahead: int
+) -> Iterator[tuple[T, int, EncodedRow | Dropped]]:
+    """Yield (place, index, encode(index)) for each candidate (place, index), in their order.
+
+    Args:
+        encode: a function of the row's index alone; it must pickle if there are workers.
+        candidates: may be endless.
+        num_workers: processes; 0 encodes in this one, when the row is asked for, and remembers it.
+        lookahead: rows that workers may be ahead.
+
+    Raises:
+        DataError: raised by `encode`, or a worker died.
+    """
+    if num_workers == 0:
+        remembered = RememberedRows(encode)
+        for place, index in candidates:
+            yield place, index, remembered(index)
+        return
+    # Started afresh, never forked: this process has torch's threads, and perhaps a device, by now.
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encode,))
+    remaining = iter(candidates)
+    pending: deque[tuple[list[tuple[T, int]], Future[list[EncodedRow | Dropped]]]] = deque()
+    tasks = max(2 * num_workers, -(-lookahead // _CHUNK))
+    try:
+        while True:
+            while len(pending) < tasks and (chunk := list(islice(remaining, _CHUNK))):
+                pending.append((chunk, pool.submit(_encode_chunk, [index for _, index in chunk])))
+            if not pending:
+                return
+            chunk, future = pending.popleft()
+            for (place, index), row in zip(chunk, future.result(), strict=True):
+                yield place, index, row
+    except BrokenProcessPool:
+        raise DataError(
+            "dataloader.num_workers: a worker process died, perhaps killed for want of memory; lower num_workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_encode: Any = None  # set once in each worker, so that the encoder is sent once and not with every task
+
+
+def _start_worker(encode: Encode) -> None:
+    global _worker_encode
+    _worker_encode = encode
+    # A signal to the process group (Ctrl-C, a cluster's SIGTERM) is for the main process alone, which saves and stops.
+    # SIGTERM itself must keep its effect here: with it the pool ends the workers that are left when one has died.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # returns once it is gone, however it went; a pool's worker would wait for work for ever
+    os._exit(1)
+
+
+def _encode_chunk(indices: list[int]) -> list[EncodedRow | Dropped]:
+    return [_worker_encode(index) for index in indices]

@@ -8,20 +8,21 @@ and the next one of the order takes its place. Rows at the end of an epoch that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from unmask.batch import Batch
 from unmask.config.data import DataloaderConfig
-from unmask.data.ahead import Encode, encoded_ahead
-from unmask.data.encode import Dropped, EncodedRow
-from unmask.data.order import epoch_order
+from unmask.data.batches import collate, rounded
+from unmask.data.encode import Dropped, Encode, EncodedRow, encoded_ahead
+from unmask.data.sources import Rows
 from unmask.errors import ConfigError, DataError
 from unmask.rng import generator
 
-if TYPE_CHECKING:
-    from unmask.batch import Batch
-    from unmask.data.sources import Rows
+GROUP_BATCHES = 64  # global batches a window: long enough to find rows of one length, short enough to stay random
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,6 @@ class TrainLoader:
         )
 
     def _micro_batches(self, batch: _GlobalBatch) -> list[Batch]:
-        from unmask.data.collate import collate, rounded
-
         slots = generator(self.seed, "data/slots", batch.epoch, batch.start).permutation(len(batch.rows)).tolist()
         local, longest = self.local_batch_size, len(batch.rows[0][1])
         micro_batches = []
@@ -242,77 +241,47 @@ class TrainLoader:
         return micro_batches
 
 
-@dataclass(frozen=True)
-class ValidationSet:
-    """A validation set, encoded once.
-
-    Attributes:
-        batches: its rows.
-        dropped: rows left out, by reason.
-        examples: for each reason, the first such row, as in `TrainLoader`.
-    """
-
-    batches: Sequence[Batch]
-    dropped: Mapping[str, int]
-    examples: Mapping[str, str]
-
-
-def validation_set(
-    rows: Rows,
-    encode: Encode,
+def epoch_order(
+    rows: int,
+    epoch: int,
+    seed: int,
     *,
-    local_batch_size: int,
-    pad_token_id: int,
-    supervise_padding: bool,
-    seq_length: int | None = None,
-) -> ValidationSet:
-    """Return a whole validation set as batches, always the same ones.
+    shuffle: bool,
+    batch_rows: int,
+    text_length: Callable[[int], int] | None = None,
+    start: int = 0,
+) -> Iterator[int]:
+    """Yield row indices from place `start` of an epoch's order; each row of 0..rows-1 has one place.
 
-    Rows are sorted by length for little padding. With `supervise_padding` all are padded to the longest row of the set,
-    so that the loss does not depend on `local_batch_size`.
+    With `text_length`, each window of 64 global batches of that order is sorted by length (ties by index), cut into
+    global batches, and these are put in random order; an incomplete one stays last. Only the windows that are reached
+    are measured, so it costs nothing ahead, whatever the source.
 
     Args:
-        rows: the source.
-        encode: gives row i as tokens.
-        local_batch_size: rows a batch.
-        pad_token_id: padding.
-        supervise_padding: padding is attended and supervised.
-        seq_length: as in `TrainLoader`.
-
-    Raises:
-        DataError: a malformed row, or no row that can be scored.
+        rows: number of rows.
+        epoch: from 0.
+        seed: of the order.
+        shuffle: a random permutation of the rows; otherwise they come as they lie in the source.
+        batch_rows: rows of a global batch.
+        text_length: a row's length in any unit; None does not group.
+        start: places to pass over.
     """
-    from unmask.data.collate import collate, rounded
+    order = generator(seed, "data/order", epoch).permutation(rows) if shuffle else np.arange(rows)
+    if text_length is None:
+        yield from map(int, order[start:])
+        return
+    window_rows = GROUP_BATCHES * batch_rows
+    for window in range(start // window_rows, -(-rows // window_rows)):
+        places = _grouped(order[window * window_rows :][:window_rows], seed, epoch, window, batch_rows, text_length)
+        yield from map(int, places[max(0, start - window * window_rows) :])
 
-    found: list[tuple[int, EncodedRow]] = []
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for index in range(len(rows)):
-        row = encode(index)
-        if isinstance(row, EncodedRow):
-            found.append((index, row))
-        else:
-            dropped[row.reason] += 1
-            examples.setdefault(row.reason, row.detail or rows.describe(index))
-    if not found:
-        raise DataError(
-            f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"
-        )
-    found.sort(key=lambda item: (len(item[1]), item[0]))
-    slots = generator(0, "data/slots/validation").permutation(len(found)).tolist()
-    batches = [
-        collate(
-            [row for _, row in some],
-            [sample_id for sample_id, _ in some],
-            slots[first : first + local_batch_size],
-            epoch=0,
-            global_rows=len(found),
-            length=len(found[-1][1]) if supervise_padding else rounded(len(some[-1][1]), seq_length),
-            pad_token_id=pad_token_id,
-            supervise_padding=supervise_padding,
-            peers=[sample_id for sample_id, _ in some],
-        )
-        for first in range(0, len(found), local_batch_size)
-        for some in [found[first : first + local_batch_size]]
-    ]
-    return ValidationSet(batches, dropped, examples)
+
+def _grouped(
+    indices: np.ndarray, seed: int, epoch: int, window: int, batch_rows: int, text_length: Callable[[int], int]
+) -> np.ndarray:
+    lengths = np.fromiter((text_length(int(index)) for index in indices), dtype=np.int64, count=len(indices))
+    indices = indices[np.lexsort((indices, lengths))]
+    whole = len(indices) // batch_rows
+    batches = indices[: whole * batch_rows].reshape(whole, batch_rows)
+    shuffled = generator(seed, "data/windows", epoch, window).permutation(batches)
+    return np.concatenate([shuffled.reshape(-1), indices[whole * batch_rows :]])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.conversation import Columns, RowProblem, check_row
+from unmask.data.tables import read_hub
 from unmask.errors import DataError, choice_problem
 
 GSM8K_HUB_ID = "openai/gsm8k"
@@ -66,8 +67,6 @@ def _gsm8k_rows(source: str | None, split: str) -> Iterable[tuple[str, object]]:
         return _lines(file)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise DataError(f"--source: {path.absolute()} is no folder with {split}.jsonl, and {text!r} is no hub id")
-    from unmask.data.tables import read_hub
-
     table = read_hub(text, "main", split, "--source")
     return ((f"{text} {split} row {number}", row) for number, row in enumerate(table))
 

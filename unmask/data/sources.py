@@ -13,6 +13,7 @@ from typing import Protocol
 from unmask.config.data import DatasetConfig
 from unmask.data.conversation import Columns, Conversation
 from unmask.data.files import FileRows
+from unmask.data.tables import TableRows, read_hub, read_saved, read_table
 from unmask.errors import DataError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -101,8 +102,6 @@ def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
             raise DataError(
                 f"{where}.path_or_dataset_id: {text!r} is neither an existing file or folder nor a hub id owner/name"
             )
-        from unmask.data.tables import TableRows, read_hub
-
         table = read_hub(text, config.name, config.split, where)
         return TableRows(table, text, _columns(config), where, config.max_samples)
     if config.name is not None:
@@ -123,15 +122,11 @@ def _open_file(path: Path, config: DatasetConfig, where: str, max_rows: int | No
         raise DataError(f"{where}.path_or_dataset_id: {path} is none of {', '.join(SUFFIXES)}")
     if path.suffix in (".jsonl", ".json"):
         return FileRows(path, _columns(config), where, config.on_malformed == "skip", max_rows)
-    from unmask.data.tables import TableRows, read_table
-
     return TableRows(read_table(path), str(path), _columns(config), where, max_rows)
 
 
 def _open_folder(path: Path, config: DatasetConfig, where: str) -> Rows:
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        from unmask.data.tables import TableRows, read_saved
-
         table = read_saved(path, config.split, where)
         return TableRows(table, str(path), _columns(config), where, config.max_samples)
     parts: list[Rows] = []

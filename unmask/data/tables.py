@@ -82,10 +82,12 @@ def read_table(path: Path) -> Any:
     Raises:
         DataError: it cannot be read as one.
     """
-    import datasets
-
     try:
-        return datasets.Dataset.from_file(str(path)) if path.suffix == ".arrow" else _parquet(path)
+        return (
+            _datasets().Dataset.from_file(str(path))
+            if path.suffix == ".arrow"
+            else _datasets().Dataset.from_parquet(str(path))
+        )
     except Exception as error:  # datasets, pyarrow and the file system each raise their own
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
 
@@ -96,10 +98,8 @@ def read_saved(path: Path, split: str | None, where: str) -> Any:
     Raises:
         DataError: it cannot be read, or does not say which of its splits to use.
     """
-    import datasets
-
     try:
-        saved = datasets.load_from_disk(str(path))
+        saved = _datasets().load_from_disk(str(path))
     except Exception as error:
         raise DataError(f"{path}: cannot be read as a saved dataset: {_first_line(error)}") from None
     return _one_split(saved, str(path), split, where)
@@ -111,10 +111,8 @@ def read_hub(dataset_id: str, name: str | None, split: str | None, where: str) -
     Raises:
         DataError: not found, not reachable, or it does not say which of its configurations or splits to use.
     """
-    import datasets
-
     try:
-        loaded = datasets.load_dataset(dataset_id, name, split=split)
+        loaded = _datasets().load_dataset(dataset_id, name, split=split)
     except Exception as error:  # network, hub, builder and file errors, each of a type of its own
         raise DataError(
             f"{where}.path_or_dataset_id: {dataset_id!r} is no local path and cannot be loaded from the hub: "
@@ -123,10 +121,10 @@ def read_hub(dataset_id: str, name: str | None, split: str | None, where: str) -
     return loaded if split is not None else _one_split(loaded, dataset_id, None, where)
 
 
-def _parquet(path: Path) -> Any:
-    import datasets
+def _datasets() -> Any:
+    import datasets  # takes seconds, and JSON needs none of it
 
-    return datasets.Dataset.from_parquet(str(path))
+    return datasets
 
 
 def _one_split(loaded: Any, label: str, split: str | None, where: str) -> Any:

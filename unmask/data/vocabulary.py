@@ -6,12 +6,12 @@ Digits stay single tokens, so that arithmetic is done on digits and not on arbit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from unmask.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _BYTES = 256
 
@@ -44,9 +44,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, controls: Controls) -
     Raises:
         DataError: a vocabulary too small for the bytes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     least = _BYTES + len(controls.tokens)
     if vocab_size < least:
         raise DataError(f"vocab_size: {vocab_size} is below the {least} of bytes and control tokens; raise it")

@@ -10,9 +10,13 @@ import hashlib
 import os
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
-from unmask.distributed.ranks import process_rank, world_size
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from unmask.distributed.processes import process_rank, world_size
 
 _PATIENCE = 3.0  # seconds in which a rank that broke down gets its own report into the store
 _LOST = (
@@ -53,8 +57,6 @@ def report(message: str, status: int) -> int:
 
 def lost_contact(error: BaseException) -> bool:
     """Say whether an exception means that a collective failed because another rank is gone."""
-    import torch.distributed as dist
-
     said = str(error).lower()
     return isinstance(error, (dist.DistError, RuntimeError)) and (
         isinstance(error, dist.DistError) or any(words in said for words in _LOST)
@@ -87,17 +89,11 @@ def _key(text: str) -> str:
 
 def _store() -> Any:
     """Return the launcher's store, or that of the process group; None when there is none to be had."""
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             return dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
         if dist.is_initialized():
-            from torch.distributed.distributed_c10d import _get_default_store
-
             return _get_default_store()
     except Exception:  # nothing to coordinate with: better said twice than not at all
         return None

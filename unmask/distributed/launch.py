@@ -10,9 +10,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser, run
+
+from unmask.distributed.processes import STATUS_FILE
 from unmask.errors import ConfigError
 
-_STATUS = "UNMASK_STATUS_FILE"  # where rank 0 leaves its exit status: a launcher that was signalled keeps none
 _GRACE = 600  # seconds that ranks get to save a checkpoint after a signal, before the launcher kills them
 
 
@@ -30,16 +34,12 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
     warnings.filterwarnings("ignore", module="torch.distributed")
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
-
     # Each rank reports its own failure in one line; the launcher's summary of exit codes would bury it.
     for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="unmask-launch-") as folder:
         note = Path(folder) / "status"
-        os.environ[_STATUS] = str(note)
+        os.environ[STATUS_FILE] = str(note)
         flags = ["--standalone", "--nproc-per-node", str(processes), "-m", module]
         try:
             run(get_args_parser().parse_args([*flags, *words]))
@@ -48,7 +48,7 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
         except SignalException as error:
             return int(note.read_text()) if note.is_file() else 128 + int(error.sigval)
         finally:
-            del os.environ[_STATUS]
+            del os.environ[STATUS_FILE]
     return 0
 
 
@@ -69,13 +69,6 @@ def relaunch(words: Sequence[str], processes: int) -> int:
             rest.append(word)
         skip = not skip and word in spellings
     return launch("unmask", rest, processes)
-
-
-def leave_status(status: int) -> None:
-    """Note rank 0's exit status for the launcher that started it, if `launch` did."""
-    note = os.environ.get(_STATUS)
-    if note is not None and os.environ.get("RANK") == "0":
-        Path(note).write_text(str(status))
 
 
 def _failed(error: object) -> int:

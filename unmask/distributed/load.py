@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from unmask.distributed.mesh import Meshes
-from unmask.distributed.ranks import Ranks
+from unmask.distributed.ranks import Meshes, Ranks
 from unmask.distributed.shard import pieces
 from unmask.errors import TrainingError
 from unmask.models.lora.files import is_trained

@@ -1,6 +1,6 @@
-"""The processes of one run: who this one is, and what all of them decide together on the host.
+"""The ranks of a run: what all of them decide together on the host, and the device meshes that they form.
 
-Everything here is the identity with one process, which has no process group. Needs no torch until there are several.
+Every collective here is the identity with one process, which has no process group.
 """
 
 from __future__ import annotations
@@ -8,37 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from unmask.distributed.processes import Degrees, process_rank, world_size
 from unmask.errors import ConfigError, TrainingError, UnmaskError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 T = TypeVar("T")
-
-
-def _from_launcher(name: str, default: int, least: int) -> int:
-    given = os.environ.get(name, str(default))
-    if not given.isdecimal() or int(given) < least:
-        raise ConfigError(f"{name}: the launcher set it to {given!r}, which is no whole number from {least} on")
-    return int(given)
-
-
-def world_size() -> int:
-    """Return the number of processes that the launcher (torchrun) started; 1 without a launcher."""
-    return _from_launcher("WORLD_SIZE", 1, 1)
-
-
-def process_rank() -> int:
-    """Return this process's number among them, from 0."""
-    return _from_launcher("RANK", 0, 0)
-
-
-def local_rank() -> int:
-    """Return this process's number on its machine, from 0; it picks the CUDA device."""
-    return _from_launcher("LOCAL_RANK", 0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,9 +45,6 @@ class Ranks:
         """Return the sums over ranks of a few numbers on the host, in float64; the same list on every rank."""
         if self.size == 1:
             return list(values)
-        import torch
-        import torch.distributed as dist
-
         total = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
@@ -74,8 +52,6 @@ class Ranks:
     def sum_tensor(self, values: Tensor) -> Tensor:
         """Sum a tensor over ranks in place, on its own device, and return it."""
         if self.size > 1:
-            import torch.distributed as dist
-
             dist.all_reduce(values, group=self.group)
         return values
 
@@ -83,9 +59,6 @@ class Ranks:
         """Return the largest of the ranks' numbers."""
         if self.size == 1:
             return value
-        import torch
-        import torch.distributed as dist
-
         found = torch.tensor(value, dtype=torch.int64)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return int(found)
@@ -94,8 +67,6 @@ class Ranks:
         """Return the values of all ranks, small and picklable, in the order of ranks."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
@@ -165,10 +136,6 @@ def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
     size, rank = world_size(), process_rank()
     if size == 1:
         return Ranks()
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
     if dist.is_initialized():
         return Ranks(rank, size)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
@@ -201,8 +168,43 @@ def _nobody_came(rank: int, size: int, minutes: float, error: Exception) -> str:
 
 def leave() -> None:
     """Leave the process group, if there is one."""
-    if "torch" in __import__("sys").modules:
-        import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+
+@dataclass(frozen=True)
+class Meshes:
+    """The device meshes of a run of several ranks.
+
+    Attributes:
+        degrees: their sizes.
+        model: what everything but the experts is sharded over: (dp_shard,) or (dp_replicate, dp_shard).
+        experts: with expert parallelism (dp_replicate, ep, dp_spread), else None. Ranks of one `ep` group are
+            neighbours, so that the exchange of tokens stays within a machine where it can.
+    """
+
+    degrees: Degrees
+    model: DeviceMesh
+    experts: DeviceMesh | None
+
+    @property
+    def experts_data(self) -> Any:
+        """The part of `experts` that FSDP shards over: without `ep`, along which no gradient is summed."""
+        assert self.experts is not None
+        names = ("dp_replicate", "dp_spread") if self.degrees.replicate > 1 else ("dp_spread",)
+        return self.experts[names if len(names) > 1 else names[0]]
+
+
+def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
+    """Make the process groups; all ranks call it."""
+    if degrees.replicate > 1:
+        model = init_device_mesh(
+            device_type, (degrees.replicate, degrees.shard), mesh_dim_names=("dp_replicate", "dp_shard")
+        )
+    else:
+        model = init_device_mesh(device_type, (degrees.shard,), mesh_dim_names=("dp_shard",))
+    experts = None
+    if degrees.experts > 1:
+        order = torch.arange(degrees.world).view(degrees.replicate, degrees.spread, degrees.experts).transpose(1, 2)
+        experts = DeviceMesh(device_type, order.contiguous(), mesh_dim_names=("dp_replicate", "ep", "dp_spread"))
+    return Meshes(degrees, model, experts)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
+import resource
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
 
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
-from unmask.distributed.mesh import Degrees, Meshes, build_meshes
-from unmask.distributed.ranks import ALONE, Ranks, join, local_rank, world_size
+from unmask.distributed.processes import Degrees, local_rank, world_size
+from unmask.distributed.ranks import ALONE, Meshes, Ranks, build_meshes, join
 from unmask.errors import ConfigError
+from unmask.models.experts import Experts
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+# Parameters of mallopt(3).
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# Whoever sets one of these has chosen how memory is allocated.
+_CHOICES = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @dataclass(frozen=True)
@@ -34,25 +44,18 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the network and the loss run."""
-        import torch
-
         if self.compute_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def memory_gib(self) -> float:
         """Return the peak memory so far in GiB: allocated on a CUDA device, resident set on a CPU."""
-        import torch
-
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return _peak_resident_gib()
 
 
 def _peak_resident_gib() -> float:
-    import resource
-    import sys
-
     # Linux keeps ru_maxrss across exec, so it would report a large parent's memory; VmHWM starts afresh.
     try:
         with open("/proc/self/status", encoding="ascii") as status:
@@ -64,8 +67,6 @@ def _peak_resident_gib() -> float:
 
 def pick_device(name: str) -> torch.device:
     """Return the device called `auto`, `cpu` or `cuda`; ConfigError when there is no CUDA device to take."""
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -81,8 +82,6 @@ def own_device(device: torch.device) -> torch.device:
     Raises:
         ConfigError: more processes than devices.
     """
-    import torch
-
     if device.type != "cuda" or world_size() == 1:
         return device
     if local_rank() >= torch.cuda.device_count():
@@ -101,8 +100,6 @@ def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) ->
     Raises:
         ConfigError: no such device, or the processes cannot meet.
     """
-    import torch
-
     policy = section.mp_policy or MixedPrecisionConfig()
     degrees = degrees or Degrees()
     # A network whose weights are bf16 still has fp32 buffers: autocast brings what meets in a matmul to one dtype.
@@ -123,8 +120,6 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
     Raises:
         ConfigError: `attention: flex` or `compile` on a device or for a network that cannot train with it.
     """
-    from unmask.models.experts import Experts
-
     if section.attention == "flex" and not flex_available(runtime.device):
         raise ConfigError(
             f"distributed.attention: flex needs a CUDA device of compute capability 8.0 or later with Triton, and this "
@@ -151,15 +146,11 @@ def flex_available(device: torch.device) -> bool:
     Its kernels are compiled; elsewhere PyTorch has a slow reference or no backward pass (Dong et al. 2024,
     arXiv 2412.05496; torch.nn.attention.flex_attention).
     """
-    import torch
-
     return compiles_on(device) and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def compiles_on(device: torch.device) -> bool:
     """Say whether torch.compile trains on this device; on a CPU it would need a C++ compiler and gains little."""
-    from importlib.util import find_spec
-
     return device.type == "cuda" and find_spec("triton") is not None
 
 
@@ -168,10 +159,44 @@ def compile_blocks(stack: nn.Module) -> None:
 
     The method and not the module: what FSDP2 and activation checkpointing hang on a module's call stays outside.
     """
-    import torch
-    from torch import nn
-
     for blocks in stack.children():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
                 block.forward = torch.compile(block.forward)
+
+
+def synchronise_gradients(model: nn.Module, now: bool) -> None:
+    """Say whether a sharded network's next backward pass sums gradients over ranks, or leaves that to a later one."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDPModule, whose import takes seconds
+        model.set_requires_gradient_sync(now)  # pyright: ignore[reportCallIssue]
+        model.set_is_last_backward(now)  # pyright: ignore[reportCallIssue]
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Make a sharded network's gathered parameters shards again, after a forward pass without backward."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # pyright: ignore[reportCallIssue]
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for what is allocated next; return whether it does.
+
+    glibc takes large blocks from the system one by one and gives each back when it is freed, so that a training step on
+    a CPU, which makes and drops gradients and logits of hundreds of MB, pays a page fault for every 4 KB of them: with
+    a large vocabulary a tenth of its time. Kept, they cost it once. The resident set then stays near its peak until the
+    process ends, so this is for processes of our own that train.
+
+    Other C libraries (musl, macOS, Windows) are left as they are, and so is a process whose environment says how
+    memory is allocated (`MALLOC_TRIM_THRESHOLD_` and the like, `GLIBC_TUNABLES`, `LD_PRELOAD`).
+    """
+    if any(os.environ.get(name) for name in _CHOICES):
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        mallopt = library.mallopt
+        library.gnu_get_libc_version  # noqa: B018 (musl has a mallopt that does nothing)
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Blocks come from the heap, however large, and the heap never shrinks.
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))

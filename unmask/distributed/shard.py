@@ -27,7 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.distributed.expert import expert_dispatch, narrow_experts
-from unmask.distributed.mesh import Meshes
+from unmask.distributed.ranks import Meshes
 from unmask.models.registry import family_of
 from unmask.models.weights import Piece, whole_piece
 
@@ -84,19 +84,6 @@ def _hook_method(model: nn.Module, name: str) -> None:
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """Return the modules that FSDP2 manages; none for a network that is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def synchronise_gradients(model: nn.Module, now: bool) -> None:
-    """Say whether the next backward pass sums gradients over ranks, or keeps them for a later one that does."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-        model.set_is_last_backward(now)
-
-
-def free_gathered(model: nn.Module) -> None:
-    """Free what is still gathered, so that parameters are shards again: after a forward pass without backward."""
-    for module in sharded_modules(model):
-        module.reshard()
 
 
 def _precision(section: MixedPrecisionConfig | None) -> MixedPrecisionPolicy:

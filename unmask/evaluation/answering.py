@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config.results import ValidationConfig
-from unmask.errors import ConfigError, SamplingError
-from unmask.evaluation.grade import check_grader
+from unmask.errors import ConfigError
 from unmask.models.registry import family_of
 from unmask.rng import key
 from unmask.sampling.settings import resolve_settings
@@ -25,22 +24,6 @@ if TYPE_CHECKING:
     from unmask.evaluation.tasks import Question
 
 SAMPLES = "samples.jsonl"
-
-
-def check_answering(section: ValidationConfig | None, model_config: Any, generation: Mapping[str, Any]) -> None:
-    """Refuse what the model's family or this machine cannot do, before anything heavy loads.
-
-    Raises:
-        ConfigError: a setting that the family does not have.
-        MissingDependencyError: the grader's package is not installed.
-    """
-    if section is None:
-        return
-    check_grader(section.grader)
-    try:
-        resolve_settings(section.settings(), family_of(model_config), model_config, generation)
-    except SamplingError as error:
-        raise ConfigError(f"validation.sampler: {error}") from None
 
 
 def check_lengths(
@@ -98,7 +81,7 @@ def answer_validator(
         with runtime.autocast(), _in_eval(model):
             together = nullcontext()
             if runtime.meshes is not None:
-                from unmask.distributed.joint_calls import JointCalls
+                from unmask.distributed.inference import JointCalls
 
                 together = JointCalls(model, runtime.ranks)
             run = TaskRun(
@@ -116,7 +99,7 @@ def answer_validator(
             answers = run.answers()
             samples = sample_answers(run, range(min(section.keep_samples, len(questions))))
         if runtime.meshes is not None:
-            from unmask.distributed.shard import free_gathered
+            from unmask.distributed.runtime import free_gathered
 
             free_gathered(model)
         if runtime.ranks.first:

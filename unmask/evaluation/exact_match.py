@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from unmask import rng
 from unmask.config.sampler import SamplerConfig
+from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import ALONE, Ranks
-from unmask.distributed.rows import divide_rows
 from unmask.evaluation.grade import Grade, Interval, check_grader, grade, wilson
 from unmask.evaluation.tasks import Question
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE, Generation, generate

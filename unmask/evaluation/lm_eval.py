@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from unmask.config.reader import read_section
 from unmask.config.sampler import SamplerConfig
+from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import ALONE, Ranks
-from unmask.distributed.rows import divide_rows
 from unmask.errors import ConfigError, FieldError, choice_problem
 from unmask.evaluation.canvas_likelihood import ar_log_likelihood, has_canvases
 from unmask.evaluation.exact_match import cut_at, divide, rows_between_saves

@@ -16,8 +16,8 @@ from typing import Any
 
 from unmask.data.chat import load_template
 from unmask.data.conversation import Message
+from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import from_first
-from unmask.distributed.rows import divide_rows
 from unmask.errors import DataError, ModelError
 from unmask.evaluation.canvas_likelihood import (
     DEFAULT_LEVELS,

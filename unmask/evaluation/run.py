@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from unmask.distributed.answering import load_for_answers
+from unmask.distributed.inference import load_for_answers
 from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError

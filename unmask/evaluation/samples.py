@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.distributed.rows import divide_rows
+from unmask.distributed.inference import divide_rows
 from unmask.errors import DataError
 from unmask.evaluation.exact_match import TaskRun
 

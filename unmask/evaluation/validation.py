@@ -84,7 +84,7 @@ def validation_losses(
             weights[name] = term.weight
     model.train(was_training)
     if runtime.meshes is not None:
-        from unmask.distributed.shard import free_gathered
+        from unmask.distributed.runtime import free_gathered
 
         free_gathered(model)
     names = sorted(sums)

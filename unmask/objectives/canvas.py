@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses, rounded_up
+from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses
+from unmask.config.data import rounded_up
 from unmask.objectives.head import Scored, loss_terms, token_losses
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown

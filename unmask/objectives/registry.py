@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unmask.batch import rounded_up
+from unmask.config.data import rounded_up
 from unmask.config.objective import DllmConfig
 from unmask.errors import ConfigError
 

@@ -17,8 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from unmask.distributed.inference import divide_rows, own_rows
 from unmask.distributed.ranks import Ranks, join
-from unmask.distributed.rows import divide_rows, own_rows
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
 from unmask.report.progress import AnswerProgress

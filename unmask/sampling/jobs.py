@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from unmask.config.sampler import SamplerConfig
-from unmask.distributed.answering import load_shared
-from unmask.distributed.joint_calls import JointCalls
+from unmask.distributed.inference import JointCalls, load_shared
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
 from unmask.models.loading import apply_adapter, build_model
@@ -41,7 +40,7 @@ class LoadedModel:
         tokenizer: its tokenizer; None where prompts are token ids.
         settings: those in force.
         ranks: among whom prompts are divided.
-        together: the context in which ranks call a network that they share (`distributed.rows.divide_rows`).
+        together: the context in which ranks call a network that they share (`distributed.inference.divide_rows`).
     """
 
     model: nn.Module

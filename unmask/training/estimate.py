@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
+from unmask.config import RunConfig
+from unmask.distributed.runtime import pick_device
 from unmask.models.registry import ModelPlan
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from unmask.config import RunConfig
-    from unmask.ops.head import Head
+from unmask.ops.chunks import working_bytes
+from unmask.ops.head import Head
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,6 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         plan: the model's plan.
         model: its network, on the meta device, in its dtypes, adapters attached.
     """
-    from unmask.distributed.runtime import pick_device
-    from unmask.ops.chunks import working_bytes
-
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     width = 4 if config.model.torch_dtype == "float32" else 2
@@ -92,8 +89,6 @@ def head_gradients(model: nn.Module, width: int) -> int:
 
 def _packed(parameter: nn.Parameter) -> int:
     """How many parameters an element stands for: two where a frozen base is in 4 bits."""
-    import torch
-
     return 2 if parameter.dtype == torch.uint8 else 1
 
 

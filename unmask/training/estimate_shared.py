@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from unmask.distributed.mesh import Degrees
+from torch import nn
+
+from unmask.config import RunConfig
+from unmask.distributed.processes import Degrees
 from unmask.models.family import ShardPlan
 from unmask.models.registry import ModelPlan
 from unmask.training.estimate import Estimate, head_gradients
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from unmask.config import RunConfig
 
 
 @dataclass(frozen=True)

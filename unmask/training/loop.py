@@ -9,118 +9,25 @@ Everything that the loop needs arrives assembled in a `TrainingRun`; nothing is 
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from unmask.batch import Batch
-from unmask.config.results import CheckpointConfig
-from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
-from unmask.distributed.runtime import Runtime
+from unmask.distributed.ranks import Ranks
 from unmask.errors import DataError, TrainingError
-from unmask.objectives.registry import Objective
-from unmask.report.metrics import MetricsLog, SilentLog
-from unmask.report.progress import TrainingProgress
-from unmask.rng import NoiseStream, key
-from unmask.training.best import Best
-from unmask.training.evaluate import Validator, due_after, evaluate
+from unmask.rng import key
+from unmask.training.best import Best, better
 from unmask.training.optim import set_learning_rate
 from unmask.training.resume import ResumePoint
-from unmask.training.saver import Saver
+from unmask.training.run import TrainingOutcome, TrainingRun, Validator
 from unmask.training.schedule import due, learning_rate
-from unmask.training.signals import StopRequest
 from unmask.training.step import StepResult, train_step
-
-
-class Loader(Protocol):
-    """What the loop needs of the data: the micro-batches of each step, and a position to save."""
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """How many rows were passed over, by reason."""
-        ...
-
-    @property
-    def examples(self) -> Mapping[str, str]:
-        """For each reason, the first such row."""
-        ...
-
-    def __iter__(self) -> Generator[list[Batch]]:
-        """Yield each step's micro-batches from the current position on, without end."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last step returned, JSON-able."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """One assembled run.
-
-    Attributes:
-        root: the run directory.
-        model, objective, loader, optimizer, noise, runtime: the parts of a step.
-        steps: sizes and intervals; `total_steps` is the length they resolve to.
-        schedule, peak_lr, max_norm: the optimizer's settings that change or limit a step.
-        checkpoint: what is kept, under which identity (a checkpoint of another identity is foreign).
-        saver: writes checkpoints.
-        validators: what is measured, and how often.
-        metrics, progress: where numbers go.
-        name_rows: names rows by their sample ids, for an error message.
-        is_good_enough: told what was measured at a step; True ends the run.
-        defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
-    """
-
-    root: Path
-    model: nn.Module
-    objective: Objective
-    loader: Loader
-    optimizer: Optimizer
-    noise: NoiseStream
-    runtime: Runtime
-    steps: StepSchedulerConfig
-    total_steps: int
-    schedule: LRSchedulerConfig
-    peak_lr: float
-    max_norm: float | None
-    checkpoint: CheckpointConfig
-    identity: Mapping[str, Any]
-    saver: Saver
-    validators: Sequence[Validator]
-    metrics: MetricsLog | SilentLog
-    progress: TrainingProgress
-    name_rows: Callable[[Sequence[int]], str]
-    is_good_enough: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
-    defer_grad_sync: bool = True
-
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """How a run ended.
-
-    Attributes:
-        step: the last step made.
-        reason: `finished`, `good enough`, the name of the signal that stopped it, or `already finished` when there was
-            nothing left to do.
-        checkpoint: the folder saved last; None when checkpoints are off.
-        best: the best evaluation by `checkpoint.best_metric`; None without one.
-    """
-
-    step: int
-    reason: str
-    checkpoint: Path | None
-    best: Best | None = None
 
 
 def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
@@ -145,7 +52,7 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     stream = iter(run.loader)
     with StopRequest() as stop, run.progress, contextlib.closing(stream):
         if run.steps.val_at_start and step == 0:
-            evaluate(run, step, run.validators, best)
+            _evaluate(run, step, run.validators, best)
         while step < run.total_steps:
             began = time.perf_counter()
             try:
@@ -165,7 +72,7 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             if not result.finite:
                 raise _not_finite(run, step, result, batches)
             _record(run, step, rate, result, time.perf_counter() - began)
-            found = evaluate(run, step, due_after(run.validators, step), best)
+            found = _evaluate(run, step, [one for one in run.validators if due(step, one.every)], best)
             best = found.best
             stopped = stop.agreed(ranks)
             if found.good or stopped is not None:
@@ -176,7 +83,7 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             _tell_saved(run)
         if reason == "finished":
             rest = [validator for validator in run.validators if not due(step, validator.every)]
-            best = evaluate(run, step, rest, best).best
+            best = _evaluate(run, step, rest, best).best
         if step > start.step:
             _save(run, step, best, last=reason in ("finished", "good enough"))
         run.saver.settle()
@@ -202,6 +109,40 @@ def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
         if not _is_out_of_memory(error):
             raise
         raise _out_of_memory(run, step) from error
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What the measurements of one step came to.
+
+    Attributes:
+        good: the run may end here.
+        best: the best evaluation up to this step.
+        is_best: it is this one.
+    """
+
+    good: bool
+    best: Best | None
+    is_best: bool
+
+
+def _evaluate(run: TrainingRun, step: int, validators: Sequence[Validator], best: Best | None) -> _Evaluation:
+    """Measure, record each event, and compare with the best so far."""
+    measured: dict[str, Mapping[str, Any]] = {}
+    for validator in validators:
+        began = time.perf_counter()
+        fields = dict(validator.measure(run.model, step))
+        measured[validator.event] = fields
+        run.metrics.write(validator.event, step=step, **fields, seconds=round(time.perf_counter() - began, 3))
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in fields.items() if isinstance(value, float))
+        label = "" if validator.event in fields else f"{validator.event}  "
+        run.progress.say(f"step {step}  {label}{numbers}")
+    found = better(run.checkpoint.best_metric, best, measured, step)
+    if found is not None:
+        run.metrics.write("best", step=step, metric=found.metric, value=found.value)
+        run.progress.say(f"step {step}  best {found.metric} so far")
+    together = {name: value for fields in measured.values() for name, value in fields.items()}
+    return _Evaluation(bool(measured) and run.is_good_enough(together), found or best, found is not None)
 
 
 def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float) -> None:
@@ -262,3 +203,34 @@ def _out_of_memory(run: TrainingRun, step: int) -> TrainingError:
         "the same), set distributed.activation_checkpointing: true, or lower dataset.seq_length, then run again. Last "
         f"checkpoint: {run.saver.newest or 'none yet'}"
     )
+
+
+class StopRequest:
+    """Context in which SIGINT and SIGTERM set `name` instead of killing the process; leaving restores the handlers."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def agreed(self, ranks: Ranks) -> str | None:
+        """Return the signal that any rank has received, the same on all of them; a collective."""
+        own = 0 if self.name is None else int(signal.Signals[self.name])
+        number = ranks.largest(own)
+        return None if number == 0 else signal.Signals(number).name
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.name = signal.Signals(number).name

@@ -1,41 +1,19 @@
-"""The `peft` section: low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers and on stacked experts."""
+"""Fresh LoRA adapters (Hu et al. 2021, arXiv 2106.09685): what of a network they adapt, and what they start from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from torch import nn
 
 from unmask.config.model import PeftConfig
 from unmask.errors import ConfigError
+from unmask.models.experts import Experts
+from unmask.models.family import LoraTargets
+from unmask.models.lora.quantized import quantize_base
 from unmask.models.registry import family_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from unmask.models.family import LoraTargets
-
-
-def check_quantization(section: PeftConfig | None, processes: int) -> None:
-    """Refuse `load_in_4bit` where it cannot work; needs no torch.
-
-    Args:
-        section: the `peft` section.
-        processes: how many the launcher started.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed, or several processes, over which packed weights cannot be sharded.
-    """
-    if section is None or not section.load_in_4bit:
-        return
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("peft.load_in_4bit: needs bitsandbytes; install it with `pip install 'unmask[quant]'`")
-    if processes > 1:
-        raise ConfigError(
-            f"peft.load_in_4bit: works on one device, and {processes} processes were started; start one, or set it "
-            "false"
-        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +38,6 @@ def resolve_targets(section: PeftConfig, model: nn.Module) -> Targets:
         ConfigError: a pattern that matches nothing, or only what cannot be adapted (head, embedding, router); the
             message lists what can.
     """
-    from torch import nn as torch_nn
-
     lora, head = family_of(model.config).lora, cast(Any, model.head)
     modules = target_names(section, model)
     stacks = _stacked_matrices(model)
@@ -71,7 +47,7 @@ def resolve_targets(section: PeftConfig, model: nn.Module) -> Targets:
         for name, module in model.named_modules()
         if any(fnmatchcase(name, pattern) for pattern in lora.whole)
         and next(module.parameters(), None) is not None
-        and not (isinstance(module, torch_nn.Embedding) and module.weight is head.weight)  # tied: it is also the head
+        and not (isinstance(module, nn.Embedding) and module.weight is head.weight)  # tied: it is also the head
     ]
     whole = _match("modules_to_save", section.modules_to_save or [], whole_kinds, whole_kinds, model, lora)
     return Targets(modules, parameters, whole)
@@ -86,13 +62,11 @@ def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
     Raises:
         ConfigError: a pattern that matches no linear layer that can be adapted.
     """
-    from torch import nn as torch_nn
-
     lora = family_of(model.config).lora
     linears = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch_nn.Linear) and any(fnmatchcase(name, pattern) for pattern in lora.linears)
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in lora.linears)
     ]
     default = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in lora.default)]
     chosen = default
@@ -107,8 +81,6 @@ def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
 
 
 def _stacked_matrices(model: nn.Module) -> list[str]:
-    from unmask.models.experts import Experts
-
     return [
         f"{owner}.{name}"
         for owner, module in model.named_modules()
@@ -163,11 +135,11 @@ def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
         section: the `peft` section.
         base: name or folder of the base model, recorded in adapter_config.json.
     """
+    from peft import LoraConfig  # takes seconds, and only adapters need it
+
     from unmask.models.lora.attach import attach_adapter, restart_magnitudes
 
     targets = resolve_targets(section, model)
-    from peft import LoraConfig
-
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.lora_alpha,  # pyright: ignore[reportArgumentType]
@@ -181,8 +153,6 @@ def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
     )
     attach_adapter(model, config)
     if section.load_in_4bit:
-        from unmask.models.lora.quantized import quantize_base
-
         quantize_base(model)
         if section.use_dora and not next(model.parameters()).is_meta:
             restart_magnitudes(model)

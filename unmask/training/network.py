@@ -16,7 +16,7 @@ from unmask.config.distributed import DistributedConfig
 from unmask.config.model import PeftConfig
 from unmask.config.training import OptimizerConfig
 from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
-from unmask.distributed.mesh import Meshes
+from unmask.distributed.ranks import Meshes
 from unmask.distributed.runtime import Runtime, set_switches
 from unmask.distributed.shard import piece, pieces, shard_model, whole_view
 from unmask.errors import CheckpointError, ConfigError

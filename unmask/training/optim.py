@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from unmask.config.training import OptimizerConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
 
 
 def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -16,8 +16,6 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
 
     Parameters that are sharded over different ranks are in groups of their own, as one fused kernel takes one mesh.
     """
-    import torch
-
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -45,8 +43,6 @@ def squared_norm(optimizer: Optimizer, copies: int) -> Tensor:
         optimizer: its parameters are shards and hold the gradients.
         copies: how many ranks hold the same shard (HSDP), and share its part of the norm.
     """
-    import torch
-
     return torch.nn.utils.get_total_norm(_gradients(optimizer)).float().square() / copies
 
 
@@ -67,8 +63,6 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None, norm: Tensor | 
     Returns:
         the norm before scaling, float32 scalar. A norm that is not finite is returned and nothing is scaled.
     """
-    import torch
-
     gradients = _gradients(optimizer)
     if norm is None:
         norm = torch.nn.utils.get_total_norm(gradients).float()
@@ -88,8 +82,6 @@ def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> N
         norm: their global 2-norm, float32 scalar.
         max_norm: the largest norm to leave.
     """
-    import torch
-
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), coefficient, 1.0))
 

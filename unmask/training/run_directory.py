@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,6 @@ def hold_run_dir(root: Path, section: CheckpointConfig) -> Iterator[None]:
 
 def _lock(root: Path) -> int:
     """Return the open, locked lock file of a run directory, our process id in it."""
-    import fcntl
-
     path = root / LOCK
     while True:
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmask.batch import Batch, Corrupted
-from unmask.distributed.runtime import Runtime
+from unmask.distributed.runtime import Runtime, synchronise_gradients
 from unmask.objectives.registry import Objective
 from unmask.rng import NoiseStream
 from unmask.training.optim import clip_gradients, squared_norm
@@ -61,10 +63,6 @@ def train_step(
         max_norm: gradients are scaled down to this global 2-norm; None = never.
         defer_grad_sync: with several ranks, sum gradients over them after the last micro-batch alone.
     """
-    import math
-
-    import torch
-
     noisy = [objective.corrupt(batch, noise) for batch in batches]
     counts, tokens, supervised = _global_counts(noisy, batches, runtime)
     sums: dict[str, Tensor] = {}
@@ -72,8 +70,6 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     for number, part in enumerate(noisy, start=1):
         if runtime.meshes is not None:
-            from unmask.distributed.shard import synchronise_gradients
-
             synchronise_gradients(model, not defer_grad_sync or number == len(noisy))
         with runtime.autocast():
             loss = objective.loss(model, part.to(runtime.device), counts)

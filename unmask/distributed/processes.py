@@ -1,4 +1,4 @@
-"""The arrangement of ranks: how many hold a copy of the model, how many share one, how many share the experts.
+"""How many processes run, which one this is, and how they are to be arranged. Needs no torch.
 
 Degrees: world = replicate × shard; the ranks that share a copy are divided once more, shard = spread × experts, for the
 experts of a mixture: each expert lives on the `spread` ranks that have the same place among `experts` neighbours.
@@ -6,15 +6,43 @@ experts of a mixture: each expert lives on the `spread` ranks that have the same
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
+from unmask.config.distributed import DistributedConfig
 from unmask.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+STATUS_FILE = "UNMASK_STATUS_FILE"  # where rank 0 leaves its exit status: a launcher that was signalled keeps none
 
-    from unmask.config.distributed import DistributedConfig
+
+def _from_launcher(name: str, default: int, least: int) -> int:
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal() or int(given) < least:
+        raise ConfigError(f"{name}: the launcher set it to {given!r}, which is no whole number from {least} on")
+    return int(given)
+
+
+def world_size() -> int:
+    """Return the number of processes that the launcher (torchrun) started; 1 without a launcher."""
+    return _from_launcher("WORLD_SIZE", 1, 1)
+
+
+def process_rank() -> int:
+    """Return this process's number among them, from 0."""
+    return _from_launcher("RANK", 0, 0)
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine, from 0; it picks the CUDA device."""
+    return _from_launcher("LOCAL_RANK", 0, 0)
+
+
+def leave_status(status: int) -> None:
+    """Note rank 0's exit status for the launcher that started it, if `launch.launch` did."""
+    note = os.environ.get(STATUS_FILE)
+    if note is not None and os.environ.get("RANK") == "0":
+        Path(note).write_text(str(status))
 
 
 @dataclass(frozen=True)
@@ -81,44 +109,3 @@ def resolve_degrees(section: DistributedConfig, world: int, num_experts: int | N
     if section.offload_policy is not None and world == 1:
         raise ConfigError("distributed.offload_policy: needs more than one process, which share the model; set null")
     return Degrees(world, section.dp_replicate_size, section.ep_size)
-
-
-@dataclass(frozen=True)
-class Meshes:
-    """The device meshes of a run of several ranks.
-
-    Attributes:
-        degrees: their sizes.
-        model: what everything but the experts is sharded over: (dp_shard,) or (dp_replicate, dp_shard).
-        experts: with expert parallelism (dp_replicate, ep, dp_spread), else None. Ranks of one `ep` group are
-            neighbours, so that the exchange of tokens stays within a machine where it can.
-    """
-
-    degrees: Degrees
-    model: DeviceMesh
-    experts: DeviceMesh | None
-
-    @property
-    def experts_data(self) -> Any:
-        """The part of `experts` that FSDP shards over: without `ep`, along which no gradient is summed."""
-        assert self.experts is not None
-        names = ("dp_replicate", "dp_spread") if self.degrees.replicate > 1 else ("dp_spread",)
-        return self.experts[names if len(names) > 1 else names[0]]
-
-
-def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
-    """Make the process groups; all ranks call it."""
-    import torch
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-    if degrees.replicate > 1:
-        model = init_device_mesh(
-            device_type, (degrees.replicate, degrees.shard), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
-    else:
-        model = init_device_mesh(device_type, (degrees.shard,), mesh_dim_names=("dp_shard",))
-    experts = None
-    if degrees.experts > 1:
-        order = torch.arange(degrees.world).view(degrees.replicate, degrees.spread, degrees.experts).transpose(1, 2)
-        experts = DeviceMesh(device_type, order.contiguous(), mesh_dim_names=("dp_replicate", "ep", "dp_spread"))
-    return Meshes(degrees, model, experts)

@@ -1,0 +1,148 @@
+"""Rows of unequal length become rectangular batches, one by one or a whole validation set at once.
+
+Plain padding attends nothing, is attended by nothing and is never supervised: it changes no number. With
+`supervise_padding` (LLaDA's recipe: GUIDELINES.md of ML-GSAI/LLaDA, "SFT") padding is EOS, attended and supervised, so
+the model learns where to stop; how much of it there is then matters, and the caller chooses `length` for that.
+
+Shape suffixes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unmask.batch import Batch
+from unmask.config.data import rounded_up
+from unmask.data.encode import Encode, EncodedRow
+from unmask.data.sources import Rows
+from unmask.errors import DataError
+from unmask.rng import generator
+
+
+def rounded(length: int, most: int | None) -> int:
+    """Return the length up to which rows of at most `length` tokens are padded, itself at most `most`."""
+    return rounded_up(length) if most is None else max(length, min(rounded_up(length), most))
+
+
+def collate(
+    rows: Sequence[EncodedRow],
+    sample_ids: Sequence[int],
+    slots: Sequence[int],
+    epoch: int,
+    global_rows: int,
+    length: int,
+    pad_token_id: int,
+    supervise_padding: bool,
+    peers: Sequence[int],
+) -> Batch:
+    """Return the rows as one micro-batch, padded on the right.
+
+    Args:
+        rows: B encoded rows, none longer than `length`.
+        sample_ids: index of each in its dataset.
+        slots: place of each in its global batch.
+        epoch: pass over the data, from 0.
+        global_rows: rows in the global batch.
+        length: L.
+        pad_token_id: what fills the rows up; EOS where padding is supervised.
+        supervise_padding: padding is attended and supervised.
+        peers: sample ids of the rows that all ranks hold in this micro-batch.
+    """
+    shape = len(rows), length
+    input_ids_BL = torch.full(shape, pad_token_id, dtype=torch.int64)
+    supervised_BL = torch.full(shape, supervise_padding)
+    attention_mask_BL = torch.full(shape, supervise_padding)
+    for number, row in enumerate(rows):
+        input_ids_BL[number, : len(row)] = torch.from_numpy(row.input_ids)
+        supervised_BL[number, : len(row)] = torch.from_numpy(row.supervised)
+        attention_mask_BL[number, : len(row)] = True
+    return Batch(
+        input_ids_BL=input_ids_BL,
+        supervised_BL=supervised_BL,
+        attention_mask_BL=attention_mask_BL,
+        answer_lengths_B=supervised_BL.sum(dim=1),
+        sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
+        epoch=epoch,
+        slots_B=torch.tensor(slots, dtype=torch.int64),
+        global_rows=global_rows,
+        cut_B=torch.tensor([row.cut for row in rows], dtype=torch.bool),
+        peers_P=torch.tensor(peers, dtype=torch.int64),
+    )
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A validation set, encoded once.
+
+    Attributes:
+        batches: its rows.
+        dropped: rows left out, by reason.
+        examples: for each reason, the first such row, as in `TrainLoader`.
+    """
+
+    batches: Sequence[Batch]
+    dropped: Mapping[str, int]
+    examples: Mapping[str, str]
+
+
+def validation_set(
+    rows: Rows,
+    encode: Encode,
+    *,
+    local_batch_size: int,
+    pad_token_id: int,
+    supervise_padding: bool,
+    seq_length: int | None = None,
+) -> ValidationSet:
+    """Return a whole validation set as batches, always the same ones.
+
+    Rows are sorted by length for little padding. With `supervise_padding` all are padded to the longest row of the set,
+    so that the loss does not depend on `local_batch_size`.
+
+    Args:
+        rows: the source.
+        encode: gives row i as tokens.
+        local_batch_size: rows a batch.
+        pad_token_id: padding.
+        supervise_padding: padding is attended and supervised.
+        seq_length: as in `TrainLoader`.
+
+    Raises:
+        DataError: a malformed row, or no row that can be scored.
+    """
+    found: list[tuple[int, EncodedRow]] = []
+    dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for index in range(len(rows)):
+        row = encode(index)
+        if isinstance(row, EncodedRow):
+            found.append((index, row))
+        else:
+            dropped[row.reason] += 1
+            examples.setdefault(row.reason, row.detail or rows.describe(index))
+    if not found:
+        raise DataError(
+            f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"
+        )
+    found.sort(key=lambda item: (len(item[1]), item[0]))
+    slots = generator(0, "data/slots/validation").permutation(len(found)).tolist()
+    batches = [
+        collate(
+            [row for _, row in some],
+            [sample_id for sample_id, _ in some],
+            slots[first : first + local_batch_size],
+            epoch=0,
+            global_rows=len(found),
+            length=len(found[-1][1]) if supervise_padding else rounded(len(some[-1][1]), seq_length),
+            pad_token_id=pad_token_id,
+            supervise_padding=supervise_padding,
+            peers=[sample_id for sample_id, _ in some],
+        )
+        for first in range(0, len(found), local_batch_size)
+        for some in [found[first : first + local_batch_size]]
+    ]
+    return ValidationSet(batches, dropped, examples)

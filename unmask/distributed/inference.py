@@ -1,0 +1,157 @@
+"""A network that answers on several ranks, whole on each or one copy that all share, and rows divided among them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from unmask.config.distributed import DistributedConfig
+from unmask.distributed.processes import Degrees
+from unmask.distributed.ranks import Ranks, build_meshes
+from unmask.errors import ConfigError
+from unmask.models.folders import find_adapter, read_generation
+from unmask.models.loading import apply_adapter, empty_network, load_model
+from unmask.models.lora.files import read_adapter
+from unmask.models.registry import ModelPlan, family_of, plan_folder
+from unmask.models.weights import base_tensors, fill, set_dtypes
+
+Row = TypeVar("Row", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def own_rows(rows: Sequence[Hashable], ranks: Ranks) -> list[int]:
+    """Return the indices of this rank's rows, in their order.
+
+    Equal rows go to one rank: what is drawn for a row may depend on how often it came before.
+    """
+    numbers: dict[Hashable, int] = {}
+    for row in rows:
+        numbers.setdefault(row, len(numbers))
+    return [index for index, row in enumerate(rows) if numbers[row] % ranks.size == ranks.rank]
+
+
+def divide_rows(
+    rows: Sequence[Row],
+    ranks: Ranks,
+    function: Callable[[list[Row]], Sequence[Result]],
+    together: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008 - has no state
+) -> list[Result]:
+    """Return a result for each row, computed by the rank whose row it is; the same list on every rank.
+
+    Args:
+        rows: all of them, equal on every rank.
+        ranks: all of them; a collective.
+        function: gives a picklable result for each of some rows; not called for none.
+        together: a context for `function` that all ranks enter, those without rows too (`load_for_answers`).
+    """
+    own = own_rows(rows, ranks)
+    with together:
+        found = list(zip(own, function([rows[index] for index in own]), strict=True)) if own else []
+    results = {index: result for part in ranks.gather(found) for index, result in part}
+    return [results[index] for index in range(len(rows))]
+
+
+def load_for_answers(
+    name: str, dtype: str | None, device: torch.device, adapter: str | None, ranks: Ranks, shard: bool
+) -> tuple[nn.Module, contextlib.AbstractContextManager]:
+    """Load a checkpoint for rows that are divided among ranks; all ranks call it.
+
+    Args:
+        name, dtype, device, adapter: as `registry.load_model`.
+        ranks: all of them.
+        shard: every rank keeps a part of the weights, read from the files as such, and gathers a block when it runs;
+            False loads the whole network on each.
+
+    Returns:
+        the network in eval mode, and the context in which ranks call it, for `divide_rows`; it may be entered
+        again and again.
+
+    Raises:
+        ConfigError: `shard` on one rank.
+        ModelError, TrainingError: as loading does; no memory for a part.
+    """
+    if not shard:
+        return load_model(name, dtype, device, adapter), contextlib.nullcontext()
+    if ranks.size == 1:
+        raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
+    plan = plan_folder(name, "checkpoint")
+    model = load_shared(plan, dtype, device, adapter, ranks)
+    return model, JointCalls(model, ranks)
+
+
+def load_shared(
+    plan: ModelPlan, dtype: str | None, device: torch.device, adapter: str | None, ranks: Ranks
+) -> nn.Module:
+    """Build, shard and fill a network that is not trained; all ranks call it. Arguments as `load_for_answers`."""
+    # FSDP2 and what belongs to it take seconds to import, which one process need not wait for.
+    from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
+    from unmask.distributed.shard import pieces, shard_model
+
+    assert plan.folder is not None
+    with torch.device("meta"):
+        model = empty_network(plan.family, plan.config)
+    model = set_dtypes(model, plan.folder, None if dtype is None else getattr(torch, dtype))
+    whole = None
+    if adapter is not None:
+        apply_adapter(model, adapter)
+        whole = whole_adapter(model)
+        read_adapter(whole, find_adapter(adapter))
+    model.requires_grad_(False)
+    meshes = build_meshes(Degrees(ranks.size), device.type)
+    shard_model(model, DistributedConfig(), meshes)
+    allocate(model, device, ranks, "use more processes")
+    fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
+    if whole is not None:
+        load_tensors(model, meshes, adapter_tensors(whole))
+    model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
+    return model.eval()
+
+
+class JointCalls:
+    """A context for passes through a sharded network without gradients; all ranks enter and leave it together.
+
+    Such a pass gathers every block from all ranks, so all must make the same number of passes, and rows need different
+    ones. Before each pass of its own a rank says that it works; a rank that is through with its rows waits for that
+    word and gathers along, with a pass over one token, until no rank works any more.
+
+    The context may be entered any number of times, one after another. Passes may be made by any method of the network
+    that runs each block once, in their order. A rank that leaves with an exception helps nobody: the run has failed.
+
+    Args:
+        model: sharded by `shard.shard_model`.
+        ranks: all that share it.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        plan = family_of(model.config).shard
+        self._first = next(model.get_submodule(plan.blocks).children())
+        self._pass = model if plan.over_tokens is None else getattr(model, plan.over_tokens)
+        self._model, self._ranks = model, ranks
+        self._hook: Any = None
+
+    def __enter__(self) -> JointCalls:
+        # The embedding and the head are gathered by the first pass and stay: that is behind all ranks from here on.
+        self._help()
+        self._hook = self._first.register_forward_pre_hook(self._say, prepend=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._hook.remove()
+        if kind is not None:
+            return
+        while self._any_works(False):
+            self._help()
+
+    def _say(self, *_: object) -> None:
+        self._any_works(True)
+
+    def _any_works(self, own: bool) -> bool:
+        return self._ranks.sum([float(own)])[0] > 0
+
+    @torch.no_grad()
+    def _help(self) -> None:
+        self._pass(torch.zeros(1, 1, dtype=torch.long, device=next(self._model.parameters()).device))

@@ -1,0 +1,85 @@
+"""What a dry run shows and a run uses, all but the network: tokenizer, template, data, objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmask.data.chat import ChatTemplate, load_template
+from unmask.data.encode import RowEncoder
+from unmask.data.loader import TrainLoader
+from unmask.distributed.ranks import ALONE, Ranks
+from unmask.errors import ConfigError
+from unmask.models.tokenizer import load_tokenizer
+from unmask.objectives.registry import Objective, build_objective
+from unmask.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of a run that a dry run shows and a run uses.
+
+    Attributes:
+        tokenizer, template: how text becomes tokens.
+        encode: row index → tokens, or the reason to leave the row out.
+        loader: the training data.
+        objective: corruption and loss.
+        pad_token_id: padding; the model's EOS where it is supervised.
+    """
+
+    tokenizer: Any
+    template: ChatTemplate
+    encode: RowEncoder
+    loader: TrainLoader
+    objective: Objective
+    pad_token_id: int
+
+
+def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
+    """Build tokenizer, template, this rank's loader and objective; the network is not touched."""
+    config, plan = prepared.config, prepared.plan
+    tokenizer = load_tokenizer(str(prepared.tokenizer_folder), "dataset.tokenizer")
+    if len(tokenizer) > plan.config.rows:
+        raise ConfigError(
+            f"dataset.tokenizer: {prepared.tokenizer_folder} has {len(tokenizer)} ids, the model's embedding only "
+            f"{plan.config.rows}; use the model's own tokenizer"
+        )
+    mask = getattr(plan.config, "mask_token_id", None)  # families without masked noise have none
+    if mask is not None:
+        _check_mask(tokenizer, mask, prepared.tokenizer_folder)
+    template = load_template(
+        tokenizer,
+        config.dataset.chat_template,
+        [] if mask is None else [mask],
+        variables=config.dataset.chat_template_kwargs,
+        supervise_reasoning=config.dataset.supervise_reasoning,
+    )
+    tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
+    encode = RowEncoder(prepared.rows, template, config.dataset)
+    pad = plan.config.eos_token_id
+    loader = TrainLoader(
+        prepared.rows,
+        encode,
+        config=config.dataloader,
+        global_batch_size=config.step_scheduler.global_batch_size,
+        local_batch_size=config.step_scheduler.local_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        seed=config.seed if config.dataset.shuffle_seed is None else config.dataset.shuffle_seed,
+        pad_token_id=pad,
+        supervise_padding=bool(config.dllm.supervise_padding),
+        seq_length=config.dataset.seq_length,
+    )
+    return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
+
+
+def _check_mask(tokenizer: Any, mask_token_id: int, folder: Path) -> None:
+    """Refuse a mask that text can contain: the network could not tell it from what is hidden."""
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    if mask_token_id < len(tokenizer) and mask_token_id not in special:
+        raise ConfigError(
+            f"dataset.tokenizer: {folder} uses the model's mask_token_id {mask_token_id} for ordinary text "
+            f"({tokenizer.convert_ids_to_tokens(mask_token_id)!r}); use the model's own tokenizer, or add a mask token "
+            "to this one and set the model's mask_token_id to its id"
+        )

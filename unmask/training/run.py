@@ -1,0 +1,122 @@
+"""One assembled training run: everything that the loop needs, and how the run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from unmask.batch import Batch
+from unmask.config.results import CheckpointConfig
+from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
+from unmask.distributed.runtime import Runtime
+from unmask.objectives.registry import Objective
+from unmask.report.metrics import MetricsLog, SilentLog
+from unmask.report.progress import TrainingProgress
+from unmask.rng import NoiseStream
+from unmask.training.best import Best
+from unmask.training.saver import Saver
+
+
+class Loader(Protocol):
+    """What the loop needs of the data: the micro-batches of each step, and a position to save."""
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """How many rows were passed over, by reason."""
+        ...
+
+    @property
+    def examples(self) -> Mapping[str, str]:
+        """For each reason, the first such row."""
+        ...
+
+    def __iter__(self) -> Generator[list[Batch]]:
+        """Yield each step's micro-batches from the current position on, without end."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last step returned, JSON-able."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class Validator:
+    """One kind of measurement.
+
+    Attributes:
+        event: the kind of event that it is recorded as.
+        every: how often, in steps; None = at the end of the run only.
+        measure: takes the network and the steps made, returns the event's fields; the same on every rank.
+    """
+
+    event: str
+    every: int | None
+    measure: Callable[[nn.Module, int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One assembled run.
+
+    Attributes:
+        root: the run directory.
+        model, objective, loader, optimizer, noise, runtime: the parts of a step.
+        steps: sizes and intervals; `total_steps` is the length they resolve to.
+        schedule, peak_lr, max_norm: the optimizer's settings that change or limit a step.
+        checkpoint: what is kept, under which identity (a checkpoint of another identity is foreign).
+        saver: writes checkpoints.
+        validators: what is measured, and how often.
+        metrics, progress: where numbers go.
+        name_rows: names rows by their sample ids, for an error message.
+        is_good_enough: told what was measured at a step; True ends the run.
+        defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
+    """
+
+    root: Path
+    model: nn.Module
+    objective: Objective
+    loader: Loader
+    optimizer: Optimizer
+    noise: NoiseStream
+    runtime: Runtime
+    steps: StepSchedulerConfig
+    total_steps: int
+    schedule: LRSchedulerConfig
+    peak_lr: float
+    max_norm: float | None
+    checkpoint: CheckpointConfig
+    identity: Mapping[str, Any]
+    saver: Saver
+    validators: Sequence[Validator]
+    metrics: MetricsLog | SilentLog
+    progress: TrainingProgress
+    name_rows: Callable[[Sequence[int]], str]
+    is_good_enough: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
+    defer_grad_sync: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """How a run ended.
+
+    Attributes:
+        step: the last step made.
+        reason: `finished`, `good enough`, the name of the signal that stopped it, or `already finished` when there was
+            nothing left to do.
+        checkpoint: the folder saved last; None when checkpoints are off.
+        best: the best evaluation by `checkpoint.best_metric`; None without one.
+    """
+
+    step: int
+    reason: str
+    checkpoint: Path | None
+    best: Best | None = None
