@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.models.llada.cache import KeyValueStore, Window, forward_window, spans
 from unmask.models.llada.model import LLaDA
+from unmask.sampling.backends.window import KeyValueStore, Window, forward_window, spans
 
 Make = Callable[..., LLaDA]
 VARIANTS = [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "weight_tying": True}, {"include_bias": True}]

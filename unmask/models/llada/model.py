@@ -23,7 +23,7 @@ from unmask.ops.head import Head
 
 
 class Cache(Protocol):
-    """Keys and values of positions that a forward pass does not compute (`unmask/models/llada/cache.py`)."""
+    """Keys and values of positions that a forward pass does not compute (`unmask/sampling/backends/window.py`)."""
 
     def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
         """Take in those that it does; return all that its queries attend to, (B, G, ·, E) each."""

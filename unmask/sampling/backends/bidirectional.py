@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmask.models.llada.cache import KeyValueStore, Window, forward_window, spans
-from unmask.models.llada.model import LLaDA
 from unmask.ops.ragged import concat_padded, pad_rows
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import replays_for
+from unmask.sampling.backends.window import KeyValueStore, Window, forward_window, spans
 from unmask.sampling.settings import SamplerSettings
 
 # Positions whose computation takes about as long as starting one more forward and reading the weights again.
@@ -97,19 +97,20 @@ class BidirectionalBackend:
     that is committed. Rows of one batch may be at different calls of different blocks.
 
     Args:
-        model: the network.
+        model: the network; a pass over part of the positions is `forward_window`.
         settings: `cache` and `refresh_interval`; `cfg_scale`, whose pair is one call of twice the rows.
     """
 
     self_conditioning = None
 
-    def __init__(self, model: LLaDA, settings: SamplerSettings) -> None:
+    def __init__(self, model: Any, settings: SamplerSettings) -> None:
         config = model.config
         self.model = model
         self.cache, self.refresh_interval = settings.cache, settings.refresh_interval
         self.cfg_scale = settings.cfg_scale or 0.0
         self.copies = 2 if self.cfg_scale else 1  # network rows a row
-        self.device = next(model.parameters()).device
+        self._like = next(model.parameters())
+        self.device = self._like.device
         self._network = replays_for(model)
         padding = () if config.pad_token_id == config.eos_token_id else (config.pad_token_id,)
         self.spec = ModelSpec(
@@ -139,7 +140,8 @@ class BidirectionalBackend:
         store = None
         first_B, end_B = torch.zeros_like(lengths_B), lengths_B
         if self.cache != "none":
-            store = (context.store or self._empty_store(*ids_RL.shape)).padded(ids_RL.shape[1])
+            store = context.store or KeyValueStore.empty(self.model.config, *ids_RL.shape, like=self._like)
+            store = store.padded(ids_RL.shape[1])
             due_B = call.step_B % (self.refresh_interval or torch.iinfo(torch.int64).max) == 0  # for a full forward
             first_B = torch.where(due_B, first_B, prompts_B + call.first_B)
             if self.cache == "dual":
@@ -172,9 +174,6 @@ class BidirectionalBackend:
     ) -> Prompts:
         """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
         return context
-
-    def _empty_store(self, rows: int, columns: int) -> KeyValueStore:
-        return KeyValueStore.empty(self.model.config, rows, columns, like=self.model.transformer.wte.weight)
 
     def _with_blind(self, ids_BL: Tensor, prompts_B: Tensor) -> Tensor:
         """Return the network's rows (R, L): with guidance each row is followed by itself with its prompt masked."""

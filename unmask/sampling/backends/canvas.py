@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import append, concat, select, truncate
-from unmask.models.diffusion_gemma.model import DiffusionGemma, Encoded
 from unmask.models.experts import Experts, grouped_kernel
 from unmask.ops.ragged import pad_rows
 from unmask.sampling.backends.backend import Call, ModelSpec
@@ -31,7 +31,7 @@ class Canvases:
         scored: rows and canvas positions that the next `conditioned` is about; None = all.
     """
 
-    encoded: Encoded
+    encoded: Any
     ids: tuple[tuple[int, ...], ...]
     conditioning_BSD: Tensor
     scored: tuple[Tensor, Tensor] | None = None
@@ -69,11 +69,11 @@ class CanvasBackend:
     """A causal encoder, whose clean tokens never change what they are, so that their keys and values are kept.
 
     Args:
-        model: the network.
+        model: a network with `encode` and `decode`.
         settings: `cache: none` encodes a row anew after each of its canvases.
     """
 
-    def __init__(self, model: DiffusionGemma, settings: SamplerSettings) -> None:
+    def __init__(self, model: Any, settings: SamplerSettings) -> None:
         config, generation = model.config, getattr(model, "generation", {})
         ends = generation.get("eos_token_id")
         ends = config.eos_token_ids if ends is None else ends
@@ -160,7 +160,7 @@ class CanvasBackend:
         encoded = append(context.encoded, done, more_encoded, canvas_KS.shape[1], lengths)
         return replace(context, encoded=encoded, ids=_joined(context.ids, more))
 
-    def _encode(self, rows: Sequence[Sequence[int]]) -> Encoded:
+    def _encode(self, rows: Sequence[Sequence[int]]) -> Any:
         return truncate(self.model.encode(pad_rows(rows).to(self.device)), [len(row) for row in rows])
 
 
@@ -168,7 +168,7 @@ def _joined(ids: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> tupl
     return tuple((*old, *new) for old, new in zip(ids, more, strict=True))
 
 
-def _experts_are_grouped(model: DiffusionGemma) -> bool:
+def _experts_are_grouped(model: Any) -> bool:
     """Whether all experts' matmuls are one kernel each, for which the host need not know how tokens are divided."""
     held = [layer.experts for layer in model.stack.layers]
     return all(

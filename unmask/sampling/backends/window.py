@@ -1,7 +1,7 @@
-"""LLaDA's approximate caches: keys and values kept between forward passes, and passes over a part of the positions.
+"""Approximate caches: keys and values kept between forward passes, and passes over a part of the positions.
 
-LLaDA is bidirectional: a token's keys and values, from the second layer on, depend on every other token, so they are
-out of date as soon as one changes. A pass over a window that reads the others' from a store is therefore an
+Where attention goes both ways, a token's keys and values, from the second layer on, depend on every other token, so
+they are out of date as soon as one changes. A pass over a window that reads the others' from a store is therefore an
 **approximation**, good as long as they have changed little since they were computed (Wu et al. 2025, Fast-dLLM,
 arXiv 2505.22618, section 3.2). Prefix cache: the window is a block and all that follows it. Dual cache: only the block.
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from unmask.models.llada.config import LLaDAConfig
+from unmask.ops.ragged import concat_padded
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class KeyValueStore:
     values: tuple[Tensor, ...]
 
     @classmethod
-    def empty(cls, config: LLaDAConfig, rows: int, columns: int, like: Tensor) -> KeyValueStore:
-        """Return a store of zeros for a network, in the dtype and on the device of `like`."""
+    def empty(cls, config: Any, rows: int, columns: int, like: Tensor) -> KeyValueStore:
+        """Return a store of zeros for a network of this configuration, in the dtype and on the device of `like`."""
         shape = (rows, columns, config.kv_heads, config.head_dim)
         keys, values = (tuple(like.new_zeros(shape) for _ in range(config.n_layers)) for _ in range(2))
         return cls(keys, values)
@@ -56,10 +57,11 @@ class KeyValueStore:
 
     def concat(self, more: KeyValueStore) -> KeyValueStore:
         """Return a copy with the rows of `more` behind these; the shorter of the two is padded on the right."""
-        columns = max(self.columns, more.columns)
-        one, other = self.padded(columns), more.padded(columns)
-        keys = tuple(map(torch.cat, zip(one.keys, other.keys, strict=True)))
-        return KeyValueStore(keys, tuple(map(torch.cat, zip(one.values, other.values, strict=True))))
+        keys, values = (
+            tuple(concat_padded(pair) for pair in zip(ours, theirs, strict=True))
+            for ours, theirs in ((self.keys, more.keys), (self.values, more.values))
+        )
+        return KeyValueStore(keys, values)
 
     def padded(self, columns: int) -> KeyValueStore:
         """Return the store with room for rows of `columns` positions: itself, if it has that."""
@@ -154,14 +156,14 @@ def spans(first_K: Tensor, end_K: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forward_window(model: nn.Module, input_ids: Tensor, window: Window) -> Tensor:
+def forward_window(model: Callable[..., Tensor], input_ids: Tensor, window: Window) -> Tensor:
     """Run the network over a window's positions alone, all others as its store has them.
 
     A window of all positions is the network's forward pass, and fills the store. With any other the result is an
     approximation, unless the store's keys and values are those of the very tokens that now stand at the others.
 
     Args:
-        model: a LLaDA.
+        model: network (ids, mask, positions, cache) that calls the cache's `update` in each layer.
         input_ids: int64 (K, S), the tokens at `window.positions_KS`.
         window: what is computed; its store is written.
 
