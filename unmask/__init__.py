@@ -35,7 +35,7 @@ _HOME = {
     "load_model": "unmask.models.loading",
     "load_tokenizer": "unmask.models.tokenizer",
     "log_likelihood": "unmask.evaluation.likelihood",
-    "register": "unmask.models.llada.auto",
+    "register": "unmask.models.registry",
     "stream": "unmask.sampling.generate",
 }
 

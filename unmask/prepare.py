@@ -70,7 +70,9 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
             "leave it out"
         )
     check_quantization(config.peft, processes)
-    degrees = resolve_degrees(config.distributed, processes, getattr(plan.config, "num_experts", None))
+    degrees = resolve_degrees(
+        config.distributed, processes, plan.config.num_experts if plan.family.shard.experts else None
+    )
     _check_batch(config, processes)
     _check_answering(config.validation, plan)
     check_against_model(config.dllm, plan.family, plan.config)

@@ -25,13 +25,13 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.arithmetic import Problem, make_problems
 from unmask.data.chat import read_template
 from unmask.data.conversation import Message
-from unmask.data.vocabulary import train_tokenizer
 from unmask.errors import CheckpointError
 from unmask.evaluation.exact_match import score_answers
 from unmask.evaluation.tasks import Question
 from unmask.models.loading import build_model, load_model
 from unmask.models.registry import family_named
 from unmask.models.tokenizer import load_tokenizer
+from unmask.models.vocabulary import train_tokenizer
 from unmask.prepare import prepare
 from unmask.sampling.view import watch
 

@@ -128,18 +128,20 @@ def test_without_a_bos_token_none_is_written(tokenizer):
 
 def test_a_template_that_always_prompts_is_refused_with_the_remedy(tokenizer):
     tokenizer.chat_template = ALWAYS_PROMPTS
-    with pytest.raises(DataError, match="dataset.chat_template: llada"):
+    with pytest.raises(DataError, match="dataset.chat_template: diffusion_gemma or llada"):
         load_template(tokenizer)
 
 
 def test_a_template_whose_renderings_are_no_prefixes_is_refused_with_the_remedy(tokenizer):
     tokenizer.chat_template = "{{ messages | length }} " + untagged_source()
-    with pytest.raises(DataError, match="differently once the answer follows.*dataset.chat_template: llada"):
+    with pytest.raises(
+        DataError, match="differently once the answer follows.*dataset.chat_template: diffusion_gemma or llada"
+    ):
         load_template(tokenizer)
 
 
 def test_no_template_is_refused_with_the_remedy(tokenizer):
-    with pytest.raises(DataError, match="no chat template; set dataset.chat_template: llada"):
+    with pytest.raises(DataError, match="no chat template; set dataset.chat_template: diffusion_gemma or llada"):
         load_template(tokenizer)
 
 

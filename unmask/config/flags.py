@@ -11,13 +11,13 @@ from typing import Any
 from unmask.config.reader import described
 from unmask.config.sampler import SamplerConfig
 
-# Settings that one kind of network alone has, under a heading of their own in `--help`.
+# Settings that some networks alone have, under a heading of their own in `--help`.
 _GROUPS = {
-    "LLaDA": (
+    "networks with a mask token": (
         "block_size", "temperature", "remasking", "threshold", "factor", "cfg_scale", "refresh_interval",
         "revise_threshold",
     ),
-    "DiffusionGemma (in brackets: where generation_config.json has nothing)": (
+    "networks with a canvas (in brackets: where generation_config.json has nothing)": (
         "t_min", "t_max", "stability_threshold", "confidence_threshold",
     ),
 }  # fmt: skip

@@ -36,7 +36,7 @@ class DllmConfig:
     """Section `dllm`: the objective. A field that the chosen mode does not take is refused.
 
     Attributes:
-        mode: name of the objective: `mdlm` for LLaDA, `block_diffusion` for DiffusionGemma
+        mode: name of the objective: `mdlm` for networks with a mask token, `block_diffusion` for those with canvases
         eps: smallest corruption level, between 0 and 1; null is 0.001
         time_sampling: draw each level by itself (null too), or spread the levels of a global batch evenly
         mask_token_id: mdlm: checked against the model, which knows it; may be left out

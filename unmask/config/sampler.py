@@ -33,15 +33,14 @@ class SamplerConfig:
     """What a caller wants of the sampler. None leaves a setting to the model's family and its generation_config.json.
 
     Attributes:
-        preset: reference (the published sampler), balanced or fast (fewer calls; LLaDA's with an approximate cache);
+        preset: reference (the published sampler), balanced or fast (fewer or cheaper calls, see the documentation);
             other settings win over it
-        steps: denoising steps (LLaDA 128 an answer, DiffusionGemma 48 a canvas at the most)
-        max_new_tokens: longest answer (LLaDA 128, DiffusionGemma 256; at most half the context)
-        eos: end-of-text token: allow (default), suppress or (LLaDA) defer
+        steps: denoising steps of an answer, or of a canvas at the most (the family's)
+        max_new_tokens: longest answer (the family's; at most half the context)
+        eos: end-of-text token: allow (default), suppress or (with a mask token) defer
         entropy_bound: commit tokens by rising entropy while those before have at most this much, in nats
-            (DiffusionGemma 0.1)
-        cache: none (LLaDA), prefix or dual (LLaDA, approximate), block (DiffusionGemma, exact)
-        revise: none (default), remask or edit (LLaDA); redraw (DiffusionGemma)
+        cache: none, prefix or dual (where attention goes both ways; approximate), block (with canvases; exact)
+        revise: none (default), remask or edit (with a mask token); redraw (with canvases)
         block_size: tokens of a denoising block (32)
         temperature: Gumbel noise; 0 is greedy (0)
         remasking: low_confidence (default), entropy, margin, random or left_to_right

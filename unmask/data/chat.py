@@ -33,7 +33,6 @@ from unmask.errors import DataError
 __all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "template_names"]
 
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_REMEDY = "set dataset.chat_template: llada or diffusion_gemma, or the path of a template with {% generation %} tags"
 _CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # how control tokens look in our own templates
 Rendered = tuple[str, list[Span | None]]  # the text, and its stretches
 _PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
@@ -50,6 +49,11 @@ class Encoded:
 
     ids: list[int]
     supervised: list[bool]
+
+
+def _remedy() -> str:
+    names = " or ".join(template_names())
+    return f"set dataset.chat_template: {names}, or the path of a template with {{% generation %}} tags"
 
 
 def load_template(
@@ -78,12 +82,12 @@ def load_template(
     if chat_template is not None:
         source, name = read_template(chat_template), chat_template
     elif tokenizer.chat_template is None:
-        raise DataError(f"dataset.chat_template: the tokenizer has no chat template; {_REMEDY}")
+        raise DataError(f"dataset.chat_template: the tokenizer has no chat template; {_remedy()}")
     else:
         try:
             source, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
         except ValueError as error:
-            raise DataError(f"dataset.chat_template: {_reason(error)}; {_REMEDY}") from None
+            raise DataError(f"dataset.chat_template: {_reason(error)}; {_remedy()}") from None
     source = with_variables(source, variables or {}, name)
     controls = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     controls.update(tokenizer.all_special_tokens)
@@ -189,10 +193,10 @@ class ChatTemplate:
         if not self.tagged and self._render(probe)[0] == self._render(probe, True)[0]:
             raise DataError(
                 f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the same with and "
-                f"without a generation prompt, so it does not show where an answer starts; {_REMEDY}"
+                f"without a generation prompt, so it does not show where an answer starts; {_remedy()}"
             )
         if not any(self.encode(_PROBE).supervised):
-            raise DataError(f"dataset.chat_template: {self.name} supervises nothing; {_REMEDY}")
+            raise DataError(f"dataset.chat_template: {self.name} supervises nothing; {_remedy()}")
         if not supervise_reasoning:
             return
         thoughtful = (*_PROBE[:-1], replace(_PROBE[-1], reasoning="r"))
@@ -249,7 +253,7 @@ class ChatTemplate:
             )
         return (
             f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the turns before an "
-            f"answer differently once the answer follows, so where an answer starts is unknown; {_REMEDY}"
+            f"answer differently once the answer follows, so where an answer starts is unknown; {_remedy()}"
         )
 
     def _answers(

@@ -31,10 +31,12 @@ class FileLayout:
     Attributes:
         passthrough: whether a stored tensor is none of the network's and is written again as it was read.
         tied_to: the key that a stored tensor repeats, where files may hold tied weights twice; None otherwise.
+        passthrough_part: what a message calls what is passed through, such as "vision tower".
     """
 
     passthrough: Callable[[str], bool] = _never
     tied_to: Callable[[str], str | None] = _untied
+    passthrough_part: str = ""
 
 
 PLAIN = FileLayout()  # the network's tensors and nothing else
@@ -148,7 +150,8 @@ class Family:
         files: what its files hold beside the network.
         chat_template: name of the packaged chat template that marks the assistant's tokens; None = none.
         control_tokens: of its released tokenizer; None = no tokenizer can be trained from scratch for it.
-        auto: module whose `register()` makes transformers' Auto classes load it; None where transformers has it.
+        auto_config, auto: "module:function" that makes transformers' AutoConfig know it, and one for all Auto classes;
+            None where transformers has the family itself.
     """
 
     name: str
@@ -166,4 +169,5 @@ class Family:
     files: FileLayout = PLAIN
     chat_template: str | None = None
     control_tokens: ControlTokens | None = None
+    auto_config: str | None = None
     auto: str | None = None

@@ -75,6 +75,22 @@ def family_of(config: Any) -> Family:
     return resolve(f"{FAMILIES[config.model_type]}:FAMILY")
 
 
+def register_configs() -> None:
+    """Make transformers' AutoConfig, and with it AutoTokenizer, know the families that it lacks; repeatable."""
+    for module in FAMILIES.values():
+        family = resolve(f"{module}:FAMILY")
+        if family.auto_config is not None:
+            resolve(family.auto_config)()
+
+
+def register() -> None:
+    """Make transformers' Auto classes load the families that it lacks, without remote code; repeatable."""
+    for module in FAMILIES.values():
+        family = resolve(f"{module}:FAMILY")
+        if family.auto is not None:
+            resolve(family.auto)()
+
+
 def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
     """Find and check everything about a model but its weights' values; needs no torch.
 

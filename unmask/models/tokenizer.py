@@ -1,15 +1,15 @@
-"""Loading a checkpoint's tokenizer without running code that came with it."""
+"""A checkpoint's tokenizer, loaded without running code that came with it. No torch until it is."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unmask.errors import ModelError
-from unmask.models.folders import find_adapter, find_folder
+from unmask.models.folders import find_adapter, find_folder, read_json
+from unmask.models.registry import register_configs
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -17,8 +17,6 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 
 def find_tokenizer(name: str, where: str = "tokenizer") -> Path:
     """Return the folder that holds a tokenizer's files; ModelError says where it looked. Needs no torch."""
-    from pathlib import Path
-
     path = Path(name).expanduser()
     for candidate in (path, path / "latest"):
         if any((candidate / file).is_file() for file in FILES):
@@ -36,13 +34,15 @@ def load_tokenizer(name: str, where: str = "tokenizer") -> PreTrainedTokenizerBa
         ModelError: no tokenizer there, or files that transformers cannot read.
     """
     folder = find_tokenizer(name, where)
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-    from unmask.models.llada.auto_config import register_config
-
-    register_config()  # released config.json files name remote code, and AutoTokenizer would stop to ask about it
+    register_configs()  # released config.json files name remote code, and AutoTokenizer would stop to ask about it
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = None
+    if values.get("model_type") not in CONFIG_MAPPING:  # of a config.json only the tokenizer's class is asked
+        config = PreTrainedConfig(**{key: values[key] for key in values.keys() & {"tokenizer_class"}})
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for unreadable files
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{where}: the tokenizer in {folder} cannot be loaded ({reason})") from error

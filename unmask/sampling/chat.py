@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unmask.config.sampler import SamplerConfig
-from unmask.data.chat import ChatTemplate
+from unmask.data.chat import ChatTemplate, template_names
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
 from unmask.sampling.generate import Generation, answer
@@ -274,8 +274,8 @@ def _template(plan: JobPlan, name: str | None, conversation: Conversation) -> Ch
         return template
     except DataError as error:
         raise SamplingError(
-            f"--chat_template: {template_problem(error)}; name llada, diffusion_gemma or a .jinja file that renders a "
-            "conversation, or use `unmask generate --raw`"
+            f"--chat_template: {template_problem(error)}; name {', '.join(template_names())} or a .jinja file that "
+            "renders a conversation, or use `unmask generate --raw`"
         ) from None
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unmask.errors import CheckpointError, ModelError
-from unmask.models.family import PLAIN
 from unmask.models.folders import base_note, find_adapter
 from unmask.models.tokenizer import tokenizer_folder
 
@@ -88,18 +87,19 @@ def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
     """Warn of a checkpoint that lost what training carries along unread: all of it, or tensors of single layers."""
     from unmask.models.weights import passthrough_keys
 
-    if plan.family.files is PLAIN:
+    part = plan.family.files.passthrough_part
+    if not part:
         return []
     keys = passthrough_keys(plan.folder, plan.family.files)
     if not keys:
         return [
-            f"{checkpoint} has no vision tower, so the exported folder has none either, and transformers would draw it "
+            f"{checkpoint} has no {part}, so the exported folder has none either, and transformers would draw it "
             "at random; text is complete"
         ]
     lost = layer_gaps(keys)
     if not lost:
         return []
-    more = f" and {len(lost) - 1} more tensors of its vision tower" if len(lost) > 1 else ""
+    more = f" and {len(lost) - 1} more tensors of its {part}" if len(lost) > 1 else ""
     return [
         f"{checkpoint} lacks {lost[0]}{more}, so the exported folder lacks them as well, and transformers would draw "
         "them at random; text is complete"

@@ -116,7 +116,7 @@ FAMILY = Family(
             "sampler_config.entropy_bound": "entropy_bound",
         },
     ),
-    files=FileLayout(passthrough, tied_to),
+    files=FileLayout(passthrough, tied_to, "vision tower"),
     chat_template="diffusion_gemma",
     control_tokens=ControlTokens(
         ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"),

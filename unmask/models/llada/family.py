@@ -71,5 +71,6 @@ FAMILY = Family(
             "mask_token": "<|mdm_mask|>",
         },
     ),
-    auto="unmask.models.llada.auto",
+    auto_config="unmask.models.llada.auto_config:register_config",
+    auto="unmask.models.llada.auto:register",
 )

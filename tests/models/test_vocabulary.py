@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.data.vocabulary import train_tokenizer
-from unmask.errors import DataError
+from unmask.errors import ModelError
 from unmask.models.family import ControlTokens
 from unmask.models.registry import FAMILIES, resolve
+from unmask.models.vocabulary import train_tokenizer
 
 
 def controls_of(model_type: str) -> ControlTokens:
@@ -46,7 +46,7 @@ def test_any_text_survives_the_round_trip(text: str) -> None:
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
-    with pytest.raises(DataError, match="vocab_size: 100"):
+    with pytest.raises(ModelError, match="vocab_size: 100"):
         train_tokenizer(TEXTS, 100, LLADA)
 
 
