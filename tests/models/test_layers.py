@@ -48,8 +48,8 @@ def test_a_norm_of_zeros_has_a_finite_gradient() -> None:
 def test_rotation_is_the_formula_in_values_and_gradient(pairs: int | None) -> None:
     cos, sin = rotary_tables(torch.tensor([[0, 1, 2, 7, 500]]), SIZE, 50.0, pairs)
     heads = normal(ROWS, LENGTH, HEADS, SIZE, seed=4).transpose(1, 2).requires_grad_()
-    low, high = heads.chunk(2, dim=-1)
-    expected = heads * cos + torch.cat((-high, low), dim=-1) * sin
+    pairs_BHLP = torch.complex(*heads.double().chunk(2, dim=-1)) * torch.complex(cos.double(), sin.double())
+    expected = torch.cat((pairs_BHLP.real, pairs_BHLP.imag), dim=-1).float()
     probe = normal(ROWS, HEADS, LENGTH, SIZE, seed=5)
     torch.testing.assert_close(rotate(heads, cos, sin), expected)
     ours, theirs = (

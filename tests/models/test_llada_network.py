@@ -300,7 +300,7 @@ def test_rotation_keeps_its_angles_in_bf16() -> None:
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(1, 1, 1, 64, generator=generator).bfloat16().expand(1, 1, 4096, 64)
     cos, sin = rotary_tables(torch.arange(4096)[None], 64, 500000.0)
-    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1, 1, 4096, 64)
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1, 1, 4096, 32)
     turned = rotate(vector, cos, sin)
     assert turned.dtype == torch.bfloat16
     angles = torch.arange(4096).double()[:, None] / 500000.0 ** (torch.arange(0, 64, 2).double() / 64)

@@ -56,22 +56,20 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int 
             rotation, transformers `modeling_rope_utils.py`). None = all.
 
     Returns:
-        two float32 tensors (B or 1, 1, L, E), broadcastable over heads.
+        two float32 tensors (B or 1, 1, L, E/2), broadcastable over heads.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     frequencies = 1.0 / theta**exponents
     if pairs is not None:
         frequencies[pairs:] = 0.0
-    angles = position_ids.float()[..., None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = (position_ids.float()[..., None] * frequencies)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + E/2) of queries or keys by its position's angle, in fp32; returns the input's dtype."""
-    wide = heads_BHLE.float()
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(heads_BHLE.dtype)
+    low, high = heads_BHLE.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads_BHLE.dtype)
 
 
 def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
