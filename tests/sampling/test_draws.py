@@ -49,11 +49,12 @@ def test_gumbel_has_its_moments():
 
 
 def test_each_part_of_a_key_matters_and_its_place_in_the_batch_does_not():
-    row, call, place = (torch.tensor(values) for values in ([7, 8, 7, 7], [0, 0, 1, 0], [3, 3, 3, 4]))
-    keys = draws.position_keys(row, draws.TOKENS, call, place)
+    row, call, column = (torch.tensor(values) for values in ([7, 8, 7, 7], [0, 0, 1, 0], [3, 3, 3, 4]))
+    four = Positions(row, call, column, call, call)
+    keys = draws.position_keys(four, draws.TOKENS)
     assert len(set(keys.tolist())) == 4
-    assert not set(keys.tolist()) & set(draws.position_keys(row, draws.ORDER, call, place).tolist())
-    assert torch.equal(draws.position_keys(row[2:], draws.TOKENS, call[2:], place[2:]), keys[2:])
+    assert not set(keys.tolist()) & set(draws.position_keys(four, draws.ORDER).tolist())
+    assert torch.equal(draws.position_keys(four[2:], draws.TOKENS), keys[2:])
     assert row.tolist() == [7, 8, 7, 7]
 
 

@@ -159,8 +159,8 @@ class SamplerSettings:
     def cuts(self) -> bool:
         """Whether the blocks after a committed stop token are left out of later calls.
 
-        Their masks are seen by what is still masked before the stop token, so it is exact only where nothing is; it is
-        done where the cache is approximate anyway. A revised stop token would need them back.
+        It is exact only where nothing before the stop token is masked, which sees their masks; so it is done where the
+        cache is approximate anyway. A revised stop token would need them back.
         """
         return self._outdated and self.revise == "none"
 
@@ -168,8 +168,7 @@ class SamplerSettings:
     def approximations(self) -> tuple[str, ...]:
         """What is not computed by full forwards, in words; empty where everything is.
 
-        Other rules, scores, steps and ways to revise than the published are other algorithms, and show as the settings
-        that they are; they are no approximation of the network.
+        Rules, scores, steps and ways to revise other than the published are other algorithms, no approximation.
         """
         if not self._outdated:
             return ()
@@ -191,8 +190,7 @@ class SamplerSettings:
 def settings_of(family: Family, **values: Any) -> SamplerSettings:
     """Return a family's released settings with some values put in.
 
-    Raises:
-        SamplingError: values that exclude each other, or that the family's sampler does not take.
+    Raises: as `SamplerSettings`.
     """
     return SamplerSettings(family.name, family.noise, family.attention, **{**family.sampler.values, **values})
 
@@ -224,11 +222,10 @@ def resolve_settings(
         sampler: what a caller sets; None = nothing.
         family: the model's.
         config: its parsed config.json.
-        generation: the values of its generation_config.json; an entry that is null is as if it were missing.
+        generation: the values of its generation_config.json, where null is as if missing.
 
     Raises:
-        SamplingError: a setting that the family's sampler does not have, one that would have no effect, or one that the
-            model fixes otherwise.
+        SamplingError: a setting that the sampler does not have, that would have no effect, or that the model fixes.
         ModelError: a bad value in generation_config.json; names the file and the entry.
     """
     fixed = {name: getattr(config, attribute) for name, attribute in family.sampler.from_config.items()}
@@ -258,12 +255,9 @@ def resolve_settings(
 
 
 def _stored_settings(generation: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings in a generation_config.json; raises SamplingError, naming the entry.
+    """Return the settings in a generation_config.json, given entry → setting; raises SamplingError, naming the entry.
 
-    Args:
-        generation: the file's values.
-        names: entry → setting; an entry within an entry is written with a dot, and what else stands beside it there,
-            but for names with an underscore in front, is refused.
+    An entry within an entry is written with a dot; what stands beside it there, but for `_names`, is refused.
     """
     values: dict[str, Any] = {}
     for entry, setting in names.items():
@@ -311,12 +305,7 @@ def planned_calls(sizes: Sequence[int], steps: int) -> tuple[int, ...]:
 def check_remask(settings: SamplerSettings, sizes: Sequence[int]) -> None:
     """Refuse to mask tokens again where every call commits one: fewer are taken back than a call commits, so none.
 
-    Args:
-        settings: of the answer.
-        sizes: masked positions of each of its blocks.
-
-    Raises:
-        SamplingError: it would have no effect; names the remedy.
+    `sizes` are the masked positions of each block of the answer.
     """
     if settings.revise != "remask":
         return

@@ -147,12 +147,8 @@ class BidirectionalBackend:
             if self.cache == "dual":
                 end_B = torch.where(due_B, end_B, torch.minimum(prompts_B + call.end_B, lengths_B))
         context = replace(context, store=store)
-        groups = length_groups(tuple((end_B - first_B).tolist()))
-        if len(groups) == 1:
-            hidden_RSD = self._forward(store, ids_RL, None, first_B, end_B, lengths_B)
-            return self._scored(hidden_RSD, call.rows_M, columns_M - first_B[call.rows_M]), context
         scored, order = [], []
-        for group in groups:
+        for group in length_groups(tuple((end_B - first_B).tolist())):
             rows_K = torch.tensor(group)
             hidden_KSD = self._forward(store, ids_RL, rows_K, first_B[rows_K], end_B[rows_K], lengths_B[rows_K])
             within_B = torch.full_like(lengths_B, -1).index_put((rows_K,), torch.arange(len(group)))
@@ -160,7 +156,8 @@ class BidirectionalBackend:
             rows_N = call.rows_M[of_group_N]
             scored.append(self._scored(hidden_KSD, within_B[rows_N], columns_M[of_group_N] - first_B[rows_N]))
             order.append(of_group_N)
-        return torch.cat(scored)[torch.cat(order).argsort().to(self.device)], context
+        hidden_MD = scored[0] if len(scored) == 1 else torch.cat(scored)[torch.cat(order).argsort().to(self.device)]
+        return hidden_MD, context
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Return logits (M, V); with guidance of scale s, u + (s + 1)(c - u), where u has the prompt masked."""
@@ -187,32 +184,26 @@ class BidirectionalBackend:
         self,
         store: KeyValueStore | None,
         ids_RL: Tensor,
-        rows_K: Tensor | None,
+        rows_K: Tensor,
         first_K: Tensor,
         end_K: Tensor,
         lengths_K: Tensor,
     ) -> Tensor:
-        """Compute the columns [first, end) of some rows, None = all; return hidden states (K, S, D), guided rows twice.
+        """Compute the columns [first, end) of some rows; return hidden states (K, S, D), guided rows twice.
 
         Positions count from each row's own first token, which stands in column 0.
         """
-        if self.copies > 1:
-            first_K, end_K, lengths_K = (
-                bound_K.repeat_interleave(self.copies) for bound_K in (first_K, end_K, lengths_K)
-            )
-            if rows_K is not None:
-                rows_K = (rows_K[:, None] * self.copies + torch.arange(self.copies)).flatten()
-        if rows_K is not None:
-            ids_RL = ids_RL[rows_K]
-        ids_RL = ids_RL[:, : int(lengths_K.max())]
+        first_K, end_K, lengths_K = (each_K.repeat_interleave(self.copies) for each_K in (first_K, end_K, lengths_K))
+        rows_K = (rows_K[:, None] * self.copies + torch.arange(self.copies)).flatten()
+        ids_KL = ids_RL[rows_K, : int(lengths_K.max())]
         if store is None:
-            attend_KL = torch.arange(ids_RL.shape[1]) < lengths_K[:, None]
-            inputs = (ids_RL,) if attend_KL.all() else (ids_RL, attend_KL)
+            attend_KL = torch.arange(ids_KL.shape[1]) < lengths_K[:, None]
+            inputs = (ids_KL,) if attend_KL.all() else (ids_KL, attend_KL)
             return self._network(None, "whole", self.model, *(tensor.to(self.device) for tensor in inputs))
-        rows = None if rows_K is None else rows_K.tolist()
+        rows = None if len(rows_K) == len(ids_RL) else rows_K.tolist()
         positions_KS = spans(first_K, end_K)
         window = Window.of(store, positions_KS, lengths_K.tolist(), rows)
-        model, ids_KS = self.model, ids_RL.gather(1, positions_KS).to(self.device)
+        model, ids_KS = self.model, ids_KL.gather(1, positions_KS).to(self.device)
 
         def forward(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
             return forward_window(model, ids_KS, window.with_tensors(tensors))

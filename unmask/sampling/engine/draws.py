@@ -10,7 +10,7 @@ Shapes: M positions, N numbers a position, V vocabulary rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Protocol
 
@@ -53,23 +53,19 @@ class KeyedDraws:
 
     def gumbel(self, positions: Positions, logits_MV: Tensor) -> Tensor:
         """As in `Draws`."""
-        return gumbel(_keys(positions, TOKENS), logits_MV.shape[1])
+        return gumbel(position_keys(positions, TOKENS), logits_MV.shape[1])
 
     def order(self, positions: Positions, logits_MV: Tensor) -> Tensor:
         """As in `Draws`."""
-        return uniform(_keys(positions, ORDER), 1)[:, 0]
+        return uniform(position_keys(positions, ORDER), 1)[:, 0]
 
     def category(self, positions: Positions, weights_MV: Tensor) -> Tensor:
         """As in `Draws`, by one uniform number a position."""
-        return categorical(weights_MV, uniform(_keys(positions, TOKENS), 1)[:, 0])
+        return categorical(weights_MV, uniform(position_keys(positions, TOKENS), 1)[:, 0])
 
     def noise(self, positions: Positions, vocab_size: int) -> Tensor:
         """As in `Draws`."""
-        return (uniform(_keys(positions, NOISE), 1)[:, 0] * vocab_size).long()
-
-
-def _keys(positions: Positions, stream: int) -> Tensor:
-    return position_keys(positions.key_M, stream, positions.call_M, positions.column_M)
+        return (uniform(position_keys(positions, NOISE), 1)[:, 0] * vocab_size).long()
 
 
 def _signed(value: int) -> int:
@@ -88,37 +84,19 @@ def row_keys(seed: int, prompts: Iterable[list[int]]) -> list[int]:
 
     So a prompt draws the same numbers alone and in any batch and order, and one given twice gets two answers.
     """
-    prompts = list(prompts)
-    return [row_key(seed, *pair) for pair in zip(prompts, repeats(prompts), strict=True)]
+    seen: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        name = blake2b(b"".join(token.to_bytes(8, "little") for token in prompt), digest_size=16).hexdigest()
+        keys.append(_signed(rng.key(seed, f"sampling/{name}", sample=seen[name])))
+        seen[name] += 1
+    return keys
 
 
-def row_key(seed: int, tokens: Iterable[int], count: int) -> int:
-    """Return the key of a row that came `count` times before."""
-    name = blake2b(b"".join(token.to_bytes(8, "little") for token in tokens), digest_size=16).hexdigest()
-    return _signed(rng.key(seed, f"sampling/{name}", sample=count))
-
-
-def repeats(rows: Iterable[Sequence[int]]) -> list[int]:
-    """Return for each row how often an equal one came before it."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    counts = []
-    for row in map(tuple, rows):
-        counts.append(seen[row])
-        seen[row] += 1
-    return counts
-
-
-def position_keys(keys_M: Tensor, stream: int, calls_M: Tensor, positions_M: Tensor) -> Tensor:
-    """Return int64 (M,): the key of each position's own numbers in one stream of one network call.
-
-    Args:
-        keys_M: int64 (M,), the key of the row that each position stands in.
-        stream: `TOKENS`, `ORDER` or `NOISE`.
-        calls_M: int64 (M,), number of the row's network call.
-        positions_M: int64 (M,), index within the answer.
-    """
-    keys_M = _scramble(keys_M.clone())
-    for part in (stream, calls_M, positions_M):
+def position_keys(positions: Positions, stream: int) -> Tensor:
+    """Return int64 (M,): the key of each position's numbers in one stream, such as `TOKENS`, of one network call."""
+    keys_M = _scramble(positions.key_M.clone())
+    for part in (stream, positions.call_M, positions.column_M):
         keys_M = _scramble((keys_M + part).mul_(_GOLDEN))
     return keys_M
 

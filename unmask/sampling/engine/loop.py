@@ -178,16 +178,8 @@ def denoise(
 
 
 def _call(state: State, scored_BC: Tensor) -> Call:
-    rows_M, columns_M = scored_BC.nonzero(as_tuple=True)
-    return Call(
-        answer_BC=state.answer_BC,
-        lengths=tuple(state.length_B.tolist()),
-        first_B=state.first_B,
-        end_B=state.end_B,
-        step_B=state.step_B,
-        rows_M=rows_M,
-        columns_M=columns_M,
-    )
+    lengths = tuple(state.length_B.tolist())
+    return Call(state.answer_BC, lengths, state.first_B, state.end_B, state.step_B, *scored_BC.nonzero(as_tuple=True))
 
 
 @torch.no_grad()
