@@ -61,16 +61,9 @@ def tokenizer(chat_tokenizer):
 @pytest.fixture(scope="module")
 def trace(tokenizer) -> Trace:
     """Three calls on seven positions: one given, a snowman of three tokens, one token taken back, a stop token."""
-    trace = Trace(
-        tokenizer,
-        stops=(STOP,),
-        noise="mask",
-        checkpoint=EVIL,
-        sampler={"steps": 3, "threshold": None},
-        label="approximate: dual cache",
-        seed=5,
-        prompts=[EVIL],
-    )
+    facts = {"checkpoint": EVIL, "label": "approximate: dual cache", "seed": 5, "noise": "mask"}
+    facts["sampler"] = {"steps": 3}
+    trace = Trace(tokenizer, (STOP,), [EVIL], facts)
     (given,), snow, m = tokenizer.encode("g"), tokenizer.encode("☃"), MASK
     yes, no = True, False
     sure = {1: 0.2, 2: 0.5, 3: 0.97, 4: 0.95, 5: 0.6, 6: 0.99}
@@ -105,7 +98,7 @@ def test_a_replay_of_the_record_gives_the_answers(text_model, tokenizer):
         for call in row["calls"]:
             for first, *values in call.get("ids", ()):
                 ids[first : first + len(values)] = values
-            for first, *values in call.get("settled", ()):
+            for first, *values in call.get("committed", ()):
                 open_[first : first + len(values)] = [False] * len(values)
         assert ids[: len(answer.token_ids)] == answer.token_ids and not any(open_)
         assert (row["prompt"], row["text"], row["answer"]) == (prompt, answer.text, len(answer.token_ids))
@@ -116,7 +109,7 @@ def test_a_replay_of_the_record_gives_the_answers(text_model, tokenizer):
 def test_what_was_given_and_what_was_taken_back_is_recorded(trace, tokenizer):
     (row,) = data_of(trace.page())["rows"]
     assert row["given"] == [[0, tokenizer.encode("g")[0]]]
-    assert row["calls"][1]["reopened"] == [[3, 1]] and row["calls"][1]["settled"] == [[1, 1]]
+    assert row["calls"][1]["remasked"] == [[3, 1]] and row["calls"][1]["committed"] == [[1, 1]]
     assert row["calls"][0]["sure"] == [[1, 200, 500, 970, 950, 600, 990]] and "scores" not in row["calls"][0]
 
 
@@ -174,7 +167,7 @@ def test_a_browser_shows_the_call_that_the_address_names(browse, trace):
     shown = browse(trace.page(), "#step=1")
     assert shown.texts["title"].startswith("</script><img") and shown.texts["checkpoint"] == EVIL
     assert shown.texts["prompt"].strip() == EVIL.strip() and "onerror" in shown.texts["prompt"]
-    assert shown.texts["status"] == "Call 1 of 3, block 1: 3 tokens settled, 3 open."
+    assert shown.texts["status"] == "Call 1 of 3, block 1: 3 tokens committed, 3 masked."
     facts = shown.texts["facts"]
     assert "approximate: dual cache" in facts and "Seed5" in facts and "(NFE)3" in facts and "forward2.00" in facts
     assert "steps3" in shown.texts["settings"] and "threshold" not in shown.texts["settings"]
@@ -183,17 +176,18 @@ def test_a_browser_shows_the_call_that_the_address_names(browse, trace):
     ]  # fmt: skip
     given, unsure, _, fresh, *_, stop = shown.tokens
     assert "given" in given[1] and given[2] == 'Position 0: token 70 "g", given.'
-    assert "open" in unsure[1] and unsure[2] == "Position 1: open, confidence 0.200 for this call's candidate."
-    assert "fresh" in fresh[1] and "settled in call 1, confidence 0.970." in fresh[2] and {"past", "special"} <= stop[1]
+    assert "masked" in unsure[1] and unsure[2] == "Position 1: masked, confidence 0.200 in this call's token."
+    assert "fresh" in fresh[1] and "committed in call 1, confidence 0.970." in fresh[2]
+    assert {"past", "special"} <= stop[1]
 
 
 @pytest.mark.slow
 def test_a_browser_joins_the_bytes_of_a_character_and_marks_the_unsure(browse, trace):
     shown = browse(trace.page())
-    assert shown.texts["status"] == "Call 3 of 3, block 1: 3 tokens settled, 0 open."
+    assert shown.texts["status"] == "Call 3 of 3, block 1: 3 tokens committed, 0 masked."
     assert [text for text, _, _ in shown.tokens][:6] == ["g", "☃", "‿", "‿", "</script><b>&amp;", "↵\n"]
     assert "low" in shown.tokens[1][1] and "high" in shown.tokens[4][1] and "fresh" in shown.tokens[5][1]
-    assert "settled in call 2, confidence 0.300." in shown.tokens[1][2]
+    assert "committed in call 2, confidence 0.300." in shown.tokens[1][2]
 
 
 @pytest.mark.slow
@@ -225,9 +219,8 @@ def test_keys_the_slider_and_the_choice_of_a_prompt_move_the_replay(browse, text
 
 @pytest.mark.slow
 def test_a_browser_shows_a_canvas_changing(browse, tokenizer):
-    trace = Trace(
-        tokenizer, stops=(STOP,), noise="uniform", checkpoint="c", sampler={}, label="exact", seed=1, prompts=["p"]
-    )
+    facts = {"checkpoint": "c", "label": "exact", "seed": 1, "noise": "uniform", "sampler": {}}
+    trace = Trace(tokenizer, (STOP,), ["p"], facts)
     a, b, c, d = tokenizer.encode("abcd")
     begun = {"begun_B": torch.tensor([2])}
     trace(event(1, [a, b, c, d], [True] * 4, set(), {0: 0.1, 1: 0.9}, **begun))

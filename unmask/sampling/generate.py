@@ -119,7 +119,7 @@ def generate(
         8 length 4
     """
     loaded = as_loaded(model, tokenizer, sampler)
-    encoded, called = _encode(loaded, prompts, raw, labels)
+    encoded, called = encode_for(loaded, prompts, raw, labels)
     return answer(loaded, encoded, called, seed, batch_size, on_event, on_answer)
 
 
@@ -186,12 +186,13 @@ def stream(
         4 calls, 0 tokens open
     """
     loaded = as_loaded(model, tokenizer, sampler)
-    return _events(loaded, *_encode(loaded, prompts, raw), seed, checked_batch_size(batch_size))
+    return _events(loaded, *encode_for(loaded, prompts, raw), seed, checked_batch_size(batch_size))
 
 
-def _encode(
-    loaded: LoadedModel, prompts: Any, raw: bool, labels: Sequence[str] | None = None
+def encode_for(
+    loaded: LoadedModel, prompts: Any, raw: bool = False, labels: Sequence[str] | None = None
 ) -> tuple[list[list[int]], Sequence[str]]:
+    """Return prompts as tokens that fit the model, and what messages call each; arguments and errors as `generate`."""
     items = as_list(prompts)
     called = labels_of(len(items), "prompt", labels)
     encoded = encode_prompts(items, loaded.tokenizer, raw, loaded.mask_id, called)

@@ -8,7 +8,7 @@ of an answer's text (source: the released chat template, which cuts it out of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,21 @@ def split_reasoning(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
         return text, None
     thoughts = [token for token, thought in zip(token_ids, marks, strict=True) if thought and token not in tags]
     return text, _NAME.sub("", str(tokenizer.decode(thoughts, skip_special_tokens=True))).strip()
+
+
+def end_of_answer(
+    token_ids: Sequence[int], stops: Collection[int], masked: Sequence[bool], given: Collection[int]
+) -> int:
+    """Return where the first stop token stands that the sampler has committed, or the length: the answer ends there.
+
+    Args:
+        token_ids: so far.
+        stops: tokens that end an answer.
+        masked: for each, whether it is not committed yet.
+        given: positions that were never masked; a stop token there is text.
+    """
+    places = (i for i, token in enumerate(token_ids) if token in stops and not masked[i] and i not in given)
+    return next(places, len(token_ids))
 
 
 def unanswered_note(text: str | None, reasoning: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""A run of the sampler as a web page that replays it: what each network call settled, and how sure it was.
+"""A run of the sampler as a web page that replays it: what each network call committed, and how sure it was.
 
 The page is one file without anything from the network. It holds what changed from call to call, as JSON, and the script
 that draws it (trace.html).
@@ -16,11 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from unmask.errors import SamplingError
 from unmask.sampling.prompts import title_of
-from unmask.sampling.text import token_text
+from unmask.sampling.text import end_of_answer, token_text
+from unmask.sampling.view import given_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +36,11 @@ _SCALE = 1000
 
 @dataclass
 class _Row:
-    """One answer as it is recorded: the last call's ids and open positions, and what each call changed."""
+    """One answer as it is recorded: its ids and masked positions after the last call, and what each call changed."""
 
     ids: list[int]
-    open: list[bool]
-    given: list[int]
+    masked: list[bool]
+    given: frozenset[int]
     start: list[list[int]]
     calls: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
@@ -50,68 +51,48 @@ class Trace:
 
     Args:
         tokenizer: says what tokens stand for.
-        stops: tokens that end an answer (`generate.stop_ids`).
-        noise: what stands at open positions: masks, or random tokens (the family's `noise`).
-        checkpoint: what the page calls the model.
-        sampler: the settings in force, by name.
-        label: whether every call is a full forward: "exact", or what is approximate (`approximations`).
-        seed: the run's seed.
+        stops: tokens that end an answer (`LoadedModel.stop_ids`).
         prompts: what to show as each prompt, in the order of their numbers.
+        facts: what the page says of the run: `checkpoint`, its name; `sampler`, the settings by name; `label`, "exact"
+            or what is approximate; `seed`; `noise`, the family's.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stops: Sequence[int],
-        noise: Literal["mask", "uniform"],
-        checkpoint: str,
-        sampler: Mapping[str, Any],
-        label: str,
-        seed: int,
-        prompts: Sequence[str],
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], prompts: Sequence[str], facts: Mapping[str, Any]
     ) -> None:
-        self.tokenizer, self.stops, self.prompts = tokenizer, frozenset(stops), list(prompts)
-        self.facts = {
-            "checkpoint": checkpoint,
-            "label": label,
-            "seed": seed,
-            "noise": noise,
-            "sampler": {name: value for name, value in sampler.items() if value is not None},
-        }
+        self.tokenizer, self.stops = tokenizer, frozenset(stops)
+        self.prompts, self.facts = list(prompts), dict(facts)
         self._rows: dict[int, _Row] = {}
 
     def __call__(self, event: StepEvent) -> None:
         """Record what a network call changed."""
         for place, (index, length) in enumerate(zip(event.rows, event.lengths, strict=True)):
-            ids, is_open = event.answer_BC[place, :length].tolist(), event.masked_BC[place, :length].tolist()
-            settled = event.committed_BC[place, :length].tolist()
-            score, sure = event.score_BC[place, :length].tolist(), event.confidence_BC[place, :length].tolist()
-            weighed = [i for i, value in enumerate(score) if math.isfinite(value)]
-            row = self._rows.get(index)
-            if row is None:
-                was_open = [now or just for now, just in zip(is_open, settled, strict=True)]
-                given = [position for position, free in enumerate(was_open) if not free]
-                # Before the first call open positions hold the mask, or noise of which nothing is known.
-                start = _runs((position, ids[position]) for position in given)
-                row = self._rows[index] = _Row([-1] * len(ids), was_open, given, start)
-                for position in given:
-                    row.ids[position] = ids[position]
+            ids, masked = event.answer_BC[place, :length].tolist(), event.masked_BC[place, :length].tolist()
+            if index not in self._rows:
+                given = given_positions(event, place)
+                # Before the first call masked positions hold the mask, or noise of which nothing is known.
+                before = [ids[i] if i in given else -1 for i in range(length)]
+                start = _runs((i, ids[i]) for i in sorted(given))
+                self._rows[index] = _Row(before, [i not in given for i in range(length)], given, start)
+            row = self._rows[index]
+            score, confidence = event.score_BC[place, :length].tolist(), event.confidence_BC[place, :length].tolist()
+            scored = [i for i, value in enumerate(score) if math.isfinite(value)]
             edited = event.revised_BC[place, :length] & ~event.masked_BC[place, :length]
-            told = sorted({*weighed, *edited.nonzero()[:, 0].tolist()})
+            sure = sorted({*scored, *edited.nonzero()[:, 0].tolist()})
+            committed = event.committed_BC[place, :length].nonzero()[:, 0].tolist()
             call = {
                 "nfe": int(event.nfe_B[place]),
                 "block": int(event.block_B[place]),
                 "begun": int(event.begun_B[place]),
                 "ids": _runs((i, token) for i, token in enumerate(ids) if token != row.ids[i]),
-                "settled": _runs((i, 1) for i, just in enumerate(settled) if just),
-                "reopened": _runs((i, 1) for i, now in enumerate(is_open) if now and not row.open[i]),
-                "sure": _runs((i, round(sure[i] * _SCALE)) for i in told),
+                "committed": _runs((i, 1) for i in committed),
+                "remasked": _runs((i, 1) for i, now in enumerate(masked) if now and not row.masked[i]),
+                "sure": _runs((i, round(confidence[i] * _SCALE)) for i in sure),
                 # Most scores are that probability itself.
-                "scores": _runs((i, round(score[i] * _SCALE)) for i in weighed if abs(score[i] - sure[i]) > 1e-6),
+                "scores": _runs((i, round(score[i] * _SCALE)) for i in scored if abs(score[i] - confidence[i]) > 1e-6),
             }
             row.calls.append({name: value for name, value in call.items() if value != []})
-            row.ids, row.open, row.finished = ids, is_open, bool(event.finished_B[place])
+            row.ids, row.masked, row.finished = ids, masked, bool(event.finished_B[place])
 
     def write(self, path: Path) -> None:
         """Write the page, replacing one that is there.
@@ -137,9 +118,7 @@ class Trace:
 
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        given = set(row.given)
-        stop = (i for i, token in enumerate(row.ids) if token in self.stops and not row.open[i] and i not in given)
-        answer = row.ids[: next(stop, len(row.ids))]
+        answer = row.ids[: end_of_answer(row.ids, self.stops, row.masked, row.given)]
         return {
             "prompt": self.prompts[index] if index < len(self.prompts) else f"prompt {index + 1}",
             "length": len(row.ids),
@@ -160,25 +139,18 @@ class Trace:
 
 
 def trace_for(loaded: LoadedModel, prompts: Iterable[Any], *, checkpoint: str, seed: int) -> Trace:
-    """Return the trace for answers of a model.
-
-    Args:
-        loaded: with a tokenizer.
-        prompts: as in `generate`.
-        checkpoint, seed: as in `Trace`.
-    """
+    """Return the trace for answers of a model with a tokenizer; prompts as in `generate`, the rest as in `Trace`."""
     assert loaded.tokenizer is not None
     settings = loaded.settings
-    return Trace(
-        loaded.tokenizer,
-        stops=loaded.stop_ids,
-        noise=loaded.settings.noise,
-        checkpoint=checkpoint,
-        sampler={"family": settings.family} | settings.values,
-        label="exact" if settings.exact else "approximate: " + "; ".join(settings.approximations),
-        seed=seed,
-        prompts=[title_of(prompt, index) for index, prompt in enumerate(prompts)],
-    )
+    facts = {
+        "checkpoint": checkpoint,
+        "label": "exact" if settings.exact else "approximate: " + "; ".join(settings.approximations),
+        "seed": seed,
+        "noise": settings.noise,
+        "sampler": {"family": settings.family} | {k: v for k, v in settings.values.items() if v is not None},
+    }
+    titles = [title_of(prompt, index) for index, prompt in enumerate(prompts)]
+    return Trace(loaded.tokenizer, loaded.stop_ids, titles, facts)
 
 
 def _runs(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:

@@ -1,9 +1,8 @@
-"""Answers drawn in the terminal while they are denoised: settled text, what the last call settled bold, and for each
-open position a shade that says how sure the call was of its candidate; or the tokens of the current canvas, dimmed.
+"""Answers drawn in the terminal while they are denoised.
 
-Where the output is no terminal, or NO_COLOR is set, a few plain lines say the same.
-
-Shapes: B rows, C answer positions.
+Committed text stands as it is, bold where the last call committed it. A masked position is a shade that says how sure
+the call was of its token; of a canvas its noisy tokens are drawn, dimmed. Where the output is no terminal, or NO_COLOR
+is set, a few plain lines say the same.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from torch import nn
 
 from unmask.config.sampler import SamplerConfig
 from unmask.sampling.engine.loop import StepEvent
-from unmask.sampling.generate import Generation, generate
+from unmask.sampling.generate import Generation, answer, encode_for
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_list, title_of
-from unmask.sampling.text import in_reasoning, printable, reasoning_tags
+from unmask.sampling.text import end_of_answer, in_reasoning, printable, reasoning_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Plain lines printed for an answer at the least, its last one not counted.
 _LINES = 6
-# An open position: not weighed by the call, then by rising confidence of its candidate.
+# A masked position: not scored by the call, then by rising confidence.
 SHADES = "·░▒▓"
 ASCII_SHADES = "_.-="
 
@@ -43,10 +42,9 @@ class Drawing:
     """How the answers of one model are drawn.
 
     Attributes:
-        tokenizer: decodes the settled tokens.
-        stops: tokens from which on nothing is drawn, since the answer ends before them.
-        shades: what stands for an open position: one for those that the call did not weigh, then by rising confidence;
-            None draws the token that it holds.
+        tokenizer: decodes committed tokens.
+        stops: tokens that end an answer: from there on nothing is drawn.
+        shades: what stands for a masked position, as SHADES; None draws the token that it holds.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,34 +57,33 @@ class Drawing:
 
     def draw(
         self,
-        answer: Sequence[int],
-        open_: Sequence[bool],
+        token_ids: Sequence[int],
+        masked: Sequence[bool],
         fresh: Sequence[bool],
         confidence: Sequence[float] | None = None,
         given: Collection[int] = (),
     ) -> Text:
-        """Return one answer as styled text: what the last call settled bold, open positions dim, reasoning italic.
+        """Return one answer as styled text: fresh tokens bold, masked positions dim, reasoning italic.
 
         Args:
-            answer: token ids.
-            open_: for each, whether it is not settled yet.
-            fresh: for each, whether the last call settled it.
-            confidence: for each, the call's confidence in its candidate, nan for none; None = none anywhere.
-            given: positions that were never open; a stop token there ends nothing.
+            token_ids: of the answer.
+            masked: for each, whether it is not committed yet.
+            fresh: for each, whether the last call committed it.
+            confidence: for each, the call's confidence in its token, nan for none; None = none anywhere.
+            given: positions that were never masked; a stop token there ends nothing.
         """
-        settled_stops = (i for i, token in enumerate(answer) if token in self.stops and not open_[i] and i not in given)
-        places = range(next(settled_stops, len(answer)))
+        places = range(end_of_answer(token_ids, self.stops, masked, given))
+        committed = [-1 if hidden else token for token, hidden in zip(token_ids, masked, strict=True)]
+        thought = in_reasoning(committed, self._tags)
         text = Text()
-        settled = [-1 if is_open else token for token, is_open in zip(answer, open_, strict=True)]
-        thought = in_reasoning(settled, self._tags)
         # Neighbours are decoded together: a character may be spread over several tokens.
-        for (is_open, is_fresh, is_thought), run in groupby(places, key=lambda i: (open_[i], fresh[i], thought[i])):
+        for (hidden, bold, italic), run in groupby(places, key=lambda i: (masked[i], fresh[i], thought[i])):
             run = list(run)
-            if is_open and self.shades is not None:
+            if hidden and self.shades is not None:
                 text.append("".join(self._shade(confidence, i) for i in run), style="dim")
             else:
-                style = "dim" if is_open else "bold" if is_fresh else "italic" if is_thought else ""
-                decoded = self.tokenizer.decode([answer[i] for i in run], skip_special_tokens=True)
+                style = "dim" if hidden else "bold" if bold else "italic" if italic else ""
+                decoded = self.tokenizer.decode([token_ids[i] for i in run], skip_special_tokens=True)
                 text.append(printable(str(decoded)), style=style)
         return text
 
@@ -94,19 +91,23 @@ class Drawing:
         """Return one row of an event as styled text; without `highlight` nothing is bold, `given` as in `draw`."""
         # A canvas that has not begun holds nothing; masks are drawn from the start.
         end = event.lengths[row] if self.shades is not None else int(event.begun_B[row])
-        answer, is_open = event.answer_BC[row, :end].tolist(), event.masked_BC[row, :end].tolist()
+        token_ids, masked = event.answer_BC[row, :end].tolist(), event.masked_BC[row, :end].tolist()
         fresh = event.committed_BC[row, :end].tolist() if highlight else [False] * end
-        weighed = event.score_BC[row, :end].isfinite()
-        confidence = event.confidence_BC[row, :end].masked_fill(~weighed, math.nan).tolist()
-        return self.draw(answer, is_open, fresh, confidence, given)
+        scored = event.score_BC[row, :end].isfinite()
+        confidence = event.confidence_BC[row, :end].masked_fill(~scored, math.nan).tolist()
+        return self.draw(token_ids, masked, fresh, confidence, given)
 
     def _shade(self, confidence: Sequence[float] | None, place: int) -> str:
         assert self.shades is not None
         value = math.nan if confidence is None else confidence[place]
-        if math.isnan(value):
-            return self.shades[0]
         levels = self.shades[1:]
-        return levels[min(int(value * len(levels)), len(levels) - 1)]
+        return self.shades[0] if math.isnan(value) else levels[min(int(value * len(levels)), len(levels) - 1)]
+
+
+def given_positions(event: StepEvent, row: int) -> frozenset[int]:
+    """Return the positions of a row that were given, from the event of its first call."""
+    given_C = ~(event.masked_BC[row, : event.lengths[row]] | event.committed_BC[row, : event.lengths[row]])
+    return frozenset(given_C.nonzero()[:, 0].tolist())
 
 
 class Watcher:
@@ -147,9 +148,8 @@ class Watcher:
     def __call__(self, event: StepEvent) -> None:
         """Draw what a network call changed."""
         for place, row in enumerate(event.rows):
-            if row not in self._given:  # the row's first call: what was open before it was settled by it
-                was_open = event.masked_BC[place] | event.committed_BC[place]
-                self._given[row] = frozenset((~was_open).nonzero()[:, 0].tolist())
+            if row not in self._given:
+                self._given[row] = given_positions(event, place)
         if self._live is None:
             self._print_lines(event)
             return
@@ -168,13 +168,13 @@ class Watcher:
     def _print_lines(self, event: StepEvent) -> None:
         for place, row in enumerate(event.rows):
             length = event.lengths[place]
-            settled = int((~event.masked_BC[place, :length]).sum())
+            committed = int((~event.masked_BC[place, :length]).sum())
             if row not in self._printed:
                 for heading in self._heading(row):
                     self.console.print(heading, soft_wrap=True)
                 self._printed[row] = 0
-            if event.finished_B[place] or (settled - self._printed[row]) * _LINES >= length:
-                self._printed[row] = settled
+            if event.finished_B[place] or (committed - self._printed[row]) * _LINES >= length:
+                self._printed[row] = committed
                 text = self.drawing.draw_row(event, place, False, self._given[row])
                 self.console.print(Text(f"call {int(event.nfe_B[place])}: ") + text, soft_wrap=True)
 
@@ -235,14 +235,14 @@ def watch(
     Raises:
         SamplingError: as in `generate`.
     """
-    items = as_list(prompts)
-    titles = {index: title_of(item, index) for index, item in enumerate(items)} if len(items) > 1 else {}
-    with watcher(as_loaded(model, tokenizer, sampler), console, titles) as draw:
+    loaded = as_loaded(model, tokenizer, sampler)
+    encoded, labels = encode_for(loaded, prompts, raw)
+    titles = {index: title_of(item, index) for index, item in enumerate(as_list(prompts))} if len(encoded) > 1 else {}
+    with watcher(loaded, console, titles) as draw:
 
         def show(event: StepEvent) -> None:
             draw(event)
             if on_event is not None:
                 on_event(event)
 
-        options: dict[str, Any] = {"tokenizer": tokenizer, "sampler": sampler, "seed": seed, "raw": raw}
-        return generate(model, items, batch_size=1, on_event=show, **options)
+        return answer(loaded, encoded, labels, seed, 1, show)
