@@ -265,7 +265,7 @@ def test_revising_that_can_do_nothing_is_refused(text_model, chat_tokenizer):
 
 def test_the_key_of_a_text_of_known_length_is_that_of_its_tokens(text_model, chat_tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr("unmask.sampling.infill.denoise", lambda *a, **o: asked.extend(a[1]) or denoise(*a, **o))
+    monkeypatch.setattr("unmask.sampling.generate.denoise", lambda *a: asked.extend(a[1]) or denoise(*a))
     infill(text_model, ["a{blank:2}b", "a{blank:2}b"], tokenizer=chat_tokenizer)
     (a,), (b,) = chat_tokenizer.encode("a"), chat_tokenizer.encode("b")
     tokens = [a, 2**48, 2**48, b]

@@ -21,12 +21,8 @@ def add(commands: Any) -> None:
     flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to apply")
     flag(parser, "system", metavar="TEXT", help="a system turn before the conversation")
-    flag(
-        parser,
-        "chat_template",
-        metavar="NAME_OR_FILE",
-        help="llada, diffusion_gemma or a .jinja file (default: the tokenizer's own)",
-    )
+    text = "a packaged template, or a .jinja file (default: the tokenizer's own)"
+    flag(parser, "chat_template", metavar="NAME_OR_FILE", help=text)
     add_sampling_flags(parser)
     flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
     add_place_flags(parser)

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from unmask.distributed.inference import divide_rows, own_rows
-from unmask.distributed.ranks import Ranks, join
+from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
 from unmask.report.progress import AnswerProgress
 from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
 from unmask.sampling.blanks import encode_blanks, has_blank
+from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.infill import Infill, fill
 from unmask.sampling.jobs import LoadedModel, load
@@ -69,9 +70,8 @@ def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shar
         if output is not None:
             output.finish({row: job.record(row, each) for row, each in answers.items()})
         if printer is not None and printer.wait:
-            for row, each in answers.items():
+            for row, each in answers.items():  # all ranks'
                 printer.add(row, each)
-            printer.close()
     finally:
         if printer is not None:
             printer.close()
@@ -97,22 +97,22 @@ def _hint(plan: JobPlan, asked: Asked) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be answered, as tokens.
+    """What is to be answered; the lists have an entry a prompt.
 
     Attributes:
-        encoded: of each prompt, the tokens or the text with blanks.
-        rows: of each a text that is equal where the same is asked.
+        prompts, labels: as they were given, and what messages call them.
+        encoded: the tokens, or the text with blanks.
+        rows: a text that is equal where the same is asked.
+        titles: what to print above the answer.
     """
 
     plan: JobPlan
     asked: Asked
+    prompts: list[Any]
+    labels: list[str]
     encoded: list[Any]
     rows: list[str]
-
-    @property
-    def titles(self) -> list[str]:
-        """What to print above each answer; of a single one nothing is."""
-        return [title_of(prompt, index) for index, prompt in enumerate(self.asked.prompts.values())]
+    titles: list[str]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,18 +127,21 @@ class _Job:
 
     def record(self, row: int, answered: Generation | Infill) -> Record:
         """Return what is kept of an answer."""
-        return record_of(list(self.asked.prompts.values())[row], answered, self.settings, self.asked.seed)
+        return record_of(self.prompts[row], answered, self.settings, self.asked.seed)
 
 
 def _encode(plan: JobPlan, asked: Asked) -> _Job:
     """Return the prompts as tokens; raises SamplingError for one that cannot be answered."""
     labels, prompts = list(asked.prompts), list(asked.prompts.values())
     if asked.infill:
-        texts = encode_blanks(prompts, labels, plan.tokenizer, asked.raw, plan.config, plan.settings)
-        return _Job(plan, asked, texts, [str(text.hashed) for text in texts])
-    ids = encode_prompts(prompts, plan.tokenizer, asked.raw, mask_of(plan.config), labels)
-    check_prompts(ids, labels, plan.config, plan.settings)
-    return _Job(plan, asked, ids, [str(each) for each in ids])
+        encoded = encode_blanks(prompts, labels, plan.tokenizer, asked.raw, plan.config, plan.settings)
+        rows = [str(text.hashed) for text in encoded]
+    else:
+        encoded = encode_prompts(prompts, plan.tokenizer, asked.raw, mask_of(plan.config), labels)
+        check_prompts(encoded, labels, plan.config, plan.settings)
+        rows = [str(ids) for ids in encoded]
+    titles = [title_of(prompt, index) for index, prompt in enumerate(prompts)]
+    return _Job(plan, asked, prompts, labels, encoded, rows, titles)
 
 
 def _sample(job: _Job, loaded: LoadedModel, output: AnswerFile | None, printer: Printer | None) -> dict[int, Any]:
@@ -147,7 +150,6 @@ def _sample(job: _Job, loaded: LoadedModel, output: AnswerFile | None, printer: 
     todo = list(range(len(job.rows))) if output is None else output.missing
     rows = [job.rows[row] for row in todo]
     mine = [todo[place] for place in own_rows(rows, ranks)]
-    labels = list(asked.prompts)
     shown = ranks.first and output is not None and not asked.watch
     with AnswerProgress(len(mine), shown) as progress, _following(job, loaded, mine) as follow:
 
@@ -159,39 +161,35 @@ def _sample(job: _Job, loaded: LoadedModel, output: AnswerFile | None, printer: 
             progress.answered(len(answered.token_ids))
 
         def sample(_: list[str]) -> list[Any]:
-            encoded, called = [job.encoded[row] for row in mine], [labels[row] for row in mine]
+            encoded, labels = [job.encoded[row] for row in mine], [job.labels[row] for row in mine]
             size = 1 if asked.watch else asked.batch_size
-            return (fill if asked.infill else answer)(loaded, encoded, called, asked.seed, size, follow, arrived)
+            return (fill if asked.infill else answer)(loaded, encoded, labels, asked.seed, size, follow, arrived)
 
         return dict(zip(todo, divide_rows(rows, ranks, sample, loaded.together), strict=True))
 
 
 @contextmanager
-def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Callable[[Any], None] | None]:
+def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Callable[[StepEvent], None] | None]:
     """Give what the terminal and the trace do with an event; write the trace in the end, of an error too."""
     asked = job.asked
     if not (asked.watch or asked.trace):
         yield None
         return
     titles = [job.titles[row] for row in rows]
-    trace = trace_for(loaded, titles, checkpoint=job.plan.name, seed=asked.seed)
-    events = 0
+    trace = trace_for(loaded, titles, checkpoint=job.plan.name, seed=asked.seed) if asked.trace else None
     headings = dict(enumerate(titles)) if len(job.rows) > 1 else {}
     with watcher(loaded, titles=headings) if asked.watch else nullcontext() as draw:
 
-        def follow(event: Any) -> None:
-            nonlocal events
-            events += 1
-            if draw is not None:
-                draw(event)
-            trace(event)
+        def follow(event: StepEvent) -> None:
+            for follower in (draw, trace):
+                if follower is not None:
+                    follower(event)
 
         try:
             yield follow
         finally:
-            if asked.trace and events:
-                trace.write(Path(asked.trace))
-    if asked.trace and events:
+            written = trace is not None and trace.write(Path(asked.trace or ""))
+    if written:
         print(f"wrote {asked.trace}")
 
 
@@ -200,7 +198,7 @@ class Printer:
 
     Args:
         titles: what to print above each answer; above a single one nothing.
-        wait: whether the answers are to come when all are there.
+        wait: print nothing before `close`.
     """
 
     def __init__(self, titles: Sequence[str], wait: bool) -> None:
@@ -211,12 +209,12 @@ class Printer:
     def add(self, row: int, answered: Generation | Infill) -> None:
         """Take an answer, and print those whose turn it is."""
         self._ready[row] = answered
-        while self._next in self._ready:
+        while self._next in self._ready and not self.wait:
             self._print(self._next)
             self._next += 1
 
     def close(self) -> None:
-        """Print what still waited for others, which an interrupted run does not have."""
+        """Print what still waits: for the end, or for others that an interrupted run does not have."""
         for row in sorted(self._ready):
             self._print(row)
 
@@ -246,21 +244,17 @@ class AnswerFile:
     def __init__(self, path: Path, rows: Sequence[str], identity: Mapping[str, Any], ranks: Ranks) -> None:
         self.path, self.rows, self.ranks = path, rows, ranks
         self._file = self._part(ranks.rank)
-        kept: list[Record] = []
-        problem: Exception | None = None
-        if ranks.first:
+        whole = {**identity, "prompts": sha256("\n".join(rows).encode()).hexdigest()[:16]}
+
+        def resume() -> list[Record]:
             others = sorted(set(path.parent.glob(f"{escape(path.name)}.part?*")) - {self._part(0)})
             others = [file for file in others if file.suffix.removeprefix(".part").isdigit()]
-            try:
-                kept = resume_records(self._part(0), _FIRST_LINE, self._identity(identity), self._units(), others)
-            except Exception as error:  # the other ranks wait, and must hear of it
-                problem = error
-        kept, problem = ranks.gather((kept, problem))[0]
-        if problem is not None:
-            raise problem
+            return resume_records(self._part(0), _FIRST_LINE, whole, self._units(), others)
+
+        kept = from_first(ranks, resume)
         self.kept = {record["row"]: record for record in kept}
         if not ranks.first:
-            write_lines(self._file, [json.dumps({_FIRST_LINE: self._identity(identity)}, ensure_ascii=False)])
+            write_lines(self._file, [json.dumps({_FIRST_LINE: whole}, ensure_ascii=False)])
 
     @property
     def missing(self) -> list[int]:
@@ -281,9 +275,6 @@ class AnswerFile:
 
     def _part(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.part{rank or ''}")
-
-    def _identity(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        return {**identity, "prompts": sha256("\n".join(self.rows).encode()).hexdigest()[:16]}
 
     def _units(self) -> list[list[int]]:
         """Return equal rows together: what is drawn for one depends on how often it came before."""

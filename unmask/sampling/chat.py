@@ -90,13 +90,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did.
-
-    Attributes:
-        conversation: the conversation after it.
-        note: what to tell the user.
-        leave: whether the conversation is over.
-    """
+    """What a command did: the conversation after it, what to tell the user, and whether to leave."""
 
     conversation: Conversation
     note: str = ""
@@ -105,7 +99,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: how it is spelt, what it does, and the function that does it, given what follows its name."""
+    """One command: how it is spelt, with what it takes; what it does; and the function that does it."""
 
     usage: str
     help: str
@@ -131,7 +125,10 @@ def run_command(conversation: Conversation, line: str) -> Outcome:
     name, _, argument = line.partition(" ")
     if name not in COMMANDS:
         raise SamplingError(f"{choice_problem(name, COMMANDS)}; a turn that starts with a slash is written //…")
-    return COMMANDS[name].run(conversation, argument.strip())
+    command, argument = COMMANDS[name], argument.strip()
+    if argument and command.usage == name:
+        raise SamplingError(f"{name}: takes nothing after it, got {argument!r}")
+    return command.run(conversation, argument)
 
 
 def save(conversation: Conversation, path: Path) -> int:
@@ -157,8 +154,7 @@ def save(conversation: Conversation, path: Path) -> int:
     return sum(not line.isspace() for line in written.splitlines()) + 1
 
 
-def _reset(conversation: Conversation, argument: str) -> Outcome:
-    _refuse("/reset", argument)
+def _reset(conversation: Conversation, _: str) -> Outcome:
     return Outcome(dataclasses.replace(conversation, turns=conversation.system, forgotten=0), "a new conversation")
 
 
@@ -190,21 +186,14 @@ def _save(conversation: Conversation, argument: str) -> Outcome:
     return Outcome(conversation, f"{len(conversation.turns)} turns added to {path} as row {rows}")
 
 
-def _help(conversation: Conversation, argument: str) -> Outcome:
-    _refuse("/help", argument)
+def _help(conversation: Conversation, _: str) -> Outcome:
     width = max(len(command.usage) for command in COMMANDS.values())
     lines = [f"{command.usage:{width}}  {command.help}" for command in COMMANDS.values()]
     return Outcome(conversation, "\n".join([*lines, f"{'//…':{width}}  a turn that starts with a slash"]))
 
 
-def _quit(conversation: Conversation, argument: str) -> Outcome:
-    _refuse("/quit", argument)
+def _quit(conversation: Conversation, _: str) -> Outcome:
     return Outcome(conversation, leave=True)
-
-
-def _refuse(name: str, argument: str) -> None:
-    if argument:
-        raise SamplingError(f"{name}: takes nothing after it, got {argument!r}")
 
 
 def _number(name: str, argument: str, least: int) -> int:
@@ -348,7 +337,9 @@ class Talk:
         return fitted.say("assistant", reply.text or "", reply.reasoning)
 
     def _answer(self, conversation: Conversation, prompt_ids: list[int]) -> Generation:
-        loaded = dataclasses.replace(self.loaded, settings=conversation.settings)
+        loaded, settings = self.loaded, conversation.settings
+        if settings != loaded.settings:
+            loaded = dataclasses.replace(loaded, settings=settings)
         with watcher(loaded, self.console) if self.interactive else contextlib.nullcontext() as draw:
             return answer(loaded, [prompt_ids], ["this turn"], conversation.seed, on_event=draw)[0]
 

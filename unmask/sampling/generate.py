@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +86,7 @@ def generate(
         prompts: a prompt or a list of prompts. A prompt is a text (one user turn through the chat template, or literal
             text with `raw`), a chat as a list of {"role", "content"}, or a list of token ids.
         tokenizer: needed for texts and chats, and for `text` in the result.
-        sampler: settings; what it leaves open, and None, is the model's own: its generation_config.json's where its
-            family keeps them there, otherwise its family's.
+        sampler: settings over the checkpoint's (generation_config.json) and its family's; None = those.
         seed: with equal seed and prompt the answer is the same.
         raw: tokenize texts as they stand, without a chat template.
         batch_size: rows denoised together, at least 1; None = 16. A finished row's place goes to the next prompt.
@@ -134,15 +132,10 @@ def answer(
 ) -> list[Generation]:
     """Sample an answer to each prompt, given as tokens that fit the model; arguments and errors as in `generate`."""
     results: dict[int, Generation] = {}
-    clock = RowClock()
-    for event in _events(loaded, prompts, labels, seed, batch_size):
-        clock.tick(event.rows)
-        if on_event is not None:
-            on_event(event)
-        for row in event.finished_B.nonzero()[:, 0].tolist():
-            index, length = event.rows[row], event.lengths[row]
-            written, nfe = event.answer_BC[row, :length].tolist(), int(event.nfe_B[row])
-            results[index] = _result(loaded, prompts[index], written, nfe, clock.seconds(index))
+    for event, row, seconds in rows_of(loaded, _requests(prompts, seed), labels, batch_size, on_event):
+        if event.finished_B[row]:
+            index = event.rows[row]
+            results[index] = _result(loaded, prompts[index], event, row, seconds)
             if on_answer is not None:
                 on_answer(index, results[index])
     return [results[index] for index in range(len(prompts))]
@@ -158,7 +151,7 @@ def stream(
     raw: bool = False,
     batch_size: int | None = None,
 ) -> Generator[StepEvent]:
-    """Sample an answer to each prompt and yield what each network call settled, as `generate` gives to `on_event`.
+    """Sample an answer to each prompt and yield what each network call committed, as `generate` gives to `on_event`.
 
     The model is in eval mode until the iterator is used up or closed.
 
@@ -179,14 +172,15 @@ def stream(
         >>> initialise(model, torch.Generator().manual_seed(0))
         >>> sampler = unmask.SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
         >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
-        ...     print(int(event.nfe_B[0]), "calls,", int(event.masked_BC[0].sum()), "tokens open")
-        1 calls, 6 tokens open
-        2 calls, 4 tokens open
-        3 calls, 2 tokens open
-        4 calls, 0 tokens open
+        ...     print(int(event.nfe_B[0]), "calls,", int(event.masked_BC[0].sum()), "masked")
+        1 calls, 6 masked
+        2 calls, 4 masked
+        3 calls, 2 masked
+        4 calls, 0 masked
     """
     loaded = as_loaded(model, tokenizer, sampler)
-    return _events(loaded, *encode_for(loaded, prompts, raw), seed, checked_batch_size(batch_size))
+    encoded, labels = encode_for(loaded, prompts, raw)
+    return _events(loaded, _requests(encoded, seed), labels, checked_batch_size(batch_size))
 
 
 def encode_for(
@@ -200,33 +194,51 @@ def encode_for(
     return encoded, called
 
 
+def _requests(prompts: Sequence[list[int]], seed: int) -> list[Request]:
+    keys = row_keys(seed, prompts)
+    requests = [Request(index, ids, key) for index, (ids, key) in enumerate(zip(prompts, keys, strict=True))]
+    return sorted(requests, key=lambda request: len(request.prompt_ids))  # prompts of like length need little padding
+
+
+def rows_of(
+    loaded: LoadedModel,
+    requests: Sequence[Request],
+    labels: Sequence[str],
+    batch_size: int | None,
+    on_event: Callable[[StepEvent], None] | None = None,
+    blanks: bool = False,
+) -> Iterator[tuple[StepEvent, int, float]]:
+    """Yield each row of each call: the event, the row in it, and its seconds since before its first call.
+
+    Args:
+        blanks: whether requests fill blanks: tokens that end an answer are never written, and confidences are at
+            temperature 1.
+    """
+    now, joined = time.perf_counter(), dict[int, float]()
+    for event in _events(loaded, requests, labels, checked_batch_size(batch_size), blanks):
+        for index in event.rows:
+            joined.setdefault(index, now)
+        now = time.perf_counter()
+        if on_event is not None:
+            on_event(event)
+        for row, index in enumerate(event.rows):
+            yield event, row, now - joined[index]
+
+
 def _events(
-    loaded: LoadedModel, prompts: Sequence[list[int]], labels: Sequence[str], seed: int, batch_size: int | None
+    loaded: LoadedModel, requests: Sequence[Request], labels: Sequence[str], size: int, blanks: bool = False
 ) -> Generator[StepEvent]:
-    size = checked_batch_size(batch_size)
-    keyed = zip(range(len(prompts)), prompts, row_keys(seed, prompts), strict=True)
-    # Prompts of like length need little padding.
-    requests = sorted((Request(*request) for request in keyed), key=lambda request: len(request.prompt_ids))
-    with evaluating(loaded.model):
-        yield from denoise(loaded.backend, requests, loaded.settings, loaded.stop_ids, batch_size=size, labels=labels)
-
-
-class RowClock:
-    """Seconds that each row has been in the loop, from before the first call that it took part in."""
-
-    def __init__(self) -> None:
-        self._now = time.perf_counter()
-        self._since: dict[int, float] = {}
-
-    def tick(self, rows: Sequence[int]) -> None:
-        """Note that a call of these rows has ended."""
-        for row in rows:
-            self._since.setdefault(row, self._now)
-        self._now = time.perf_counter()
-
-    def seconds(self, row: int) -> float:
-        """Return a row's time until the last tick."""
-        return self._now - self._since[row]
+    """Run the loop, every module in eval mode meanwhile."""
+    training = [module for module in loaded.model.modules() if module.training]
+    loaded.model.eval()
+    banned = loaded.stop_ids if blanks else ()
+    try:
+        yield from denoise(
+            loaded.backend, requests, loaded.settings, loaded.stop_ids, None, size, banned, blanks, labels
+        )
+    finally:
+        for module in training:
+            module.training = True
 
 
 def checked_batch_size(batch_size: int | None) -> int:
@@ -241,21 +253,10 @@ def checked_batch_size(batch_size: int | None) -> int:
     return size
 
 
-def _result(loaded: LoadedModel, prompt_ids: list[int], written: list[int], nfe: int, seconds: float) -> Generation:
+def _result(loaded: LoadedModel, prompt_ids: list[int], event: StepEvent, row: int, seconds: float) -> Generation:
+    written, nfe = event.answer_BC[row, : event.lengths[row]].tolist(), int(event.nfe_B[row])
     end = next((place for place, token in enumerate(written) if token in loaded.stop_ids), None)
     token_ids = written[:end]
     text, reasoning = (None, None) if loaded.tokenizer is None else split_reasoning(token_ids, loaded.tokenizer)
     stats = Stats(nfe, len(token_ids) / nfe, seconds, len(token_ids) / max(seconds, 1e-9))
     return Generation(token_ids, text, "length" if end is None else "eos", prompt_ids, stats, reasoning)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch every module to eval mode, and those that were training back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from unmask.config.sampler import SamplerConfig
 from unmask.sampling.blanks import BlankText, encode_blanks
 from unmask.sampling.engine.draws import row_keys
-from unmask.sampling.engine.loop import StepEvent, denoise
+from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.engine.state import Request
-from unmask.sampling.generate import RowClock, Stats, checked_batch_size, evaluating
+from unmask.sampling.generate import Stats, rows_of
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.plan import check_blank_sampler
 from unmask.sampling.prompts import as_list, labels_of
@@ -129,32 +129,19 @@ def fill(
     on_answer: Callable[[int, Infill], None] | None = None,
 ) -> list[Infill]:
     """Fill the blanks of texts that are tokens already; arguments and errors as in `infill`."""
-    size, clock = checked_batch_size(batch_size), RowClock()
     keys = row_keys(seed, [text.hashed for text in texts])
-    requests = [
-        Request(index, text.prompt_ids, key, text.template)
-        for index, (text, key) in enumerate(zip(texts, keys, strict=True))
-    ]
-    # Texts of like length need little padding.
-    requests.sort(key=lambda request: len(texts[request.index].hashed))
+    keyed = enumerate(zip(texts, keys, strict=True))
+    requests = [Request(index, text.prompt_ids, key, text.template) for index, (text, key) in keyed]
+    requests.sort(key=lambda request: len(texts[request.index].hashed))  # texts of like length need little padding
     logs: dict[int, Tensor] = {}
     results: dict[int, Infill] = {}
-    stops = loaded.stop_ids
-    with evaluating(loaded.model):
-        for event in denoise(
-            loaded.backend, requests, loaded.settings, stops, None, size, stops, untempered=True, labels=labels
-        ):
-            clock.tick(event.rows)
-            if on_event is not None:
-                on_event(event)
-            for row, index in enumerate(event.rows):
-                logs[index] = _log_probabilities(event, row, logs.get(index))
-                if event.finished_B[row]:
-                    answer = event.answer_BC[row, : event.lengths[row]].tolist()
-                    nfe, seconds = int(event.nfe_B[row]), clock.seconds(index)
-                    results[index] = _result(loaded, texts[index], answer, logs.pop(index), nfe, seconds)
-                    if on_answer is not None:
-                        on_answer(index, results[index])
+    for event, row, seconds in rows_of(loaded, requests, labels, batch_size, on_event, blanks=True):
+        index = event.rows[row]
+        logs[index] = _log_probabilities(event, row, logs.get(index))
+        if event.finished_B[row]:
+            results[index] = _result(loaded, texts[index], event, row, logs.pop(index), seconds)
+            if on_answer is not None:
+                on_answer(index, results[index])
     return [results[index] for index in range(len(texts))]
 
 
@@ -166,10 +153,9 @@ def _log_probabilities(event: StepEvent, row: int, before: Tensor | None) -> Ten
     return logs_C if before is None else torch.where(event.committed_BC[row, columns] | edited_C, logs_C, before)
 
 
-def _result(
-    loaded: LoadedModel, text: BlankText, answer: list[int], logs_C: Tensor, nfe: int, seconds: float
-) -> Infill:
+def _result(loaded: LoadedModel, text: BlankText, event: StepEvent, row: int, logs_C: Tensor, seconds: float) -> Infill:
     assert loaded.tokenizer is not None
+    answer, nfe = event.answer_BC[row, : event.lengths[row]].tolist(), int(event.nfe_B[row])
     fill_ids = [answer[start:end] for start, end in text.spans]
     fills = [
         _added(loaded.tokenizer, [*text.prompt_ids, *answer[:start]], ids)

@@ -94,18 +94,21 @@ class Trace:
             row.calls.append({name: value for name, value in call.items() if value != []})
             row.ids, row.masked, row.finished = ids, masked, bool(event.finished_B[place])
 
-    def write(self, path: Path) -> None:
-        """Write the page, replacing one that is there.
+    def write(self, path: Path) -> bool:
+        """Write the page, replacing one that is there; return whether there was an event to write of.
 
         Raises:
             SamplingError: the file cannot be written.
         """
+        if not self._rows:
+            return False
         temporary = path.with_name(path.name + ".part")
         try:
             temporary.write_text(self.page(), "utf-8")
             temporary.replace(path)
         except OSError as error:
             raise SamplingError(f"--trace: {path}: {error.strerror or error}; name a file that you may write") from None
+        return True
 
     def page(self) -> str:
         """Return the page."""
