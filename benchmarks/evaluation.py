@@ -40,7 +40,7 @@ def run(pairs: int = 3) -> dict[str, Any]:
     questions = read_questions(FIXTURES / "gsm8k_chat_64.jsonl", ROWS)
     exact = SamplerConfig(steps=STEPS, max_new_tokens=LENGTH, eos="suppress")
     fast = SamplerConfig(preset="fast", max_new_tokens=LENGTH, eos="suppress")
-    asked = encode_questions(model, questions, tokenizer)
+    asked = encode_questions(questions, tokenizer, model.config)
     scored = [
         (ids, tokenizer.encode(question.reference, add_special_tokens=False)[:LENGTH])
         for ids, question in zip(asked, questions, strict=True)

@@ -21,8 +21,7 @@ from unmask.data.batches import ValidationSet
 from unmask.data.sources import Rows
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
-from unmask.prepare import Prepared, stored_generation
-from unmask.sampling.settings import resolve_settings
+from unmask.prepare import Prepared
 from unmask.training.resume import ResumePoint
 from unmask.training.run import TrainingRun
 
@@ -81,11 +80,9 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
 
 def _sampling_notes(prepared: Prepared) -> list[str]:
     """Say what is approximate in how validation questions will be answered."""
-    section = prepared.config.validation
-    if section is None or prepared.validation_rows is None:
+    if prepared.validation_settings is None or prepared.validation_rows is None:
         return []
-    plan = prepared.plan
-    note = resolve_settings(section.settings(), plan.family, plan.config, stored_generation(plan)).note
+    note = prepared.validation_settings.note
     return [note] if note else []
 
 

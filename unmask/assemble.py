@@ -18,12 +18,12 @@ from unmask.config.reader import to_mapping
 from unmask.data.batches import ValidationSet, validation_set
 from unmask.data.encode import RowEncoder
 from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
-from unmask.evaluation.answering import SAMPLES, answer_validator, check_lengths
 from unmask.evaluation.tasks import questions_of
-from unmask.evaluation.validation import fixed_noise, validation_losses
+from unmask.evaluation.validation_answers import SAMPLES, answer_validator
+from unmask.evaluation.validation_loss import fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
 from unmask.parts import Parts, build_parts
-from unmask.prepare import Prepared, stored_generation
+from unmask.prepare import Prepared
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.plots import plot_runs
 from unmask.report.progress import TrainingProgress
@@ -184,14 +184,16 @@ def _validators(
     prepared: Prepared, parts: Parts, runtime: Runtime, root: Path, measures: Sequence[Measure]
 ) -> list[Validator]:
     """Return what is measured during the run: losses at each validation, answers as often as `validation` says."""
-    config, section, found = prepared.config, prepared.config.validation, []
+    config, found = prepared.config, []
+    section, settings = config.validation, prepared.validation_settings
     if measures:
         every = config.step_scheduler.val_every_steps
         found.append(Validator("validation", every, lambda model, _: _merged(measure(model) for measure in measures)))
-    if section is not None and prepared.validation_rows is not None:
+    if section is not None and settings is not None and prepared.validation_rows is not None:
         questions = questions_of(prepared.validation_rows, section.max_samples)
-        check_lengths(questions, section, parts.tokenizer, prepared.plan.config, stored_generation(prepared.plan))
-        measure = answer_validator(questions, section, parts.tokenizer, runtime, config.seed, root)
+        measure = answer_validator(
+            questions, section, settings, parts.tokenizer, prepared.plan.config, runtime, config.seed, root
+        )
         found.append(Validator("exact_match", section.generate_every_steps, measure))
     return found
 

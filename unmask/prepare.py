@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from unmask.config import LoadedConfig, RunConfig
 from unmask.config.model import PeftConfig
@@ -22,7 +21,7 @@ from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model, most_padding
 from unmask.report.trackers import check_tracker
-from unmask.sampling.settings import resolve_settings
+from unmask.sampling.settings import SamplerSettings, resolve_settings
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Prepared:
         plan: the model, weights not loaded.
         tokenizer_folder: where the tokenizer is.
         rows, validation_rows: the opened data.
+        validation_settings: what answers are sampled with during training; None where none are.
         degrees: how the processes of the run are arranged.
     """
 
@@ -44,6 +44,7 @@ class Prepared:
     tokenizer_folder: Path
     rows: Rows
     validation_rows: Rows | None
+    validation_settings: SamplerSettings | None = None
     degrees: Degrees = Degrees()
 
 
@@ -74,7 +75,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
         config.distributed, processes, plan.config.num_experts if plan.family.shard.experts else None
     )
     _check_batch(config, processes)
-    _check_answering(config.validation, plan)
+    validation_settings = _validation_settings(config.validation, plan)
     check_against_model(config.dllm, plan.family, plan.config)
     tokenizer_folder = find_tokenizer(_tokenizer_name(config, plan), "dataset.tokenizer")
     room = plan.config.max_sequence_length - most_padding(config.dllm, plan.config)
@@ -93,16 +94,19 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     validation_rows = None
     if config.validation_dataset is not None:
         validation_rows = open_rows(config.validation_dataset, "validation_dataset")
-    return Prepared(config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows, degrees)
+    return Prepared(
+        config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows, validation_settings, degrees
+    )
 
 
-def _check_answering(section: ValidationConfig | None, plan: ModelPlan) -> None:
-    """Refuse sampler settings that the model's family does not have, and a grader whose package is not installed."""
+def _validation_settings(section: ValidationConfig | None, plan: ModelPlan) -> SamplerSettings | None:
+    """Return what answers are sampled with during training; refuse what the family or this machine cannot do."""
     if section is None:
-        return
+        return None
     check_grader(section.grader)
+    generation = {} if plan.folder is None else read_generation(plan.folder)
     try:
-        resolve_settings(section.settings(), plan.family, plan.config, stored_generation(plan))
+        return resolve_settings(section.settings(), plan.family, plan.config, generation)
     except SamplingError as error:
         raise ConfigError(f"validation.sampler: {error}") from None
 
@@ -140,8 +144,3 @@ def _tokenizer_name(config: RunConfig, plan: ModelPlan) -> str:
     if plan.folder is None:
         raise ConfigError("dataset.tokenizer: a fresh model (model.config) has no tokenizer of its own; name a folder")
     return str(plan.folder)
-
-
-def stored_generation(plan: ModelPlan) -> dict[str, Any]:
-    """Return the checkpoint's generation_config.json; empty for a fresh model."""
-    return {} if plan.folder is None else read_generation(plan.folder)

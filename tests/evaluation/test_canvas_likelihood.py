@@ -85,7 +85,7 @@ def test_what_cannot_be_scored_is_refused(model, opinionated, function) -> None:
         function(model, [], ANSWER)
     with pytest.raises(SamplingError, match="the answer is empty"):
         function(model, PROMPT, [])
-    with pytest.raises(ModelError, match=r"has no canvases; use unmask\.log_likelihood"):
+    with pytest.raises(ModelError, match=r"mask noise and bidirectional attention; use unmask\.log_likelihood"):
         function(opinionated, PROMPT, ANSWER)
 
 

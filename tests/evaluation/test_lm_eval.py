@@ -21,8 +21,7 @@ from unmask.cli import main
 from unmask.config.model import ModelConfig
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import ConfigError
-from unmask.evaluation.exact_match import encode_questions
-from unmask.evaluation.greedy import greedily_written
+from unmask.evaluation.exact_match import encode_questions, greedily_written
 from unmask.evaluation.lm_eval import UnmaskLM
 from unmask.evaluation.tasks import Question
 from unmask.models.loading import build_model
@@ -116,21 +115,21 @@ def test_the_likelihood_of_a_continuation_is_the_bound_of_its_tokens(make, tiny_
     found = lm.loglikelihood(
         ask("loglikelihood", ("2 plus 2? ", "4"), ("", "4."), ("x" * 200, "4.")), disable_tqdm=True
     )
-    encode = functools.partial(lm.tokenizer.encode, add_special_tokens=False)
+    encode = functools.partial(lm.loaded.tokenizer.encode, add_special_tokens=False)
     pairs = [(encode("2 plus 2?"), encode(" 4")), ([], encode("4.")), (encode("x" * 94), encode("4."))]
     for pair, (value, _) in zip(pairs, found, strict=True):
-        expected = unmask.log_likelihood(lm.model, *pair, 16, exact_if_cheaper=True)
+        expected = unmask.log_likelihood(lm.loaded.model, *pair, 16, exact_if_cheaper=True)
         assert value == pytest.approx(expected.value, rel=1e-5)
 
 
 def test_a_continuation_is_greedy_when_the_sampler_would_write_it(make) -> None:
     lm = make()
-    prompt = lm.tokenizer.encode("3 plus 3?")
+    prompt = lm.loaded.tokenizer.encode("3 plus 3?")
     sampler = SamplerConfig(max_new_tokens=6, steps=6, block_size=6)
-    written = unmask.generate(lm.model, [prompt], sampler=sampler)[0].token_ids
+    written = unmask.generate(lm.loaded.model, [prompt], sampler=sampler)[0].token_ids
     assert len(written) == 6
     other = [*written[:5], (written[5] + 1) % 256]
-    assert greedily_written(lm.model, [(prompt, other), (prompt, written), (prompt[:2], written)], 2)[:2] == [
+    assert greedily_written(lm.loaded.model, [(prompt, other), (prompt, written), (prompt[:2], written)], 2)[:2] == [
         False,
         True,
     ]
@@ -141,13 +140,13 @@ def test_a_text_is_read_in_windows_that_cover_it_once(make) -> None:
     lm = make(num_samples=8)
     short, long = "it is 7.", "it is 7. " * 20
     found = lm.loglikelihood_rolling(ask("loglikelihood_rolling", (short,), (long,)), disable_tqdm=True)
-    ids = lm.tokenizer.encode(short)
-    expected = unmask.log_likelihood(lm.model, [lm.tokenizer.bos_token_id], ids, 8).value
+    ids = lm.loaded.tokenizer.encode(short)
+    expected = unmask.log_likelihood(lm.loaded.model, [lm.loaded.tokenizer.bos_token_id], ids, 8).value
     assert found[0] == pytest.approx(expected, rel=1e-5)
     scored = []
     lm._scored = lambda pairs, greedy: scored.extend(pairs) or [(-1.0, False)] * len(pairs)
     lm.loglikelihood_rolling(ask("loglikelihood_rolling", (long,)), disable_tqdm=True)
-    assert [token for _, tokens in scored for token in tokens] == lm.tokenizer.encode(long)
+    assert [token for _, tokens in scored for token in tokens] == lm.loaded.tokenizer.encode(long)
     assert len(scored) > 1 and all(len(prompt) + len(tokens) <= 96 for prompt, tokens in scored)
 
 
@@ -165,8 +164,8 @@ def test_a_canvas_model_is_read_by_its_encoder(gemma_values, tiny) -> None:
     model = build_model(plan_model(ModelConfig(config=gemma_values(vocab_size=264))), None).eval()
     lm = UnmaskLM(model, tokenizer=load_tokenizer(str(tiny.folder / "tokenizer")))
     found = lm.loglikelihood(ask("loglikelihood", ("2 plus 2?", " 4"), ("", "4")), disable_tqdm=True)
-    ids = lm.tokenizer.encode("4")
-    expected = unmask.ar_log_likelihood(model, [lm.tokenizer.bos_token_id], ids)
+    ids = lm.loaded.tokenizer.encode("4")
+    expected = unmask.ar_log_likelihood(model, [lm.loaded.tokenizer.bos_token_id], ids)
     assert found[1] == (pytest.approx(expected.value), expected.greedy)
     with torch.no_grad():
         assert found[0][0] < 0
@@ -187,7 +186,7 @@ def test_a_start_of_text_that_the_tokenizer_puts_by_itself_stands_before_every_c
     long, _ = lm._pair("x" * (2 * lm.max_length), "4")
     assert len(long) == lm.max_length - 1 and long[0] == bos and long[1] != bos
     questions = [Question("2 plus 2?", "4", "f:1")]
-    assert encode_questions(model, questions, tokenizer) == [(bos, *plain[0])]
+    assert encode_questions(questions, tokenizer, model.config) == [(bos, *plain[0])]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from safetensors.numpy import save_file
 from unmask.config.model import ModelConfig
 from unmask.config.reader import read_section
 from unmask.errors import ConfigError, ModelError
-from unmask.evaluation.job import Checkpoint
 from unmask.models import folders
 from unmask.models.folders import find_folder, weights_fingerprint
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.loading import load_model
-from unmask.models.registry import FAMILIES, family_named, family_of, plan_folder, plan_model, resolve
+from unmask.models.registry import FAMILIES, ModelPlan, family_named, family_of, plan_folder, plan_model, resolve
 from unmask.models.tokenizer import find_tokenizer, load_tokenizer
+from unmask.sampling.plan import JobPlan
 
 
 @pytest.fixture
@@ -224,11 +225,11 @@ def test_a_change_of_any_tensor_changes_the_fingerprint_and_the_place_does_not(t
     assert weights_fingerprint(tmp_path / "two") != whole
 
 
-def test_the_same_adapter_of_another_scale_is_another_contestant(tmp_path: Path) -> None:
+def test_the_same_adapter_of_another_scale_is_another_model(tmp_path: Path) -> None:
     save_file({"a": np.ones(4, dtype=np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    found = []
+    found, none = [], cast(Any, None)
     for alpha in (8, 16):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
-        found.append(Checkpoint("", str(tmp_path), str(tmp_path), "").fingerprint())
+        found.append(JobPlan("", ModelPlan(none, none, {}, tmp_path), tmp_path, {}, none, tmp_path).fingerprint())
     assert found[0]["weights"] == found[1]["weights"] and found[0]["adapter"] != found[1]["adapter"]

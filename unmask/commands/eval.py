@@ -62,7 +62,7 @@ class _Pair(argparse.Action):
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
-    from unmask.evaluation.job import EvalJob, Likelihoods, plan_job
+    from unmask.evaluation.job import EvalJob, Likelihoods, plan_evaluation
 
     given = vars(arguments) | {
         "checkpoints": arguments.checkpoint,
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         "sampler": sampler_from(arguments),
         "likelihoods": Likelihoods(arguments.num_samples, arguments.antithetic),
     }
-    plan = plan_job(EvalJob(**{field.name: given[field.name] for field in fields(EvalJob)}))
+    plan = plan_evaluation(EvalJob(**{field.name: given[field.name] for field in fields(EvalJob)}))
     if arguments.nproc_per_node not in (None, 1):
         from unmask.distributed.launch import relaunch
 

@@ -20,6 +20,7 @@ from unmask.config.data import rounded_up
 from unmask.data.encode import Encode, EncodedRow
 from unmask.data.sources import Rows
 from unmask.errors import DataError
+from unmask.ops.padding import padded
 from unmask.rng import generator
 
 
@@ -52,18 +53,12 @@ def collate(
         supervise_padding: padding is attended and supervised.
         peers: sample ids of the rows that all ranks hold in this micro-batch.
     """
-    shape = len(rows), length
-    input_ids_BL = torch.full(shape, pad_token_id, dtype=torch.int64)
-    supervised_BL = torch.full(shape, supervise_padding)
-    attention_mask_BL = torch.full(shape, supervise_padding)
-    for number, row in enumerate(rows):
-        input_ids_BL[number, : len(row)] = torch.from_numpy(row.input_ids)
-        supervised_BL[number, : len(row)] = torch.from_numpy(row.supervised)
-        attention_mask_BL[number, : len(row)] = True
+    input_ids_BL, present_BL = padded([row.input_ids for row in rows], pad_token_id, length)
+    supervised_BL, _ = padded([row.supervised for row in rows], supervise_padding, length)
     return Batch(
         input_ids_BL=input_ids_BL,
         supervised_BL=supervised_BL,
-        attention_mask_BL=attention_mask_BL,
+        attention_mask_BL=present_BL | supervise_padding,
         answer_lengths_B=supervised_BL.sum(dim=1),
         sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
         epoch=epoch,

@@ -12,11 +12,10 @@ from torch import nn
 from unmask.config.distributed import DistributedConfig
 from unmask.distributed.processes import Degrees
 from unmask.distributed.ranks import Ranks, build_meshes
-from unmask.errors import ConfigError
 from unmask.models.folders import find_adapter, read_generation
-from unmask.models.loading import apply_adapter, empty_network, load_model
+from unmask.models.loading import apply_adapter, empty_network
 from unmask.models.lora.files import read_adapter
-from unmask.models.registry import ModelPlan, family_of, plan_folder
+from unmask.models.registry import ModelPlan, family_of
 from unmask.models.weights import base_tensors, fill, set_dtypes
 
 Row = TypeVar("Row", bound=Hashable)
@@ -46,7 +45,7 @@ def divide_rows(
         rows: all of them, equal on every rank.
         ranks: all of them; a collective.
         function: gives a picklable result for each of some rows; not called for none.
-        together: a context for `function` that all ranks enter, those without rows too (`load_for_answers`).
+        together: a context for `function` that all ranks enter, those without rows too (`JointCalls`).
     """
     own = own_rows(rows, ranks)
     with together:
@@ -55,38 +54,23 @@ def divide_rows(
     return [results[index] for index in range(len(rows))]
 
 
-def load_for_answers(
-    name: str, dtype: str | None, device: torch.device, adapter: str | None, ranks: Ranks, shard: bool
-) -> tuple[nn.Module, contextlib.AbstractContextManager]:
-    """Load a checkpoint for rows that are divided among ranks; all ranks call it.
-
-    Args:
-        name, dtype, device, adapter: as `registry.load_model`.
-        ranks: all of them.
-        shard: every rank keeps a part of the weights, read from the files as such, and gathers a block when it runs;
-            False loads the whole network on each.
-
-    Returns:
-        the network in eval mode, and the context in which ranks call it, for `divide_rows`; it may be entered
-        again and again.
-
-    Raises:
-        ConfigError: `shard` on one rank.
-        ModelError, TrainingError: as loading does; no memory for a part.
-    """
-    if not shard:
-        return load_model(name, dtype, device, adapter), contextlib.nullcontext()
-    if ranks.size == 1:
-        raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
-    plan = plan_folder(name, "checkpoint")
-    model = load_shared(plan, dtype, device, adapter, ranks)
-    return model, JointCalls(model, ranks)
-
-
 def load_shared(
     plan: ModelPlan, dtype: str | None, device: torch.device, adapter: str | None, ranks: Ranks
 ) -> nn.Module:
-    """Build, shard and fill a network that is not trained; all ranks call it. Arguments as `load_for_answers`."""
+    """Build, shard and fill a network that is not trained; a collective.
+
+    Every rank reads a part of the weights from the files and gathers a block when it runs.
+
+    Args:
+        plan: of a checkpoint.
+        dtype: `float32`, `bfloat16` or `float16`; None = as stored.
+        device: where the parts go.
+        adapter: folder of a LoRA adapter, or None.
+        ranks: all of them.
+
+    Raises:
+        ModelError, TrainingError: as loading does; no memory for a part.
+    """
     # FSDP2 and what belongs to it take seconds to import, which one process need not wait for.
     from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
     from unmask.distributed.shard import pieces, shard_model

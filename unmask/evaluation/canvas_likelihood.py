@@ -1,9 +1,9 @@
-"""What a canvas model (DiffusionGemma) finds of an answer: two numbers, neither of them a bound on its log-likelihood.
+"""Two scores of an answer under a canvas model (DiffusionGemma), neither of them a bound on its log-likelihood.
 
-The denoising cross-entropy is what the decoder is trained on, with every canvas and many noise levels instead of one
-drawn of each. Uniform noise with an unweighted loss has no known bound on log p behind it, so none is claimed; it
-compares two models on the same answers. The autoregressive log-likelihood is exact, of the encoder: the same weights
-read from left to right, which is not how the decoder writes.
+The denoising cross-entropy is the decoder's training loss, over every canvas and many noise levels. Uniform noise with
+an unweighted loss has no known bound on log p behind it, so none is claimed; it compares two models on the same
+answers. The autoregressive log-likelihood is exact, of the encoder: the same weights read from left to right, which is
+not how the decoder writes.
 
 Shapes: A answer tokens, C positions of a canvas, K canvases of a batch, S samples, N positions.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from unmask import rng
-from unmask.errors import ModelError, SamplingError
-from unmask.evaluation.likelihood import DEFAULT_BATCH_SIZE, content_key, standard_error
+from unmask.errors import SamplingError
+from unmask.evaluation.likelihood import DEFAULT_BATCH_SIZE, content_key, method_for, standard_error
 from unmask.ops.linear_cross_entropy import cross_entropies
 
 DEFAULT_LEVELS = 32
@@ -82,13 +82,13 @@ def denoising_cross_entropy(
 ) -> DenoisingCrossEntropy:
     """Corrupt each canvas of an answer at levels spread evenly over (0, 1) and predict its clean tokens.
 
-    As in training (`unmask/objectives/canvas.py`): a token is replaced with probability t by a uniform draw
-    from the vocabulary, a canvas sees the clean tokens before it through the encoder, and the last one is filled up
-    with the end-of-text token, which is corrupted like the rest. Unlike there, the fill is not scored, every canvas is,
-    and there is no self-conditioning. Noise is a function of (seed, prompt and answer, canvas, sample).
+    As in training: a token is replaced with probability t by a uniform draw from the vocabulary, a canvas sees the
+    clean tokens before it through the encoder, and the last one is filled up with the end-of-text token, which is
+    corrupted like the rest. Unlike there, the fill is not scored, every canvas is, and there is no self-conditioning.
+    Noise is a function of (seed, prompt and answer, canvas, sample).
 
     Args:
-        model: from `unmask.load_model`, of a family with canvases.
+        model: from `unmask.load_model`, with uniform noise and canvas attention.
         prompt_ids: tokens before the answer, at least one.
         answer_ids: the A tokens that are scored, at least one.
         num_samples: noise levels, at least 1.
@@ -97,7 +97,7 @@ def denoising_cross_entropy(
 
     Raises:
         SamplingError: an empty prompt or answer, or a number out of range.
-        ModelError: a model without canvases, or an input that is too long for it.
+        ModelError: a model of other noise or attention, or an input that is too long for it.
     """
     prompt, answer = _checked(model, "denoising_cross_entropy", prompt_ids, answer_ids)
     size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
@@ -132,13 +132,11 @@ def ar_log_likelihood(model: Any, prompt_ids: Sequence[int], answer_ids: Sequenc
     """Return Σ log p(token | tokens before it) over an answer, from the encoder, exactly.
 
     Args:
-        model: from `unmask.load_model`, of a family with canvases.
-        prompt_ids: tokens before the answer, at least one.
-        answer_ids: the A tokens that are scored, at least one.
+        model, prompt_ids, answer_ids: as in `denoising_cross_entropy`.
 
     Raises:
         SamplingError: an empty prompt or answer.
-        ModelError: a model without canvases, or an input that is too long for it.
+        ModelError: a model of other noise or attention, or an input that is too long for it.
     """
     prompt, answer = _checked(model, "ar_log_likelihood", prompt_ids, answer_ids)
     device = next(model.parameters()).device
@@ -148,11 +146,6 @@ def ar_log_likelihood(model: Any, prompt_ids: Sequence[int], answer_ids: Sequenc
     value = -float(_losses(model, hidden_ND, scored_N, targets_N).sum())
     chunks = [model.logits(part_ND).argmax(dim=-1).cpu() for part_ND in hidden_ND.split(64)]
     return ARLogLikelihood(value, len(answer), bool((torch.cat(chunks) == targets_N).all()))
-
-
-def has_canvases(model: Any) -> bool:
-    """Say whether a model has canvases, so that the functions here apply to it."""
-    return getattr(getattr(model, "config", None), "canvas_length", None) is not None
 
 
 def _noisy(clean_C: Tensor, canvas: int, sample: int, samples: int, vocab_size: int, seed: int, name: str) -> Tensor:
@@ -173,8 +166,7 @@ def _losses(model: Any, hidden_ND: Tensor, scored_N: Tensor, targets_N: Tensor) 
 def _checked(
     model: Any, what: str, prompt_ids: Sequence[int], answer_ids: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    if not has_canvases(model):
-        raise ModelError(f"{what}: {type(model).__name__} has no canvases; use unmask.log_likelihood")
+    method_for({("uniform", "canvas"): None}, model, what, "use unmask.log_likelihood for a mask")
     prompt, answer = [int(token) for token in prompt_ids], [int(token) for token in answer_ids]
     if not prompt or not answer:
         raise SamplingError(f"{what}: the {'answer' if prompt else 'prompt'} is empty; give at least one token")

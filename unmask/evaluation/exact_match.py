@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from unmask import rng
 from unmask.config.sampler import SamplerConfig
@@ -13,12 +14,17 @@ from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.evaluation.grade import Grade, Interval, check_grader, grade, wilson
 from unmask.evaluation.tasks import Question
-from unmask.sampling.generate import DEFAULT_BATCH_SIZE, Generation, generate
+from unmask.models.registry import family_of
+from unmask.sampling.backends.backend import backend_for
+from unmask.sampling.engine.loop import denoise
+from unmask.sampling.engine.state import Request, Template
+from unmask.sampling.generate import DEFAULT_BATCH_SIZE, Generation
+from unmask.sampling.generate import answer as sample_answers
+from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_document, check_prompts, encode_prompts
-from unmask.sampling.settings import settings_for
+from unmask.sampling.settings import settings_of
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 # Batches between two saves of an evaluation's answers: enough to keep the sampler's batches full, few enough that an
@@ -108,25 +114,25 @@ def score_answers(
         SamplingError: as `unmask.generate`.
     """
     check_grader(grader)
-    prompts = encode_questions(model, questions, tokenizer)
-    run = TaskRun(model, questions, prompts, tokenizer, sampler, seed, batch_size, grader, tuple(stops), ranks)
+    loaded = replace(as_loaded(model, tokenizer, sampler), ranks=ranks)
+    prompts = encode_questions(questions, tokenizer, loaded.config)
+    run = TaskRun(loaded, questions, prompts, seed, batch_size, grader, tuple(stops))
     run.check_prompts()
     answers = run.answers()
     return Scored(sorted(answers, key=lambda answer: answer.row))
 
 
 def encode_questions(
-    model: Any, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> list[tuple[int, ...]]:
-    """Return the token ids of each question's prompt; of the model only its config is looked at.
+    """Return the token ids of each question's prompt for a model with this configuration.
 
     Raises:
         SamplingError: a prompt that the chat template cannot render, with the label of its row.
     """
     raw = isinstance(questions[0].prompt, str)  # literal text and chats do not share a file
-    mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    labels = [question.label for question in questions]
-    encoded = encode_prompts([each.as_prompt() for each in questions], tokenizer, raw, mask_id, labels)
+    prompts, labels = [each.as_prompt() for each in questions], [each.label for each in questions]
+    encoded = encode_prompts(prompts, tokenizer, raw, getattr(config, "mask_token_id", None), labels)
     return [tuple(as_document(ids, tokenizer) if raw else ids) for ids in encoded]
 
 
@@ -168,37 +174,39 @@ def rows_between_saves(batch_size: int | None) -> int:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task's questions for one model; what is not here is as in `score_answers`.
+    """One task's questions for one model.
 
     Attributes:
+        loaded: the model, its sampler's settings, and the ranks that divide the questions.
+        questions: the questions.
         prompts: token ids of each question's prompt.
-        together: the context in which ranks call a model that they share, from `load_for_answers`.
+        seed, batch_size, grader, stops: as in `score_answers`.
     """
 
-    model: Any
+    loaded: LoadedModel
     questions: Sequence[Question]
     prompts: Sequence[tuple[int, ...]]
-    tokenizer: Any
-    sampler: SamplerConfig | None
     seed: int
     batch_size: int | None
     grader: str
     stops: tuple[str, ...] = ()
-    ranks: Ranks = ALONE
-    together: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+    @property
+    def labels(self) -> list[str]:
+        """What messages call the questions."""
+        return [question.label for question in self.questions]
 
     def check_prompts(self) -> None:
         """Raise SamplingError, with the label of its row, for a prompt that does not fit the model."""
-        labels = [question.label for question in self.questions]
-        check_prompts(self.prompts, labels, self.model.config, settings_for(self.model, self.sampler))
+        check_prompts(self.prompts, self.labels, self.loaded.config, self.loaded.settings)
 
     def chunks(self) -> list[Chunk]:
         """Divide the questions into chunks: the same ones, whatever was answered already."""
-        return divide(self.prompts, self.ranks.size * rows_between_saves(self.batch_size))
+        return divide(self.prompts, self.loaded.ranks.size * rows_between_saves(self.batch_size))
 
     def answers(self) -> list[Answer]:
         """Answer and grade all questions, chunk by chunk; a collective."""
-        return [answer for chunk in self.chunks() for answer in self.answer(chunk)]
+        return [each for chunk in self.chunks() for each in self.answer(chunk)]
 
     def answer(self, chunk: Chunk) -> list[Answer]:
         """Answer and grade the questions of a chunk, in the order of its rows; a collective."""
@@ -207,20 +215,12 @@ class TaskRun:
             generations = self.sample(rows, chunk.seed(self.seed))
             return [self.graded(row, each) for row, each in zip(rows, generations, strict=True)]
 
-        return divide_rows(list(chunk.rows), self.ranks, answered, self.together)
+        return divide_rows(list(chunk.rows), self.loaded.ranks, answered, self.loaded.together)
 
     def sample(self, rows: Sequence[int], seed: int, **options: Any) -> list[Generation]:
-        """Sample an answer to the questions of some rows, on this rank alone; options as of `generate`."""
-        return generate(
-            self.model,
-            [list(self.prompts[row]) for row in rows],
-            tokenizer=self.tokenizer,
-            sampler=self.sampler,
-            seed=seed,
-            batch_size=self.batch_size,
-            labels=[self.questions[row].label for row in rows],
-            **options,
-        )
+        """Sample an answer to the questions of some rows, on this rank alone; options as of `generate.answer`."""
+        prompts, labels = [list(self.prompts[row]) for row in rows], [self.questions[row].label for row in rows]
+        return sample_answers(self.loaded, prompts, labels, seed, self.batch_size, **options)
 
     def graded(self, row: int, generation: Generation) -> Answer:
         """Grade the answer to the question of a row."""
@@ -233,3 +233,30 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
     """Return a text up to the first place at which any stop string begins; empty stops are ignored."""
     ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
+
+
+def greedily_written(
+    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int | None = None
+) -> list[bool]:
+    """Say for each pair of a prompt and an answer whether greedy decoding writes that answer, of known length.
+
+    Greedy is LLaDA's sampler with one token a call, the most probable first, and no temperature. A row leaves at the
+    first token that is not the answer's, nearly always the first of all.
+
+    Args:
+        model: from `unmask.load_model`, with mask noise and bidirectional attention.
+        pairs: token ids; an answer has at least one.
+        batch_size: rows that the network sees at once; None = 16.
+    """
+    settings = settings_of(family_of(model.config), steps=max((len(answer) for _, answer in pairs), default=1))
+    requests = [
+        Request(index, prompt, 0, Template([0] * len(answer), [True] * len(answer), [0] * len(answer)), answer)
+        for index, (prompt, answer) in enumerate(pairs)
+    ]
+    requests.sort(key=lambda request: sum(map(len, pairs[request.index])))  # little padding
+    written = [False] * len(pairs)
+    for event in denoise(backend_for(model, settings), requests, settings, batch_size=batch_size or DEFAULT_BATCH_SIZE):
+        for row in event.finished_B.nonzero()[:, 0].tolist():
+            answer = event.answer_BC[row, : event.lengths[row]].tolist()
+            written[event.rows[row]] = answer == list(pairs[event.rows[row]][1])
+    return written

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,15 @@ from unmask.errors import ConfigError, DataError
 from unmask.evaluation.grade import check_grader, expected_answer
 from unmask.evaluation.harness import check_names, task_manager, without_prefix
 from unmask.evaluation.tasks import HARNESS, TASKS, Question, as_text, read_questions, refuse_leaks, with_shots
-from unmask.models.folders import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    find_adapter,
-    find_folder,
-    read_generation,
-    weights_fingerprint,
-)
-from unmask.models.registry import plan_folder
-from unmask.models.tokenizer import tokenizer_folder
-from unmask.sampling.settings import resolve_settings
+from unmask.sampling.plan import JobPlan, plan_job
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model to be evaluated.
-
-    Attributes:
-        label: short name for tables and files, unique in a job.
-        folder: with its config.json.
-        adapter: folder of the adapter on top, or None.
-        tokenizer: folder of its tokenizer.
-    """
+    """One model to be evaluated: where it is, and a short name for tables and files, unique in a job."""
 
     label: str
-    folder: str
-    adapter: str | None
-    tokenizer: str
-
-    def fingerprint(self) -> dict[str, str | None]:
-        """Return hashes of its weights and of its adapter, rank and scale included."""
-        adapter = None
-        if self.adapter is not None:
-            files = (Path(self.adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-            adapter = blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
-        return {"weights": weights_fingerprint(Path(self.folder)), "adapter": adapter}
+    plan: JobPlan
 
 
 @dataclass(frozen=True)
@@ -204,7 +176,7 @@ class EvalPlan:
     against: Path | None
 
 
-def plan_job(job: EvalJob) -> EvalPlan:
+def plan_evaluation(job: EvalJob) -> EvalPlan:
     """Read the questions, find the checkpoints and the harness's tasks, and check settings against each family.
 
     Raises:
@@ -214,7 +186,10 @@ def plan_job(job: EvalJob) -> EvalPlan:
         ConfigError: a task that the harness does not have.
     """
     questions = _questions(job) if job.our_tasks else {}
-    checkpoints = _checkpoints(job)
+    checkpoints = [
+        Checkpoint(label, plan_job(name, job.sampler, adapter))
+        for label, (name, adapter) in zip(_labels(job.checkpoints), job.checkpoints, strict=True)
+    ]
     manager = None
     if job.harness_tasks:  # the last check, since the harness reads thousands of files for it
         manager = task_manager([without_prefix(name) for name in job.harness_tasks], job.include_path)
@@ -246,18 +221,6 @@ def _questions(job: EvalJob) -> dict[str, list[Question]]:
     if job.raw:
         return {name: as_text(questions, shots, TASKS[name].asks, TASKS[name].answers) for name in job.our_tasks}
     return dict.fromkeys(job.our_tasks, with_shots(questions, shots))
-
-
-def _checkpoints(job: EvalJob) -> list[Checkpoint]:
-    """Find every checkpoint, adapter and tokenizer, and check the sampler's settings against each family."""
-    found = []
-    for label, (name, adapter) in zip(_labels(job.checkpoints), job.checkpoints, strict=True):
-        folder = str(find_folder(name, "--checkpoint"))
-        adapter = None if adapter is None else str(find_adapter(adapter))
-        plan = plan_folder(folder, "--checkpoint")
-        resolve_settings(job.sampler, plan.family, plan.config, read_generation(Path(folder)))
-        found.append(Checkpoint(label, folder, adapter, str(tokenizer_folder(folder, adapter))))
-    return found
 
 
 def _labels(pairs: Sequence[tuple[str, str | None]]) -> list[str]:

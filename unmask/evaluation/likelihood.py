@@ -1,14 +1,12 @@
-"""How likely a masked diffusion model finds an answer: a Monte Carlo estimate of its bound on log p(answer | prompt).
+"""Log-likelihood of an answer under a masked diffusion model: a Monte Carlo estimate of its bound.
 
 For an answer of A tokens the bound is
 
     log p(y | x) ≥ − E_k E_M [ A/k · Σ_{i in M} CE_i(M) ],   k ~ U{1..A},  M ~ U{subsets of k tokens},
 
 CE_i(M) the cross-entropy of token i where the tokens of M are masked and all others are seen (Nie et al. 2025,
-arXiv 2502.09992, appendix B.5; Ou et al. 2024, arXiv 2406.03736). Masking exactly k tokens instead of each
-with a probability leaves the expectation as it is and takes away the variance of their number.
-
-Nothing is banned here: bans belong to sampling.
+arXiv 2502.09992, appendix B.5; Ou et al. 2024, arXiv 2406.03736). Masking exactly k tokens instead of each with a
+probability leaves the expectation as it is and removes the variance of their number. No token is banned.
 
 Shapes: S samples, A answer tokens, U different masks, B rows, L positions, N masked positions.
 """
@@ -16,22 +14,25 @@ Shapes: S samples, A answer tokens, U different masks, B rows, L positions, N ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from unmask import rng
 from unmask.errors import ModelError, SamplingError
+from unmask.models.registry import family_of
 from unmask.ops.linear_cross_entropy import cross_entropies
+from unmask.ops.padding import padded
 
 DEFAULT_SAMPLES = 128
 # Rows of the network's batch unless the caller says otherwise.
 DEFAULT_BATCH_SIZE = 16
 
+Method = TypeVar("Method")
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its answer
 
 
@@ -41,8 +42,7 @@ class LogLikelihood:
 
     Attributes:
         value: nats, summed over the answer's tokens, at most 0.
-        standard_error: of `value`, from the Monte Carlo noise, nats; 0 for an exact sum, nan for one sample of several
-            possible masks.
+        standard_error: Monte Carlo error of `value`, nats; 0 for an exact sum, nan for one sample of several masks.
         num_samples: masks that the value rests on, not counting the full one of antithetic samples.
     """
 
@@ -68,20 +68,18 @@ def log_likelihood(
     """Estimate the bound on log p(answer | prompt) of a masked diffusion model.
 
     The numbers k of masked tokens are stratified: 1..A is cut into as many equal parts as there are samples, and each
-    sample draws its k from its own part, so that no estimate has only easy or only hard ones. LLaDA's
-    get_log_likelihood.py spreads them from one random start instead, which moves them all together: with fewer samples
-    than tokens its estimates vary by more than any one of them shows. Masks are a function of (seed, prompt and answer,
-    sample): not of the batch size or of what else is scored. An answer of one token has one mask, so one sample is
-    exact.
+    sample draws its k from its own part. LLaDA's get_log_likelihood.py spreads them from one random start instead,
+    which moves them all together: with fewer samples than tokens its estimates vary by more than any one of them shows.
+    Masks are a function of (seed, prompt and answer, sample). An answer of one token has one mask, so it is exact.
 
     With `antithetic`, samples come in pairs: a mask of k < A tokens and its complement of A − k, each weighted by A
     over its own number; the pairs are stratified over min(k, A − k). The full mask has no complement: it is computed
-    once and counts 1/A, as often as it is drawn. k uniform on 1..A − 1 makes A − k so too, hence the estimate is
-    unbiased; a token that is hard to guess is in exactly one mask of a pair, so the two err in opposite directions and
-    the pair's variance is below that of two independent samples.
+    once and counts 1/A. k uniform on 1..A − 1 makes A − k so too, hence the estimate is unbiased; a token that is hard
+    to predict is in exactly one mask of a pair, so errors cancel and the pair's variance is below that of two
+    independent samples.
 
     Args:
-        model: from `unmask.load_model`, of a family with a mask token.
+        model: from `unmask.load_model`, with mask noise and bidirectional attention.
         prompt_ids: tokens before the answer; may be empty.
         answer_ids: the A tokens that are scored, at least one; end-of-text counts only where it is given.
         num_samples: masks, at least 1; even with `antithetic`, where the full mask comes on top. Equal masks are
@@ -92,12 +90,9 @@ def log_likelihood(
         exact_if_cheaper: where an answer has no more than `num_samples` masks, 2^A − 1, sum over all of them: the bound
             itself, with a standard error of 0.
 
-    Returns:
-        the estimate, in nats, at most 0.
-
     Raises:
         SamplingError: an empty answer, or a number out of range.
-        ModelError: a model without a mask token, or an input that is too long for it.
+        ModelError: a model of other noise or attention, or an input that is too long for it.
     """
     return log_likelihoods(
         model,
@@ -124,7 +119,7 @@ def log_likelihoods(
     size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
     _check_numbers(num_samples, size, antithetic)
     pairs = [(_ids(prompt), _ids(answer)) for prompt, answer in pairs]
-    mask_id = mask_token_of(model)
+    mask_id = _mask_of(model)
     plans = [_plan(index, *pair, num_samples, seed, antithetic, exact_if_cheaper) for index, pair in enumerate(pairs)]
     sums = [np.zeros(len(plan.masks_UA)) for plan in plans]
     for batch in _batches(pairs, plans, size):
@@ -133,15 +128,33 @@ def log_likelihoods(
     return [plan.estimate(found_U) for plan, found_U in zip(plans, sums, strict=True)]
 
 
-def mask_token_of(model: Any) -> int:
-    """Return the id that hides a token; ModelError for a model that has none."""
-    mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    if mask_id is None:
+def method_for(methods: Mapping[tuple[str, str], Method], model: Any, what: str, otherwise: str) -> Method:
+    """Return the entry of a table by (noise, attention) for a model.
+
+    Args:
+        methods: the table.
+        model: from `unmask.load_model`.
+        what, otherwise: beginning and end of a message: what asks, and what to do without an entry.
+
+    Raises:
+        ModelError: a model of no known family, or of a combination that the table does not have.
+    """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise ModelError(f"{what}: {type(model).__name__} is of no known family; load it with unmask.load_model")
+    family = family_of(model.config)
+    if (family.noise, family.attention) not in methods:
+        known = " or ".join(f"{noise} noise and {attention} attention" for noise, attention in methods)
         raise ModelError(
-            f"log_likelihood: {type(model).__name__} has no mask token, so it has no such bound; use "
-            "unmask.denoising_cross_entropy or unmask.ar_log_likelihood"
+            f"{what}: it needs {known}, and {family.name} has {family.noise} noise and {family.attention} attention; "
+            f"{otherwise}"
         )
-    return int(mask_id)
+    return methods[family.noise, family.attention]
+
+
+def _mask_of(model: Any) -> int:
+    otherwise = "use unmask.denoising_cross_entropy or unmask.ar_log_likelihood for a canvas"
+    method_for({("mask", "bidirectional"): None}, model, "log_likelihood", otherwise)
+    return int(model.config.mask_token_id)
 
 
 @dataclass(frozen=True)
@@ -175,15 +188,11 @@ class Plan:
 
 
 def standard_error(ordered_S: np.ndarray) -> float:
-    """Return the standard error of the mean of independent samples, one a stratum, from neighbours' differences.
+    """Return the standard error of the mean of independent samples, one a stratum in order, from their differences.
 
-    One sample says nothing of the variance in its stratum; half the squared difference of two neighbours is, in the
-    mean, that of both strata, and more where their means differ: it errs on the safe side (Wolter 2007, Introduction to
-    Variance Estimation, ch. 8). The first and the last stratum are in one difference only, which counts half as much
-    again, so that the weights of S equal strata are those of S samples. nan for fewer than two samples.
-
-    Args:
-        ordered_S: values in the order of their strata.
+    Half the squared difference of two neighbours is, in the mean, the variance of both strata, and more where their
+    means differ: it errs on the safe side (Wolter 2007, Introduction to Variance Estimation, ch. 8). The first and the
+    last stratum are in one difference only, which counts half as much again. nan for fewer than two samples.
     """
     samples = len(ordered_S)
     if samples < 2:
@@ -196,8 +205,7 @@ def standard_error(ordered_S: np.ndarray) -> float:
 def stratified_counts(top: float, uniform_S: np.ndarray) -> np.ndarray:
     """Return a number of tokens from each of S equal parts of (0, top], int64 (S,): floor of a point in the part, + 1.
 
-    Over all samples each number 1..⌈top⌉ is as likely as its part of (0, top] is long. For S a multiple of a whole
-    `top`, each comes up exactly S/top times.
+    Over all samples each number 1..⌈top⌉ is as likely as its part of (0, top] is long.
 
     Args:
         top: end of the range.
@@ -209,7 +217,7 @@ def stratified_counts(top: float, uniform_S: np.ndarray) -> np.ndarray:
 
 
 def content_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
-    """Return the name under which the noise of a prompt and its answer is drawn."""
+    """Return the name of the random stream from which the noise of a prompt and its answer is drawn."""
     text = f"{','.join(map(str, prompt_ids))}|{','.join(map(str, answer_ids))}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -260,23 +268,18 @@ def _masked_sums(
 ) -> np.ndarray:
     """Return Σ CE over the masked tokens of each row, float64 (B,), nats; the head sees the masked positions alone."""
     device = next(model.parameters()).device
-    clean = [[*pairs[index][0], *pairs[index][1]] for index, _ in batch]
-    width = max(map(len, clean))
-    ids_BL = torch.zeros(len(batch), width, dtype=torch.int64)
-    masked_BL = torch.zeros(len(batch), width, dtype=torch.bool)
-    attends_BL = torch.zeros(len(batch), width, dtype=torch.bool)
+    ids_BL, attends_BL = padded([[*pairs[index][0], *pairs[index][1]] for index, _ in batch])
+    masked_BL = torch.zeros_like(attends_BL)
     for row, (index, mask) in enumerate(batch):
-        end = len(clean[row])
-        ids_BL[row, :end] = torch.tensor(clean[row])
-        attends_BL[row, :end] = True
-        masked_BL[row, len(pairs[index][0]) : end] = torch.from_numpy(plans[index].masks_UA[mask])
+        start, masked_A = len(pairs[index][0]), torch.from_numpy(plans[index].masks_UA[mask])
+        masked_BL[row, start : start + len(masked_A)] = masked_A
     positions_N = masked_BL.flatten().nonzero()[:, 0]
     targets_N = ids_BL.flatten()[positions_N]
     noisy_BL = ids_BL.masked_fill(masked_BL, mask_id).to(device)
     hidden_BLD = model(noisy_BL, None if bool(attends_BL.all()) else attends_BL.to(device))
     masked_ND = hidden_BLD.flatten(0, 1)[positions_N.to(device)]
     losses_N = cross_entropies(masked_ND, model.head, targets_N.to(device)).double().clamp(min=0).cpu()
-    sums_B = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, positions_N // width, losses_N)
+    sums_B = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, positions_N // ids_BL.shape[1], losses_N)
     return sums_B.numpy()
 
 

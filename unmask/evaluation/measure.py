@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,16 @@ from unmask.data.conversation import Message
 from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import from_first
 from unmask.errors import DataError, ModelError
-from unmask.evaluation.canvas_likelihood import (
-    DEFAULT_LEVELS,
-    ar_log_likelihood,
-    denoising_cross_entropy,
-    has_canvases,
-)
+from unmask.evaluation.canvas_likelihood import DEFAULT_LEVELS, ar_log_likelihood, denoising_cross_entropy
 from unmask.evaluation.exact_match import Answer, TaskRun
 from unmask.evaluation.grade import wilson
 from unmask.evaluation.job import Likelihoods
-from unmask.evaluation.likelihood import DEFAULT_SAMPLES, Pair, log_likelihoods
+from unmask.evaluation.likelihood import DEFAULT_SAMPLES, Pair, log_likelihoods, method_for
+from unmask.evaluation.tasks import Question
 from unmask.report import resumable
 from unmask.report.resumable import Record
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
-from unmask.sampling.settings import settings_for
+from unmask.sampling.settings import SamplerSettings
 
 # Answers that each process scores between two saves of a likelihood evaluation.
 PAIRS_BETWEEN_SAVES = 64
@@ -64,20 +61,30 @@ def measure_answers(run: TaskRun, path: Path, model_identity: Mapping[str, Any],
     def answered(rows: Sequence[int]) -> list[Record]:
         return [_answer_record(answer, run) for answer in run.answer(chunks[tuple(rows)])]
 
-    return _complete(run, path, answers_identity(run, model_identity), list(chunks), answered, progress)
+    identity = answers_identity(
+        model_identity, run.loaded.settings, run.questions, run.prompts, run.seed, run.grader, run.stops
+    )
+    return _complete(run, path, identity, list(chunks), answered, progress)
 
 
-def answers_identity(run: TaskRun, model_identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that decides the answers, as plain JSON values; of the model only its config is looked at."""
-    references = (question.reference for question in run.questions)
+def answers_identity(
+    model_identity: Mapping[str, Any],
+    settings: SamplerSettings,
+    questions: Sequence[Question],
+    prompts: Sequence[tuple[int, ...]],
+    seed: int,
+    grader: str,
+    stops: Sequence[str],
+) -> dict[str, Any]:
+    """Return everything that decides the answers, as plain JSON values; arguments as in `TaskRun`."""
     return {
         **model_identity,
-        "grader": run.grader,
-        "seed": run.seed,
-        "sampler": as_plain(settings_for(run.model, run.sampler).values),
-        "stops": list(run.stops),
-        "rows": len(run.questions),
-        "questions": _fingerprint(zip(run.prompts, references, strict=True)),
+        "grader": grader,
+        "seed": seed,
+        "sampler": as_plain(settings.values),
+        "stops": list(stops),
+        "rows": len(questions),
+        "questions": _fingerprint(zip(prompts, (question.reference for question in questions), strict=True)),
     }
 
 
@@ -85,28 +92,92 @@ def measure_likelihood(
     run: TaskRun, path: Path, model_identity: Mapping[str, Any], options: Likelihoods, progress: Progress
 ) -> list[Record]:
     """As `measure_answers`, for the likelihood of the reference answers; sampler and grader play no part."""
-    pairs = answer_pairs(run)
-    canvases = has_canvases(run.model)
-    if canvases and options.antithetic:
+    model, ranks = run.loaded.model, run.loaded.ranks
+    method = method_for(LIKELIHOODS, model, "--tasks likelihood", "leave the task out")
+    if options.antithetic and not method.antithetic:
         raise ModelError("--antithetic: pairs of complementary masks need a model with a mask token; leave it out")
     if options.num_samples is None:
-        options = dataclasses.replace(options, num_samples=DEFAULT_LEVELS if canvases else DEFAULT_SAMPLES)
+        options = dataclasses.replace(options, num_samples=method.num_samples)
+    pairs = answer_pairs(run)
     identity = {
         **model_identity,
-        "measure": "denoising cross-entropy, autoregressive log-likelihood" if canvases else "log-likelihood bound",
+        "measure": method.measure,
         "seed": run.seed,
         **dataclasses.asdict(options),
         "rows": len(pairs),
         "questions": _fingerprint(pairs),
     }
     longest_first = sorted(range(len(pairs)), key=lambda row: (-len(pairs[row][0]) - len(pairs[row][1]), row))
-    size = PAIRS_BETWEEN_SAVES * run.ranks.size
+    size = PAIRS_BETWEEN_SAVES * ranks.size
     units = [longest_first[start : start + size] for start in range(0, len(pairs), size)]
 
-    def scored(rows: Sequence[int]) -> list[Record]:
-        return divide_rows(rows, run.ranks, lambda own: _likelihood_records(run, pairs, own, options), run.together)
+    def scored(rows: list[int]) -> list[Record]:
+        numbers = method.score(model, [pairs[row] for row in rows], options, run.seed, run.batch_size)
+        return [{"row": row, "tokens": len(pairs[row][1]), **each} for row, each in zip(rows, numbers, strict=True)]
 
-    return _complete(run, path, identity, units, scored, progress)
+    def compute(rows: Sequence[int]) -> list[Record]:
+        return divide_rows(rows, ranks, scored, run.loaded.together)
+
+    return _complete(run, path, identity, units, compute, progress)
+
+
+@dataclass(frozen=True)
+class LikelihoodMethod:
+    """How models of one kind of noise and attention score a given answer.
+
+    Attributes:
+        measure: what the first line of a file calls it.
+        num_samples: masks or noise levels unless the caller says otherwise.
+        antithetic: whether masks can come in complementary pairs.
+        score: (model, pairs, options, seed, batch size) → the numbers of each pair by name.
+    """
+
+    measure: str
+    num_samples: int
+    antithetic: bool
+    score: Callable[[Any, Sequence[Pair], Likelihoods, int, int | None], list[dict[str, Any]]]
+
+
+def _bounds(
+    model: Any, pairs: Sequence[Pair], options: Likelihoods, seed: int, batch_size: int | None
+) -> list[dict[str, Any]]:
+    assert options.num_samples is not None
+    estimates = log_likelihoods(
+        model,
+        pairs,
+        options.num_samples,
+        seed,
+        batch_size=batch_size,
+        antithetic=options.antithetic,
+        exact_if_cheaper=True,
+    )
+    return [{"log_likelihood": each.value, "standard_error": _known(each.standard_error)} for each in estimates]
+
+
+def _canvas_scores(
+    model: Any, pairs: Sequence[Pair], options: Likelihoods, seed: int, batch_size: int | None
+) -> list[dict[str, Any]]:
+    assert options.num_samples is not None
+    scores = []
+    for pair in pairs:
+        denoising = denoising_cross_entropy(model, *pair, options.num_samples, seed, batch_size=batch_size)
+        scores.append(
+            {
+                "denoising_cross_entropy": denoising.value,
+                "standard_error": _known(denoising.standard_error),
+                "ar_log_likelihood": ar_log_likelihood(model, *pair).value,
+            }
+        )
+    return scores
+
+
+# (noise, attention) → how a given answer is scored. A combination that is not here is refused.
+LIKELIHOODS: dict[tuple[str, str], LikelihoodMethod] = {
+    ("mask", "bidirectional"): LikelihoodMethod("log-likelihood bound", DEFAULT_SAMPLES, True, _bounds),
+    ("uniform", "canvas"): LikelihoodMethod(
+        "denoising cross-entropy, autoregressive log-likelihood", DEFAULT_LEVELS, False, _canvas_scores
+    ),
+}
 
 
 def _complete(
@@ -122,13 +193,13 @@ def _complete(
     Units do not depend on what is there: a unit that was cut short is computed again whole, so that the file comes out
     as it would have without an interruption.
     """
-    kept = from_first(run.ranks, lambda: resumable.resume_records(path, _FILE, identity, units))
+    kept = from_first(run.loaded.ranks, lambda: resumable.resume_records(path, _FILE, identity, units))
     records = {record["row"]: record for record in kept}
     for unit in units:
         if unit[0] in records:
             continue
         new = compute(unit)
-        if run.ranks.first:
+        if run.loaded.ranks.first:
             resumable.append_records(path, new)
             records.update((record["row"], record) for record in new)
             progress(len(records), len(run.questions), len(new))
@@ -141,16 +212,16 @@ def answer_pairs(run: TaskRun) -> list[Pair]:
     Raises:
         DataError: a row that the chat template refuses.
     """
-    template = None
+    tokenizer, mask_id, template = run.loaded.tokenizer, run.loaded.mask_id, None
+    assert tokenizer is not None
     pairs: list[Pair] = []
     for question, prompt in zip(run.questions, run.prompts, strict=True):
         if isinstance(question.prompt, str):
-            answer = run.tokenizer.encode(f" {question.reference}", add_special_tokens=False)
+            answer = tokenizer.encode(f" {question.reference}", add_special_tokens=False)
             pairs.append((prompt, tuple(answer)))
             continue
         if template is None:
-            mask = getattr(run.model.config, "mask_token_id", None)
-            template = load_template(run.tokenizer, control_ids=() if mask is None else (mask,))
+            template = load_template(tokenizer, control_ids=() if mask_id is None else (mask_id,))
         try:
             encoded = template.encode([*question.prompt, Message("assistant", question.reference)], mask_history=True)
         except DataError as error:
@@ -229,43 +300,6 @@ def _answer_record(answer: Answer, run: TaskRun) -> Record:
         "nfe": answer.nfe,
         "batch_size": run.batch_size or DEFAULT_BATCH_SIZE,
     }
-
-
-def _likelihood_records(run: TaskRun, pairs: Sequence[Pair], rows: Sequence[int], options: Likelihoods) -> list[Record]:
-    number = {} if options.num_samples is None else {"num_samples": options.num_samples}
-    if not has_canvases(run.model):
-        found = log_likelihoods(
-            run.model,
-            [pairs[row] for row in rows],
-            seed=run.seed,
-            batch_size=run.batch_size,
-            antithetic=options.antithetic,
-            exact_if_cheaper=True,
-            **number,
-        )
-        return [
-            {
-                "row": row,
-                "tokens": len(pairs[row][1]),
-                "log_likelihood": each.value,
-                "standard_error": _known(each.standard_error),
-            }
-            for row, each in zip(rows, found, strict=True)
-        ]
-    records = []
-    for row in rows:
-        noised = denoising_cross_entropy(run.model, *pairs[row], seed=run.seed, batch_size=run.batch_size, **number)
-        read = ar_log_likelihood(run.model, *pairs[row])
-        records.append(
-            {
-                "row": row,
-                "tokens": noised.tokens,
-                "denoising_cross_entropy": noised.value,
-                "standard_error": _known(noised.standard_error),
-                "ar_log_likelihood": read.value,
-            }
-        )
-    return records
 
 
 def as_plain(value: Any) -> Any:

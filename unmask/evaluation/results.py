@@ -151,9 +151,9 @@ def write_results(checkpoints: Sequence[Checkpoint], outcomes: Sequence[Outcome]
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "label": checkpoint.label,
-        "checkpoint": checkpoint.folder,
-        "adapter": checkpoint.adapter,
-        "fingerprint": checkpoint.fingerprint(),
+        "checkpoint": str(checkpoint.plan.folder),
+        "adapter": None if checkpoint.plan.adapter is None else str(checkpoint.plan.adapter),
+        "fingerprint": checkpoint.plan.fingerprint(),
     }
 
 

@@ -6,22 +6,19 @@ import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from unmask.distributed.inference import load_for_answers
 from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
 from unmask.evaluation.exact_match import TaskRun, encode_questions
 from unmask.evaluation.harness import metrics, run_harness, without_prefix
-from unmask.evaluation.job import Checkpoint, EvalPlan
+from unmask.evaluation.job import Checkpoint, EvalJob, EvalPlan
 from unmask.evaluation.measure import (
     answers_identity,
     as_plain,
@@ -44,12 +41,9 @@ from unmask.evaluation.results import (
     write_results,
 )
 from unmask.evaluation.tasks import HARNESS, TASKS
-from unmask.models.folders import base_note, read_generation
-from unmask.models.registry import plan_folder
-from unmask.models.tokenizer import load_tokenizer
 from unmask.report.resumable import first_difference, write_lines
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
-from unmask.sampling.settings import settings_for
+from unmask.sampling.jobs import LoadedModel, load
 
 
 def run_job(plan: EvalPlan, device_name: str) -> None:
@@ -63,7 +57,7 @@ def run_job(plan: EvalPlan, device_name: str) -> None:
         console.print(f"answers and {RESULTS}: {plan.output}", highlight=False, soft_wrap=True)
 
 
-def evaluate(plan: EvalPlan, device: Any, ranks: Ranks, console: Console) -> list[Outcome]:
+def evaluate(plan: EvalPlan, device: torch.device, ranks: Ranks, console: Console) -> list[Outcome]:
     """Measure every task for every checkpoint; write and return the outcomes. A collective.
 
     Returns:
@@ -90,48 +84,27 @@ def answers_file(output: Path, task: str, label: str) -> Path:
     return output / f"{task.replace('/', '-')}-{label}.jsonl"
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A checkpoint in memory, and how ranks call it.
-
-    Attributes:
-        checkpoint: which one.
-        model: the network, or what has its config and generation values alone.
-        tokenizer: its tokenizer.
-        ranks: among whom rows are divided.
-        together: the context in which ranks call a network that they share.
-    """
-
-    checkpoint: Checkpoint
-    model: Any
-    tokenizer: Any
-    ranks: Ranks
-    together: AbstractContextManager[Any]
-
-
 def _check_folders(plan: EvalPlan) -> Results:
     """Return the earlier results, and refuse before any model loads what could not be added to them or compared."""
-    earlier = read_results(plan.output)
+    job, earlier = plan.job, read_results(plan.output)
     check_checkpoints(plan.checkpoints, earlier, plan.output)
-    foreign = [HARNESS + without_prefix(name) for name in plan.job.harness_tasks]
-    labels = [checkpoint.label for checkpoint in plan.checkpoints]
-    check_limit(foreign, labels, plan.job.limit, earlier, plan.output)
-    names = [name for name in plan.job.our_tasks if TASKS[name].kind == "answers"]
+    foreign = [HARNESS + without_prefix(name) for name in job.harness_tasks]
+    check_limit(foreign, [checkpoint.label for checkpoint in plan.checkpoints], job.limit, earlier, plan.output)
     if plan.against is None:
         return earlier
     for checkpoint in plan.checkpoints:
-        tokenizer = load_tokenizer(checkpoint.tokenizer, "--checkpoint")
-        config = plan_folder(checkpoint.folder, "--checkpoint").config
-        unloaded = SimpleNamespace(config=config, generation=read_generation(Path(checkpoint.folder)))
-        for name in names:
+        for name in job.our_tasks:
+            if TASKS[name].kind != "answers":
+                continue
             path = answers_file(plan.against, name, checkpoint.label)
             if not path.is_file():
                 raise ConfigError(f"--against: {path} is not there; compare with an evaluation of the same command")
-            prompts = encode_questions(unloaded, plan.questions[name], tokenizer)
-            run = _task_run(name, plan, unloaded, tokenizer, prompts)
-            different = first_difference(
-                read_records(path)[0], answers_identity(run, _identity(name, checkpoint, plan)), ("dtype",)
+            questions, found = plan.questions[name], checkpoint.plan
+            prompts = encode_questions(questions, found.tokenizer, found.config)
+            identity = answers_identity(
+                _identity(name, checkpoint, job), found.settings, questions, prompts, job.seed, *_grading(name, job)
             )
+            different = first_difference(read_records(path)[0], identity, ("dtype",))
             if different is not None:
                 raise ConfigError(
                     f"--against: {path} is of another evaluation ({different}); only the batch size, the number of "
@@ -140,56 +113,43 @@ def _check_folders(plan: EvalPlan) -> Results:
     return earlier
 
 
-def _identity(name: str, checkpoint: Checkpoint, plan: EvalPlan) -> dict[str, Any]:
-    return {"task": name, **checkpoint.fingerprint(), "dtype": plan.job.dtype or "as stored"}
+def _identity(name: str, checkpoint: Checkpoint, job: EvalJob) -> dict[str, Any]:
+    return {"task": name, **checkpoint.plan.fingerprint(), "dtype": job.dtype or "as stored"}
 
 
-def _evaluate_one(checkpoint: Checkpoint, plan: EvalPlan, device: Any, ranks: Ranks, console: Console) -> list[Outcome]:
+def _grading(name: str, job: EvalJob) -> tuple[str, tuple[str, ...]]:
+    """Return a task's grader and stop strings."""
+    return TASKS[name].grader or "text", TASKS[name].stops if job.raw else ()
+
+
+def _evaluate_one(
+    checkpoint: Checkpoint, plan: EvalPlan, device: torch.device, ranks: Ranks, console: Console
+) -> list[Outcome]:
     job = plan.job
-    tokenizer = load_tokenizer(checkpoint.tokenizer, "--checkpoint")
-    model, together = load_for_answers(checkpoint.folder, job.dtype, device, checkpoint.adapter, ranks, job.shard)
-    note = settings_for(model, job.sampler).note
+    loaded = load(checkpoint.plan, device, job.dtype, ranks, job.shard)
+    note = loaded.settings.note
     if note and (plan.manager is not None or any(TASKS[name].kind == "answers" for name in plan.questions)):
         console.print(f"{checkpoint.label}: {note}", highlight=False, soft_wrap=True)
-    if checkpoint.adapter is not None:
-        other_base = base_note(Path(checkpoint.adapter), Path(checkpoint.folder))
-        if other_base:
-            console.print(f"warning: {checkpoint.label}: {other_base}", highlight=False, soft_wrap=True)
-    loaded = _Loaded(checkpoint, model, tokenizer, ranks, together)
+    other_base = checkpoint.plan.base_note()
+    if other_base:
+        console.print(f"warning: {checkpoint.label}: {other_base}", highlight=False, soft_wrap=True)
     encoded: dict[int, list[tuple[int, ...]]] = {}  # by list: the tasks share one unless they write literal text
     outcomes = []
     for name in job.our_tasks:
         questions = plan.questions[name]
         if id(questions) not in encoded:
-            encoded[id(questions)] = encode_questions(model, questions, tokenizer)
-        run = _task_run(name, plan, model, tokenizer, encoded[id(questions)], ranks=ranks, together=together)
+            encoded[id(questions)] = encode_questions(questions, checkpoint.plan.tokenizer, loaded.config)
+        prompts = encoded[id(questions)]
+        run = TaskRun(loaded, questions, prompts, job.seed, job.batch_size, *_grading(name, job))
         outcomes.append(_our_task(name, checkpoint, plan, run, console))
     if plan.manager is not None:
-        outcomes += _harness_tasks(plan, loaded, console)
+        outcomes += _harness_tasks(plan, checkpoint, loaded, console)
     return outcomes
-
-
-def _task_run(
-    name: str, plan: EvalPlan, model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], **shared: Any
-) -> TaskRun:
-    task, job = TASKS[name], plan.job
-    return TaskRun(
-        model,
-        plan.questions[name],
-        prompts,
-        tokenizer,
-        job.sampler,
-        job.seed,
-        job.batch_size,
-        task.grader or "text",
-        task.stops if job.raw else (),
-        **shared,
-    )
 
 
 def _our_task(name: str, checkpoint: Checkpoint, plan: EvalPlan, run: TaskRun, console: Console) -> Outcome:
     path = answers_file(plan.output, name, checkpoint.label)
-    identity = _identity(name, checkpoint, plan)
+    identity = _identity(name, checkpoint, plan.job)
     began, computed = time.perf_counter(), 0
 
     def progress(done: int, total: int, new: int) -> None:
@@ -205,7 +165,7 @@ def _our_task(name: str, checkpoint: Checkpoint, plan: EvalPlan, run: TaskRun, c
     else:
         records = measure_answers(run, path, identity, progress)
     size: int | list[int] = plan.job.batch_size or DEFAULT_BATCH_SIZE
-    if not run.ranks.first:
+    if not run.loaded.ranks.first:
         return Outcome(name, checkpoint.label, kind, {}, {}, path.name, size)
     if not computed:
         said = f"{name}, {checkpoint.label}: all {len(records)} were there already; nothing was computed"
@@ -214,7 +174,7 @@ def _our_task(name: str, checkpoint: Checkpoint, plan: EvalPlan, run: TaskRun, c
     if kind == "answers":
         sizes = sorted({record["batch_size"] for record in records})
         size = sizes[0] if len(sizes) == 1 else sizes
-        settings["approximations"] = list(settings_for(run.model, run.sampler).approximations)
+        settings["approximations"] = list(run.loaded.settings.approximations)
     result = sum_likelihoods(records) if kind == "likelihood" else sum_answers(records)
     seconds = time.perf_counter() - began if computed else None
     return Outcome(name, checkpoint.label, kind, result, settings, path.name, size, records, seconds, computed)
@@ -224,27 +184,24 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _harness_tasks(plan: EvalPlan, loaded: _Loaded, console: Console) -> list[Outcome]:
+def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, console: Console) -> list[Outcome]:
     from unmask.evaluation.lm_eval import UnmaskLM  # imports the harness
 
-    job, label, ranks = plan.job, loaded.checkpoint.label, loaded.ranks
+    job, label, ranks = plan.job, checkpoint.label, loaded.ranks
     began = time.perf_counter()
     options = {} if job.likelihoods.num_samples is None else {"num_samples": job.likelihoods.num_samples}
     lm = UnmaskLM(
-        loaded.model,
-        tokenizer=loaded.tokenizer,
+        loaded,
         batch_size=job.batch_size,
         seed=job.seed,
         antithetic=job.likelihoods.antithetic,
-        ranks=ranks,
-        together=loaded.together,
         **options,
         **job.sampler.given,
     )
     lm.name = label
     # The harness's cache is keyed by requests alone, so its file's name says what answered them. Ranks must make the
     # same calls, and their caches could differ after an interruption.
-    identity = {**loaded.checkpoint.fingerprint(), "dtype": job.dtype, "seed": job.seed, **options,
+    identity = {**checkpoint.plan.fingerprint(), "dtype": job.dtype, "seed": job.seed, **options,
                 "antithetic": job.likelihoods.antithetic, "sampler": job.sampler.given}  # fmt: skip
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
     found = run_harness(
@@ -263,18 +220,17 @@ def _harness_tasks(plan: EvalPlan, loaded: _Loaded, console: Console) -> list[Ou
     if results:
         said = f"lm-evaluation-harness, {label}: {len(results)} results in {_duration(seconds)}"
         console.print(said, highlight=False)
-    sampler = settings_for(loaded.model, job.sampler)
     settings = {
         "dtype": job.dtype or "as stored",
         "seed": job.seed,
         # A task may set the answer's length and the temperature, where these were not given.
-        "sampler": as_plain(sampler.values),
-        "approximations": list(sampler.approximations),
+        "sampler": as_plain(loaded.settings.values),
+        "approximations": list(loaded.settings.approximations),
         "few_shot": job.few_shot,
         "limit": job.limit,
         "chat": job.apply_chat_template,
-        "num_samples": lm.num_samples,
-        "antithetic": lm.antithetic,
+        "num_samples": lm.arguments.num_samples,
+        "antithetic": lm.arguments.antithetic,
     }
     return [
         Outcome(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch, Corrupted, TokenLosses
 from unmask.distributed.ranks import ALONE, Ranks
-from unmask.distributed.runtime import Runtime
+from unmask.distributed.runtime import Runtime, free_gathered
 from unmask.objectives.registry import Objective
 from unmask.rng import NoiseStream
 
@@ -84,8 +84,6 @@ def validation_losses(
             weights[name] = term.weight
     model.train(was_training)
     if runtime.meshes is not None:
-        from unmask.distributed.runtime import free_gathered
-
         free_gathered(model)
     names = sorted(sums)
     totals = torch.tensor(runtime.ranks.sum(torch.cat([sums[name] for name in names]).tolist()), dtype=torch.float64)
