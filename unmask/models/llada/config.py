@@ -48,13 +48,10 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class LLaDAConfig:
-    """What defines a LLaDA network. Defaults are the released 8B's.
+    """What defines a LLaDA network; fields are named as in config.json, and their defaults are the released 8B's.
 
     Attributes:
-        d_model: width of the residual stream.
-        n_heads: query heads; `d_model` must divide by it into an even head size.
         n_kv_heads: key and value heads (GQA); None = `n_heads`.
-        n_layers: transformer blocks.
         mlp_hidden_size: width of the gated MLP; None = `mlp_ratio * d_model`.
         vocab_size: ids that text can have.
         embedding_size: rows of the embedding and the head, at least `vocab_size`; None = `vocab_size`.
@@ -65,9 +62,8 @@ class LLaDAConfig:
         include_qkv_bias: biases on the query, key and value projections.
         scale_logits: logits are divided by √d_model.
         input_emb_norm: embeddings are multiplied by √d_model.
-        init_fn: how a fresh model is drawn, `mitchell` or `normal`.
-        init_std: standard deviation for `normal`.
-        init_cutoff_factor: `normal` draws beyond this many deviations are redrawn; None = none are.
+        init_fn: how a fresh model is drawn, `mitchell` or `normal`, with `init_std` and `init_cutoff_factor` for
+            `normal`: draws beyond that many deviations are redrawn; None = none are.
         mask_token_id, eos_token_id, pad_token_id: ids with a meaning to corruption and sampling.
     """
 
