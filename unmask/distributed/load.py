@@ -1,21 +1,26 @@
-"""Sharded loading: each rank reads from the safetensors files the slices that it keeps, and nothing else.
+"""Shards from and to files: each rank reads the slices that it keeps and writes the parts that it has, nothing else.
 
-The network is built and sharded on the meta device, so that memory is taken for shards only; then each shard is filled
+A network is built and sharded on the meta device, so that memory is taken for shards only; then each shard is filled
 (`models.weights.fill` of `shard.pieces`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from unmask.distributed.ranks import Meshes, Ranks
 from unmask.distributed.shard import pieces
 from unmask.errors import TrainingError
 from unmask.models.lora.files import is_trained
+from unmask.models.weights import SHARD_BYTES
 
 
 def allocate(model: nn.Module, device: torch.device, ranks: Ranks, remedy: str) -> None:
@@ -57,3 +62,32 @@ def whole_adapter(model: nn.Module) -> nn.Module:
 def adapter_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (state-dict key, tensor) of what an adapter trains."""
     return ((name, parameter) for name, parameter in adapter.named_parameters() if is_trained(name))
+
+
+def write_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> str | None:
+    """Write named tensors over all ranks, each its parts, in safetensors files of its own; all ranks call it.
+
+    Returns:
+        what the disk said against it, on every rank if on one; None when all is written.
+    """
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():  # a file is put together in memory, so that none may be large
+        nbytes = tensor.numel() * tensor.element_size()
+        if size and size + nbytes > SHARD_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + nbytes
+    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        return disk_problem(ranks, rank, cause)
+    return None
+
+
+def disk_problem(ranks: Ranks, rank: int, error: BaseException) -> str:
+    """Return what a failed write says, and on which rank where there are several."""
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return reason if ranks.size == 1 else f"rank {rank}: {reason}"

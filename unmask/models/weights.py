@@ -213,11 +213,6 @@ def load_weights(
     fill(((key, whole_piece(tensor)) for key, tensor in model.state_dict().items()), folder, layout)
 
 
-def passthrough_keys(folder: Path | None, layout: FileLayout) -> list[str]:
-    """Return the keys of `passthrough_tensors`, without reading a tensor."""
-    return [] if folder is None else [key for key in stored_tensors(folder) if layout.passthrough(key)]
-
-
 def passthrough_tensors(folder: Path | None, layout: FileLayout) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a folder that are not the network's and belong into every copy of it, as stored."""
     return iter(()) if folder is None else read_tensors(folder, layout.passthrough)

@@ -28,8 +28,8 @@ _FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of 
 
 
 @dataclass(frozen=True)
-class Found:
-    """The checkpoint to resume from.
+class Checkpoint:
+    """A checkpoint to resume from.
 
     Attributes:
         folder: its `step_N`.
@@ -42,32 +42,14 @@ class Found:
     refused: tuple[str, ...]
 
 
-def prepare_run_dir(root: Path) -> None:
-    """Create a run directory and make sure that it can be written, before anything heavy starts.
-
-    Raises:
-        CheckpointError: a file in the way, or no permission.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint.checkpoint_dir: {root} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-
-
-def _beside(root: Path, step: int) -> Path:
-    return root / f".step_{step}.{os.getpid()}.part"
-
-
 def begin_checkpoint(root: Path, step: int) -> Path:
-    """Return a new empty folder beside the place of `step_N`; raises OSError."""
-    temporary = _beside(root, step)
-    drop_checkpoint(temporary)
-    temporary.mkdir()
+    """Return a new empty folder beside the place of `step_N`; raises CheckpointError."""
+    temporary = root / f".step_{step}.{os.getpid()}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise cannot_save(root / f"step_{step}", error.strerror) from error
     return temporary
 
 
@@ -86,9 +68,17 @@ def list_files(temporary: Path, files: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[str, list[int]]) -> Path:
-    """Write the manifest, rename a complete folder to `step_N` and point `latest` at it; raises OSError."""
+    """Write the manifest, rename a complete folder to `step_N` and point `latest` at it; raises OSError.
+
+    Args:
+        root, step: the place.
+        temporary: from `begin_checkpoint`, all files in it.
+        listing: of `list_files`, as far as it is known; the other files are listed here.
+    """
     final = root / f"step_{step}"
-    manifest = {"format": _FORMAT, "files": dict(sorted(listing.items()))}
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    rest = list_files(temporary, [path for path in files if str(path.relative_to(temporary)) not in listing])
+    manifest = {"format": _FORMAT, "files": dict(sorted({**listing, **rest}.items()))}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (temporary / MANIFEST, temporary):
         _to_disk(path)
@@ -96,20 +86,15 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
         final.rename(root / f".step_{step}.{os.getpid()}.old.part")
     temporary.rename(final)
     _point_latest(root, final.name)
-    if _is_best(final, step):
+    best_step = (json.loads((final / STATE).read_text(encoding="utf-8")).get("best") or {}).get("step")
+    if best_step == step:
         point(root, best.LINK, final.name)
     _to_disk(root)  # the names too, before `prune` may remove older checkpoints
     return final
 
 
-def drop_checkpoint(temporary: Path) -> None:
-    """Remove a folder that did not become a checkpoint."""
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def cannot_save(final: Path, error: BaseException) -> CheckpointError:
+def cannot_save(final: Path, reason: str | None) -> CheckpointError:
     """Return the error that says why a checkpoint is not there."""
-    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
     return CheckpointError(
         f"{final}: the checkpoint could not be saved ({reason}); nothing half-written was left and older "
         "checkpoints are untouched. Free some space or change checkpoint.checkpoint_dir, then run again to resume"
@@ -127,10 +112,9 @@ def prune(root: Path, keep: int | None, saved: Path) -> None:
     for name in (LATEST, best.LINK):
         for link in root.glob(f".{name}.*"):
             link.unlink(missing_ok=True)
-    found = checkpoints(root)
-    kept = (root / best.LINK).resolve()
-    for folder in [] if keep is None else found[found.index(saved) + keep :]:
-        if folder.resolve() == kept:
+    newest_first, best_folder = checkpoints(root), (root / best.LINK).resolve()
+    for folder in [] if keep is None else newest_first[newest_first.index(saved) + keep :]:
+        if folder.resolve() == best_folder:
             continue
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.part")  # a kill half-way must not leave a torn step_N
         folder.rename(doomed)
@@ -139,11 +123,11 @@ def prune(root: Path, keep: int | None, saved: Path) -> None:
 
 def checkpoints(root: Path) -> list[Path]:
     """Return the `step_N` folders of a run, newest first, whole or not."""
-    found = [(int(match[1]), path) for path in root.glob("step_*") if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    steps = [(int(match[1]), path) for path in root.glob("step_*") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
-def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Found | None:
+def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole and of this model; None when the run has none yet.
 
     Args:
@@ -162,7 +146,7 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Found | None:
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        return Found(folder, state, tuple(refused))
+        return Checkpoint(folder, state, tuple(refused))
     if refused:
         raise CheckpointError(
             f"{root} holds no checkpoint that this run can resume from: {'; '.join(refused)}. "
@@ -200,10 +184,14 @@ def verify(folder: Path) -> None:
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        dict(state["identity"]), dict(state["loader"]), int(state["step"])
+        return {
+            **state,
+            "identity": dict(state["identity"]),
+            "loader": dict(state["loader"]),
+            "step": int(state["step"]),
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{folder.name} is torn: its {STATE} is missing or unreadable") from None
-    return state
 
 
 def _check_identity(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -229,11 +217,6 @@ def point(root: Path, link: str, name: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     os.replace(temporary, root / link)
-
-
-def _is_best(folder: Path, step: int) -> bool:
-    found = json.loads((folder / STATE).read_text(encoding="utf-8")).get("best")
-    return found is not None and found["step"] == step
 
 
 def _crc32(path: Path) -> int:

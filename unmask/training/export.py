@@ -7,14 +7,13 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from unmask.errors import CheckpointError, ModelError
-from unmask.models.folders import base_note, find_adapter
-from unmask.models.tokenizer import tokenizer_folder
-
-if TYPE_CHECKING:
-    from unmask.models.registry import ModelPlan
+from unmask.models.folders import base_note, find_adapter, stored_tensors
+from unmask.models.registry import ModelPlan, plan_folder
+from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 
 # A tensor of one of a stack's layers.
 _LAYER = re.compile(r"(?P<stack>.*\.(?:layers|blocks))\.(?P<layer>\d+)\.(?P<name>.+)")
@@ -36,19 +35,12 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         ModelError: the checkpoint or adapter cannot be used.
         CheckpointError: `output` is taken or cannot be written; nothing half-written is left.
     """
-    from safetensors import SafetensorError
-
-    from unmask.models.registry import plan_folder
-
     output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
     plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""
     if adapter is not None:
         other_base = base_note(find_adapter(adapter), Path(str(plan.folder)))
-    from unmask.models.loading import apply_adapter, build_model
-    from unmask.training.model_files import save_model
-
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -58,18 +50,9 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             f"--output: {output} cannot be written ({error.strerror}); choose another place"
         ) from None
     try:
-        model = build_model(plan, None if adapter else dtype)
-        if adapter is not None:
-            import torch
+        from unmask.training.model_files import merged_model, save_model  # torch, now that nothing is refused
 
-            from unmask.models.lora.attach import merge_adapter
-
-            wanted = getattr(torch, dtype) if dtype else None
-            apply_adapter(model, adapter)
-            merge_adapter(model, wanted)  # summed in fp32 and rounded once, a layer at a time
-            if wanted is not None:
-                model.to(wanted)
-        save_model(model, plan, temporary)
+        save_model(merged_model(plan, adapter, dtype), plan, temporary)
         warnings = [f"--adapter: {other_base}"] if other_base else []
         warnings += [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
         if output.exists():
@@ -85,12 +68,10 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
 
 def _incomplete(checkpoint: str, plan: ModelPlan) -> list[str]:
     """Warn of a checkpoint that lost what training carries along unread: all of it, or tensors of single layers."""
-    from unmask.models.weights import passthrough_keys
-
     part = plan.family.files.passthrough_part
-    if not part:
+    if not part or plan.folder is None:
         return []
-    keys = passthrough_keys(plan.folder, plan.family.files)
+    keys = [key for key in stored_tensors(plan.folder) if plan.family.files.passthrough(key)]
     if not keys:
         return [
             f"{checkpoint} has no {part}, so the exported folder has none either, and transformers would draw it "
@@ -126,8 +107,6 @@ def layer_gaps(keys: Iterable[str]) -> list[str]:
 
 
 def _copy_tokenizer(checkpoint: str, adapter: str | None, folder: Path) -> list[str]:
-    from unmask.models.tokenizer import load_tokenizer
-
     try:
         source = tokenizer_folder(checkpoint, adapter)
     except ModelError:

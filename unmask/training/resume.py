@@ -67,15 +67,15 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     Raises:
         CheckpointError: there are checkpoints, but none that can be used.
     """
-    found = from_first(parts.ranks, lambda: find_checkpoint(root, identity) if section.enabled else None)
-    if found is None:
+    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity) if section.enabled else None)
+    if newest is None:
         _cut(parts, -1)
         return ResumePoint(0, None, ())
-    parts.restore(found.folder)
-    parts.loader.load_state_dict(found.state["loader"])
-    _cut(parts, found.state["step"])
-    best, notes = from_first(parts.ranks, lambda: _restore_best(root, from_state(found.state, section.best_metric)))
-    return ResumePoint(found.state["step"], found.folder, found.refused, best, notes)
+    parts.restore(newest.folder)
+    parts.loader.load_state_dict(newest.state["loader"])
+    _cut(parts, newest.state["step"])
+    best, notes = from_first(parts.ranks, lambda: _restore_best(root, from_state(newest.state, section.best_metric)))
+    return ResumePoint(newest.state["step"], newest.folder, newest.refused, best, notes)
 
 
 def _cut(parts: ResumeParts, step: int) -> None:

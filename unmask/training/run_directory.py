@@ -11,7 +11,7 @@ from pathlib import Path
 from unmask.config.results import CheckpointConfig
 from unmask.errors import CheckpointError
 from unmask.report.metrics import FILE
-from unmask.training.checkpoint import checkpoints, prepare_run_dir
+from unmask.training.checkpoint import checkpoints
 
 LOCK = ".lock"
 
@@ -34,6 +34,23 @@ def hold_run_dir(root: Path, section: CheckpointConfig) -> Iterator[None]:
     finally:
         (root / LOCK).unlink(missing_ok=True)  # while it is still locked, so that only our own can be removed
         os.close(handle)
+
+
+def prepare_run_dir(root: Path) -> None:
+    """Create a run directory and make sure that it can be written, before anything heavy starts.
+
+    Raises:
+        CheckpointError: a file in the way, or no permission.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.checkpoint_dir: {root} cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
 
 def _lock(root: Path) -> int:

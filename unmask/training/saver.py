@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,27 +28,22 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint import save as save_parts
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from unmask.config.results import CheckpointConfig
+from unmask.distributed.load import disk_problem, write_parts
 from unmask.distributed.ranks import Ranks, from_first
 from unmask.errors import CheckpointError
 from unmask.models.folders import ADAPTER_WEIGHTS, SHARDED
-from unmask.models.lora.files import write_adapter_config
-from unmask.models.weights import SHARD_BYTES, passthrough_tensors, read_tensors, save_weights, write_tensors
+from unmask.models.weights import passthrough_tensors, read_tensors, save_weights, write_tensors
 from unmask.training.checkpoint import (
     begin_checkpoint,
     cannot_save,
     commit_checkpoint,
-    drop_checkpoint,
     list_files,
     prune,
     write_state,
 )
-from unmask.training.model_files import write_config, write_tokenizer
 from unmask.training.network import OPTIMIZER, Network, gather_adapter, moments, weights
 
 _LAST_WAIT = 60.0  # seconds that a failed run gives to a save under way
@@ -95,7 +89,8 @@ class Saver:
         section: the `checkpoint` section.
         network: what is saved; with an adapter, the adapter alone.
         ranks: all of them.
-        beside: path within a checkpoint → content of what belongs to it beside tensors (`files_beside`), on rank 0.
+        beside: content of each checkpoint's files beside tensors, by their paths in it, on rank 0
+            (`model_files.files_beside`).
         newest: the checkpoint that the run goes on from; from then on the newest that is complete.
     """
 
@@ -112,9 +107,10 @@ class Saver:
         self._root, self._section, self._network = root, section, network
         self._ranks, self._beside = ranks, beside
         self._background = ranks if ranks.size == 1 else Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
+        cuda = any(parameter.is_cuda for parameter in network.model.parameters())
         # Kept over saves, with its memory: taking that anew costs more than the copy. It has a stream of its own,
         # beside the one that computes.
-        self._stager = DefaultStager(StagingOptions(use_shared_memory=False)) if _on_cuda(network) else None
+        self._stager = DefaultStager(StagingOptions(use_shared_memory=False)) if cuda else None
         self._thread: threading.Thread | None = None
         self._underway: _Save | None = None
         self._complete: list[_Save] = []
@@ -136,7 +132,7 @@ class Saver:
         """
         began = time.perf_counter()
         self.settle()
-        temporary = Path(from_first(self._ranks, lambda: str(self._begin(step))))
+        temporary = from_first(self._ranks, lambda: begin_checkpoint(self._root, step))
         when = self._section.save_consolidated
         whole = self._ranks.size == 1 or when == "every" or (when == "final" and last)
         tensors = {"weights": weights(self._network), "moments": moments(self._network)}
@@ -188,12 +184,6 @@ class Saver:
         if problem is not None:
             raise problem
 
-    def _begin(self, step: int) -> Path:
-        try:
-            return begin_checkpoint(self._root, step)
-        except OSError as error:
-            raise cannot_save(self._root / f"step_{step}", error) from error
-
     def _finish(self, save: _Save) -> None:
         """Write, then commit; runs in a thread of its own on every rank."""
         try:
@@ -231,7 +221,7 @@ class Saver:
             # All ranks take part in each.
             for name, place in (("moments", folder / OPTIMIZER), ("weights", folder)):
                 if tensors[name]:
-                    problem = _write_parts(tensors[name], place / SHARDED, ranks) or problem
+                    problem = write_parts(tensors[name], place / SHARDED, ranks) or problem
         finally:
             save.tensors = {}
             save.released.set()
@@ -277,71 +267,22 @@ class Saver:
         try:
             write()
         except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
-            return _said(self._ranks, self._ranks.rank, error)
+            return disk_problem(self._ranks, self._ranks.rank, error)
         return None
 
     def _commit(self, save: _Save, listings: Any, problem: str | None) -> str | None:
         """Put a complete checkpoint into its place; return what went wrong, if anything did."""
-        final, temporary = self._root / f"step_{save.step}", save.temporary
-        try:
-            if problem is not None:
-                raise OSError(0, problem)
-            written = {name: entry for listing in listings for name, entry in listing.items()}
-            rest = [path for path in temporary.rglob("*") if path.is_file()]
-            others = [path for path in rest if str(path.relative_to(temporary)) not in written]
-            commit_checkpoint(self._root, save.step, temporary, {**written, **list_files(temporary, others)})
+
+        def commit() -> None:
+            listing = {name: entry for listing in listings for name, entry in listing.items()}
+            final = commit_checkpoint(self._root, save.step, save.temporary, listing)
             prune(self._root, self._section.max_recent_checkpoints, final)
-        except OSError as error:
-            drop_checkpoint(temporary)
-            return str(cannot_save(final, error))
-        return None
 
-
-def files_beside(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
-    """Return the content of the files that belong to each checkpoint of a run beside tensors, by their paths in it.
-
-    Args:
-        network: the run's.
-        tokenizer: saved with `template`, Jinja source of the chat template, so that inference prompts as training did.
-        run_config: YAML of the run.
-    """
-    with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
-        folder = Path(name)
-        if network.adapter is not None:
-            write_adapter_config(network.adapter, network.adapter_config, folder)
-        else:
-            write_config(network.plan, network.dtype, folder)
-        write_tokenizer(tokenizer, template, folder)
-        (folder / "config.yaml").write_text(run_config, encoding="utf-8")
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def _write_parts(tensors: dict[str, Any], folder: Path, ranks: Ranks) -> str | None:
-    """Write all ranks' parts, which fails on all or on none; return what the disk said against it, and where."""
-    numbers, number, size = {}, 1, 0
-    for name, tensor in tensors.items():  # a file is put together in memory, so that none may be large
-        nbytes = tensor.numel() * tensor.element_size()
-        if size and size + nbytes > SHARD_BYTES:
-            number, size = number + 1, 0
-        numbers[name], size = number, size + nbytes
-    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
-    try:
-        save_parts(tensors, storage_writer=writer, process_group=ranks.group)
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise
-        return _said(ranks, rank, cause)
-    return None
-
-
-def _said(ranks: Ranks, rank: int, error: BaseException) -> str:
-    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    return reason if ranks.size == 1 else f"rank {rank}: {reason}"
-
-
-def _on_cuda(network: Network) -> bool:
-    return any(parameter.device.type == "cuda" for parameter in network.model.parameters())
+        problem = problem or self._attempt(commit)
+        if problem is None:
+            return None
+        shutil.rmtree(save.temporary, ignore_errors=True)
+        return str(cannot_save(self._root / f"step_{save.step}", problem))
 
 
 def _device_is_ready() -> Callable[[], None]:
