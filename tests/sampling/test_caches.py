@@ -205,7 +205,7 @@ def test_the_network_computes_no_more_than_the_window(models, monkeypatch, cache
 
 
 def test_given_positions_before_the_block_are_seen(models):
-    """Another token in a settled block changes what a window computes, once a full forward has seen it."""
+    """Another token in a committed block changes what a window computes, once a full forward has seen it."""
     ours, answer_BC = backend(models(), cache="dual"), answers(1, 0)
     _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [4], [0]))
     stale, context = ours.denoise(context, call(answer_BC, [12], [4], [1]))

@@ -43,8 +43,8 @@ def answers(model, requests: list[Request], settings: CanvasSettings) -> dict[in
     found = {}
     for event in denoise(backend_for(model), requests, settings):
         for place in event.finished_B.nonzero()[:, 0].tolist():
-            settled = int((~event.masked_BC[place]).sum())
-            found[event.rows[place]] = (event.answer_BC[place, :settled].tolist(), int(event.nfe_B[place]))
+            committed = int((~event.masked_BC[place]).sum())
+            found[event.rows[place]] = (event.answer_BC[place, :committed].tolist(), int(event.nfe_B[place]))
     return found
 
 

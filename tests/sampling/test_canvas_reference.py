@@ -91,9 +91,9 @@ def test_tokens_and_calls_equal_transformers(gemma_model, gemma_reference, field
     expected, expected_calls = published(gemma_reference, prompt, seed, settings)
     events = ours(gemma_model, prompt, seed, settings)
     answer = events[-1].answer_BC[0].tolist()
-    settled = (~events[-1].masked_BC[0]).sum()
-    assert answer[:settled] == expected[: min(40, len(expected))]
+    committed = (~events[-1].masked_BC[0]).sum()
+    assert answer[:committed] == expected[: min(40, len(expected))]
     assert len(events) == expected_calls
     stops = [int(event.step_B[0]) + 1 for event in events if event.committed_BC.any()]
     assert stops == calls
-    assert bool(set(EOS) & set(answer[:settled])) == (reason == "eos")
+    assert bool(set(EOS) & set(answer[:committed])) == (reason == "eos")

@@ -35,7 +35,7 @@ def order(events: list[StepEvent], row: int = 0) -> list[list[int]]:
     return [event.committed_BC[row].nonzero()[:, 0].tolist() for event in events]
 
 
-def test_positions_settle_by_confidence_inside_the_current_block(script):
+def test_positions_are_committed_by_confidence_inside_the_current_block(script):
     heights = [1.0, 2.0, 3.0, 6.0, 9.0, 7.0]
     events = run(script(lambda row, at, call: peak(at, heights[at])), steps=6, max_new_tokens=6, block_size=3)
     assert order(events) == [[2], [1], [0], [4], [5], [3]]
@@ -45,16 +45,16 @@ def test_positions_settle_by_confidence_inside_the_current_block(script):
     assert [int(event.nfe_B[0]) for event in events] == [1, 2, 3, 4, 5, 6]
 
 
-def test_equal_confidence_settles_from_the_left(script):
+def test_equal_confidence_commits_from_the_left(script):
     assert order(run(script(lambda *_: peak(1)), steps=4, max_new_tokens=4, block_size=4)) == [[0], [1], [2], [3]]
 
 
-def test_a_settled_token_never_changes_though_the_network_changes_its_mind(script):
+def test_a_committed_token_never_changes_though_the_network_changes_its_mind(script):
     events = run(script(lambda row, at, call: peak(call % 8)), steps=5, max_new_tokens=5, block_size=5)
     assert events[-1].answer_BC.tolist() == [[0, 1, 2, 3, 4]]
     for before, after in zip(events, events[1:], strict=False):
-        settled = ~before.masked_BC
-        assert torch.equal(before.answer_BC[settled], after.answer_BC[settled])
+        committed = ~before.masked_BC
+        assert torch.equal(before.answer_BC[committed], after.answer_BC[committed])
 
 
 def test_a_block_that_is_complete_in_its_first_step_costs_one_call(script):
@@ -87,8 +87,8 @@ def test_threshold_above_one_equals_one_token_a_step(reference_model, reference)
     assert [answer.token_ids for answer in one] == [answer.token_ids for answer in other]
 
 
-def test_a_stop_token_ends_the_row_once_everything_left_of_it_is_settled(script):
-    # The stop token at 5 settles first, then 0 to 4; 6 to 15 never need to be computed.
+def test_a_stop_token_ends_the_row_once_everything_left_of_it_is_committed(script):
+    # The stop token at 5 comes first, then 0 to 4; 6 to 15 never need to be computed.
     backend = script(lambda row, at, call: peak(8, 9.0) if at == 5 else peak(1, 5.0 - at / 10))
     events = run(backend, steps=16, max_new_tokens=16, block_size=8)
     assert order(events) == [[5], [0], [1], [2], [3], [4]]
@@ -132,9 +132,9 @@ def test_the_mask_is_never_written_even_if_it_is_named_as_a_stop_token(script):
 
 def test_every_call_draws_afresh(script):
     first, second = run(script(lambda *_: peak(1)), steps=2, max_new_tokens=6, remasking="random")
-    weighed_twice = first.masked_BC
-    assert weighed_twice.sum() == 3
-    assert not (first.score_BC == second.score_BC)[weighed_twice].any()
+    scored_twice = first.masked_BC
+    assert scored_twice.sum() == 3
+    assert not (first.score_BC == second.score_BC)[scored_twice].any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -184,10 +184,10 @@ def test_every_position_is_filled_with_allowed_tokens_whatever_the_head_favours(
         assert bool(last.finished_B[at]) and int(last.nfe_B[at]) == len(mine)
         ended_early = 38 in answer
         assert ended_early or not is_open.any()
-        settled = [int(event.committed_BC[place].sum()) for event, place in mine]
-        assert min(settled) >= 1
+        committed = [int(event.committed_BC[place].sum()) for event, place in mine]
+        assert min(committed) >= 1
         if threshold is None:
-            assert settled == quotas[: len(settled)] and (ended_early or len(settled) == len(quotas))
+            assert committed == quotas[: len(committed)] and (ended_early or len(committed) == len(quotas))
         if favoured == 38:
             assert 38 in answer
 

@@ -31,8 +31,8 @@ def answers(backend, requests, settings, batch_size) -> dict[int, tuple[list[int
         assert len(event.rows) <= batch_size
         for place in event.finished_B.nonzero()[:, 0].tolist():
             is_open = event.masked_BC[place, : event.lengths[place]].tolist()
-            settled = is_open.index(True) if True in is_open else len(is_open)
-            found[event.rows[place]] = (event.answer_BC[place, :settled].tolist(), int(event.nfe_B[place]))
+            committed = is_open.index(True) if True in is_open else len(is_open)
+            found[event.rows[place]] = (event.answer_BC[place, :committed].tolist(), int(event.nfe_B[place]))
     return found
 
 
@@ -119,7 +119,7 @@ def test_without_a_cache_canvases_are_encoded_anew(gemma_model, monkeypatch):
 
 
 def test_blocks_of_a_template_have_their_own_quotas(script):
-    # Blocks of 2, 0 and 5 open positions share seven steps: four and three, and no call settles nothing.
+    # Blocks of 2, 0 and 5 masked positions share seven steps: four and three, and no call commits nothing.
     is_open = [True, True, False] + [False] * 3 + [True] * 5
     template = Template([4] * 11, is_open, [0] * 3 + [1] * 3 + [2] * 5)
     backend = script(lambda row, at, call: peak(1, 9.0 - at / 2))
@@ -153,8 +153,8 @@ def test_a_template_that_makes_no_sense_is_refused(fields, says):
         Template(*fields)
 
 
-def test_a_settled_stop_token_cuts_the_blocks_behind_it_where_the_cache_is_approximate(script):
-    # The stop token at 2 settles first; positions 0 and 1 then still take two calls.
+def test_a_committed_stop_token_cuts_the_blocks_behind_it_where_the_cache_is_approximate(script):
+    # The stop token at 2 comes first; positions 0 and 1 then still take two calls.
     def answers(row: int, at: int, call: int) -> torch.Tensor:
         return peak(8, 9.0) if at == 2 else peak(1, 5.0)
 

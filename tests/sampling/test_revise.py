@@ -52,7 +52,7 @@ def test_a_token_that_has_become_improbable_is_masked_again(script):
     assert len(events) == 3
 
 
-def test_fewer_are_masked_again_than_are_settled_the_least_probable_first(script):
+def test_fewer_are_masked_again_than_are_committed_the_least_probable_first(script):
     def answers(row: int, at: int, call: int) -> Tensor:
         if call == 0:
             return logits_of(t1=0.95 - at / 100)
@@ -107,7 +107,7 @@ def test_an_edit_writes_no_stop_token_that_is_deferred(script):
     assert not any(event.revised_BC.any() for event in events)
 
 
-def test_only_ways_that_read_settled_tokens_send_them_through_the_head(script, monkeypatch):
+def test_only_ways_that_read_committed_tokens_send_them_through_the_head(script, monkeypatch):
     for revise, widths in (("none", [4, 3, 2, 1]), ("edit", [4, 4, 4, 4])):
         backend, seen = script(lambda *_: logits_of(t1=0.9)), []
         monkeypatch.setattr(backend, "logits", lambda hidden, seen=seen: seen.append(len(hidden)) or hidden.clone())
@@ -141,7 +141,7 @@ def test_the_combinations_cover_every_rule_score_and_way_to_revise():
 
 @given(
     fields=st.sampled_from(COMBINATIONS),
-    opens=st.lists(st.lists(st.booleans(), min_size=1, max_size=9).filter(any), min_size=1, max_size=3),
+    masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=9).filter(any), min_size=1, max_size=3),
     steps=st.integers(1, 12),
     block=st.integers(1, 6),
     temperature=st.sampled_from([0.0, 1.0]),
@@ -151,14 +151,14 @@ def test_the_combinations_cover_every_rule_score_and_way_to_revise():
 )
 @settings(deadline=None, max_examples=80)
 def test_whatever_is_combined_given_tokens_stay_and_every_row_ends_with_allowed_tokens(
-    script, fields, opens, steps, block, temperature, eos, level, seed
+    script, fields, masks, steps, block, temperature, eos, level, seed
 ):
     numbers = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, 10, 10, 10, generator=numbers) * 4  # (row, position, call, token)
     backend = script(lambda row, at, call: logits[row, at, call % 10])
     templates = [
         Template([(MASK, EOS, 3)[at % 3] for at in range(len(row))], row, [at // block for at in range(len(row))])
-        for row in opens
+        for row in masks
     ]
     requests = [Request(number, [number], number, template) for number, template in enumerate(templates)]
     sampler = MaskSettings(steps=steps, temperature=temperature, eos=eos, revise_threshold=level, **fields)
@@ -174,7 +174,7 @@ def test_whatever_is_combined_given_tokens_stay_and_every_row_ends_with_allowed_
             assert all(answer[at] != MASK and (eos != "suppress" or answer[at] != EOS) for at in written)
             assert int(event.committed_BC[place].sum()) > int((event.revised_BC & event.masked_BC)[place].sum())
             assert not event.masked_BC[place, length:].any()
-            # The bound: never more calls than one for each open position.
+            # The bound: never more calls than one for each masked position.
             assert int(event.nfe_B[place]) <= sum(template.masked)
             if event.finished_B[place]:
                 finished.add(number)

@@ -134,7 +134,7 @@ def test_factor_equals_the_loop_that_defines_it(scores, factor):
     assert accept("factor", scores, [1] * len(scores), factor=factor) == sorted(order[: max(run, 1)])
 
 
-def test_an_entropy_rule_settles_one_where_all_are_put_off():
+def test_an_entropy_rule_accepts_one_where_all_are_put_off():
     found = rules.RULES["entropy_bound"](
         torch.tensor([[OFF, OFF, OFF]]),
         torch.tensor([[False, True, True]]),

@@ -141,7 +141,7 @@ def test_what_a_family_does_not_permit_is_refused_by_name(fields, family, says):
         {"steps": 10, "max_new_tokens": 10, "block_size": 4},  # the blocks have 4, 3 and 3 calls
     ],
 )
-def test_remask_is_taken_where_a_call_may_settle_several(fields):
+def test_remask_is_taken_where_a_call_may_commit_several(fields):
     assert resolve(SamplerConfig(revise="remask", **fields)).revise == "remask"
 
 

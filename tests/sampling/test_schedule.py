@@ -21,7 +21,7 @@ def test_every_block_has_a_step_however_few_there_are():
     assert quotas([2, 2, 2, 2], 1) == [[2], [2], [2], [2]]
 
 
-def test_steps_that_settle_nothing_are_left_out():
+def test_steps_that_commit_nothing_are_left_out():
     assert quotas([2, 1], 100) == [[1, 1], [1]]
 
 
@@ -41,5 +41,5 @@ def test_quotas_fill_every_block_and_fall(steps, sizes):
 
 
 @pytest.mark.parametrize(("size", "calls"), [(5, 2), (4, 4), (7, 1)])
-def test_calls_beyond_the_plan_still_settle_something(size, calls):
+def test_calls_beyond_the_plan_still_commit_something(size, calls):
     assert all(quota(size, calls, step) >= 1 for step in range(calls, calls + 9))
