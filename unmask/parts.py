@@ -45,7 +45,7 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
             f"dataset.tokenizer: {prepared.tokenizer_folder} has {len(tokenizer)} ids, the model's embedding only "
             f"{plan.config.rows}; use the model's own tokenizer"
         )
-    mask = getattr(plan.config, "mask_token_id", None)  # families without masked noise have none
+    mask = plan.config.mask_token_id
     if mask is not None:
         _check_mask(tokenizer, mask, prepared.tokenizer_folder)
     template = load_template(

@@ -20,8 +20,7 @@ from unmask.models.weights import check_tensors
 from unmask.parts import Parts, build_parts
 from unmask.prepare import Prepared
 from unmask.rng import NoiseStream
-from unmask.training.estimate import Estimate, estimate_memory
-from unmask.training.estimate_shared import SharedEstimate, estimate_shared
+from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
 from unmask.training.lora import attach
 
 ROWS = 3

@@ -191,11 +191,11 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     """Train; return the bytes that this rank received through FSDP2 and expert exchange, and what its shards take."""
     from rich.console import Console
 
+    from unmask import assemble as assembly
     from unmask.assemble import run_training
     from unmask.config import config_from_mapping
     from unmask.distributed import expert
     from unmask.prepare import prepare
-    from unmask.training import network as networks
 
     received = {"weights": 0, "gradients": 0, "tokens": 0}
     gather, scatter, reduce = dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce
@@ -222,9 +222,9 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
         built.append(original(*arguments))
         return built[-1]
 
-    original = networks.build_network
+    original = assembly.build_network
     dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce = all_gather, reduce_scatter, all_reduce
-    networks.build_network = build
+    assembly.build_network = build
     exchange = expert.all_to_all_single_autograd
 
     def exchanged(rows: torch.Tensor, receive: list[int], send: list[int], group: Any) -> torch.Tensor:

@@ -16,8 +16,7 @@ from unmask.distributed.processes import Degrees, resolve_degrees
 from unmask.errors import ConfigError
 from unmask.models.loading import empty_network
 from unmask.prepare import prepare
-from unmask.training.estimate import estimate_memory
-from unmask.training.estimate_shared import SharedEstimate, estimate_shared
+from unmask.training.estimate import SharedEstimate, estimate_memory, estimate_shared
 
 
 def counted(values: dict, processes: int) -> SharedEstimate:

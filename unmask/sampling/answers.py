@@ -29,7 +29,7 @@ from unmask.sampling.generate import Generation, answer
 from unmask.sampling.infill import Infill, fill
 from unmask.sampling.jobs import LoadedModel, load
 from unmask.sampling.plan import Asked, JobPlan
-from unmask.sampling.prompts import check_prompts, encode_prompts, mask_of, title_of
+from unmask.sampling.prompts import check_prompts, encode_prompts, title_of
 from unmask.sampling.text import printable, unanswered_note
 from unmask.sampling.trace import trace_for
 from unmask.sampling.view import watcher
@@ -137,7 +137,7 @@ def _encode(plan: JobPlan, asked: Asked) -> _Job:
         encoded = encode_blanks(prompts, labels, plan.tokenizer, asked.raw, plan.config, plan.settings)
         rows = [str(text.hashed) for text in encoded]
     else:
-        encoded = encode_prompts(prompts, plan.tokenizer, asked.raw, mask_of(plan.config), labels)
+        encoded = encode_prompts(prompts, plan.tokenizer, asked.raw, plan.config.mask_token_id, labels)
         check_prompts(encoded, labels, plan.config, plan.settings)
         rows = [str(ids) for ids in encoded]
     titles = [title_of(prompt, index) for index, prompt in enumerate(prompts)]

@@ -15,7 +15,6 @@ from unmask.models.registry import family_of
 from unmask.sampling.engine.state import Template
 from unmask.sampling.prompts import (
     check_vocabulary,
-    mask_of,
     messages_of,
     require_characters,
     shown,
@@ -143,7 +142,7 @@ def encode_blanks(
     """
     found = []
     for label, text in zip(labels, texts, strict=True):
-        pieces, context, parts = _tokenise(label, text, tokenizer, raw, mask_of(config))
+        pieces, context, parts = _tokenise(label, text, tokenizer, raw, config.mask_token_id)
         found.append(_lay_out(label, pieces, context, parts, config, settings))
     _check_revise(found, settings)
     return found

@@ -19,7 +19,7 @@ from unmask.errors import DataError, SamplingError, choice_problem
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
 from unmask.sampling.plan import JobPlan
-from unmask.sampling.prompts import mask_of, room_for, template_of, template_problem
+from unmask.sampling.prompts import room_for, template_of, template_problem
 from unmask.sampling.settings import SamplerSettings
 from unmask.sampling.text import unanswered_note
 from unmask.sampling.view import watcher
@@ -258,7 +258,7 @@ def converse(
 def _template(plan: JobPlan, name: str | None, conversation: Conversation) -> ChatTemplate:
     """Return a chat template that is known to render a conversation."""
     try:
-        template = template_of(plan.tokenizer, mask_of(plan.config), name)
+        template = template_of(plan.tokenizer, plan.config.mask_token_id, name)
         template.encode_prompt(conversation.say("user", "a").say("assistant", "b").say("user", "c").turns)
         return template
     except DataError as error:

@@ -57,7 +57,7 @@ class LoadedModel:
     @property
     def mask_id(self) -> int | None:
         """The mask token; None where noise is no mask."""
-        return getattr(self.config, "mask_token_id", None)
+        return self.config.mask_token_id
 
     @cached_property
     def backend(self) -> Backend:

@@ -138,11 +138,6 @@ def check_vocabulary(label: str, ids: Sequence[int], config: Any) -> None:
         )
 
 
-def mask_of(config: Any) -> int | None:
-    """Return a model's mask token; None where noise is no mask."""
-    return getattr(config, "mask_token_id", None)
-
-
 def title_of(prompt: Any, index: int) -> str:
     """Return what to print above an answer: the text, the last turn of a chat, or the number of a prompt of ids."""
     if isinstance(prompt, str):

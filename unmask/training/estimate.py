@@ -1,4 +1,7 @@
-"""How much memory a run will take, counted from its sizes."""
+"""What a training step holds, and what each of several ranks holds and receives, counted from sizes.
+
+The arithmetic is that of docs/distributed.md.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 from torch import nn
 
 from unmask.config import RunConfig
+from unmask.distributed.processes import Degrees
 from unmask.distributed.runtime import pick_device
+from unmask.models.family import ShardPlan
 from unmask.models.registry import ModelPlan
 from unmask.ops.chunks import working_bytes
 from unmask.ops.head import Head
@@ -94,3 +99,154 @@ def _packed(parameter: nn.Parameter) -> int:
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+@dataclass(frozen=True)
+class SharedEstimate:
+    """Bytes of a training step on one of several ranks.
+
+    Attributes:
+        weights, optimizer: a shard.
+        gradients: a shard, and the whole until the last micro-batch where their sum over ranks is deferred.
+        head: the whole head's gradient that the loss holds until the backward pass.
+        gathered: the root's group and two blocks, the one that runs and the one that is fetched for it.
+        activations: as on one device.
+        weights_received: shards of the others, gathered for every pass.
+        gradients_received: parts of sums over ranks.
+        tokens_received: rows of hidden states that travel to experts and back.
+    """
+
+    weights: int
+    gradients: int
+    head: int
+    optimizer: int
+    gathered: int
+    activations: int
+    weights_received: int
+    gradients_received: int
+    tokens_received: int
+
+    @property
+    def total(self) -> int:
+        """Bytes held in all."""
+        return self.weights + self.gradients + self.head + self.optimizer + self.gathered + self.activations
+
+    @property
+    def received(self) -> int:
+        """Bytes received in all."""
+        return self.weights_received + self.gradients_received + self.tokens_received
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Parameters of a network by how they travel.
+
+    Attributes:
+        root, blocks, experts: elements outside blocks, in all blocks without experts, in all experts.
+        trained_root, trained_blocks, trained_experts: of those, elements that are trained.
+        layers: number of blocks.
+    """
+
+    root: int
+    blocks: int
+    experts: int
+    trained_root: int
+    trained_blocks: int
+    trained_experts: int
+    layers: int
+
+
+def count_groups(model: nn.Module, plan: ShardPlan) -> Groups:
+    """Count a network's parameters by group; on any device, the meta device included."""
+    counts = dict.fromkeys(("root", "blocks", "experts"), 0)
+    trained = dict(counts)
+    for name, parameter in model.named_parameters():
+        group = "root"
+        if name.startswith(plan.blocks + "."):
+            group = "experts" if plan.experts and f".{plan.experts}." in name else "blocks"
+        counts[group] += parameter.numel()
+        trained[group] += parameter.numel() if parameter.requires_grad else 0
+    layers = len(list(model.get_submodule(plan.blocks).children()))
+    return Groups(
+        counts["root"],
+        counts["blocks"],
+        counts["experts"],
+        trained["root"],
+        trained["blocks"],
+        trained["experts"],
+        layers,
+    )
+
+
+def estimate_shared(
+    config: RunConfig, plan: ModelPlan, model: nn.Module, whole: Estimate, degrees: Degrees
+) -> SharedEstimate:
+    """Count a step of one rank; a global batch of `accumulation` micro-batches a rank.
+
+    A tensor of n bytes that s ranks share is gathered by receiving n (s − 1) / s, and its gradient summed by receiving
+    as much; r copies then sum their shards, 2 n/s (r − 1) / r. Every block is gathered for each pass, forward and
+    backward, and the root's group once a micro-batch; gradients of blocks are summed after each of their backward
+    passes.
+
+    Args:
+        config, plan, model: as for `estimate_memory`.
+        whole: its result, for one device.
+        degrees: the arrangement of ranks.
+    """
+    passes = plan.family.shard
+    groups = count_groups(model, passes)
+    section, steps = config.distributed, config.step_scheduler
+    master = 4 if config.model.torch_dtype == "float32" else 2
+    policy = section.mp_policy
+    travel = (
+        master if policy is None or policy.param_dtype is None else {"float32": 4, "bfloat16": 2}[policy.param_dtype]
+    )
+    reduce = 4 if policy is None or policy.reduce_dtype == "float32" else 2
+    accumulation = steps.global_batch_size // (steps.local_batch_size * degrees.world)
+    shard, spread, experts = degrees.shard, degrees.spread, degrees.experts
+    deferred = section.defer_grad_sync and accumulation > 1
+    trained = groups.trained_root + groups.trained_blocks + groups.trained_experts // experts
+    block = (groups.blocks + groups.experts // experts) / groups.layers
+    runs = passes.forward_passes + passes.backward_passes
+    gathered = _others(groups.blocks, shard) * runs + _others(groups.root, shard)
+    gathered += _others(groups.experts // experts, spread) * runs
+    dense = groups.trained_root + groups.trained_blocks
+    in_blocks = _others(groups.trained_blocks, shard) + _others(groups.trained_experts // experts, spread)
+    once = _others(groups.trained_root, shard) + in_blocks * passes.backward_passes
+    copies = 2 * (dense + groups.trained_experts) // shard * (degrees.replicate - 1) // degrees.replicate
+    sums = 1 if deferred else accumulation
+    return SharedEstimate(
+        weights=whole.weights // shard,
+        gradients=whole.gradients // shard + (reduce * trained if deferred else 0),
+        head=head_gradients(model, travel),
+        optimizer=whole.optimizer // shard,
+        gathered=int(travel * (groups.root + min(2, groups.layers) * block)),
+        activations=whole.activations,
+        weights_received=travel * gathered * accumulation,
+        gradients_received=reduce * (once + copies) * sums,
+        tokens_received=accumulation
+        * _tokens(config, plan, degrees, groups.layers, passes.forward_passes, passes.backward_passes),
+    )
+
+
+def _others(elements: int, ranks: int) -> int:
+    return elements * (ranks - 1) // ranks
+
+
+def _tokens(config: RunConfig, plan: ModelPlan, degrees: Degrees, layers: int, forward: int, backward: int) -> int:
+    """Count the rows that a rank receives for its experts and back from others, in one micro-batch.
+
+    With experts chosen evenly, (P − 1)/P of the pairs leave their rank; each travels there and back, and so does its
+    gradient; activation checkpointing sends it once more. Encoder and decoder together are taken as in
+    `activation_bytes`, a canvas being a quarter of its row.
+    """
+    if degrees.experts == 1:
+        return 0
+    model = plan.config
+    tokens = config.step_scheduler.local_batch_size * config.dataset.seq_length
+    seen = tokens + (forward - 1) * tokens // 4
+    again = tokens + (backward - 1) * tokens // 4
+    both_ways = 2 * seen + 2 * again + (2 * again if config.distributed.activation_checkpointing else 0)
+    width = 2 if config.distributed.autocast_dtype == "bfloat16" else 4
+    pairs = both_ways * model.top_k_experts * layers
+    return pairs * model.hidden_size * width * (degrees.experts - 1) // degrees.experts

@@ -70,6 +70,7 @@ class DiffusionGemmaConfig:
     """
 
     model_type: ClassVar[str] = "diffusion_gemma"
+    mask_token_id: ClassVar[None] = None  # noise is drawn from the vocabulary
 
     vocab_size: int
     hidden_size: int
