@@ -196,12 +196,7 @@ def settings_of(family: Family, **values: Any) -> SamplerSettings:
 
 
 def settings_for(model: Any, sampler: SamplerConfig | None = None) -> SamplerSettings:
-    """Return what a network is sampled with.
-
-    Raises:
-        SamplingError: a model of no known family, or a setting that its sampler does not have.
-        ModelError: a bad value in the checkpoint's generation_config.json.
-    """
+    """Return what a network is sampled with; raises as `resolve_settings`, and SamplingError for no known family."""
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in FAMILIES:
         raise SamplingError(

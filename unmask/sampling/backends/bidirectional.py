@@ -70,12 +70,7 @@ class Prompts:
         return Prompts(concat_padded([self.ids_BP, more.ids_BP]), self.lengths + more.lengths, store)
 
     def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return ids (B, L), each answer right behind its prompt; behind that, token 0.
-
-        Args:
-            answer_BC: int64, on the CPU.
-            lengths: answer columns in use, a row.
-        """
+        """Return ids (B, L), the first `lengths[b]` columns of each answer right behind its prompt; behind, token 0."""
         ids_BL = self.ids_BP.new_zeros(len(lengths), max(map(sum, zip(self.lengths, lengths, strict=True))))
         for row, (prompt, answer) in enumerate(zip(self.lengths, lengths, strict=True)):
             ids_BL[row, :prompt] = self.ids_BP[row, :prompt]

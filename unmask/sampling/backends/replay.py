@@ -33,13 +33,9 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Recording:
-    """One recorded call.
+    """One recorded call: `replay` reads `inputs`, which are written anew before it, and writes `output`.
 
-    Attributes:
-        function: what was recorded; keeps alive what it refers to, whose addresses the recording holds.
-        inputs: tensors that it reads, written anew before each replay.
-        output: what it writes.
-        replay: runs it.
+    `function` is what was recorded; it keeps alive what it refers to, whose addresses the recording holds.
     """
 
     function: Function

@@ -97,13 +97,9 @@ class Window:
     def of(
         cls, store: KeyValueStore, positions_KS: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None
     ) -> Window:
-        """Return the window of some positions.
+        """Return the window of some positions, given on the host: `positions_KS` are from `spans`.
 
-        Args:
-            store: keys and values of all positions of the rows.
-            positions_KS: from `spans`, on the host.
-            lengths: positions that each row has, on the host.
-            rows: the rows of the store; None = all, in order.
+        `rows` are those of the store, None = all, in order, and `lengths` the positions that each of them has.
         """
         device, columns = store.keys[0].device, max(lengths)
         lengths_K = torch.tensor(lengths)
@@ -166,8 +162,5 @@ def forward_window(model: Callable[..., Tensor], input_ids: Tensor, window: Wind
         model: network (ids, mask, positions, cache) that calls the cache's `update` in each layer.
         input_ids: int64 (K, S), the tokens at `window.positions_KS`.
         window: what is computed; its store is written.
-
-    Returns:
-        final hidden states (K, S, D).
     """
     return model(input_ids, window.mask_KL, window.positions_KS, window)

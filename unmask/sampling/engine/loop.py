@@ -115,8 +115,8 @@ def denoise(
 ) -> Iterator[StepEvent]:
     """Sample an answer to every request; yield an event after each network call.
 
-    A row advances through its blocks at its own pace and leaves when it is finished, and the next request takes its
-    place before the next call. So its answer and its number of calls are those that it would have alone.
+    A row advances through its blocks at its own pace, and when it is finished the next request takes its place. So its
+    answer and its number of calls are those that it would have alone.
 
     Args:
         backend: the model.
