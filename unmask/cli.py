@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.config.flags import spellings
+from unmask.distributed.processes import leave_status, several_processes
 from unmask.errors import ConfigError, UnmaskError, nearest
 
 # In the order of `unmask --help`.
@@ -25,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     status = _run(build_parser(), words)
     if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended
-        from unmask.distributed.processes import leave_status
-
         leave_status(status)
     return status
 
@@ -48,7 +47,7 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{place}{error.strerror or error}", 2)
     except RuntimeError as error:
-        if "WORLD_SIZE" in os.environ:
+        if several_processes():
             from unmask.distributed.failures import lost_contact, report_lost
 
             if lost_contact(error):
@@ -61,7 +60,7 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _fail(message: str, status: int) -> int:
     """Print an error in one line; of several processes that have the same one, one does."""
-    if "WORLD_SIZE" not in os.environ:
+    if not several_processes():
         print(f"unmask: error: {message}", file=sys.stderr)
         return status
     from unmask.distributed.failures import report

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
     from unmask.prepare import prepare
+    from unmask.training.run_directory import hold_run_dir
 
     prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if processes > 1 else None)
     if processes > 1 and not arguments.dry_run:
@@ -51,12 +52,15 @@ def run(arguments: argparse.Namespace) -> int | None:
 
         show_plan(prepared, Console())
         return 0
+    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
+    if world_size() == 1:
+        with hold_run_dir(root, prepared.config.checkpoint):
+            pass  # a place that cannot be trained in is refused before torch loads
     from unmask.assemble import run_training
 
     outcome = run_training(prepared, Console(), own_process=True)
     if process_rank() > 0:
         return 0
-    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")
     if outcome.best is not None:
         print(f"best {outcome.best.metric}: {outcome.best.value:.4f} after step {outcome.best.step}, {root / 'best'}")

@@ -28,6 +28,14 @@ def world_size() -> int:
     return _from_launcher("WORLD_SIZE", 1, 1)
 
 
+def several_processes() -> bool:
+    """Say whether a launcher started others beside this process; False where its variables are wrong."""
+    try:
+        return world_size() > 1
+    except ConfigError:
+        return False
+
+
 def process_rank() -> int:
     """Return this process's number among them, from 0."""
     return _from_launcher("RANK", 0, 0)

@@ -18,8 +18,10 @@ CAST_ROWS = 2**14
 CACHED_LOGITS = 2**19
 
 
-def logit_chunks(hidden_ND: Tensor, weight_VD: Tensor, chunk_logits: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield chunks of rows of like size, and their h Wᵀ (R, V), which lies where the next chunk's is written.
+def logit_chunks(
+    hidden_ND: Tensor, weight_VD: Tensor, chunk_logits: int, factor: float = 1.0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield chunks of rows of like size, and their factor · h Wᵀ (R, V), which lies where the next chunk's is written.
 
     Of no rows at all there is one chunk of none.
 
@@ -37,7 +39,7 @@ def logit_chunks(hidden_ND: Tensor, weight_VD: Tensor, chunk_logits: int) -> Ite
         part = slice(start, min(start + size, positions))
         z_RV = room_RV[: part.stop - part.start]
         for columns in column_slices(vocabulary):
-            write_product(z_RV[:, columns], hidden_ND[part], weight_VD[columns].to(hidden_ND.dtype).t())
+            write_product(z_RV[:, columns], hidden_ND[part], weight_VD[columns].to(hidden_ND.dtype).t(), factor=factor)
         yield part, z_RV
 
 
@@ -53,14 +55,14 @@ def column_slices(vocabulary: int) -> list[slice]:
     return [slice(start, start + CAST_ROWS) for start in range(0, vocabulary, CAST_ROWS)]
 
 
-def write_product(total: Tensor, left: Tensor, right: Tensor, add: bool = False) -> None:
-    """Write left @ right to the total, of another dtype or the same, or add it there."""
+def write_product(total: Tensor, left: Tensor, right: Tensor, add: bool = False, factor: float = 1.0) -> None:
+    """Write factor · left @ right to the total, of another dtype or the same, or add it there."""
     if total.dtype == left.dtype:
-        torch.addmm(total, left, right, beta=1 if add else 0, out=total)
+        torch.addmm(total, left, right, beta=1 if add else 0, alpha=factor, out=total)
     elif add:
-        total += left @ right
+        total.add_(left @ right, alpha=factor)
     else:
-        total.copy_(left @ right)
+        torch.mul(left @ right, factor, out=total)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

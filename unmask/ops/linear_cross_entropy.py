@@ -117,7 +117,7 @@ def _chunks(
     hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk_logits: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Yield chunks of rows: place, CE (R,), total · ∂CE/∂z (R, V) and total (R,), as from `_softmax_`."""
-    for part, z_RV in logit_chunks(hidden_ND, head.weight, chunk_logits):
+    for part, z_RV in logit_chunks(hidden_ND, head.weight, chunk_logits, 1 / (head.softcap or 1.0)):
         targets_R1 = targets_N[part, None]
         found = [_softmax_(z_RV[rows], targets_R1[rows], head) for rows in cached_rows(z_RV)]
         losses_R, total_R = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -125,10 +125,10 @@ def _chunks(
 
 
 def _softmax_(z_RV: Tensor, targets_R1: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Turn z = W h in place into total · ∂CE/∂z; return CE (R,) and total (R,), the sum of exp(logit − highest)."""
+    """Turn W h (divided by the softcap) into total · ∂CE/∂z; return CE (R,) and total (R,) = Σ exp(logit − highest)."""
     if head.bias is not None:
-        z_RV += head.bias
-    exp_RV = z_RV if head.softcap is None else z_RV.div_(head.softcap).tanh_() * head.softcap
+        z_RV.add_(head.bias, alpha=1 / (head.softcap or 1.0))
+    exp_RV = z_RV if head.softcap is None else z_RV.tanh_() * head.softcap
     exp_RV -= exp_RV.amax(dim=1, keepdim=True)
     own_R1 = exp_RV.gather(1, targets_R1)
     total_R1 = exp_RV.exp_().sum(dim=1, keepdim=True)
@@ -136,5 +136,5 @@ def _softmax_(z_RV: Tensor, targets_R1: Tensor, head: Head) -> tuple[Tensor, Ten
     # p − 1 as such: where p is nearly 1, a difference from it would be lost.
     exp_RV.scatter_(1, targets_R1, torch.expm1(-losses_R1) * total_R1)
     if head.softcap is not None:
-        torch.sub(exp_RV, z_RV.square_().mul_(exp_RV), out=z_RV)  # ∂logit/∂z = 1 − tanh²
+        torch.addcmul(exp_RV, exp_RV, z_RV.square_(), value=-1, out=z_RV)  # ∂logit/∂z = 1 − tanh²
     return losses_R1[:, 0], total_R1[:, 0]

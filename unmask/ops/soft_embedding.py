@@ -72,9 +72,9 @@ def _softmax_chunks(
     hidden_ND: Tensor, weight_VD: Tensor, softcap: float | None, chunk_logits: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield chunks of rows and softmax of their logits (R, V), which lies where the next chunk's is written."""
-    for part, z_RV in logit_chunks(hidden_ND, weight_VD, chunk_logits):
+    for part, z_RV in logit_chunks(hidden_ND, weight_VD, chunk_logits, 1 / (softcap or 1.0)):
         for rows in cached_rows(z_RV):
-            logits_RV = z_RV[rows] if softcap is None else z_RV[rows].div_(softcap).tanh_().mul_(softcap)
+            logits_RV = z_RV[rows] if softcap is None else z_RV[rows].tanh_().mul_(softcap)
             logits_RV.sub_(logits_RV.amax(dim=1, keepdim=True)).exp_()
             logits_RV /= logits_RV.sum(dim=1, keepdim=True)
         yield part, z_RV

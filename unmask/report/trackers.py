@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,6 @@ def open_tracker(section: WandbConfig | None, run_dir: Path, config: Mapping[str
 
 def check_tracker(section: WandbConfig | None) -> None:
     """Raise MissingDependencyError now, before a model loads, when the tracker is not installed."""
-    import importlib.util
-
     if section is not None and section.enable:
         spec = importlib.util.find_spec(section.tracker)
         if spec is None or spec.origin is None:  # a plain folder of that name, such as wandb's own logs, has no origin
