@@ -27,8 +27,11 @@ NETWORKS = {
     "DiffusionGemma's network": ("unmask.models.diffusion_gemma.model", 8, 1200),
 }
 FAMILY_NAMES = re.compile(r"llada|diffusion_?gemma", re.IGNORECASE)
-# Where a family's name belongs: its own folder, the table's line, and the translation of another project's files.
-HOMES = ("unmask/models/llada/", "unmask/models/diffusion_gemma/", "unmask/models/registry.py", "unmask/automodel.py")
+# Where a family's name belongs: its own folder, the table's line, the translation of another project's files, backends.
+HOMES = (
+    "unmask/models/llada/", "unmask/models/diffusion_gemma/", "unmask/models/registry.py", "unmask/automodel.py",
+    "unmask/sampling/backends/",
+)  # fmt: skip
 # What a prompt's way is asked of: each of these happens once between the command line and the first network call.
 ONCE = ("encode_prompts", "resolve_settings", "backend_for", "plan_folder", "load_tokenizer")
 

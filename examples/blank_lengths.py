@@ -24,7 +24,7 @@ def score(model: Any, filled: unmask.Infill, behind: list[int]) -> float:
     """
     count = sum(map(len, filled.fill_ids))
     total = filled.log_likelihood * count
-    mask_id = getattr(model.config, "mask_token_id", None)
+    mask_id = model.config.mask_token_id
     if mask_id is None or not behind:
         return total / count
     ids = torch.tensor([filled.prompt_ids + filled.token_ids])

@@ -13,7 +13,7 @@ import torch
 
 import unmask
 from unmask.cli import main
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, SamplingError
 from unmask.models.registry import FAMILIES, family_of, resolve
 from unmask.models.vocabulary import train_tokenizer
 from unmask.training.export import export
@@ -65,6 +65,12 @@ def test_it_samples_and_is_scored(run: Path) -> None:
     assert str(filled.text).startswith("3 plus ") and filled.text.endswith(" is 7.")
     score = unmask.log_likelihood(model, tokenizer("3 plus 4?").input_ids, tokenizer("7").input_ids, num_samples=4)
     assert score.value < 0
+
+
+def test_a_cache_that_the_network_does_not_take_is_refused(run: Path) -> None:
+    model, sampler = unmask.load_model(str(run)), unmask.SamplerConfig(cache="dual")
+    with pytest.raises(SamplingError, match="cache: MadeUp's network takes no keys and values of calls before; use no"):
+        unmask.generate(model, [1, 2, 3], sampler=sampler)
 
 
 def test_an_adapter_takes_what_the_record_allows(

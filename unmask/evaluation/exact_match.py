@@ -132,7 +132,7 @@ def encode_questions(
     """
     raw = isinstance(questions[0].prompt, str)  # literal text and chats do not share a file
     prompts, labels = [each.as_prompt() for each in questions], [each.label for each in questions]
-    encoded = encode_prompts(prompts, tokenizer, raw, getattr(config, "mask_token_id", None), labels)
+    encoded = encode_prompts(prompts, tokenizer, raw, config.mask_token_id, labels)
     return [tuple(as_document(ids, tokenizer) if raw else ids) for ids in encoded]
 
 

@@ -108,12 +108,14 @@ class SamplerDefaults:
         from_config: setting → attribute of the parsed config.json that fixes it; no other value is taken.
         from_generation: entry of a checkpoint's generation_config.json → setting, over `values`. An entry within an
             entry is written with a dot.
+        window_cache: whether the network's `forward` takes a `cache` of keys and values, as `prefix` and `dual` need.
     """
 
     values: Mapping[str, Any]
     presets: Mapping[str, Mapping[str, Any]]
     from_config: Mapping[str, str] = field(default_factory=dict)
     from_generation: Mapping[str, str] = field(default_factory=dict)
+    window_cache: bool = False
 
 
 @dataclass(frozen=True)

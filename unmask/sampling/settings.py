@@ -240,6 +240,8 @@ def resolve_settings(
     if "entropy_bound" in values and released.remasking is not None:
         values.setdefault("remasking", "entropy")
     settings = settings_of(family, **released.values | values)
+    if settings.cache in ("prefix", "dual") and not family.sampler.window_cache:
+        raise SamplingError(f"cache: {family.name}'s network takes no keys and values of calls before; use none")
     if "refresh_interval" in given and settings.cache == "none":
         raise SamplingError("refresh_interval: there is no cache to compute anew; set cache to prefix or dual")
     if "revise_threshold" in given and settings.revise == "none":

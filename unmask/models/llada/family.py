@@ -60,6 +60,7 @@ FAMILY = Family(
             "balanced": {"threshold": 0.9, "cache": "prefix"},
             "fast": {"threshold": 0.9, "cache": "dual"},
         },
+        window_cache=True,
     ),
     chat_template="llada",
     control_tokens=ControlTokens(
