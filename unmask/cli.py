@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import unmask
 from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.config.flags import spellings
 from unmask.distributed.processes import leave_status, several_processes
@@ -78,8 +79,6 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    import unmask
-
     parser = _Parser(
         prog="unmask", description="Fine-tune, evaluate and run diffusion language models.", allow_abbrev=False
     )

@@ -58,6 +58,9 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     """
     config = loaded.config
     processes = processes or world_size()
+    root = Path(config.checkpoint.checkpoint_dir).expanduser()
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"checkpoint.checkpoint_dir: {root} is a file; choose a folder")
     check_tracker(config.wandb)
     plan = plan_model(config.model, weights)
     if config.peft is not None and plan.folder is None:

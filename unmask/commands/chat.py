@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
+from unmask.distributed.processes import world_size
 from unmask.errors import ConfigError
 
 _CHAT_HELP = """\
@@ -30,7 +31,6 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
-    from unmask.distributed.processes import world_size
     from unmask.sampling.plan import plan_job
 
     if world_size() > 1:

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from unmask.config import load_config
 from unmask.config.flags import command, flag
+from unmask.distributed.processes import process_rank, world_size
 from unmask.errors import ConfigError
 
 _TRAIN_HELP = """\
@@ -26,9 +28,6 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
-    from unmask.config import load_config
-    from unmask.distributed.processes import process_rank, world_size
-
     processes = arguments.nproc_per_node or 1
     if arguments.nproc_per_node is not None and arguments.nproc_per_node < 1:
         raise ConfigError(f"--nproc-per-node: must be at least 1, got {arguments.nproc_per_node}")
