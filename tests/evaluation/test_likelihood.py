@@ -1,23 +1,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
-from unmask.errors import SamplingError
+from unmask.errors import ModelError, SamplingError
 from unmask.evaluation import likelihood
 from unmask.evaluation.likelihood import (
     LogLikelihood,
     _plan,
     log_likelihood,
     log_likelihoods,
+    method_for,
     standard_error,
     stratified_counts,
 )
+from unmask.evaluation.measure import LIKELIHOODS
+from unmask.models.registry import family_of
 
 PROMPT, ANSWER = [1, 2, 3], [4, 9, 4, 30, 7]
 DRAWS = 140
@@ -177,3 +182,17 @@ def test_the_value_is_never_above_zero(opinionated) -> None:
 def test_what_cannot_be_scored_is_refused(opinionated, arguments, options, said) -> None:
     with pytest.raises(SamplingError, match=said):
         unmask.log_likelihood(opinionated, *arguments, **options)
+
+
+def test_noise_and_attention_without_a_likelihood_are_refused_by_name(opinionated, monkeypatch) -> None:
+    family = replace(family_of(opinionated.config), attention="block_causal")
+    monkeypatch.setattr("unmask.evaluation.likelihood.family_of", lambda config: family)
+    said = "LLaDA has mask noise and block_causal attention"
+    with pytest.raises(
+        ModelError, match=f"log_likelihood: it needs mask noise .*, and {said}"
+    ):
+        unmask.log_likelihood(opinionated, PROMPT, ANSWER)
+    with pytest.raises(ModelError, match=rf"--tasks likelihood: .*{said}; leave the task out"):
+        method_for(LIKELIHOODS, opinionated, "--tasks likelihood", "leave the task out")
+    with pytest.raises(ModelError, match="Linear is of no known family"):
+        unmask.log_likelihood(torch.nn.Linear(1, 1), PROMPT, ANSWER)

@@ -29,13 +29,9 @@ DEFAULT_LEVELS = 32
 
 @dataclass(frozen=True)
 class DenoisingCrossEntropy:
-    """Mean cross-entropy of an answer's tokens under uniform noise.
+    """Mean cross-entropy of an answer's A tokens, replaced or not, over uniform noise of several levels.
 
-    Attributes:
-        value: nats a token, at least 0; mean over the answer's tokens, replaced or not, and over the noise levels.
-        standard_error: of `value`, from the noise, nats a token; nan for one level.
-        num_samples: noise levels.
-        tokens: A.
+    `value` and its `standard_error` (nan for one level) are in nats a token.
     """
 
     value: float
@@ -49,12 +45,11 @@ class DenoisingCrossEntropy:
 
 @dataclass(frozen=True)
 class ARLogLikelihood:
-    """Log-likelihood of an answer read from left to right by the encoder.
+    """Log-likelihood of an answer's A tokens read from left to right by the encoder.
 
     Attributes:
-        value: nats, summed over the answer's tokens, at most 0.
-        tokens: A.
-        greedy: whether each token is the most likely one at its place.
+        value: nats, summed over the tokens, at most 0.
+        greedy: whether each token is the most probable one at its position.
     """
 
     value: float
@@ -131,12 +126,7 @@ def denoising_cross_entropy(
 def ar_log_likelihood(model: Any, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ARLogLikelihood:
     """Return Σ log p(token | tokens before it) over an answer, from the encoder, exactly.
 
-    Args:
-        model, prompt_ids, answer_ids: as in `denoising_cross_entropy`.
-
-    Raises:
-        SamplingError: an empty prompt or answer.
-        ModelError: a model of other noise or attention, or an input that is too long for it.
+    Arguments and errors as in `denoising_cross_entropy`.
     """
     prompt, answer = _checked(model, "ar_log_likelihood", prompt_ids, answer_ids)
     device = next(model.parameters()).device

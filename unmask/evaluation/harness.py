@@ -1,4 +1,4 @@
-"""lm-evaluation-harness from our side: is it there, which tasks has it, what came out. Imported in functions only."""
+"""lm-evaluation-harness as a caller sees it: whether it is installed, its tasks, a run of them. Imported late."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from unmask.evaluation.tasks import HARNESS, TASKS, near_miss
 
 
 def check_harness(what: str) -> None:
-    """Raise MissingDependencyError when lm-evaluation-harness is not installed; imports nothing of it.
-
-    Args:
-        what: what asked for it, as the beginning of the message.
-    """
+    """Raise MissingDependencyError when the harness is not installed; the message begins with `what` needs it."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(
             f"{what} needs lm-evaluation-harness, which is not installed; run: pip install 'unmask[eval]'"
@@ -23,10 +19,10 @@ def check_harness(what: str) -> None:
 
 
 def check_names(names: Sequence[str], include_path: str | None) -> None:
-    """Refuse at once what needs no list of the harness's tasks, which takes long to read.
+    """Refuse what can be refused without the list of the harness's tasks, which takes long to read.
 
     Args:
-        names: of tasks that are not ours, our prefix kept.
+        names: of tasks that are not ours, with the prefix.
         include_path: a folder with further task files, which may have any name.
 
     Raises:
@@ -48,11 +44,7 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
 
 
 def register_model() -> None:
-    """Put the model `unmask` into the harness's table; its class, and with it torch, loads when it is asked for.
-
-    Raises:
-        MissingDependencyError: no harness.
-    """
+    """Put the model `unmask` into the harness's table; its class, and with it torch, loads when it is asked for."""
     check_harness("the model `unmask` of lm_eval")
     import lm_eval.models  # noqa: F401 - the harness imports its own models only where the table is still empty
     from lm_eval.api.registry import model_registry
@@ -62,11 +54,7 @@ def register_model() -> None:
 
 
 def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:
-    """Return the harness's task manager that knows some tasks.
-
-    Args:
-        names: of tasks, groups or tags, without our prefix.
-        include_path: a folder with further task files.
+    """Return the harness's task manager for some tasks, groups or tags, named without the prefix.
 
     Raises:
         ConfigError: a task that neither the harness nor we have, with the nearest name.
@@ -81,7 +69,10 @@ def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:
         manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks:
-            raise ConfigError(f"--tasks: {_unknown(name, manager.all_tasks)}")
+            hint = nearest(name, [*TASKS, *manager.all_tasks])
+            raise ConfigError(
+                f"--tasks: {name!r} is neither one of {', '.join(TASKS)} nor a task of lm-evaluation-harness{hint}"
+            )
     return manager
 
 
@@ -96,12 +87,10 @@ def run_harness(
     seed: int,
     cache: str | None,
 ) -> dict[str, Any]:
-    """Run tasks of the harness; return for each task and group its metrics, and the samples of each task.
+    """Run tasks of the harness on an `UnmaskLM`.
 
     Args:
-        lm: an `UnmaskLM`.
-        manager: from `task_manager`.
-        names: the tasks.
+        lm, manager, names: the model, the manager from `task_manager`, the tasks.
         limit: documents of each task; None = all.
         few_shot: worked examples before each question; None = as each task says.
         chat: render prompts with the chat template.
@@ -109,7 +98,7 @@ def run_harness(
         cache: path of its cache of answers, from which an interrupted evaluation goes on; None = none.
 
     Returns:
-        `results`: name → metrics; `samples`: name → what was asked and answered; nothing of either on other ranks.
+        `results`: task or group → metrics; `samples`: task → what was asked and answered; both empty on other ranks.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -145,8 +134,3 @@ def metrics(result: dict[str, Any]) -> list[tuple[str, float, float | None]]:
 def without_prefix(name: str) -> str:
     """Return the harness's name of a task that we call by our prefix."""
     return name.removeprefix(HARNESS)
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    hint = nearest(name, [*TASKS, *known])
-    return f"{name!r} is neither one of {', '.join(TASKS)} nor a task of lm-evaluation-harness{hint}"

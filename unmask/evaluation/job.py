@@ -35,27 +35,13 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Checkpoints to be measured on tasks; each field is a flag of `unmask eval`.
+    """Checkpoints to be measured on tasks. A field that is not below is the flag of its name (`unmask eval --help`).
 
     Attributes:
-        checkpoints: (folder, run directory or hub id, LoRA adapter on top or None).
+        checkpoints: (folder, run directory or hub id; LoRA adapter on top or None).
         tasks: keys of TASKS, or names of the harness's.
         sampler: settings that were given.
-        data: JSONL file of questions and answers, for our tasks.
-        prompt_column, completion_column: of rows that are no chats.
-        limit: the first rows of each task; None = all.
-        few_shot: worked examples before each question; None = none, or as many as a task of the harness says.
-        shots_file: its first rows are the worked examples of our tasks.
-        raw: ask in literal text, without a chat template.
-        output: folder of answers and results.
-        against: folder of an earlier evaluation whose answers are compared; None = none.
-        seed: of draws and masks.
-        batch_size: rows that the network sees at once; None = 16.
-        dtype: of the weights; None = as stored.
-        shard: ranks share each model.
-        likelihoods: how they are estimated.
-        include_path: folder with further task files for the harness.
-        apply_chat_template: the harness renders prompts with the chat template.
+        few_shot: None = none, or as many as a task of the harness says.
 
     Raises:
         ConfigError: a value out of range, a folder that is not there, or a field that means nothing for these tasks.
@@ -158,14 +144,9 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """A job with everything that it names found and read.
+    """A job with everything that it names found and read: its checkpoints, folders, and the questions of our tasks.
 
-    Attributes:
-        job: the job.
-        checkpoints: its checkpoints.
-        questions: of each of our tasks, by its name.
-        manager: the harness's task manager; None without its tasks.
-        output, against: its folders.
+    `manager` is the harness's task manager, None without its tasks.
     """
 
     job: EvalJob
@@ -180,10 +161,8 @@ def plan_evaluation(job: EvalJob) -> EvalPlan:
     """Read the questions, find the checkpoints and the harness's tasks, and check settings against each family.
 
     Raises:
-        DataError: questions that cannot be read, asked or graded.
-        ModelError: no checkpoint, adapter or tokenizer.
-        SamplingError: settings that a checkpoint's family does not have.
-        ConfigError: a task that the harness does not have.
+        UnmaskError: questions that cannot be read, asked or graded; no checkpoint, adapter or tokenizer; settings that
+            a checkpoint's family does not have; an unknown task.
     """
     questions = _questions(job) if job.our_tasks else {}
     checkpoints = [

@@ -94,15 +94,8 @@ def log_likelihood(
         SamplingError: an empty answer, or a number out of range.
         ModelError: a model of other noise or attention, or an input that is too long for it.
     """
-    return log_likelihoods(
-        model,
-        [(prompt_ids, answer_ids)],
-        num_samples,
-        seed,
-        batch_size=batch_size,
-        antithetic=antithetic,
-        exact_if_cheaper=exact_if_cheaper,
-    )[0]
+    options = {"batch_size": batch_size, "antithetic": antithetic, "exact_if_cheaper": exact_if_cheaper}
+    return log_likelihoods(model, [(prompt_ids, answer_ids)], num_samples, seed, **options)[0]
 
 
 def log_likelihoods(
@@ -131,13 +124,9 @@ def log_likelihoods(
 def method_for(methods: Mapping[tuple[str, str], Method], model: Any, what: str, otherwise: str) -> Method:
     """Return the entry of a table by (noise, attention) for a model.
 
-    Args:
-        methods: the table.
-        model: from `unmask.load_model`.
-        what, otherwise: beginning and end of a message: what asks, and what to do without an entry.
-
     Raises:
-        ModelError: a model of no known family, or of a combination that the table does not have.
+        ModelError: a model of no known family, or of a combination that the table does not have; the message begins
+            with `what` asks and ends in what to do `otherwise`.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ModelError(f"{what}: {type(model).__name__} is of no known family; load it with unmask.load_model")
@@ -163,7 +152,7 @@ class Plan:
 
     Attributes:
         masks_UA: bool, the different masks, True = masked.
-        sample_S: for each sample in the order of the strata, the number of its mask; None for an exact sum over all.
+        sample_S: the mask of each sample, in the order of the strata; None for an exact sum over all masks.
         antithetic: whether samples 2j and 2j + 1 are a pair, and one more, the last, is the full mask.
     """
 
@@ -205,11 +194,7 @@ def standard_error(ordered_S: np.ndarray) -> float:
 def stratified_counts(top: float, uniform_S: np.ndarray) -> np.ndarray:
     """Return a number of tokens from each of S equal parts of (0, top], int64 (S,): floor of a point in the part, + 1.
 
-    Over all samples each number 1..⌈top⌉ is as likely as its part of (0, top] is long.
-
-    Args:
-        top: end of the range.
-        uniform_S: where in its part each point lies, in [0, 1).
+    `uniform_S` in [0, 1) says where in its part each point lies.
     """
     samples = len(uniform_S)
     points_S = (np.arange(samples) + uniform_S) * (top / samples)

@@ -42,7 +42,18 @@ Scores = list[tuple[float, bool]]  # log-likelihood in nats, and whether greedy 
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """The harness's `--model_args` that are no sampler's, as `UnmaskLM` has them; it infers their types from text."""
+    """The harness's `--model_args` that are no sampler's; it infers their types from text.
+
+    Attributes:
+        adapter: LoRA adapter to apply.
+        dtype: of the weights; None = as stored.
+        device: None and `cuda:0`, the harness's default, take a CUDA device when there is one.
+        seed: of sampling and of the masks.
+        num_samples: masks of a likelihood estimate; answers with fewer masks than that are summed exactly.
+        antithetic: draw masks in complementary pairs.
+        check_greedy: find out whether greedy decoding writes a continuation, as tasks such as lambada need; False
+            answers no.
+    """
 
     adapter: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -72,11 +83,7 @@ class UnmaskLM(LM):
         tokenizer: of a network in memory.
         batch_size: rows that the network sees at once; None = 16.
         max_batch_size: the harness's; there is no search for a batch size, so it must be None.
-        arguments: fields of `ModelArguments` and of `SamplerConfig`. Among them `adapter` (LoRA adapter to apply),
-            `dtype` (None = as stored), `device` (None and `cuda:0`, the harness's default, take a CUDA device when
-            there is one), `seed` (of sampling and masks), `num_samples` (masks of an estimate; answers with fewer masks
-            than that are summed exactly), `antithetic` (complementary pairs of masks), `check_greedy` (find out whether
-            greedy decoding writes a continuation, as tasks such as lambada need; False answers no).
+        arguments: fields of `ModelArguments` and of `SamplerConfig`.
 
     Raises:
         ConfigError: no checkpoint, an argument that is not known or of another type, or a batch size that is no number.
@@ -288,28 +295,17 @@ def _load(name: str, arguments: ModelArguments, sampler: SamplerConfig) -> Loade
 
 @dataclass(frozen=True)
 class Continuations:
-    """How models of one kind of noise and attention score continuations.
-
-    Attributes:
-        score: (model, pairs, whether to check greedy decoding) → their scores.
-        needs_context: whether at least one token must stand before a continuation.
-    """
+    """How models of one kind of noise and attention score continuations, and whether a context must not be empty."""
 
     score: Callable[[UnmaskLM, Sequence[tuple[Ids, Ids]], bool], Scores]
     needs_context: bool
 
 
 def _bounds(lm: UnmaskLM, pairs: Sequence[tuple[Ids, Ids]], greedy: bool) -> Scores:
-    estimates = log_likelihoods(
-        lm.loaded.model,
-        pairs,
-        lm.arguments.num_samples,
-        lm.arguments.seed,
-        batch_size=lm.batch_size,
-        antithetic=lm.arguments.antithetic,
-        exact_if_cheaper=True,
-    )
-    written = greedily_written(lm.loaded.model, pairs, lm.batch_size) if greedy else [False] * len(pairs)
+    model, given = lm.loaded.model, lm.arguments
+    options = {"batch_size": lm.batch_size, "antithetic": given.antithetic, "exact_if_cheaper": True}
+    estimates = log_likelihoods(model, pairs, given.num_samples, given.seed, **options)
+    written = greedily_written(model, pairs, lm.batch_size) if greedy else [False] * len(pairs)
     return [(each.value, same) for each, same in zip(estimates, written, strict=True)]
 
 

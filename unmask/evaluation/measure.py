@@ -46,14 +46,14 @@ def measure_answers(run: TaskRun, path: Path, model_identity: Mapping[str, Any],
     """Answer and grade the questions that a file lacks; return all records in the order of rows. A collective.
 
     Args:
-        run: the model, the questions and the sampler.
+        run: the model and the questions.
         path: the file, which the first rank reads and writes.
         model_identity: what the answers depend on beside those, as plain JSON values.
         progress: called on the first rank after each save.
 
     Raises:
         ConfigError: the file is of another evaluation.
-        SamplingError: a prompt that does not fit the model; no file is made.
+        SamplingError: a prompt that does not fit the model.
     """
     run.check_prompts()
     chunks = {chunk.rows: chunk for chunk in run.chunks()}
@@ -141,15 +141,9 @@ class LikelihoodMethod:
 def _bounds(
     model: Any, pairs: Sequence[Pair], options: Likelihoods, seed: int, batch_size: int | None
 ) -> list[dict[str, Any]]:
-    assert options.num_samples is not None
+    samples, pairing = options.num_samples or DEFAULT_SAMPLES, options.antithetic
     estimates = log_likelihoods(
-        model,
-        pairs,
-        options.num_samples,
-        seed,
-        batch_size=batch_size,
-        antithetic=options.antithetic,
-        exact_if_cheaper=True,
+        model, pairs, samples, seed, batch_size=batch_size, antithetic=pairing, exact_if_cheaper=True
     )
     return [{"log_likelihood": each.value, "standard_error": _known(each.standard_error)} for each in estimates]
 
@@ -157,18 +151,16 @@ def _bounds(
 def _canvas_scores(
     model: Any, pairs: Sequence[Pair], options: Likelihoods, seed: int, batch_size: int | None
 ) -> list[dict[str, Any]]:
-    assert options.num_samples is not None
-    scores = []
-    for pair in pairs:
-        denoising = denoising_cross_entropy(model, *pair, options.num_samples, seed, batch_size=batch_size)
-        scores.append(
-            {
-                "denoising_cross_entropy": denoising.value,
-                "standard_error": _known(denoising.standard_error),
-                "ar_log_likelihood": ar_log_likelihood(model, *pair).value,
-            }
-        )
-    return scores
+    levels = options.num_samples or DEFAULT_LEVELS
+    denoised = [denoising_cross_entropy(model, *pair, levels, seed, batch_size=batch_size) for pair in pairs]
+    return [
+        {
+            "denoising_cross_entropy": each.value,
+            "standard_error": _known(each.standard_error),
+            "ar_log_likelihood": ar_log_likelihood(model, *pair).value,
+        }
+        for pair, each in zip(pairs, denoised, strict=True)
+    ]
 
 
 # (noise, attention) → how a given answer is scored. A combination that is not here is refused.
@@ -207,11 +199,7 @@ def _complete(
 
 
 def answer_pairs(run: TaskRun) -> list[Pair]:
-    """Return the tokens of each prompt and of its reference answer, in a chat with what closes the answer's turn.
-
-    Raises:
-        DataError: a row that the chat template refuses.
-    """
+    """Return the tokens of each prompt and of its reference answer, in a chat with what closes the answer's turn."""
     tokenizer, mask_id, template = run.loaded.tokenizer, run.loaded.mask_id, None
     assert tokenizer is not None
     pairs: list[Pair] = []
@@ -252,20 +240,20 @@ def sum_answers(records: Sequence[Record]) -> dict[str, Any]:
 def sum_likelihoods(records: Sequence[Record]) -> dict[str, Any]:
     """Return nats a token over all answers, of the kind that the records have, with the standard error of the noise."""
     tokens = sum(record["tokens"] for record in records)
-    result: dict[str, Any] = {"rows": len(records), "tokens": tokens}
+    counts = {"rows": len(records), "tokens": tokens}
     if "log_likelihood" in records[0]:
-        result["nats_per_token"] = -math.fsum(record["log_likelihood"] for record in records) / tokens
-        error = _error_of_sum(records, per_token=False)
-        result["standard_error"] = None if error is None else error / tokens
-        result["perplexity_bound"] = _perplexity(result["nats_per_token"])
-        return result
-    total = math.fsum(record["denoising_cross_entropy"] * record["tokens"] for record in records)
-    result["denoising_nats_per_token"] = total / tokens
-    error = _error_of_sum(records, per_token=True)
-    result["standard_error"] = None if error is None else error / tokens
-    result["ar_nats_per_token"] = -math.fsum(record["ar_log_likelihood"] for record in records) / tokens
-    result["ar_perplexity"] = _perplexity(result["ar_nats_per_token"])
-    return result
+        nats = -math.fsum(record["log_likelihood"] for record in records) / tokens
+        error = _mean_error(records, tokens)
+        return {**counts, "nats_per_token": nats, "standard_error": error, "perplexity_bound": _perplexity(nats)}
+    denoising = math.fsum(record["denoising_cross_entropy"] * record["tokens"] for record in records) / tokens
+    nats = -math.fsum(record["ar_log_likelihood"] for record in records) / tokens
+    return {
+        **counts,
+        "denoising_nats_per_token": denoising,
+        "standard_error": _mean_error(records, tokens, per_token=True),
+        "ar_nats_per_token": nats,
+        "ar_perplexity": _perplexity(nats),
+    }
 
 
 def _perplexity(nats: float) -> float | None:
@@ -273,12 +261,12 @@ def _perplexity(nats: float) -> float | None:
     return math.exp(nats) if nats < 700 else None
 
 
-def _error_of_sum(records: Sequence[Record], per_token: bool) -> float | None:
-    """Return the standard error of a sum over answers; None where that of one of them is unknown."""
-    errors = [(r["standard_error"], r["tokens"] if per_token else 1) for r in records]
-    if any(error is None for error, _ in errors):
+def _mean_error(records: Sequence[Record], tokens: int, per_token: bool = False) -> float | None:
+    """Return the standard error of nats a token over all answers; None where that of one answer is unknown."""
+    if any(record["standard_error"] is None for record in records):
         return None
-    return math.sqrt(math.fsum((error * factor) ** 2 for error, factor in errors))
+    errors = (record["standard_error"] * (record["tokens"] if per_token else 1) for record in records)
+    return math.sqrt(math.fsum(error**2 for error in errors)) / tokens
 
 
 def _known(error: float) -> float | None:

@@ -9,14 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from unmask.errors import ConfigError
-from unmask.evaluation.job import Checkpoint
+from unmask.evaluation.job import Checkpoint, EvalPlan
+from unmask.evaluation.tasks import HARNESS
 from unmask.report.evaluations import RESULTS as RESULTS
 from unmask.report.evaluations import shown
 from unmask.report.resumable import Record, first_difference, write_lines
@@ -29,16 +29,14 @@ class Outcome:
     """The result of one task for one checkpoint.
 
     Attributes:
-        task: its name; of the harness's tasks with the prefix, since both may have one of that name.
-        label: the checkpoint's.
+        task, label: names of the task (of the harness's with the prefix) and of the checkpoint.
         kind: whose task it is and what it measures.
         result: its numbers by name; of the harness, metric → value and standard error.
         settings: what the result depends on beside the weights, as plain JSON values.
         file: name of the file of its answers; None where there is none, as for a group of tasks.
         batch_size: rows at once; several where the answers came from several runs.
         records: its records; empty for the harness's tasks.
-        seconds: time that computing the answers took; None = unknown.
-        timed_rows: the answers that those seconds are of.
+        seconds, timed_rows: time that computing so many of the answers took; None = unknown.
         compared: how the answers differ from the `first` checkpoint's, and from an earlier evaluation's (`against`).
     """
 
@@ -88,64 +86,45 @@ class Results:
     entries: dict[tuple[str, str], dict[str, Any]]
 
 
-def read_results(output: Path) -> Results:
-    """Return the results in a folder, possibly none; ConfigError for a file of something else."""
-    path = output / RESULTS
+def read_results(plan: EvalPlan) -> Results:
+    """Return the earlier results in a job's output folder, possibly none.
+
+    Raises:
+        ConfigError: a file of something else, a label that stands for other weights there, or a task of the harness of
+            another number of documents.
+    """
+    path = plan.output / RESULTS
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": [], "results": []}
-        return Results(
+        earlier = Results(
             {model["label"]: dict(model) for model in values["models"]},
             {(entry["task"], entry["model"]): dict(entry) for entry in values["results"]},
         )
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: not a file of `unmask eval`; choose another --output or delete it") from None
-
-
-def check_checkpoints(checkpoints: Sequence[Checkpoint], earlier: Results, output: Path) -> None:
-    """Refuse a checkpoint whose label stands for other weights in the results of a folder; raises ConfigError."""
-    for checkpoint in checkpoints:
-        old, new = earlier.checkpoints.get(checkpoint.label), _described(checkpoint)
-        if old is None:
-            continue
+    remedy = "choose another --output, or delete the folder"
+    for checkpoint in plan.checkpoints:
+        old = earlier.checkpoints.get(checkpoint.label, {}).get("fingerprint")
         # A folder that was moved holds the same model.
-        names = ("fingerprint",) if "fingerprint" in old else ("checkpoint", "adapter")
-        different = first_difference({name: old.get(name) for name in names}, {name: new[name] for name in names})
+        different = None if old is None else first_difference(old, checkpoint.plan.fingerprint())
         if different is not None:
-            raise ConfigError(
-                f"{output / RESULTS}: {checkpoint.label} is another model there ({different}); choose another "
-                "--output, or delete the folder"
-            )
+            raise ConfigError(f"{path}: {checkpoint.label} is another model there ({different}); {remedy}")
+        for name in plan.job.harness_tasks:
+            entry = earlier.entries.get((HARNESS + name.removeprefix(HARNESS), checkpoint.label))
+            if entry is not None and entry["settings"]["limit"] != plan.job.limit:
+                had, wanted = (number or "all" for number in (entry["settings"]["limit"], plan.job.limit))
+                raise ConfigError(
+                    f"{path}: holds {entry['task']}, {entry['model']}, of {had} documents, not {wanted}; {remedy}"
+                )
+    return earlier
 
 
-def check_limit(names: Sequence[str], labels: Sequence[str], limit: int | None, earlier: Results, output: Path) -> None:
-    """Refuse tasks of the harness whose results in a folder are of another number of documents; raises ConfigError.
-
-    Args:
-        names: of the tasks, with the prefix.
-        labels: the checkpoints'.
-        limit: documents of each task; None = all.
-        earlier: the results in the folder.
-        output: the folder.
-    """
-    for entry in (earlier.entries.get((name, label)) for name in names for label in labels):
-        if entry is not None and entry["settings"]["limit"] != limit:
-            had, wanted = (number or "all" for number in (entry["settings"]["limit"], limit))
-            raise ConfigError(
-                f"{output / RESULTS}: holds {entry['task']}, {entry['model']}, of {had} documents, not {wanted}; "
-                "choose another --output, or delete the folder"
-            )
-
-
-def write_results(checkpoints: Sequence[Checkpoint], outcomes: Sequence[Outcome], earlier: Results, path: Path) -> None:
-    """Write a results file: the earlier entries, with the outcomes in their places or behind them.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    models = earlier.checkpoints | {checkpoint.label: _described(checkpoint) for checkpoint in checkpoints}
+def write_results(plan: EvalPlan, outcomes: Sequence[Outcome], earlier: Results) -> None:
+    """Write a job's results file: earlier entries, with the outcomes in their places or behind; CheckpointError."""
+    models = earlier.checkpoints | {checkpoint.label: _described(checkpoint) for checkpoint in plan.checkpoints}
     entries = earlier.entries | {(outcome.task, outcome.label): outcome.entry() for outcome in outcomes}
     values = {"models": list(models.values()), "results": list(entries.values())}
-    write_lines(path, [json.dumps(values, indent=2, ensure_ascii=False)])
+    write_lines(plan.output / RESULTS, [json.dumps(values, indent=2, ensure_ascii=False)])
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:

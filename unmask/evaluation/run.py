@@ -32,8 +32,6 @@ from unmask.evaluation.results import (
     RESULTS,
     Outcome,
     Results,
-    check_checkpoints,
-    check_limit,
     compare,
     outcome_table,
     output_console,
@@ -75,7 +73,7 @@ def evaluate(plan: EvalPlan, device: torch.device, ranks: Ranks, console: Consol
         for outcome in outcomes:
             outcome.add_earlier(earlier.entries.get((outcome.task, outcome.label), {}))
         _compare(outcomes, plan)
-    from_first(ranks, lambda: write_results(plan.checkpoints, outcomes, earlier, plan.output / RESULTS))
+    from_first(ranks, lambda: write_results(plan, outcomes, earlier))
     return outcomes
 
 
@@ -86,10 +84,7 @@ def answers_file(output: Path, task: str, label: str) -> Path:
 
 def _check_folders(plan: EvalPlan) -> Results:
     """Return the earlier results, and refuse before any model loads what could not be added to them or compared."""
-    job, earlier = plan.job, read_results(plan.output)
-    check_checkpoints(plan.checkpoints, earlier, plan.output)
-    foreign = [HARNESS + without_prefix(name) for name in job.harness_tasks]
-    check_limit(foreign, [checkpoint.label for checkpoint in plan.checkpoints], job.limit, earlier, plan.output)
+    job, earlier = plan.job, read_results(plan)
     if plan.against is None:
         return earlier
     for checkpoint in plan.checkpoints:

@@ -103,7 +103,7 @@ def read_questions(
         path: the file.
         limit: read the first rows only; None = all.
         columns: the prompt and completion columns; None = messages, or the first of COLUMN_PAIRS that a row has.
-        where: the flag or field that named the file, for messages.
+        where: the flag that named the file, for messages.
 
     Raises:
         DataError: no such file, no rows, or a row without a question and an answer, with its file and line.
@@ -167,12 +167,9 @@ def with_shots(questions: Sequence[Question], shots: Sequence[Question]) -> list
 
 
 def as_text(questions: Sequence[Question], shots: Sequence[Question], asks: str, answers: str) -> list[Question]:
-    """Write each question as literal text after worked examples, for base models.
+    """Write each question as literal text after worked examples, for base models; `asks` and `answers` as in `Task`.
 
-    Args:
-        questions: chat questions of one user turn; further turns are joined by line breaks.
-        shots: worked examples, possibly none.
-        asks, answers: as in `Task`.
+    Turns of a question are joined by line breaks.
     """
     before = "".join(f"{asks}{_asked(shot)}{answers} {shot.reference}\n\n" for shot in shots)
     return [replace(question, prompt=f"{before}{asks}{_asked(question)}{answers}") for question in questions]

@@ -6,10 +6,8 @@ with it and without it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from torch import nn
 from unmask.config.results import ValidationConfig
 from unmask.distributed.inference import JointCalls, divide_rows
 from unmask.distributed.runtime import Runtime, free_gathered
-from unmask.errors import ConfigError, DataError
-from unmask.evaluation.exact_match import TaskRun, encode_questions
+from unmask.errors import ConfigError
+from unmask.evaluation.exact_match import Answer, TaskRun, encode_questions
 from unmask.evaluation.tasks import Question
+from unmask.report.resumable import append_records
 from unmask.rng import key
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.jobs import LoadedModel
@@ -79,7 +78,7 @@ def answer_validator(
         if runtime.meshes is not None:
             free_gathered(model)
         if runtime.ranks.first:
-            _write_samples(root / SAMPLES, step, questions, samples)
+            append_records(root / SAMPLES, [{"event": "sample", "step": step, **sample} for sample in samples])
         right = sum(answer.grade.correct for answer in answers)
         return {"exact_match": right / len(answers), "right": right, "total": len(answers)}
 
@@ -96,83 +95,47 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One answer that is kept to be looked at.
+def _sample_answers(run: TaskRun, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Answer some questions once more, and return each answer with how it was denoised. A collective.
 
-    Attributes:
-        row: number of its question.
-        text: the answer.
-        correct: whether it is right.
-        nfe: network calls that it took.
-        frames: (network calls so far, text so far) at up to 32 of them, the last included; `░` stands for a mask, and
-            where noise is random tokens they stand there themselves.
+    `frames` holds the text after up to 32 of the network calls, the last included; `░` stands for a mask, and where
+    noise is random tokens they stand there themselves.
     """
-
-    row: int
-    text: str
-    correct: bool
-    nfe: int
-    frames: list[tuple[int, str]]
-
-
-def _sample_answers(run: TaskRun, rows: Sequence[int]) -> list[Sample]:
-    """Answer some questions once more and watch; the same on every rank. A collective."""
-    if not rows:
-        return []
     loaded = run.loaded
     assert loaded.tokenizer is not None
     drawing = Drawing(loaded.tokenizer, loaded.stop_ids, _MASKED * 2 if loaded.settings.noise == "mask" else None)
 
-    def answered(own: list[int]) -> list[Sample]:
-        """Return this rank's samples."""
-        frames: list[list[tuple[int, str]]] = [[] for _ in own]
+    def answered(own: list[int]) -> list[dict[str, Any]]:
+        """Return the answers to this rank's questions."""
+        frames: list[list[dict[str, Any]]] = [[] for _ in own]
 
         def watch(event: StepEvent) -> None:
             for row, index in enumerate(event.rows):
                 drawn = drawing.draw_row(event, row, highlight=False).plain
-                frames[index].append((int(event.nfe_B[row]), drawn))
+                frames[index].append({"nfe": int(event.nfe_B[row]), "text": drawn})
 
         answers = [run.graded(*each) for each in zip(own, run.sample(own, run.seed, on_event=watch), strict=True)]
-        return [
-            Sample(each.row, each.text, each.grade.correct, each.nfe, _few(seen))
-            for each, seen in zip(answers, frames, strict=True)
-        ]
+        return [_shown(run.questions[each.row], each, _few(seen)) for each, seen in zip(answers, frames, strict=True)]
 
-    return divide_rows(list(rows), loaded.ranks, answered, loaded.together)
+    return divide_rows(list(rows), loaded.ranks, answered, loaded.together) if rows else []
 
 
-def _write_samples(path: Path, step: int, questions: Sequence[Question], samples: Sequence[Sample]) -> None:
-    """Append a step's answers to a file, one JSON object a line; raises DataError."""
-    lines: list[Mapping[str, Any]] = [
-        {
-            "event": "sample",
-            "step": step,
-            "row": questions[sample.row].label,
-            "prompt": _shown(questions[sample.row]),
-            "text": sample.text,
-            "reference": questions[sample.row].reference,
-            "correct": sample.correct,
-            "nfe": sample.nfe,
-            "frames": [{"nfe": nfe, "text": text} for nfe, text in sample.frames],
-        }
-        for sample in samples
-    ]
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); free some space, then run again") from None
+def _shown(question: Question, answer: Answer, frames: list[dict[str, Any]]) -> dict[str, Any]:
+    prompt = question.prompt
+    return {
+        "row": question.label,
+        "prompt": prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt),
+        "text": answer.text,
+        "reference": question.reference,
+        "correct": answer.grade.correct,
+        "nfe": answer.nfe,
+        "frames": frames,
+    }
 
 
-def _few(frames: list[tuple[int, str]]) -> list[tuple[int, str]]:
+def _few(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return at most so many frames, evenly chosen, the first and the last among them."""
     if len(frames) <= _MOST_FRAMES:
         return frames
     chosen = {round(number * (len(frames) - 1) / (_MOST_FRAMES - 1)) for number in range(_MOST_FRAMES)}
     return [frames[index] for index in sorted(chosen)]
-
-
-def _shown(question: Question) -> str:
-    prompt = question.prompt
-    return prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)

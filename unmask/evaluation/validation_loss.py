@@ -1,8 +1,8 @@
-"""Validation loss on noise that never changes: the same rows, levels and masks at every evaluation and in every run.
+"""Validation loss on fixed noise: the same rows, levels and masks at every evaluation and in every run.
 
-Corruption levels are stratified over the validation rows, whatever the training uses, and the noise is in a scope of
-its own, so that two points of a curve differ by the model alone. Beside the mean stands the loss by noise level: where
-little is hidden a model learns other things, and at other times, than where nearly all is, and the mean hides that.
+Noise levels are stratified over the validation rows, whatever the training uses, and the noise has a stream of its own,
+so that two points of a curve differ by the model alone. Beside the mean stands the loss by noise level, since a model
+learns other things, at other times, at low and at high levels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FixedBatch:
 
     Attributes:
         noisy: the batch.
-        counted: False for a batch that only keeps this rank in step with the others, who have one more.
+        counted: False for a batch that only keeps this rank in step with others that have one more.
     """
 
     noisy: Corrupted
@@ -39,9 +39,9 @@ class FixedBatch:
 
 
 def fixed_noise(objective: Objective, batches: Sequence[Batch], seed: int, ranks: Ranks = ALONE) -> list[FixedBatch]:
-    """Corrupt this rank's share of the validation rows once and for all.
+    """Corrupt this rank's share of the validation rows once.
 
-    The batches are dealt out in turn. Ranks that share a model run it together, so all get the same number of batches.
+    Batches are dealt out in turn. Ranks that share a model run it together, so all get the same number of batches.
 
     Args:
         objective: one that stratifies its levels over `Batch.global_rows`.
@@ -64,7 +64,7 @@ def fixed_noise(objective: Objective, batches: Sequence[Batch], seed: int, ranks
 def validation_losses(
     model: nn.Module, objective: Objective, batches: Sequence[FixedBatch], runtime: Runtime
 ) -> dict[str, Any]:
-    """Return what the model loses on all validation rows of all ranks, nats; the model's mode is restored.
+    """Return the losses on all validation rows of all ranks, nats; the model's mode is restored.
 
     Returns:
         `loss` and `<term>_loss`, normalised as in training; `loss_by_noise_level`: for each of five equal parts of the
