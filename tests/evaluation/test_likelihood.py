@@ -188,9 +188,7 @@ def test_noise_and_attention_without_a_likelihood_are_refused_by_name(opinionate
     family = replace(family_of(opinionated.config), attention="block_causal")
     monkeypatch.setattr("unmask.evaluation.likelihood.family_of", lambda config: family)
     said = "LLaDA has mask noise and block_causal attention"
-    with pytest.raises(
-        ModelError, match=f"log_likelihood: it needs mask noise .*, and {said}"
-    ):
+    with pytest.raises(ModelError, match=f"log_likelihood: it needs mask noise .*, and {said}"):
         unmask.log_likelihood(opinionated, PROMPT, ANSWER)
     with pytest.raises(ModelError, match=rf"--tasks likelihood: .*{said}; leave the task out"):
         method_for(LIKELIHOODS, opinionated, "--tasks likelihood", "leave the task out")
