@@ -1,4 +1,4 @@
-"""`python docs/write_tables.py`: the tables of docs/configuration.md, from the sections themselves."""
+"""`python docs/write_tables.py`: the tables of configuration.md and sampling-reference.md, from the code itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ import yaml
 
 from unmask.config import RunConfig
 from unmask.config.reader import described
+from unmask.config.sampler import SamplerConfig
+from unmask.models.family import Family
+from unmask.models.registry import FAMILIES, resolve
+from unmask.sampling.settings import SCHEMES
 
 PAGE = Path(__file__).with_name("configuration.md")
+SAMPLING = Path(__file__).with_name("sampling-reference.md")
 _HEAD = "| field | type | default | meaning |\n|---|---|---|---|\n"
 _TABLE = re.compile(re.escape(_HEAD) + r"(?:\|.*\n)*")
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
@@ -38,6 +43,40 @@ def written(page: str) -> str:
         if heading and _TABLE.search(part):
             parts[place] = _TABLE.sub(lambda _, section=known[heading[1]]: _table(section), part, count=1)
     return "".join(parts)
+
+
+def sampling_written(page: str) -> str:
+    """Return the page with the first table under `## Settings` and under `## Presets` made anew."""
+    families = [resolve(f"{module}:FAMILY") for module in FAMILIES.values()]
+    names = [family.name for family in families]
+    settings = [
+        [f"`{name}`", *(_setting(family, name) for family in families), meaning]
+        for name, meaning in described(SamplerConfig).items()
+    ]
+    presets = [
+        [f"`{preset}`", *(_preset(family.sampler.presets[preset]) for family in families)]
+        for preset in families[0].sampler.presets
+    ]
+    for heading, head, rows in (
+        ("Settings", ["setting", *names, "meaning"], settings),
+        ("Presets", ["preset", *names], presets),
+    ):
+        table = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+        page = re.sub(rf"(?<=^## {heading}\n)((?:(?!\|).*\n)*)(?:\|.*\n)+", rf"\1{table}", page, flags=re.MULTILINE)
+    return page
+
+
+def _setting(family: Family, name: str) -> str:
+    """Return a family's default of a setting; a dash where its sampler has no such setting."""
+    if name in family.sampler.from_config:
+        return f"`{family.sampler.from_config[name]}`"
+    if name in family.sampler.values:
+        return f"`{family.sampler.values[name]}`"
+    return "none" if name == "preset" or name in SCHEMES[family.noise, family.attention].fields else "–"
+
+
+def _preset(values: Any) -> str:
+    return ", ".join(f"`{name}: {value}`" for name, value in values.items()) or "the family's defaults"
 
 
 def _table(section: type) -> str:
@@ -85,3 +124,4 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 if __name__ == "__main__":
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    SAMPLING.write_text(sampling_written(SAMPLING.read_text(encoding="utf-8")), encoding="utf-8")

@@ -17,6 +17,7 @@ import yaml
 
 from unmask.cli import build_parser
 from unmask.config import RunConfig, config_from_mapping, parse_overrides
+from unmask.config.sampler import SamplerConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -92,6 +93,13 @@ def test_the_tables_of_the_configuration_page_are_the_sections_own() -> None:
     """`python docs/write_tables.py` makes them from types, defaults and docstrings."""
     page = CONFIGURATION.read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "write_tables.py"))["written"](page) == page
+
+
+def test_the_tables_of_the_sampling_reference_are_the_families_own() -> None:
+    page = (ROOT / "docs" / "sampling-reference.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "write_tables.py"))["sampling_written"](page) == page
+    for name in (field.name for field in dataclasses.fields(SamplerConfig)):
+        assert f"\n| `{name}` | " in page, name
 
 
 def anchors(page: Path) -> set[str]:

@@ -11,8 +11,8 @@ from unmask.errors import ConfigError
 
 _CHAT_HELP = """\
 Each line is a turn; /help lists the commands (/reset, /steps N, /seed N, /save FILE.jsonl, /quit). Ctrl-C stops an
-answer, Ctrl-D leaves. The oldest turns are left out, with a note, once the conversation is longer than the model's
-context. Where the input is no terminal every line is answered in turn and a mistake ends the run.
+answer, Ctrl-D leaves. When the conversation outgrows the model's context, the oldest turns are left out, with a note.
+If standard input is not a terminal, every line is answered in turn and the first error ends the command.
 """
 
 
@@ -22,10 +22,10 @@ def add(commands: Any) -> None:
     flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to apply")
     flag(parser, "system", metavar="TEXT", help="a system turn before the conversation")
-    text = "a packaged template, or a .jinja file (default: the tokenizer's own)"
+    text = "name of a packaged template, or a .jinja file (default: the tokenizer's)"
     flag(parser, "chat_template", metavar="NAME_OR_FILE", help=text)
     add_sampling_flags(parser)
-    flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
+    flag(parser, "seed", type=int, default=42, metavar="N", help="seed of the draws (default: %(default)s)")
     add_place_flags(parser)
 
 

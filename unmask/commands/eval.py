@@ -11,9 +11,9 @@ from unmask.errors import ConfigError
 from unmask.evaluation.tasks import TASKS, split_names
 
 _HELP = """\
-tasks on --data, a JSONL file of chats (messages) or of question/answer, prompt/completion or problem/answer columns:
+Tasks on --data, a JSONL file of chats (messages) or of question/answer, prompt/completion or problem/answer columns:
 {tasks}
-Any other name is a task of lm-evaluation-harness (pip install 'unmask[eval]'), as is lm_eval/NAME where both have one.
+Any other name is a task of lm-evaluation-harness (pip install 'unmask[eval]'); lm_eval/NAME forces the harness's.
 
 An --adapter belongs to the --checkpoint before it:  unmask eval --checkpoint BASE --checkpoint BASE --adapter RUN …
 """
@@ -23,23 +23,23 @@ def add(commands: Any) -> None:
     """Declare the command."""
     about = "\n".join(f"  {name:<12}{task.about}" for name, task in TASKS.items())
     parser = command(commands, "eval", run, "measure checkpoints on tasks, side by side", _HELP.format(tasks=about))
-    flag(parser, "checkpoint", action=_Pair, required=True, metavar="DIR_OR_HUB_ID", help="may be given several times")
+    flag(parser, "checkpoint", action=_Pair, required=True, metavar="DIR_OR_HUB_ID", help="repeat for several")
     flag(parser, "adapter", action=_Pair, metavar="DIR", help="LoRA adapter of the checkpoint before it")
-    flag(parser, "tasks", nargs="+", required=True, metavar="NAME", help="tasks, separated by blanks or commas")
-    flag(parser, "data", metavar="FILE.jsonl", help="questions and answers of our own tasks")
-    flag(parser, "prompt_column", metavar="NAME", help="column of the questions, where rows are no chats")
+    flag(parser, "tasks", nargs="+", required=True, metavar="NAME", help="tasks, separated by spaces or commas")
+    flag(parser, "data", metavar="FILE.jsonl", help="questions and answers for the tasks below")
+    flag(parser, "prompt_column", metavar="NAME", help="column of the questions, if rows are not chats")
     flag(parser, "completion_column", metavar="NAME", help="column of the answers")
     flag(parser, "limit", type=int, metavar="N", help="the first N rows of each task; each N is another evaluation")
     flag(parser, "few_shot", type=int, metavar="N", help="worked examples before each question (0)")
     flag(parser, "shots_file", metavar="FILE.jsonl", help="the first rows of this file are the worked examples")
     flag(parser, "raw", action="store_true", help="ask in literal text, without a chat template (base models)")
-    flag(parser, "output", default="evaluation", metavar="DIR", help="answers, to go on from; results (%(default)s)")
+    flag(parser, "output", default="evaluation", metavar="DIR", help="answers and results (default: %(default)s)")
     flag(parser, "against", metavar="DIR", help="--output of an earlier evaluation; count the answers that differ")
-    flag(parser, "seed", type=int, default=42, help="seed of draws and masks (default: %(default)s)")
-    flag(parser, "batch_size", type=int, help="rows that the network sees at once (16)")
+    flag(parser, "seed", type=int, default=42, metavar="N", help="seed of draws and masks (default: %(default)s)")
+    flag(parser, "batch_size", type=int, metavar="N", help="rows of a network call (default: 16)")
     add_place_flags(parser, "rows")
     likelihood = parser.add_argument_group("likelihoods")
-    flag(likelihood, "num_samples", type=int, help="masks an answer (128), or noise levels of a canvas (32)")
+    flag(likelihood, "num_samples", type=int, metavar="N", help="masks an answer (128), or noise levels a canvas (32)")
     flag(likelihood, "antithetic", action="store_true", help="draw masks in complementary pairs")
     harness = parser.add_argument_group("lm-evaluation-harness")
     flag(harness, "include_path", metavar="DIR", help="folder with further task files")

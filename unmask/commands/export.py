@@ -12,11 +12,11 @@ from unmask.config.flags import command, flag
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(commands, "export", run, "write a plain Hugging Face folder, adapter merged")
+    parser = command(commands, "export", run, "write a plain Hugging Face folder, with the adapter merged")
     flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
-    flag(parser, "output", required=True, metavar="DIR", help="new folder")
+    flag(parser, "output", required=True, metavar="DIR", help="new or empty folder")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to merge")
-    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -8,15 +8,14 @@ from typing import Any
 from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
 
 _GENERATE_HELP = """\
-A prompt is one user turn through the checkpoint's chat template; --raw takes it literally.
-Sampling follows the published algorithm of the checkpoint's family. What no flag sets is the checkpoint's own
-(generation_config.json), or its family's; a flag of another family is refused. What is not exact says so: in the flag's
-help, and in each record.
+A prompt is one user turn, rendered by the checkpoint's chat template; --raw takes it literally.
+By default sampling follows the published algorithm of the checkpoint's family, with the settings of its
+generation_config.json. A flag that the model's sampler does not have is refused.
 
-Many prompts:  --input prompts.jsonl --output answers.jsonl   a line holds "prompt", "messages" or "prompt_ids"; an
-               interrupted job goes on where it stopped when the same command is given again.
-Blanks:        --infill --prompt "The capital of{blank:4} is Paris."   A text with blanks is plain; in one with --raw a
-               control token that is spelt out is that token.
+Many prompts:  --input prompts.jsonl --output answers.jsonl
+               A line holds "prompt", "messages" or "prompt_ids". The same command continues an interrupted job.
+Fill blanks:   --infill --prompt "The capital of{blank:4} is Paris."
+               Each {blank:N} is N tokens; no chat template is applied.
 """
 
 
@@ -24,18 +23,18 @@ def add(commands: Any) -> None:
     """Declare the command."""
     parser = command(commands, "generate", run, "answer prompts with a checkpoint", _GENERATE_HELP)
     flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
-    flag(parser, "prompt", action="append", metavar="TEXT", help="may be given several times")
-    flag(parser, "input", metavar="FILE.jsonl", help="prompts, one JSON object a line")
-    flag(parser, "infill", action="store_true", help="fill the {blank:N}s of the prompts")
+    flag(parser, "prompt", action="append", metavar="TEXT", help="a prompt; repeat for several")
+    flag(parser, "input", metavar="FILE.jsonl", help="read prompts from a file, one JSON object a line")
+    flag(parser, "infill", action="store_true", help="fill each {blank:N} in the prompts with N tokens")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to apply")
     add_sampling_flags(parser)
     flag(parser, "raw", action="store_true", help="take prompts literally: no chat template, control tokens as spelt")
-    flag(parser, "seed", type=int, default=42, help="seed of the draws (default: %(default)s)")
-    flag(parser, "batch_size", type=int, help="prompts denoised together (16)")
+    flag(parser, "seed", type=int, default=42, metavar="N", help="seed of the draws (default: %(default)s)")
+    flag(parser, "batch_size", type=int, metavar="N", help="prompts denoised together (default: 16)")
     add_place_flags(parser, "prompts")
-    flag(parser, "output", metavar="FILE.jsonl", help="write a record per answer instead of printing the texts")
+    flag(parser, "output", metavar="FILE.jsonl", help="write one JSON record an answer instead of printing the texts")
     flag(parser, "watch", action="store_true", help="draw each answer while it is denoised, one after the other")
-    flag(parser, "trace", metavar="FILE.html", help="write a page that replays how the answers came about")
+    flag(parser, "trace", metavar="FILE.html", help="write an HTML page that replays the denoising call by call")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

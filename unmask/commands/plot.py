@@ -11,9 +11,9 @@ from unmask.config.flags import command, flag
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(commands, "plot", run, "draw loss curves from runs' own logs")
+    parser = command(commands, "plot", run, "draw the loss curves of runs")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories; several are drawn together")
-    flag(parser, "output", metavar="FILE.png", help="default: loss.png in the first run directory")
+    flag(parser, "output", metavar="FILE.png", help="image to write (default: loss.png in the first run directory)")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -13,10 +13,10 @@ from unmask.errors import ConfigError
 def add(commands: Any) -> None:
     """Declare the command."""
     parser = command(commands, "prep", run, "write a data set as chat JSONL")
-    parser.add_argument("dataset", metavar="DATASET", help="gsm8k")
+    parser.add_argument("dataset", metavar="DATASET", help="data set: gsm8k")
     flag(parser, "source", metavar="DIR", help="local copy with train.jsonl and test.jsonl (default: the hub)")
-    flag(parser, "split", default="all", help="train, test or all (default: %(default)s)")
-    flag(parser, "output", default=".", metavar="DIR", help="where the files go (default: here)")
+    flag(parser, "split", default="all", metavar="NAME", help="train, test or all (default: %(default)s)")
+    flag(parser, "output", default=".", metavar="DIR", help="folder of the files (default: the current one)")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -12,8 +12,8 @@ from unmask.config.flags import command, flag
 def add(commands: Any) -> None:
     """Declare the command."""
     parser = command(commands, "quickstart", run, "train, evaluate and sample a small model on this CPU, no download")
-    flag(parser, "output", default="quickstart", metavar="DIR", help="run directory (default: %(default)s)")
-    flag(parser, "seed", type=int, default=42, help="seed of data, weights and noise (default: %(default)s)")
+    flag(parser, "output", default="quickstart", metavar="DIR", help="folder of the run (default: %(default)s)")
+    flag(parser, "seed", type=int, default=42, metavar="N", help="seed of data and weights (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -19,8 +19,8 @@ def add(commands: Any) -> None:
     """Declare the command."""
     parser = command(commands, "report", run, "show runs side by side on one HTML page", _REPORT_HELP)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
-    parser.add_argument("-o", "--output", metavar="FILE.html", help="default: report.html in the first run directory")
-    flag(parser, "evaluation", action="append", metavar="DIR", help="folder of an `unmask eval`; may be repeated")
+    parser.add_argument("-o", "--output", metavar="FILE.html", help="default: report.html in the first run")
+    flag(parser, "evaluation", action="append", metavar="DIR", help="output of `unmask eval`; repeat for several")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

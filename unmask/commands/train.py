@@ -13,15 +13,15 @@ from unmask.errors import ConfigError
 
 _TRAIN_HELP = """\
 Any field of the configuration can be set after the file:  --optimizer.lr 1e-4  --step_scheduler.max_steps=200
-A run directory with checkpoints is resumed, exactly. Ctrl-C and SIGTERM save a checkpoint and end the run cleanly.
+The same command resumes a run from its newest checkpoint, exactly. Ctrl-C and SIGTERM save a checkpoint and stop.
 """
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(commands, "train", run, "fine-tune a model as a YAML file says", _TRAIN_HELP)
+    parser = command(commands, "train", run, "fine-tune a model described by a YAML file", _TRAIN_HELP)
     parser.add_argument("-c", "--config", required=True, metavar="CONFIG.yaml", help="configuration of the run")
-    flag(parser, "dry_run", action="store_true", help="show what would be trained, then stop")
+    flag(parser, "dry_run", action="store_true", help="show configuration, sizes, memory and three rows, then stop")
     flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine")
     parser.set_defaults(takes_overrides=True)
 

@@ -13,14 +13,15 @@ from unmask.config.sampler import SamplerConfig
 
 # Settings that some networks alone have, under a heading of their own in `--help`.
 _GROUPS = {
-    "networks with a mask token": (
+    "networks with a mask token (in brackets: the default)": (
         "block_size", "temperature", "remasking", "threshold", "factor", "cfg_scale", "refresh_interval",
         "revise_threshold",
     ),
-    "networks with a canvas (in brackets: where generation_config.json has nothing)": (
+    "networks with canvases (generation_config.json comes before the values in brackets)": (
         "t_min", "t_max", "stability_threshold", "confidence_threshold",
     ),
 }  # fmt: skip
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 def command(
@@ -53,18 +54,19 @@ def flag(parser: Any, name: str, **options: Any) -> None:
 def add_sampling_flags(parser: Any) -> None:
     """Declare a flag for each setting of the sampler; none has a default, so that what is not given is the model's."""
     hints = typing.get_type_hints(SamplerConfig)
-    groups = {name: parser.add_argument_group(title) for title, names in _GROUPS.items() for name in names}
+    groups = {title: parser.add_argument_group(title) for title in _GROUPS}
+    headed = {name: groups[title] for title, names in _GROUPS.items() for name in names}
     for name, text in described(SamplerConfig).items():
-        numbers = [option for option in typing.get_args(hints[name]) if option in (int, float)]
-        flag(groups.get(name, parser), name, type=numbers[0] if numbers else str, help=text)
+        kind = next((option for option in typing.get_args(hints[name]) if option in (int, float)), str)
+        flag(headed.get(name, parser), name, type=kind, metavar=_METAVARS[kind], help=text)
 
 
 def add_place_flags(parser: Any, shared: str | None = None) -> None:
     """Declare where and in which dtype a network runs, and on how many processes; `shared` is what they divide."""
-    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
+    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
+    flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: %(default)s)")
     if shared is not None:
-        said = f"processes to start on this machine; they share {shared}"
+        said = f"processes to start on this machine; they divide the {shared}"
         flag(parser, "nproc_per_node", type=int, metavar="N", help=said)
         flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
 

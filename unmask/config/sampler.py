@@ -33,26 +33,27 @@ class SamplerConfig:
     """What a caller wants of the sampler. None leaves a setting to the model's family and its generation_config.json.
 
     Attributes:
-        preset: reference (the published sampler), balanced or fast (fewer or cheaper calls, see the documentation);
-            other settings win over it
-        steps: denoising steps of an answer, or of a canvas at the most (the family's)
-        max_new_tokens: longest answer (the family's; at most half the context)
+        preset: reference (the published sampler), balanced or fast (fewer or cheaper network calls); settings given
+            beside it win over it
+        steps: network calls for an answer, or for a canvas at the most (default: the family's)
+        max_new_tokens: length of the answer (default: the family's, at most half of the context)
         eos: end-of-text token: allow (default), suppress or (with a mask token) defer
-        entropy_bound: commit tokens by rising entropy while those before have at most this much, in nats
-        cache: none, prefix or dual (where attention goes both ways; approximate), block (with canvases; exact)
+        entropy_bound: commit tokens by rising entropy while those before add up to at most this, in nats
+        cache: none, prefix or dual (bidirectional attention; approximate), block (with canvases; exact)
         revise: none (default), remask or edit (with a mask token); redraw (with canvases)
-        block_size: tokens of a denoising block (32)
-        temperature: Gumbel noise; 0 is greedy (0)
-        remasking: low_confidence (default), entropy, margin, random or left_to_right
-        threshold: commit all tokens with at least this confidence; steps is then unused
-        factor: commit r tokens while the r-th has at least 1 - factor/(r + 1)
-        cfg_scale: classifier-free guidance (0, off)
-        refresh_interval: calls after which a cache is computed anew (at block starts only)
-        revise_threshold: probability that revising goes by (0.9)
-        t_min: temperature towards a canvas's last step (0.4)
+        block_size: tokens of a block; blocks are denoised from left to right (32)
+        temperature: temperature of the samples; 0 takes the most probable token (0)
+        remasking: score that orders the masked tokens: low_confidence, entropy, margin, random or left_to_right
+            (low_confidence)
+        threshold: commit every token with at least this confidence, instead of a fixed number a call (none)
+        factor: commit the r most confident tokens while the r-th has at least 1 - factor/(r + 1) (none)
+        cfg_scale: scale of classifier-free guidance (0, off)
+        refresh_interval: network calls after which a cache is computed anew (only where a block starts)
+        revise_threshold: probability that remask and edit compare with (0.9)
+        t_min: temperature of a canvas's last step (0.4)
         t_max: temperature of a canvas's first step (0.8)
-        stability_threshold: steps without change before a canvas may stop early (1)
-        confidence_threshold: mean entropy below which it then stops, in nats (0.005)
+        stability_threshold: steps without change before a canvas may stop (1)
+        confidence_threshold: mean entropy, in nats, below which it then stops (0.005)
 
     Raises:
         SamplingError: a value outside its range, or two that exclude each other; the message names it.
