@@ -1,26 +1,35 @@
-"""Line charts as SVG text: no library, no script, a few kilobytes each.
+"""Line charts for the report, drawn by matplotlib as SVG that takes its colours from the page, light or dark.
 
 Lines differ in dash and marker as well as colour and carry their names at their ends, so that a chart reads without
-colour and without a legend. Colours are the page's (classes `s0` to `s5`), which has a light and a dark set.
-
-Units: x and y are data; u and v are pixels of the picture's own coordinates, v downwards.
+colour and without a legend.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import zlib
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from typing import Any
 
-WIDTH, HEIGHT = 640, 270
-_LEFT, _TOP, _BOTTOM = 58, 14, 34
-_LABEL = 13.0  # pixels from one name to the next
-_CHARACTER = 7.6  # width of one in a name, the wide ones allowed for
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+WIDTH, HEIGHT = 461, 194  # points
+_LABEL = 9.5  # points from one name to the next
 _MOST_POINTS = 400
-
-STYLES = 6
+_DASHES = ("-", (0, (7, 4)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (14, 4)), (0, (9, 3, 2, 3, 2, 3)))
+_MARKERS = ("o", "s", "^", "D", "v", "x")
+STYLES = len(_DASHES)
+# What matplotlib writes → what the page's style sheet calls it.
+_COLOURS = {f"#00000{style + 1}": f"var(--s{style})" for style in range(STYLES)}
+_SERIES, _SOFT, _GRID = tuple(_COLOURS), "#000008", "#000009"
+_COLOURS |= {_SOFT: "var(--soft)", _GRID: "var(--grid)"}
+_SETTINGS = {"svg.fonttype": "none", "font.size": 8.5, "text.color": _SOFT, "axes.labelcolor": _SOFT,
+             "axes.edgecolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,54 +76,81 @@ def line_chart(
     lines = [line for line in map(_finite, lines) if line.xs]
     if not lines:
         return ""
-    show = show or _short
-    x_range = _padded(*(steps or (min(line.xs[0] for line in lines), max(line.xs[-1] for line in lines))), 0.0)
-    plain = bounds or _y_range(lines)
-    curved = log and plain[0] > 0 and plain[1] > 8 * plain[0]
-    bend = math.log if curved else _as_it_is
-    y_range = _padded(bend(plain[0]), bend(plain[1]), 0.0 if bounds and not curved else 0.04)
+    low, high = bounds or _y_range(lines)
+    curved = log and low > 0 and high > 8 * low
     unit = f"{unit}, logarithmic" if curved else unit
-    names = max((len(_cut(line.name)) for line in lines if not line.faint), default=0)
-    right = WIDTH - 14 - names * _CHARACTER
-    u_of = _scale(x_range, (_LEFT, right))
-    straight = _scale(y_range, (HEIGHT - _BOTTOM, _TOP))
-
-    def v_of(value: float) -> float:
-        return straight(bend(value) if not curved or value > 0 else y_range[0] - 1)
-
-    marks = log_ticks(*plain) if curved else ticks(*y_range)
-    parts = _axes(x_range, marks, u_of, v_of, right, show)
-    clip = f"c{zlib.crc32(f'{title} {unit} {lines}'.encode()):x}"
-    parts.append(
-        f'<clipPath id="{clip}"><rect x="{_LEFT - 6}" y="{_TOP - 6}" width="{right - _LEFT + 12:.0f}" '
-        f'height="{HEIGHT - _TOP - _BOTTOM + 12}"/></clipPath><g clip-path="url(#{clip})">'
-    )
-    parts += [_drawn(line, u_of, v_of, show) for line in sorted(lines, key=lambda line: not line.faint)]
-    parts.append("</g>")
-    parts += _names([line for line in lines if line.name and not line.faint], u_of, v_of)
-    about = escape(f"{title}{', ' + unit if unit else ''}")
+    about = f"{title}{', ' + unit if unit else ''}"
+    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": f"{about} {lines}"}):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        axis = figure.add_subplot()
+        for line in lines:
+            _draw(axis, line)
+        axis.set_xlim(*_padded(*(steps or (min(x.xs[0] for x in lines), max(x.xs[-1] for x in lines))), 0.01))
+        if curved:
+            axis.set_yscale("log")
+            axis.set_ylim(low / 1.1, high * 1.1)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+            axis.yaxis.set_minor_locator(NullLocator())
+        else:
+            axis.set_ylim(*_padded(low, high, 0.04))
+            axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: (show or _short)(value)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.set_xlabel("optimizer step", loc="right")
+        axis.grid(axis="y", color=_GRID)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        _name_ends(figure, axis, [line for line in lines if line.name and not line.faint])
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     beside = f' <span class="unit">{escape(unit)}</span>' if unit else ""
-    return (
-        f'<figure><figcaption>{escape(title)}{beside}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{about}">{"".join(parts)}</svg></figure>'
+    return f"<figure><figcaption>{escape(title)}{beside}</figcaption>{_inline(drawn.getvalue(), about)}</figure>"
+
+
+def _draw(axis: Any, line: Line) -> None:
+    marked = line.markers or len(line.xs) == 1
+    axis.plot(
+        line.xs,
+        line.ys,
+        color=_SERIES[line.style],
+        linestyle="-" if line.faint else _DASHES[line.style],
+        linewidth=0.6 if line.faint else 1.4,
+        alpha=0.35 if line.faint else None,
+        marker=_MARKERS[line.style] if marked else None,
+        markersize=4,
+        markerfacecolor="none",
+        zorder=2 if line.faint else 3,
     )
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return at most `most` + 1 round numbers from `low` to `high`, apart by 1, 2 or 5 times a power of ten."""
-    span = high - low
-    size = 10.0 ** math.floor(math.log10(span / most))
-    step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= most)
-    first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+def _name_ends(figure: Figure, axis: Any, lines: Sequence[Line]) -> None:
+    """Write each line's name beside its end, moved apart where ends lie close together."""
+    names = [
+        axis.annotate(_cut(line.name), (1.0, line.ys[-1]), (6, 0), axis.get_yaxis_transform(), "offset points",
+                      color=_SERIES[line.style], weight="bold", va="center", annotation_clip=False)
+        for line in sorted(lines, key=lambda line: line.ys[-1])
+    ]  # fmt: skip
+    figure.draw_without_rendering()  # lays the figure out, with room for the names
+    scale = 72 / figure.dpi
+    heights = [axis.transData.transform((0, name.xy[1]))[1] * scale for name in names]
+    bottom, top = (edge * scale for edge in (axis.bbox.y0, axis.bbox.y1))
+    for name, height, placed in zip(names, heights, spread(heights, _LABEL, bottom, top), strict=True):
+        name.set_position((6, placed - height))
+    figure.set_layout_engine("none")
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return the numbers 1, 2 and 5 times a power of ten from `low` to `high`; over three decades, the powers alone."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
-    found = [factor * 10.0**power for power in powers for factor in factors]
-    return [value for value in found if low * 0.96 <= value <= high * 1.04]
+def _inline(svg: str, about: str) -> str:
+    """Return matplotlib's file as an element of the page: colours, font and size are the page's, and it is short."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><")
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(about)}">'
+    svg = head + svg[svg.index(">") + 1 :]
+    svg = re.sub(r' id="\w+_\d+"|font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", svg)
+    svg = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", svg)
+    for written, called in _COLOURS.items():
+        svg = svg.replace(written, called)
+    return svg.strip()
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float], most: int = _MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -133,11 +169,7 @@ def thinned(xs: Sequence[float], ys: Sequence[float], most: int = _MOST_POINTS) 
 def _finite(line: Line) -> Line:
     pairs = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
     xs, ys = thinned([x for x, _ in pairs], [y for _, y in pairs])
-    return Line(line.name, xs, ys, line.style % STYLES, line.faint, line.markers)
-
-
-def _as_it_is(value: float) -> float:
-    return value
+    return replace(line, xs=xs, ys=ys, style=line.style % STYLES)
 
 
 def _y_range(lines: Sequence[Line]) -> tuple[float, float]:
@@ -155,72 +187,6 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad
     return low - share * (high - low), high + share * (high - low)
-
-
-def _scale(domain: tuple[float, float], pixels: tuple[float, float]) -> Callable[[float], float]:
-    (low, high), (start, end) = domain, pixels
-    return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _axes(
-    x_range: tuple[float, float], marks: Sequence[float], u_of: Callable[[float], float],
-    v_of: Callable[[float], float], right: float, show: Callable[[float], str],
-) -> list[str]:  # fmt: skip
-    parts = []
-    for value in marks:
-        v = v_of(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {v:.1f}H{right:.0f}"/>')
-        parts.append(
-            f'<text class="tick" x="{_LEFT - 7}" y="{v + 4:.1f}" text-anchor="end">{escape(show(value))}</text>'
-        )
-    bottom = HEIGHT - _BOTTOM
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right:.0f}"/>')
-    for value in ticks(*x_range, most=6):
-        u = u_of(value)
-        parts.append(f'<path class="axis" d="M{u:.1f} {bottom}v4"/>')
-        parts.append(f'<text class="tick" x="{u:.1f}" y="{bottom + 17}" text-anchor="middle">{_short(value)}</text>')
-    parts.append(f'<text class="tick" x="{right:.0f}" y="{HEIGHT - 3}" text-anchor="end">optimizer step</text>')
-    return parts
-
-
-def _drawn(line: Line, u_of: Callable[[float], float], v_of: Callable[[float], float], show: Callable) -> str:
-    points = [(u_of(x), v_of(y)) for x, y in zip(line.xs, line.ys, strict=True)]
-    path = "M" + "L".join(f"{u:.1f} {v:.1f}" for u, v in points)
-    drawn = f'<path class="line s{line.style}{" faint" if line.faint else ""}" d="{path}"/>'
-    if not line.markers and len(points) > 1:
-        return drawn
-    for (u, v), x, y in zip(points, line.xs, line.ys, strict=True):
-        told = escape(f"{line.name or 'value'}, step {x:g}: {show(y)}")
-        drawn += f'<path class="mark s{line.style}" d="{_marker(line.style, u, v)}"><title>{told}</title></path>'
-    return drawn
-
-
-def _marker(style: int, u: float, v: float) -> str:
-    shapes = (
-        f"M{u - 3.5:.1f} {v:.1f}a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0",
-        f"M{u - 3:.1f} {v - 3:.1f}h6v6h-6z",
-        f"M{u:.1f} {v - 4:.1f}l4 7h-8z",
-        f"M{u:.1f} {v - 4.5:.1f}l4.5 4.5l-4.5 4.5l-4.5 -4.5z",
-        f"M{u:.1f} {v + 4:.1f}l4 -7h-8z",
-        f"M{u - 3.5:.1f} {v - 3.5:.1f}l7 7m0 -7l-7 7",
-    )
-    return shapes[style]
-
-
-def _names(lines: Sequence[Line], u_of: Callable[[float], float], v_of: Callable[[float], float]) -> list[str]:
-    """Write each line's name beside its end, moved apart where ends lie close together."""
-    ends = sorted(((v_of(line.ys[-1]), u_of(line.xs[-1]), line) for line in lines), key=lambda end: end[0])
-    column = max((u for _, u, _ in ends), default=0.0) + 8
-    heights = spread([v for v, _, _ in ends], _LABEL, _TOP - 4.0, HEIGHT - _BOTTOM + 2.0)
-    parts = []
-    for (v, u, line), placed in zip(ends, heights, strict=True):
-        if abs(placed - v) > 3 or column - u > 12:
-            parts.append(f'<path class="lead" d="M{u + 3:.1f} {v:.1f}L{column - 2:.1f} {placed:.1f}"/>')
-        parts.append(
-            f'<text class="name s{line.style}" x="{column:.1f}" y="{placed + 4:.1f}">{escape(_cut(line.name))}'
-            f"<title>{escape(line.name)}</title></text>"
-        )
-    return parts
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

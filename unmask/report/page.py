@@ -25,17 +25,6 @@ figure{margin:0}figcaption{font-weight:600;font-size:.92rem;margin-bottom:.2rem}
 svg{display:block;width:100%;height:auto}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;fill:var(--soft);
 font-variant-numeric:tabular-nums}
-.grid{stroke:var(--grid);fill:none}.axis{stroke:var(--soft);fill:none;stroke-width:.8}
-.lead{stroke:var(--soft);fill:none;stroke-width:.6;opacity:.7}
-.line{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
-.faint{stroke-width:.8;opacity:.3}
-.mark{fill:var(--paper);stroke-width:1.5}
-.s0{stroke:var(--s0)}.s1{stroke:var(--s1)}.s2{stroke:var(--s2)}.s3{stroke:var(--s3)}.s4{stroke:var(--s4)}
-.s5{stroke:var(--s5)}
-.line.s1{stroke-dasharray:7 4}.line.s2{stroke-dasharray:2 3.5}.line.s3{stroke-dasharray:9 3 2 3}
-.line.s4{stroke-dasharray:14 4}.line.s5{stroke-dasharray:9 3 2 3 2 3}.line.faint{stroke-dasharray:none}
-svg .name{stroke:none;font-weight:600}.name.s0{fill:var(--s0)}.name.s1{fill:var(--s1)}.name.s2{fill:var(--s2)}
-.name.s3{fill:var(--s3)}.name.s4{fill:var(--s4)}.name.s5{fill:var(--s5)}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.32rem .8rem .32rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid);
