@@ -38,13 +38,7 @@ _FIRST_LINE = "generation"  # what an answer file's first line is called
 
 
 def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shard: bool) -> None:
-    """Answer everything that is asked; with several processes a collective.
-
-    Args:
-        plan: the checkpoint.
-        asked: prompts, and where the answers go.
-        dtype, shard: as in `jobs.load`.
-        device: `auto`, `cpu` or `cuda`.
+    """Answer everything that is asked; with several processes a collective. `dtype` and `shard` as in `jobs.load`.
 
     Raises:
         SamplingError: a prompt that cannot be answered, before the weights load; logits that are not finite.
@@ -228,13 +222,12 @@ class Printer:
 
 
 class AnswerFile:
-    """The output of one job.
+    """The output of one job; all ranks that share it make one.
 
     Args:
         path: where the records go.
         rows: a text for each record, in their order, equal where the tokens asked for are.
         identity: what decides the answers beside the rows.
-        ranks: the processes that share the job; all of them make one.
 
     Raises:
         ConfigError: `FILE.part` is of another job.
@@ -285,14 +278,7 @@ class AnswerFile:
 
 
 def record_of(prompt: Any, answer: Generation | Infill, sampler: Mapping[str, Any], seed: int) -> Record:
-    """Return what is kept of an answer.
-
-    Args:
-        prompt: what was asked, as in `generate` or `infill`.
-        answer: what came out.
-        sampler: the settings in force, and under `approximations` what of them is not computed by full forwards.
-        seed: of the draws.
-    """
+    """Return what is kept of an answer: what was asked, what came out, and how."""
     made: Record = {"text": answer.text, "token_ids": answer.token_ids}
     if isinstance(answer, Infill):
         made |= {"fills": answer.fills, "fill_ids": answer.fill_ids, "log_likelihood": answer.log_likelihood}

@@ -224,12 +224,9 @@ def converse(
     """Talk with a checkpoint at the terminal, or through a pipe; return the exit status.
 
     Args:
-        plan: the checkpoint.
         sampler, seed: of the first answer.
         system: a turn before the conversation.
         template: name or file of a chat template; None = the tokenizer's own.
-        dtype: as in `jobs.load`.
-        device: `auto`, `cpu` or `cuda`.
 
     Raises:
         SamplingError: no room for a question, no template that renders a conversation; through a pipe any mistake.

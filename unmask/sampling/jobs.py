@@ -87,10 +87,7 @@ def load(
     """Load a planned checkpoint in eval mode; with several ranks a collective.
 
     Args:
-        plan: from `plan.plan_job`.
-        device: where the weights go.
         dtype: `float32`, `bfloat16` or `float16`; None = as stored.
-        ranks: all processes.
         shard: every rank holds a part of the weights; False loads the whole network on each.
 
     Raises:

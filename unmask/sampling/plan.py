@@ -88,10 +88,9 @@ def plan_job(
     """Find a checkpoint with its adapter and tokenizer, and resolve the settings that it is sampled with.
 
     Args:
-        checkpoint: a folder, run directory or hub id.
+        checkpoint: a folder, run directory or hub id; `where` is the flag that named it, for messages.
         sampler: settings that a caller wants; None = the checkpoint's own.
         adapter: folder of a LoRA adapter.
-        where: the flag that named the checkpoint, for messages.
 
     Raises:
         ModelError: no such checkpoint, adapter or tokenizer, or a file cut short.

@@ -100,17 +100,7 @@ def encode_prompts(
 def check_prompts(
     prompts: Sequence[Sequence[int]], labels: Sequence[str], config: Any, settings: SamplerSettings
 ) -> None:
-    """Refuse prompts that do not fit a model together with their answers.
-
-    Args:
-        prompts: their tokens.
-        labels: what messages call each.
-        config: of the model.
-        settings: in force.
-
-    Raises:
-        SamplingError: one is too long, or has a token that the model does not know.
-    """
+    """Refuse prompts, given as tokens, that do not fit a model together with their answers; raises SamplingError."""
     length = settings.length
     rounded = "" if length == settings.max_new_tokens else f" ({length // settings.block_size} whole canvases)"
     for label, ids in zip(labels, prompts, strict=True):
@@ -218,12 +208,7 @@ def _plain(prompt: Any) -> Any:
 
 
 def given_prompts(texts: Sequence[str] | None, file: str | None, infill: bool = False) -> dict[str, Any]:
-    """Return the prompts of a command line by their labels.
-
-    Args:
-        texts: of `--prompt`.
-        file: of `--input`.
-        infill: as in `read_prompts`.
+    """Return the prompts of `--prompt` or of `--input` by their labels; `infill` as in `read_prompts`.
 
     Raises:
         ConfigError: neither or both are given.
@@ -250,9 +235,7 @@ def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
     one that has such `messages` or such a `prompt`. A chat that ends in an assistant's turn is asked for that turn
     again.
 
-    Args:
-        path: the file.
-        infill: the prompts are texts or chats with blanks, the last turn of a chat included.
+    With `infill` the prompts are texts or chats with blanks, the last turn of a chat included.
 
     Raises:
         DataError: no such file, an empty one, or a line that is no prompt; names the file and the line.

@@ -197,13 +197,7 @@ class Watcher:
 
 
 def watcher(loaded: LoadedModel, console: Console | None = None, titles: Mapping[int, str] | None = None) -> Watcher:
-    """Return the watcher for a model's answers.
-
-    Args:
-        loaded: with a tokenizer.
-        console: where to draw; None = standard output.
-        titles: what to print above an answer, by the number of its prompt.
-    """
+    """Return the watcher for answers of a model with a tokenizer; console None = standard output."""
     assert loaded.tokenizer is not None
     console = console if console is not None else Console()
     shades = SHADES if console.encoding.lower().startswith("utf") else ASCII_SHADES
