@@ -14,9 +14,8 @@ import yaml
 
 from unmask.cli import main
 from unmask.errors import DataError
-from unmask.report.evaluations import find_results, shown
 from unmask.report.report import write_report
-from unmask.report.runs import differing, distinct_names
+from unmask.report.runs import differing, distinct_names, find_results, shown
 
 LEVELS = [1.0, 2.0, None, 4.0, 5.0]
 

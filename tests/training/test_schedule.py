@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
 from unmask.errors import FieldError
-from unmask.training.schedule import due, learning_rate
+from unmask.training.loop import due, learning_rate
 
 
 def rates(total: int, peak: float = 1.0, **fields) -> list[float]:

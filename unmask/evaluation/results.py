@@ -17,9 +17,9 @@ from rich.table import Table
 from unmask.errors import ConfigError
 from unmask.evaluation.job import Checkpoint, EvalPlan
 from unmask.evaluation.tasks import HARNESS
-from unmask.report.evaluations import RESULTS as RESULTS
-from unmask.report.evaluations import shown
 from unmask.report.resumable import Record, first_difference, write_lines
+from unmask.report.runs import RESULTS as RESULTS
+from unmask.report.runs import shown
 
 _PIPE_WIDTH = 10_000  # columns of a file or a pipe
 

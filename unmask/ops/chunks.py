@@ -50,9 +50,10 @@ def cached_rows(logits_MV: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(1, rows), size)]
 
 
-def column_slices(vocabulary: int) -> list[slice]:
-    """Divide the vocabulary into parts that are cast and multiplied one after the other."""
-    return [slice(start, start + CAST_ROWS) for start in range(0, vocabulary, CAST_ROWS)]
+def column_slices(vocabulary: int, most: int | None = None) -> list[slice]:
+    """Divide the vocabulary into parts of `most` entries (`CAST_ROWS`) that are multiplied one after the other."""
+    size = min(most or CAST_ROWS, CAST_ROWS)
+    return [slice(start, start + size) for start in range(0, vocabulary, size)]
 
 
 def write_product(total: Tensor, left: Tensor, right: Tensor, add: bool = False, factor: float = 1.0) -> None:

@@ -13,10 +13,9 @@ import yaml
 
 from unmask.errors import DataError
 from unmask.report.chart import Line, line_chart
-from unmask.report.evaluations import Result, find_results
 from unmask.report.page import answer, folded, page, table
 from unmask.report.plots import LEVELS, by_level, smooth
-from unmask.report.runs import Event, Points, Run, differing, read_runs
+from unmask.report.runs import Event, Points, Result, Run, differing, find_results, read_runs
 
 Draw = Callable[..., str]  # `line_chart` with the x axis that all charts share
 _NOT_COMPARED = ("checkpoint.checkpoint_dir",)  # differs in every run and says nothing

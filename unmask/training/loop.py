@@ -9,6 +9,7 @@ Everything that the loop needs arrives assembled in a `TrainingRun`; nothing is 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from unmask.batch import Batch
+from unmask.config.training import LRSchedulerConfig
 from unmask.distributed.ranks import Ranks
 from unmask.errors import DataError, TrainingError
 from unmask.rng import key
@@ -26,7 +28,6 @@ from unmask.training.best import Best, better
 from unmask.training.optim import set_learning_rate
 from unmask.training.resume import ResumePoint
 from unmask.training.run import TrainingOutcome, TrainingRun, Validator
-from unmask.training.schedule import due, learning_rate
 from unmask.training.step import StepResult, train_step
 
 
@@ -203,6 +204,35 @@ def _out_of_memory(run: TrainingRun, step: int) -> TrainingError:
         "the same), set distributed.activation_checkpointing: true, or lower dataset.seq_length, then run again. Last "
         f"checkpoint: {run.saver.newest or 'none yet'}"
     )
+
+
+def learning_rate(step: int, section: LRSchedulerConfig, peak: float, total_steps: int) -> float:
+    """Return the learning rate of one step.
+
+    Args:
+        step: from 1 to `total_steps`.
+        section: warm-up and decay.
+        peak: the optimizer's lr.
+        total_steps: the run's length.
+
+    Returns:
+        init_lr + (peak − init_lr)·step/warmup during warm-up, so that the first step already moves; then `peak`
+        decaying to `min_lr`, which is reached after the last step.
+    """
+    warmup = section.warmup_steps(total_steps)
+    if step <= warmup:
+        return section.init_lr + (peak - section.init_lr) * step / warmup
+    if section.lr_decay_style == "constant":
+        return peak
+    end = section.lr_decay_steps or total_steps
+    progress = min(1.0, (step - 1 - warmup) / max(1, end - warmup))
+    remaining = 1.0 - progress if section.lr_decay_style == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return section.min_lr + (peak - section.min_lr) * remaining
+
+
+def due(step: int, every: int | None) -> bool:
+    """Say whether something that happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
 
 
 class StopRequest:
