@@ -22,9 +22,9 @@ from unmask.models.diffusion_gemma import model as network
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import load_model
-from unmask.objectives import canvas as canvas_objective
 from unmask.objectives import head
 from unmask.objectives.canvas import CanvasDiffusion, filled_rows, find_answers
+from unmask.ops import chunks
 from unmask.rng import NoiseStream
 from unmask.training.step import train_step
 
@@ -327,10 +327,10 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
     objective = CanvasDiffusion(size, vocabulary, EOS, self_conditioning_p=1.0)
     noisy = objective.corrupt(turns([[(5, False), (70, True)]] * 2), NoiseStream(0))
     results, largest = [], []
-    loss_of, signal_of = head.linear_cross_entropy, canvas_objective.soft_embedding
-    for chunk in (2**24, 8 * vocabulary):
+    loss_of = head.linear_cross_entropy
+    for chunk, columns in ((2**24, 2**12), (8 * vocabulary, 300)):
+        monkeypatch.setattr(chunks, "CAST_ROWS", columns)
         monkeypatch.setattr(head, "linear_cross_entropy", functools.partial(loss_of, chunk_logits=chunk))
-        monkeypatch.setattr(canvas_objective, "soft_embedding", functools.partial(signal_of, chunk_logits=chunk))
         with Floats() as floats:
             loss = objective.loss(model, noisy).total
             grads = gradients(model, loss)

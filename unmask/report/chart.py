@@ -28,7 +28,7 @@ STYLES = len(_DASHES)
 _COLOURS = {f"#00000{style + 1}": f"var(--s{style})" for style in range(STYLES)}
 _SERIES, _SOFT, _GRID = tuple(_COLOURS), "#000008", "#000009"
 _COLOURS |= {_SOFT: "var(--soft)", _GRID: "var(--grid)"}
-_SETTINGS = {"svg.fonttype": "none", "font.size": 8.5, "text.color": _SOFT, "axes.labelcolor": _SOFT,
+_SETTINGS: Any = {"svg.fonttype": "none", "font.size": 8.5, "text.color": _SOFT, "axes.labelcolor": _SOFT,
              "axes.edgecolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT}  # fmt: skip
 
 
