@@ -1,4 +1,4 @@
-"""The soft embedding made of some columns at a time against the formula: values, gradient, dtypes, and what never exists."""
+"""The soft embedding made of some columns at a time against the formula: values, gradient, dtypes, largest tensor."""
 
 from __future__ import annotations
 
