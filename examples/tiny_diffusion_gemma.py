@@ -20,7 +20,7 @@ from unmask.data.chat import read_template
 from unmask.data.sources import open_rows
 from unmask.errors import UnmaskError
 from unmask.models.diffusion_gemma.family import FAMILY
-from unmask.models.vocabulary import train_tokenizer
+from unmask.models.tokenizer import train_tokenizer
 
 TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -7,7 +7,7 @@ import sys
 from unmask.config.data import DatasetConfig
 from unmask.data.sources import open_rows
 from unmask.models.llada.family import FAMILY
-from unmask.models.vocabulary import train_tokenizer
+from unmask.models.tokenizer import train_tokenizer
 
 if __name__ == "__main__":
     source, output, *rest = sys.argv[1:]

@@ -15,7 +15,7 @@ import unmask
 from unmask.cli import main
 from unmask.errors import ConfigError, SamplingError
 from unmask.models.registry import FAMILIES, family_of, resolve
-from unmask.models.vocabulary import train_tokenizer
+from unmask.models.tokenizer import train_tokenizer
 from unmask.training.export import export
 
 HERE = Path(__file__).parent

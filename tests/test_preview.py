@@ -28,7 +28,7 @@ from unmask.distributed.runtime import Runtime, build_runtime
 from unmask.models.loading import empty_network
 from unmask.training.estimate import estimate_memory
 from unmask.training.loop import train
-import unmask.report.progress, unmask.training.network, unmask.training.resume, torch.utils.checkpoint
+import unmask.report.progress, unmask.training.network, unmask.training.run, torch.utils.checkpoint
 
 torch.set_num_threads(1)
 build_parts(prepare(load_config(sys.argv[1])))

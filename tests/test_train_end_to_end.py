@@ -105,12 +105,12 @@ def test_export_without_a_tokenizer_warns(full: Path, tmp_path: Path, capsys: py
 def test_a_failed_export_leaves_nothing(
     full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unmask.training import model_files
+    from unmask.models import loading
 
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_files, "save_weights", fail)
+    monkeypatch.setattr(loading, "save_weights", fail)
     assert main(["export", "--checkpoint", str(full), "--output", str(tmp_path / "out")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -22,8 +22,7 @@ from unmask.data.sources import Rows
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
 from unmask.prepare import Prepared
-from unmask.training.resume import ResumePoint
-from unmask.training.run import TrainingRun
+from unmask.training.run import ResumePoint, TrainingRun
 
 
 def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint) -> None:

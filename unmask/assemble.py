@@ -30,10 +30,8 @@ from unmask.report.progress import TrainingProgress
 from unmask.report.trackers import open_tracker
 from unmask.rng import NoiseStream
 from unmask.training.loop import train
-from unmask.training.model_files import files_beside
-from unmask.training.network import NetworkSettings, build_network, restore
-from unmask.training.resume import ResumeParts, ResumePoint, resume
-from unmask.training.run import TrainingOutcome, TrainingRun, Validator
+from unmask.training.network import NetworkSettings, build_network, files_beside, restore
+from unmask.training.run import ResumeParts, ResumePoint, TrainingOutcome, TrainingRun, Validator, resume
 from unmask.training.run_directory import hold_run_dir
 from unmask.training.saver import Saver
 

@@ -30,8 +30,7 @@ from unmask.evaluation.exact_match import score_answers
 from unmask.evaluation.tasks import Question
 from unmask.models.loading import build_model, load_model
 from unmask.models.registry import family_named
-from unmask.models.tokenizer import load_tokenizer
-from unmask.models.vocabulary import train_tokenizer
+from unmask.models.tokenizer import load_tokenizer, train_tokenizer
 from unmask.prepare import prepare
 from unmask.sampling.view import watch
 

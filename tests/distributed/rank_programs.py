@@ -194,7 +194,7 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     from unmask import assemble as assembly
     from unmask.assemble import run_training
     from unmask.config import config_from_mapping
-    from unmask.distributed import expert
+    from unmask.distributed import shard
     from unmask.prepare import prepare
 
     received = {"weights": 0, "gradients": 0, "tokens": 0}
@@ -225,7 +225,7 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     original = assembly.build_network
     dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce = all_gather, reduce_scatter, all_reduce
     assembly.build_network = build
-    exchange = expert.all_to_all_single_autograd
+    exchange = shard.all_to_all_single_autograd
 
     def exchanged(rows: torch.Tensor, receive: list[int], send: list[int], group: Any) -> torch.Tensor:
         own = dist.get_rank(group)
@@ -233,7 +233,7 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
         received["tokens"] += others * rows[0].numel() * rows.element_size() if len(rows) else 0
         return exchange(rows, receive, send, group)
 
-    expert.all_to_all_single_autograd = exchanged
+    shard.all_to_all_single_autograd = exchanged
     run_training(prepare(config_from_mapping(values)), Console(file=sys.stdout, width=300))
 
     def size(tensors: Any) -> int:

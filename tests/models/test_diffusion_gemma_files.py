@@ -20,11 +20,10 @@ from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.family import FAMILY
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.folders import stored_tensors
-from unmask.models.loading import build_model, empty_network, load_model
+from unmask.models.loading import build_model, empty_network, load_model, save_model
 from unmask.models.registry import plan_folder, plan_model
 from unmask.models.weights import fill, passthrough_tensors, read_slices, read_tensors, save_weights, whole_piece
 from unmask.training.export import export, layer_gaps
-from unmask.training.model_files import save_model
 
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 STACK, ENCODER = "model.decoder.", "model.encoder.language_model."

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from unmask.errors import ModelError
 from unmask.models.family import ControlTokens
 from unmask.models.registry import FAMILIES, resolve
-from unmask.models.vocabulary import train_tokenizer
+from unmask.models.tokenizer import train_tokenizer
 
 
 def controls_of(model_type: str) -> ControlTokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import pytest
 
 from unmask.errors import CheckpointError, ConfigError
 from unmask.training import checkpoint
-from unmask.training.best import Best, better, from_state
-from unmask.training.checkpoint import verify
+from unmask.training.checkpoint import Best, better, stored_best, verify
 
 Train = Callable[..., Any]
 
@@ -31,8 +31,8 @@ def test_better_is_less_loss_and_more_exact_match_and_not_equal() -> None:
     assert better("exact_match", match, {"exact_match": {"exact_match": 0.4}}, 9) is None
     assert better("exact_match", None, {"validation": {"loss": 1.0}}, 9) is None
     assert better(None, None, {"validation": {"loss": 1.0}}, 9) is None
-    assert from_state({"best": match.to_state()}, "exact_match") == match
-    assert from_state({"best": match.to_state()}, "validation_loss") is None and from_state({}, "exact_match") is None
+    assert stored_best({"best": asdict(match)}, "exact_match") == match
+    assert stored_best({"best": asdict(match)}, "validation_loss") is None and stored_best({}, "exact_match") is None
 
 
 def scripted(losses: dict[int, float]) -> Any:

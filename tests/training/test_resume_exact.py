@@ -27,7 +27,7 @@ Train = Callable[..., Any]
 SERVER = """
 import json, os, signal, sys
 import matplotlib.pyplot, torch._dynamo, unmask.assemble, unmask.data.chat, unmask.data.loader
-import unmask.training.loop, unmask.training.resume, unmask.training.saver
+import unmask.training.loop, unmask.training.run, unmask.training.saver
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmask.cli import main
 from unmask.training import checkpoint

@@ -1,7 +1,9 @@
-"""Networks of planned models: with a checkpoint's weights, with fresh ones, or with none yet."""
+"""Networks of planned models: loaded, drawn afresh or empty; and written as plain Hugging Face folders."""
 
 from __future__ import annotations
 
+import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
 from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_folder, resolve
-from unmask.models.weights import load_weights
+from unmask.models.weights import load_weights, passthrough_tensors, save_weights
+
+# Files that go with every copy of a model: generation defaults, and how images are prepared for its vision part.
+_BESIDE = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 def empty_network(family: Family, config: Any) -> nn.Module:
@@ -77,3 +82,29 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> None:
     from unmask.models.lora.attach import load_adapter
 
     load_adapter(model, folder)
+
+
+def merged_model(plan: ModelPlan, adapter: str, dtype: str | None) -> nn.Module:
+    """Load a model and merge the adapter of a folder into its weights, summed in fp32 and rounded once to `dtype`."""
+    from unmask.models.lora.attach import merge_adapter
+
+    model, wanted = build_model(plan, None), None if dtype is None else getattr(torch, dtype)
+    apply_adapter(model, adapter)
+    merge_adapter(model, wanted)
+    return model if wanted is None else model.to(wanted)
+
+
+def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
+    """Write the weights, what a checkpoint passes through beside them, and `write_config`'s files."""
+    passthrough = passthrough_tensors(plan.folder, plan.family.files)
+    save_weights(chain(model.state_dict().items(), passthrough), folder)
+    write_config(plan, str(next(model.parameters()).dtype).removeprefix("torch."), folder)
+
+
+def write_config(plan: ModelPlan, dtype: str, folder: Path) -> None:
+    """Write config.json as it was read, with the dtype of the weights in it, and the files that go with it."""
+    values = {key: value for key, value in plan.config_json.items() if key != "dtype"} | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for name in _BESIDE:
+        if plan.folder is not None and (plan.folder / name).is_file():
+            (folder / name).write_bytes((plan.folder / name).read_bytes())

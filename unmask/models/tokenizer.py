@@ -1,11 +1,13 @@
-"""A checkpoint's tokenizer, loaded without running code that came with it. No torch until it is."""
+"""Tokenizers: a checkpoint's, loaded without running its code, or one trained from scratch. No torch until then."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unmask.errors import ModelError
+from unmask.models.family import ControlTokens
 from unmask.models.folders import find_adapter, find_folder, read_json
 from unmask.models.registry import register_configs
 
@@ -59,3 +61,37 @@ def tokenizer_folder(checkpoint: str, adapter: str | None, where: str = "--check
         if any((folder / file).is_file() for file in FILES):
             return folder
     return find_tokenizer(checkpoint, where)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, controls: ControlTokens) -> PreTrainedTokenizerBase:
+    """Train byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) with a family's control tokens, for fresh models.
+
+    Digits stay single tokens, so that arithmetic is done on digits and not on arbitrary chunks of numbers.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: most ids, control tokens and the 256 bytes included; fewer when the texts give fewer merges.
+        controls: the family's; they have the first ids.
+
+    Raises:
+        ModelError: a vocabulary too small for the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    least = 256 + len(controls.tokens)
+    if vocab_size < least:
+        raise ModelError(f"vocab_size: {vocab_size} is below the {least} of bytes and control tokens; raise it")
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(controls.tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **controls.roles)

@@ -1,4 +1,4 @@
-"""Rows of unequal length as one rectangular tensor, padded on the right. Shapes: B rows, L columns."""
+"""Rows of unequal length as one tensor, padded on the right. Shapes: B rows, L columns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,3 +24,10 @@ def padded(rows: Sequence[Any], fill: int | bool = 0, width: int | None = None) 
         values_BL[index, : len(row)] = torch.as_tensor(row)
         present_BL[index, : len(row)] = True
     return values_BL, present_BL
+
+
+def concat_padded(parts: Sequence[Tensor], value: float = 0, dim: int = 1) -> Tensor:
+    """Return the rows of several tensors one behind the other, the shorter padded with `value` along `dim`, not 0."""
+    longest = max(part.shape[dim] for part in parts)
+    behind = [0, 0] * (parts[0].dim() - dim - 1)  # F.pad counts dimensions from the last
+    return torch.cat([F.pad(part, (*behind, 0, longest - part.shape[dim]), value=value) for part in parts])

@@ -3,11 +3,15 @@
 `step_N/` is a Hugging Face folder (the model as it is at step N) with the optimizer's moments, the data position and
 the run's configuration beside the weights. `manifest.json` is written last and lists every file's size and CRC-32.
 What is in the other files is `saver`'s and `network`'s business.
+
+state.json also tells the best evaluation up to its step, so that a resumed run goes on comparing with it, and a killed
+one has lost nothing: the link `best` is put where the state says.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import CheckpointError
-from unmask.training import best
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"  # links to checkpoints
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP = re.compile(r"step_(\d+)")
@@ -88,7 +91,7 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
     _point_latest(root, final.name)
     best_step = (json.loads((final / STATE).read_text(encoding="utf-8")).get("best") or {}).get("step")
     if best_step == step:
-        point(root, best.LINK, final.name)
+        point(root, BEST, final.name)
     _to_disk(root)  # the names too, before `prune` may remove older checkpoints
     return final
 
@@ -109,10 +112,10 @@ def prune(root: Path, keep: int | None, saved: Path) -> None:
     """
     for leftover in root.glob(".step_*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for name in (LATEST, best.LINK):
+    for name in (LATEST, BEST):
         for link in root.glob(f".{name}.*"):
             link.unlink(missing_ok=True)
-    newest_first, best_folder = checkpoints(root), (root / best.LINK).resolve()
+    newest_first, best_folder = checkpoints(root), (root / BEST).resolve()
     for folder in [] if keep is None else newest_first[newest_first.index(saved) + keep :]:
         if folder.resolve() == best_folder:
             continue
@@ -233,3 +236,51 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that compares checkpoints: its event and field in metrics.jsonl, and whether larger is better."""
+
+    event: str
+    field: str
+    larger: bool
+
+
+# checkpoint.best_metric → where it is reported; its keys are those of `unmask.config.results.METRICS`.
+METRICS: dict[str, Metric] = {
+    "validation_loss": Metric("validation", "loss", larger=False),
+    "exact_match": Metric("exact_match", "exact_match", larger=True),
+}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: its number by a key of METRICS, and the step whose checkpoint it is."""
+
+    metric: str
+    value: float
+    step: int
+
+
+def better(metric: str | None, best: Best | None, measured: Mapping[str, Mapping[str, Any]], step: int) -> Best | None:
+    """Return this step's evaluation if it beats the best so far; None when it does not, or measured something else.
+
+    Equal is not better. The model before the first step is no candidate: it has no checkpoint. `measured` has the
+    fields of each event by its name.
+    """
+    if metric is None or step == 0:
+        return None
+    known = METRICS[metric]
+    value = measured.get(known.event, {}).get(known.field)
+    if value is None or not math.isfinite(value):
+        return None
+    if best is not None and (value <= best.value if known.larger else value >= best.value):
+        return None
+    return Best(metric, float(value), step)
+
+
+def stored_best(state: Mapping[str, Any], metric: str | None) -> Best | None:
+    """Return the best evaluation that a checkpoint's state tells of; None where it compared by another metric."""
+    best = state.get("best")
+    return Best(**best) if best and best["metric"] == metric else None

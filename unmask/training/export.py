@@ -50,9 +50,10 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             f"--output: {output} cannot be written ({error.strerror}); choose another place"
         ) from None
     try:
-        from unmask.training.model_files import merged_model, save_model  # torch, now that nothing is refused
+        from unmask.models.loading import build_model, merged_model, save_model  # torch, as nothing is refused now
 
-        save_model(merged_model(plan, adapter, dtype), plan, temporary)
+        model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
+        save_model(model, plan, temporary)
         warnings = [f"--adapter: {other_base}"] if other_base else []
         warnings += [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
         if output.exists():

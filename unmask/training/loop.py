@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -24,10 +24,9 @@ from unmask.config.training import LRSchedulerConfig
 from unmask.distributed.ranks import Ranks
 from unmask.errors import DataError, TrainingError
 from unmask.rng import key
-from unmask.training.best import Best, better
+from unmask.training.checkpoint import Best, better
 from unmask.training.optim import set_learning_rate
-from unmask.training.resume import ResumePoint
-from unmask.training.run import TrainingOutcome, TrainingRun, Validator
+from unmask.training.run import ResumePoint, TrainingOutcome, TrainingRun, Validator
 from unmask.training.step import StepResult, train_step
 
 
@@ -166,7 +165,7 @@ def _record(run: TrainingRun, step: int, rate: float, result: StepResult, second
 def _save(run: TrainingRun, step: int, best: Best | None, last: bool) -> None:
     if run.checkpoint.enabled:
         state = {"loader": run.loader.state_dict(), "identity": dict(run.identity)}
-        run.saver.save(step, {**state, "best": None if best is None else best.to_state()}, last)
+        run.saver.save(step, {**state, "best": None if best is None else asdict(best)}, last)
 
 
 def _tell_saved(run: TrainingRun) -> None:

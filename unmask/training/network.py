@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,8 @@ from unmask.distributed.shard import piece, pieces, shard_model, whole_view
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.experts import freeze_routers
 from unmask.models.folders import stored_tensors
-from unmask.models.loading import build_model, draw_weights, empty_network
-from unmask.models.lora.files import adapter_state, is_trained, read_adapter
+from unmask.models.loading import build_model, draw_weights, empty_network, write_config
+from unmask.models.lora.files import adapter_state, is_trained, read_adapter, write_adapter_config
 from unmask.models.registry import ModelPlan
 from unmask.models.weights import Piece, base_tensors, fill
 from unmask.rng import key
@@ -206,3 +208,24 @@ def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]
             place = torch.zeros((), dtype=torch.float32, device=parameter.device)
         network.optimizer.state[parameter][moment] = place
         yield entry, piece(place, network.meshes)
+
+
+def files_beside(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
+    """Return the content of the files that belong to each checkpoint of a run beside tensors, by their paths in it.
+
+    Args:
+        network: the run's.
+        tokenizer: saved with `template`, Jinja source of the chat template, so that inference prompts as training did.
+        run_config: YAML of the run.
+    """
+    with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
+        folder = Path(name)
+        if network.adapter is not None:
+            write_adapter_config(network.adapter, network.adapter_config, folder)
+        else:
+            write_config(network.plan, network.dtype, folder)
+        saved = copy.copy(tokenizer)
+        saved.chat_template = template
+        saved.save_pretrained(folder)
+        (folder / "config.yaml").write_text(run_config, encoding="utf-8")
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""One assembled training run: everything that the loop needs, and how the run ended."""
+"""One training run: everything that the loop needs, where it goes on after an earlier stop, and how it ended."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from unmask.batch import Batch
 from unmask.config.results import CheckpointConfig
 from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
+from unmask.distributed.ranks import ALONE, Ranks, from_first
 from unmask.distributed.runtime import Runtime
 from unmask.objectives.registry import Objective
-from unmask.report.metrics import MetricsLog, SilentLog
+from unmask.report.metrics import MetricsLog, SilentLog, cut_after
 from unmask.report.progress import TrainingProgress
 from unmask.rng import NoiseStream
-from unmask.training.best import Best
+from unmask.training.checkpoint import BEST, Best, find_checkpoint, point, stored_best
 from unmask.training.saver import Saver
 
 
@@ -120,3 +121,73 @@ class TrainingOutcome:
     reason: str
     checkpoint: Path | None
     best: Best | None = None
+
+
+@dataclass(frozen=True)
+class ResumeParts:
+    """The parts of a run that a checkpoint restores, and the logs that are cut to match.
+
+    Attributes:
+        restore: puts model and optimizer back from a checkpoint's folder; with several ranks all call it.
+        logs: files of events: metrics.jsonl and samples.jsonl.
+        ranks: rank 0 looks for the checkpoint and checks it, and cuts the logs.
+    """
+
+    loader: Loader
+    restore: Callable[[Path], None]
+    logs: tuple[Path, ...]
+    ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on.
+
+    Attributes:
+        step: steps already made.
+        folder: the checkpoint that they came from; None for a new run.
+        refused: newer checkpoints that could not be used.
+        notes: what else a person should know.
+    """
+
+    step: int
+    folder: Path | None
+    refused: tuple[str, ...]
+    best: Best | None = None
+    notes: tuple[str, ...] = ()
+
+
+def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], parts: ResumeParts) -> ResumePoint:
+    """Put a run back to its newest usable checkpoint, if it has one.
+
+    Model, optimizer and data position are restored; the noise needs no state, being keyed by (seed, epoch, sample).
+    Events of steps after the checkpoint are cut from the log.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none that can be used.
+    """
+    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity) if section.enabled else None)
+    if newest is None:
+        _cut(parts, -1)
+        return ResumePoint(0, None, ())
+    parts.restore(newest.folder)
+    parts.loader.load_state_dict(newest.state["loader"])
+    _cut(parts, newest.state["step"])
+    best, notes = from_first(parts.ranks, lambda: _restore_best(root, stored_best(newest.state, section.best_metric)))
+    return ResumePoint(newest.state["step"], newest.folder, newest.refused, best, notes)
+
+
+def _cut(parts: ResumeParts, step: int) -> None:
+    for log in parts.logs if parts.ranks.first else ():
+        cut_after(log, step)
+
+
+def _restore_best(root: Path, best: Best | None) -> tuple[Best | None, tuple[str, ...]]:
+    """Put the link `best` where the checkpoint's state says; forget an evaluation whose checkpoint is gone."""
+    if best is None:
+        return None, ()
+    name = f"step_{best.step}"
+    if not (root / name).is_dir():
+        return None, (f"{root / name}, the best by {best.metric}, is gone; the next evaluation is the best anew",)
+    point(root, BEST, name)
+    return best, ()

@@ -90,7 +90,7 @@ class Saver:
         network: what is saved; with an adapter, the adapter alone.
         ranks: all of them.
         beside: content of each checkpoint's files beside tensors, by their paths in it, on rank 0
-            (`model_files.files_beside`).
+            (`network.files_beside`).
         newest: the checkpoint that the run goes on from; from then on the newest that is complete.
     """
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.ops.ragged import concat_padded, pad_rows
+from unmask.ops.padding import concat_padded, padded
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import replays_for
 from unmask.sampling.backends.window import KeyValueStore, Window, forward_window, spans
@@ -44,7 +44,7 @@ class Prompts:
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]]) -> Prompts:
         """Return prompts of any lengths, none included."""
-        return cls(pad_rows(prompts), tuple(map(len, prompts)))
+        return cls(padded(prompts)[0], tuple(map(len, prompts)))
 
     def select(self, keep_B: Tensor) -> Prompts:
         """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are then padding in all."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import append, concat, select, truncate
 from unmask.models.experts import Experts, grouped_kernel
-from unmask.ops.ragged import pad_rows
+from unmask.ops.padding import padded
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Replays, replays_for
 from unmask.sampling.settings import SamplerSettings
@@ -161,7 +161,7 @@ class CanvasBackend:
         return replace(context, encoded=encoded, ids=_joined(context.ids, more))
 
     def _encode(self, rows: Sequence[Sequence[int]]) -> Any:
-        return truncate(self.model.encode(pad_rows(rows).to(self.device)), [len(row) for row in rows])
+        return truncate(self.model.encode(padded(rows)[0].to(self.device)), [len(row) for row in rows])
 
 
 def _joined(ids: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.ops.ragged import concat_padded
+from unmask.ops.padding import concat_padded
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SamplingError
-from unmask.ops.ragged import concat_padded
+from unmask.ops.padding import concat_padded
 from unmask.sampling.settings import SamplerSettings
 
 # What a padding column holds of each field: a token 0 that is given, in no block.
