@@ -202,7 +202,9 @@ def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _measure_loss(prepared: Prepared, validation: ValidationSet, runtime: Runtime) -> Measure:
-    section = dataclasses.replace(prepared.config.dllm, time_sampling="stratified")
+    section = prepared.config.dllm
+    if section.time_sampling is not None:  # None where the objective draws no levels
+        section = dataclasses.replace(section, time_sampling="stratified")
     objective = build_objective(section, prepared.plan.config)
     noisy = fixed_noise(objective, validation.batches, prepared.config.seed, runtime.ranks)
     return lambda model: validation_losses(model, objective, noisy, runtime)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import typing
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unmask.config.sampler import RULE_SCORES, Remasking
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.engine import draws, rules
@@ -176,3 +178,10 @@ def test_positions_are_accepted_by_rising_entropy_while_those_before_are_within_
     )
     assert found[0].nonzero()[:, 0].tolist() == sorted(expected)
     assert bool(found.any()) == any(is_active)
+
+
+def test_every_rule_and_score_can_be_asked_for() -> None:
+    """A setting that named no rule, or a score without a name, would be taken and ignored."""
+    assert {"quota", *RULE_SCORES} == set(rules.RULES)
+    assert set(typing.get_args(Remasking)) == set(rules.SCORES)
+    assert all(set(scores) <= set(rules.SCORES) for scores in RULE_SCORES.values())

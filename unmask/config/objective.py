@@ -85,7 +85,7 @@ class DllmConfig:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        if self.eps is None or not 0 < self.eps < 1:
+        if self.eps is not None and not 0 < self.eps < 1:
             raise FieldError("eps", f"must lie between 0 and 1, got {self.eps}")
         if self.mask_token_id is not None and self.mask_token_id < 0:
             raise FieldError("mask_token_id", f"must not be negative, got {self.mask_token_id}")

@@ -16,15 +16,16 @@ Revise = Literal["none", "remask", "edit", "redraw"]
 Preset = Literal["reference", "balanced", "fast"]
 
 # Scores in [0, 1], which a threshold or factor can be compared with.
-PROBABILITIES = ("low_confidence", "margin")
+PROBABILITIES: tuple[Remasking, ...] = ("low_confidence", "margin")
+# Setting that names a rule, of which each excludes the others → the scores that the rule can compare; () = any.
+RULE_SCORES: dict[str, tuple[Remasking, ...]] = {
+    "threshold": PROBABILITIES,
+    "factor": PROBABILITIES,
+    "entropy_bound": ("entropy",),
+}
 
-# name → least value
-_COUNTS = {"steps": 1, "max_new_tokens": 1, "block_size": 1, "stability_threshold": 0, "refresh_interval": 1}
-_NUMBERS = (
-    "temperature", "cfg_scale", "threshold", "factor", "entropy_bound", "t_min", "t_max", "confidence_threshold",
-    "revise_threshold",
-)  # fmt: skip
-_ABOVE_ZERO = ("t_max",)
+_LEAST = {"stability_threshold": 0}  # of an integer, where it is not 1
+_ABOVE_ZERO = ("t_max",)  # numbers that may not be 0
 _CHOICES = {"remasking": Remasking, "eos": Eos, "cache": Cache, "revise": Revise, "preset": Preset}
 
 
@@ -90,20 +91,22 @@ low_confidence or margin, or leave threshold out
 
     def __post_init__(self) -> None:
         given = self.given
-        for name in given.keys() & _COUNTS:
-            value, least = given[name], _COUNTS[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SamplingError(f"{name}: must be an integer of at least {least}, got {value!r}")
-        for name in given.keys() & set(_NUMBERS):
-            value, bound = given[name], "above 0" if name in _ABOVE_ZERO else "of at least 0"
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise SamplingError(f"{name}: must be a number {bound}, got {value!r}")
-            if not math.isfinite(value) or value < 0 or (value == 0 and name in _ABOVE_ZERO):
-                raise SamplingError(f"{name}: must be a finite number {bound}, got {value!r}")
+        types = {field.name: field.type for field in dataclasses.fields(self)}  # texts, such as "int | None"
+        for name, value in given.items():
+            if types[name] == "int | None":
+                least = _LEAST.get(name, 1)
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise SamplingError(f"{name}: must be an integer of at least {least}, got {value!r}")
+            elif types[name] == "float | None":
+                bound = "above 0" if name in _ABOVE_ZERO else "of at least 0"
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise SamplingError(f"{name}: must be a number {bound}, got {value!r}")
+                if not math.isfinite(value) or value < 0 or (value == 0 and name in _ABOVE_ZERO):
+                    raise SamplingError(f"{name}: must be a finite number {bound}, got {value!r}")
         for name, choices in _CHOICES.items():
             if name in given and given[name] not in get_args(choices):
                 raise SamplingError(f"{name}: {choice_problem(given[name], get_args(choices))}")
-        check_rule(self.remasking, self.threshold, self.factor, self.entropy_bound)
+        check_rule(self)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -111,19 +114,19 @@ low_confidence or margin, or leave threshold out
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def check_rule(
-    remasking: Remasking | None, threshold: float | None, factor: float | None, entropy_bound: float | None
-) -> None:
-    """Refuse two rules at once, and a rule that cannot compare the scores; None as the score fits every rule."""
-    rules = {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
-    given = {name: value for name, value in rules.items() if value is not None}
+def check_rule(settings: Any) -> None:
+    """Refuse two rules at once, and a rule that cannot compare the scores; None as the score fits every rule.
+
+    `settings` has `remasking` and the settings of `RULE_SCORES`; None = not set.
+    """
+    given = {name: value for name in RULE_SCORES if (value := getattr(settings, name)) is not None}
     if len(given) > 1:
         one, other = list(given)[:2]
         raise SamplingError(f"{one}: cannot be set together with {other}, since each is a rule; leave one out")
     for name, value in given.items():
-        fitting = ("entropy",) if name == "entropy_bound" else PROBABILITIES
-        if remasking is not None and remasking not in fitting:
+        fitting = RULE_SCORES[name]
+        if fitting and settings.remasking is not None and settings.remasking not in fitting:
             raise SamplingError(
-                f"remasking: {remasking} scores cannot be compared with {name} {value}; use {' or '.join(fitting)}, or "
-                f"leave {name} out"
+                f"remasking: {settings.remasking} scores cannot be compared with {name} {value}; use "
+                f"{' or '.join(fitting)}, or leave {name} out"
             )

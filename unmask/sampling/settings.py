@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from unmask.config.sampler import PROBABILITIES, Cache, Eos, Remasking, Revise, SamplerConfig, check_rule
+from unmask.config.sampler import PROBABILITIES, RULE_SCORES, Cache, Eos, Remasking, Revise, SamplerConfig, check_rule
 from unmask.errors import ModelError, SamplingError
 from unmask.models.family import Attention, Family, Noise
 from unmask.models.registry import FAMILIES, family_of
 
 SETTINGS = tuple(field.name for field in fields(SamplerConfig) if field.name != "preset")
-# Settings of which each names a rule, and one excludes the others.
-RULE_SETTINGS = ("threshold", "factor", "entropy_bound")
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class SamplerSettings:
                 raise SamplingError(
                     f"{name}: {self.family}'s sampler has no such setting; leave it out (it has {', '.join(names)})"
                 )
-        check_rule(self.remasking, self.threshold, self.factor, self.entropy_bound)
+        check_rule(self)
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise SamplingError(f"t_min: {self.t_min} is above t_max {self.t_max}; the temperature falls from t_max")
         for name, choices in self._scheme.choices.items():
@@ -128,7 +126,7 @@ class SamplerSettings:
     @property
     def rule(self) -> str:
         """Name of the rule that says which positions take their token, a key of `rules.RULES`."""
-        return next((name for name in RULE_SETTINGS if getattr(self, name) is not None), "quota")
+        return next((name for name in RULE_SCORES if getattr(self, name) is not None), "quota")
 
     @property
     def length(self) -> int:
@@ -276,9 +274,9 @@ def _preset_settings(family: Family, preset: str | None, given: Mapping[str, Any
     beside it, it would contradict it or mean nothing. A score that is a probability keeps the preset's rule.
     """
     values = {} if preset is None else dict(family.sampler.presets[preset])
-    replaced = any(name in given for name in (*RULE_SETTINGS, "steps"))
+    replaced = any(name in given for name in (*RULE_SCORES, "steps"))
     if replaced or given.get("remasking", PROBABILITIES[0]) not in PROBABILITIES:
-        values = {name: value for name, value in values.items() if name not in RULE_SETTINGS}
+        values = {name: value for name, value in values.items() if name not in RULE_SCORES}
     return {name: value for name, value in values.items() if name not in given}
 
 
