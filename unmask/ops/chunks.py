@@ -1,4 +1,4 @@
-"""Logits of many positions a chunk of rows at a time, so that those of all never exist; for the loss and other uses.
+"""Logits and their products by parts: chunks of rows, some columns, what a CPU's cache holds.
 
 Shapes: N positions, R rows of a chunk, D width, V vocabulary rows.
 """
