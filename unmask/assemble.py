@@ -19,8 +19,7 @@ from unmask.data.batches import ValidationSet, validation_set
 from unmask.data.encode import RowEncoder
 from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
 from unmask.evaluation.tasks import questions_of
-from unmask.evaluation.validation_answers import SAMPLES, answer_validator
-from unmask.evaluation.validation_loss import fixed_noise, validation_losses
+from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
 from unmask.parts import Parts, build_parts
 from unmask.prepare import Prepared

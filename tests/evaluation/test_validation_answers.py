@@ -112,7 +112,10 @@ def test_the_share_is_what_the_scorer_says(answered: Any, tiny, tiny_base: Path)
         ({"validation__sampler": {"steps": 0}}, "validation.sampler: steps: must be an integer of at least 1"),
         ({"validation__generate_every": 5}, "validation.generate_every: unknown key (did you mean"),
         ({"validation__sampler": {"entropy_bound": 0.1, "t_min": 0.5}}, "validation.sampler: t_min: LLaDA"),
-        ({"validation__sampler": {"max_new_tokens": 90, "steps": 4}}, "only 6 fit the model's max_sequence_length 96"),
+        (
+            {"validation__sampler": {"max_new_tokens": 90, "steps": 4}},
+            "make 124, over the model's max_sequence_length 96",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_first_step(tiny, train_tiny, tmp_path, changes: dict, message: str):

@@ -15,7 +15,7 @@ from unmask.data.batches import validation_set
 from unmask.data.encode import RowEncoder
 from unmask.distributed.ranks import Ranks
 from unmask.distributed.runtime import Runtime
-from unmask.evaluation.validation_loss import FixedBatch, fixed_noise, validation_losses
+from unmask.evaluation.validation import FixedBatch, fixed_noise, validation_losses
 from unmask.models.diffusion_gemma.config import parse_config as parse_gemma
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import build_model

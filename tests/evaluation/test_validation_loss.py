@@ -13,7 +13,7 @@ from unmask.config import config_from_mapping
 from unmask.data.batches import validation_set
 from unmask.data.encode import RowEncoder
 from unmask.distributed.runtime import Runtime
-from unmask.evaluation.validation_loss import fixed_noise, validation_losses
+from unmask.evaluation.validation import fixed_noise, validation_losses
 from unmask.models.loading import build_model
 from unmask.objectives.mdlm import MDLM
 from unmask.parts import build_parts

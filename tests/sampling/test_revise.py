@@ -12,8 +12,7 @@ from torch import Tensor
 
 from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
-from unmask.sampling.engine.revise import REVISERS
-from unmask.sampling.engine.rules import RULES, SCORES
+from unmask.sampling.engine.rules import REVISERS, RULES, SCORES
 from unmask.sampling.engine.state import Template
 from unmask.sampling.infill import _log_probabilities
 from unmask.sampling.settings import settings_of

@@ -91,14 +91,7 @@ def _hint(plan: JobPlan, asked: Asked) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be answered; the lists have an entry a prompt.
-
-    Attributes:
-        prompts, labels: as they were given, and what messages call them.
-        encoded: the tokens, or the text with blanks.
-        rows: a text that is equal where the same is asked.
-        titles: what to print above the answer.
-    """
+    """What is to be answered; the lists have an entry a prompt. Two `rows` are equal where the same is asked."""
 
     plan: JobPlan
     asked: Asked
@@ -115,12 +108,10 @@ class _Job:
         return {**settings.values, "approximations": list(settings.approximations)}
 
     def identity(self, dtype: str | None) -> dict[str, Any]:
-        """Return what decides the answers beside the prompts."""
         asked = {name: getattr(self.asked, name) for name in ("infill", "raw", "seed")}
         return {**self.plan.fingerprint(), "dtype": dtype, **asked, "sampler": self.settings}
 
     def record(self, row: int, answered: Generation | Infill) -> Record:
-        """Return what is kept of an answer."""
         return record_of(self.prompts[row], answered, self.settings, self.asked.seed)
 
 
@@ -188,11 +179,9 @@ def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Call
 
 
 class Printer:
-    """Prints answers in the order of their prompts, each as soon as all before it are printed.
+    """Prints answers in the order of their prompts, each as soon as all before it are printed, or at `close` (`wait`).
 
-    Args:
-        titles: what to print above each answer; above a single one nothing.
-        wait: print nothing before `close`.
+    A title stands above each, where there are several.
     """
 
     def __init__(self, titles: Sequence[str], wait: bool) -> None:
@@ -224,10 +213,7 @@ class Printer:
 class AnswerFile:
     """The output of one job; all ranks that share it make one.
 
-    Args:
-        path: where the records go.
-        rows: a text for each record, in their order, equal where the tokens asked for are.
-        identity: what decides the answers beside the rows.
+    `rows` and `identity` are those of the job.
 
     Raises:
         ConfigError: `FILE.part` is of another job.

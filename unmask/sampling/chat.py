@@ -68,11 +68,9 @@ class Conversation:
         return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": content, **thought}))
 
     def fit(self, count: Callable[[Sequence[Turn]], int], room: int) -> Conversation:
-        """Return the conversation with as many of the oldest exchanges forgotten as it takes to fit.
+        """Return the conversation, asked by its last turn, with the oldest exchanges forgotten until it fits.
 
-        Args:
-            count: the prompt's tokens of some turns; the last turn is the user's.
-            room: tokens that a prompt may have.
+        `count` gives the tokens of some turns' prompt, of which there is `room` for so many.
 
         Raises:
             SamplingError: the last turn does not fit even alone; names the lengths and the remedy.
@@ -99,7 +97,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: how it is spelt, with what it takes; what it does; and the function that does it."""
+    """One command: how it is spelt, with what it takes; its line of `/help`; and the function that does it."""
 
     usage: str
     help: str
@@ -221,12 +219,7 @@ def converse(
     dtype: str | None,
     device: str,
 ) -> int:
-    """Talk with a checkpoint at the terminal, or through a pipe; return the exit status.
-
-    Args:
-        sampler, seed: of the first answer.
-        system: a turn before the conversation.
-        template: name or file of a chat template; None = the tokenizer's own.
+    """Talk with a checkpoint at the terminal, or through a pipe; return the exit status. Arguments as the flags.
 
     Raises:
         SamplingError: no room for a question, no template that renders a conversation; through a pipe any mistake.
@@ -269,10 +262,7 @@ def _template(plan: JobPlan, name: str | None, conversation: Conversation) -> Ch
 class Talk:
     """A conversation between standard input and a model.
 
-    Attributes:
-        loaded, template: what answers, and how turns become its tokens.
-        console: where answers go.
-        interactive: whether someone types: then answers are drawn as they come and mistakes are only reported.
+    Where it is `interactive`, someone types: answers are drawn as they come, and mistakes are only reported.
     """
 
     loaded: LoadedModel
@@ -341,7 +331,6 @@ class Talk:
             return answer(loaded, [prompt_ids], ["this turn"], conversation.seed, on_event=draw)[0]
 
     def _lines(self) -> Iterator[str]:
-        """Yield lines of the input without their ends."""
         if not self.interactive:
             for number, raw in enumerate(sys.stdin.buffer, start=1):
                 try:

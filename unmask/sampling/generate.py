@@ -46,7 +46,7 @@ class Generation:
     """One answer.
 
     Attributes:
-        token_ids: the answer without the prompt, up to and without the first stop token, at most `max_new_tokens`.
+        token_ids: the answer up to and without the first stop token, at most `max_new_tokens`.
         text: `token_ids` decoded without special tokens and without reasoning; None without a tokenizer.
         finish_reason: "eos" when a stop token ended it, otherwise "length".
         prompt_ids: the tokens that it answers.
@@ -153,30 +153,8 @@ def stream(
 ) -> Generator[StepEvent]:
     """Sample an answer to each prompt and yield what each network call committed, as `generate` gives to `on_event`.
 
-    The model is in eval mode until the iterator is used up or closed.
-
-    Args:
-        model, prompts, tokenizer, sampler, seed, raw, batch_size: as in `generate`.
-
-    Raises:
-        SamplingError: as in `generate`; what is wrong with the arguments at once, before the first event.
-
-    Example:
-        >>> import torch, unmask
-        >>> from unmask.models.llada.config import LLaDAConfig
-        >>> from unmask.models.llada.model import LLaDA, initialise
-        >>> model = LLaDA(LLaDAConfig(
-        ...     d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, vocab_size=32, embedding_size=32,
-        ...     mask_token_id=31, eos_token_id=30, pad_token_id=30,
-        ... ))
-        >>> initialise(model, torch.Generator().manual_seed(0))
-        >>> sampler = unmask.SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
-        >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
-        ...     print(int(event.nfe_B[0]), "calls,", int(event.masked_BC[0].sum()), "masked")
-        1 calls, 6 masked
-        2 calls, 4 masked
-        3 calls, 2 masked
-        4 calls, 0 masked
+    Arguments and errors as in `generate`; what is wrong with the arguments is said at once, before the first event.
+    The model is in eval mode until the iterator is used up or closed. `StepEvent` has an example.
     """
     loaded = as_loaded(model, tokenizer, sampler)
     encoded, labels = encode_for(loaded, prompts, raw)
@@ -186,7 +164,7 @@ def stream(
 def encode_for(
     loaded: LoadedModel, prompts: Any, raw: bool = False, labels: Sequence[str] | None = None
 ) -> tuple[list[list[int]], Sequence[str]]:
-    """Return prompts as tokens that fit the model, and what messages call each; arguments and errors as `generate`."""
+    """Return prompts as tokens that fit the model, and their labels; arguments and errors as in `generate`."""
     items = as_list(prompts)
     called = labels_of(len(items), "prompt", labels)
     encoded = encode_prompts(items, loaded.tokenizer, raw, loaded.mask_id, called)
@@ -210,9 +188,7 @@ def rows_of(
 ) -> Iterator[tuple[StepEvent, int, float]]:
     """Yield each row of each call: the event, the row in it, and its seconds since before its first call.
 
-    Args:
-        blanks: whether requests fill blanks: tokens that end an answer are never written, and confidences are at
-            temperature 1.
+    Into `blanks` tokens that end an answer are never written, and their confidences are at temperature 1.
     """
     now, joined = time.perf_counter(), dict[int, float]()
     for event in _events(loaded, requests, labels, checked_batch_size(batch_size), blanks):

@@ -73,18 +73,13 @@ def infill(
     to the canvas's end. What does not fit goes into further canvases, which the blank does not see; behind the text a
     canvas is filled with end of text, as in training.
 
+    Arguments and errors as in `generate`, but for these.
+
     Args:
-        model: from `unmask.load_model`; put into eval mode for the time of the call.
         texts: a text or a list of texts. A text is plain (with the tokenizer's start of text, if it puts one), or a
             chat, a list of {"role", "content"} whose last message is the assistant's and has the blanks.
-        tokenizer: the model's.
-        sampler: settings; lengths and end of text are the blanks', so `max_new_tokens` and `eos` are not taken.
-        seed: with equal seed and text the fills are the same; a text given twice draws other numbers the second time.
+        sampler: lengths and end of text are the blanks', so `max_new_tokens` and `eos` are not taken.
         raw: control tokens that a plain text spells are tokens, and nothing is put before it.
-        batch_size: rows denoised together, at least 1; None = 16.
-        on_event: called after each network call.
-        on_answer: called with a text's number and its `Infill` as soon as it is there.
-        labels: what messages call each text; None = `text NUMBER`, from 0.
 
     Returns:
         an `Infill` for each text, in their order; a list of one for a single text.

@@ -1,7 +1,7 @@
 """The denoising loop: every answer begins as noise and is committed block by block, from left to right.
 
 One loop serves every model and every setting: the backend computes logits, the kind of noise (`noise`) says what they
-mean, a rule (`rules`) which positions take their sample and a way to revise (`revise`) what becomes of the others;
+mean, `rules` which positions take their sample and what becomes of the others;
 each network call ends in a `StepEvent`, from which views draw and results are read.
 
 Shapes: B rows, C answer columns, M scored positions, V vocabulary rows, D width.
@@ -21,8 +21,7 @@ from unmask.errors import SamplingError
 from unmask.sampling.backends.backend import Backend, Call
 from unmask.sampling.engine.draws import Draws, KeyedDraws
 from unmask.sampling.engine.noise import PROCESSES, Predictions, Process
-from unmask.sampling.engine.revise import REVISERS, Proposal, Revision
-from unmask.sampling.engine.rules import RULES
+from unmask.sampling.engine.rules import REVISERS, RULES, Proposal, Revision
 from unmask.sampling.engine.state import Request, State, Tokens, starting_state
 from unmask.sampling.settings import SamplerSettings
 

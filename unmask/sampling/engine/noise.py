@@ -1,7 +1,7 @@
 """The kinds of noise: what stands at masked positions, and what logits mean there.
 
-Both serve the one loop: `begin` writes the noise of a block, `predict` says what logits mean; then a rule of `rules.py`
-picks the positions that take their sample, and a way of `revise.py` makes the next answer of it.
+Both serve the one loop: `begin` writes the noise of a block, `predict` says what logits mean; then `rules.py` picks the
+positions that take their sample and makes the next answer of it.
 
 Shapes: B rows, C answer columns, M scored positions, V vocabulary rows, D width, K calls of a block.
 """
@@ -19,8 +19,7 @@ from torch import Tensor
 from unmask.ops.categorical import block_sums
 from unmask.ops.chunks import cached_rows
 from unmask.sampling.engine.draws import Draws
-from unmask.sampling.engine.revise import REVISERS
-from unmask.sampling.engine.rules import SCORES, ScoreInputs, argmax, ban_, logit, sample
+from unmask.sampling.engine.rules import REVISERS, SCORES, ScoreInputs, argmax, ban_, logit, sample
 from unmask.sampling.engine.state import Positions, State, Tokens
 from unmask.sampling.settings import SamplerSettings
 
