@@ -154,7 +154,24 @@ def stream(
     """Sample an answer to each prompt and yield what each network call committed, as `generate` gives to `on_event`.
 
     Arguments and errors as in `generate`; what is wrong with the arguments is said at once, before the first event.
-    The model is in eval mode until the iterator is used up or closed. `StepEvent` has an example.
+    The model is in eval mode until the iterator is used up or closed.
+
+    Example:
+        >>> import torch, unmask
+        >>> from unmask.models.llada.config import LLaDAConfig
+        >>> from unmask.models.llada.model import LLaDA, initialise
+        >>> model = LLaDA(LLaDAConfig(
+        ...     d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=16, vocab_size=32, embedding_size=32,
+        ...     mask_token_id=31, eos_token_id=30, pad_token_id=30,
+        ... ))
+        >>> initialise(model, torch.Generator().manual_seed(0))
+        >>> sampler = unmask.SamplerConfig(steps=4, max_new_tokens=8, block_size=4, eos="suppress")
+        >>> for event in unmask.stream(model, [1, 2, 3], sampler=sampler):
+        ...     print(int(event.nfe_B[0]), "calls,", int(event.masked_BC[0].sum()), "masked")
+        1 calls, 6 masked
+        2 calls, 4 masked
+        3 calls, 2 masked
+        4 calls, 0 masked
     """
     loaded = as_loaded(model, tokenizer, sampler)
     encoded, labels = encode_for(loaded, prompts, raw)
