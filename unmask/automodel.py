@@ -76,12 +76,7 @@ _RENAMED = {"peft.dim": "peft.r", "peft.alpha": "peft.lora_alpha", "peft.dropout
 
 @dataclass(frozen=True)
 class Translated:
-    """A configuration in our own keys.
-
-    Attributes:
-        values: the mapping.
-        not_needed: dotted keys that were dropped.
-    """
+    """A configuration in our own keys, and the dotted keys that were dropped."""
 
     values: dict[str, Any]
     not_needed: tuple[str, ...]

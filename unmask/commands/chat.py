@@ -39,12 +39,5 @@ def run(arguments: argparse.Namespace) -> int | None:
     plan = plan_job(arguments.checkpoint, sampler, arguments.adapter)
     from unmask.sampling.chat import converse
 
-    return converse(
-        plan,
-        sampler,
-        arguments.seed,
-        arguments.system,
-        arguments.chat_template,
-        arguments.dtype,
-        arguments.device,
-    )
+    given = arguments.seed, arguments.system, arguments.chat_template, arguments.dtype, arguments.device
+    return converse(plan, sampler, *given)

@@ -45,11 +45,9 @@ class DenoisingCrossEntropy:
 
 @dataclass(frozen=True)
 class ARLogLikelihood:
-    """Log-likelihood of an answer's A tokens read from left to right by the encoder.
+    """Log-likelihood of an answer's A tokens read from left to right by the encoder, in nats, summed, at most 0.
 
-    Attributes:
-        value: nats, summed over the tokens, at most 0.
-        greedy: whether each token is the most probable one at its position.
+    `greedy` says whether each token is the most probable one at its position.
     """
 
     value: float
@@ -82,17 +80,8 @@ def denoising_cross_entropy(
     corrupted like the rest. Unlike there, the fill is not scored, every canvas is, and there is no self-conditioning.
     Noise is a function of (seed, prompt and answer, canvas, sample).
 
-    Args:
-        model: from `unmask.load_model`, with uniform noise and canvas attention.
-        prompt_ids: tokens before the answer, at least one.
-        answer_ids: the A tokens that are scored, at least one.
-        num_samples: noise levels, at least 1.
-        seed: of the noise.
-        batch_size: canvases that the decoder sees at once; None = 16.
-
-    Raises:
-        SamplingError: an empty prompt or answer, or a number out of range.
-        ModelError: a model of other noise or attention, or an input that is too long for it.
+    Arguments and errors as in `log_likelihood`, for a model with uniform noise and canvas attention; but the prompt has
+    at least one token, `num_samples` counts noise levels, and `batch_size` the canvases that the decoder sees at once.
     """
     prompt, answer = _checked(model, "denoising_cross_entropy", prompt_ids, answer_ids)
     size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size

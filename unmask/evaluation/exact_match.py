@@ -34,14 +34,9 @@ BATCHES_BETWEEN_SAVES = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One graded answer.
+    """The graded answer to the question number `row`.
 
-    Attributes:
-        row: number of its question, from 0.
-        text: the answer up to the first stop string.
-        token_ids: its tokens, those behind a stop string included.
-        finish_reason, nfe: as `Generation` has them.
-        grade: whether it is correct.
+    `text` ends before the first stop string; the rest is as `Generation` has it.
     """
 
     row: int
@@ -101,10 +96,7 @@ def score_answers(
         model: from `unmask.load_model`, whole on every rank. Ranks that share a model in shards must make the same
             calls: give all of them the same questions and leave `ranks` out.
         questions: from `read_questions`, at least one.
-        tokenizer: the model's.
-        sampler: as for `unmask.generate`.
-        seed: of the draws.
-        batch_size: rows denoised together; None = `unmask.generate`'s.
+        tokenizer, sampler, seed, batch_size: as in `unmask.generate`.
         grader: a key of GRADERS: `number` (GSM8K's `####` or last number), `text` or `expression`.
         stops: stop strings; an answer is cut at the first of them before it is graded.
         ranks: among whom the questions are divided; a collective.
@@ -174,14 +166,7 @@ def rows_between_saves(batch_size: int | None) -> int:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task's questions for one model.
-
-    Attributes:
-        loaded: the model, its sampler's settings, and the ranks that divide the questions.
-        questions: the questions.
-        prompts: token ids of each question's prompt.
-        seed, batch_size, grader, stops: as in `score_answers`.
-    """
+    """One task's questions for one model, with the token ids of their prompts; the rest as in `score_answers`."""
 
     loaded: LoadedModel
     questions: Sequence[Question]
@@ -191,14 +176,10 @@ class TaskRun:
     grader: str
     stops: tuple[str, ...] = ()
 
-    @property
-    def labels(self) -> list[str]:
-        """What messages call the questions."""
-        return [question.label for question in self.questions]
-
     def check_prompts(self) -> None:
         """Raise SamplingError, with the label of its row, for a prompt that does not fit the model."""
-        check_prompts(self.prompts, self.labels, self.loaded.config, self.loaded.settings)
+        labels = [question.label for question in self.questions]
+        check_prompts(self.prompts, labels, self.loaded.config, self.loaded.settings)
 
     def chunks(self) -> list[Chunk]:
         """Divide the questions into chunks: the same ones, whatever was answered already."""
@@ -242,11 +223,6 @@ def greedily_written(
 
     Greedy is LLaDA's sampler with one token a call, the most probable first, and no temperature. A row leaves at the
     first token that is not the answer's, nearly always the first of all.
-
-    Args:
-        model: from `unmask.load_model`, with mask noise and bidirectional attention.
-        pairs: token ids; an answer has at least one.
-        batch_size: rows that the network sees at once; None = 16.
     """
     settings = settings_of(family_of(model.config), steps=max((len(answer) for _, answer in pairs), default=1))
     requests = [

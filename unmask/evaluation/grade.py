@@ -29,10 +29,8 @@ _Z = 1.959963984540054
 
 def final_answer(text: str) -> str | None:
     """Return the number after the first `####` without commas and trailing dots, or None when there is none."""
-    found = _RESULT.search(text)
-    if found is None:
-        return None
-    return found[1].replace(",", "").rstrip(".") or None
+    result = _RESULT.search(text)
+    return (result[1].replace(",", "").rstrip(".") or None) if result else None
 
 
 def last_number(text: str) -> str | None:
@@ -40,9 +38,8 @@ def last_number(text: str) -> str | None:
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return None
-    found = numbers[-1]
-    sign = "-" if found[0].startswith("-") else ""
-    return sign + found[1].replace(",", "")
+    sign = "-" if numbers[-1][0].startswith("-") else ""
+    return sign + numbers[-1][1].replace(",", "")
 
 
 def number_answer(text: str) -> str | None:
@@ -119,8 +116,8 @@ class Grader:
     """How answers are graded.
 
     Attributes:
-        extract: returns what is compared of an answer's text; None where there is nothing.
-        same: whether an answer's text equals the reference's; None compares what was extracted.
+        extract: answer's text → what is compared; None where there is nothing.
+        same: (answer's text, reference) → whether they are equal; None compares what was extracted.
         package: an optional package that it needs, in the extra `eval`.
         expect: as `extract`, of a reference; None = `extract`.
     """
@@ -190,12 +187,8 @@ class Interval:
 def wilson(right: int, total: int, z: float = _Z) -> Interval:
     """Return Wilson's score interval of a binomial share (Wilson 1927, JASA 22; Brown, Cai & DasGupta 2001, eq. 4).
 
-    Unlike share ± z · √(p(1−p)/n) it stays within [0, 1] and does not vanish at 0 or all right.
-
-    Args:
-        right: 0..total.
-        total: 0 gives [0, 1].
-        z: quantile; the default gives 95 %.
+    Unlike share ± z · √(p(1−p)/n) it stays within [0, 1] and does not vanish at 0 or all right. A total of 0 gives
+    [0, 1]; the default z gives 95 %.
 
     Raises:
         ValueError: `right` outside 0..total.

@@ -19,11 +19,7 @@ def check_harness(what: str) -> None:
 
 
 def check_names(names: Sequence[str], include_path: str | None) -> None:
-    """Refuse what can be refused without the list of the harness's tasks, which takes long to read.
-
-    Args:
-        names: of tasks that are not ours, with the prefix.
-        include_path: a folder with further task files, which may have any name.
+    """Refuse names that are not ours without the list of the harness's tasks, which takes long to read.
 
     Raises:
         MissingDependencyError: no harness.
@@ -87,15 +83,9 @@ def run_harness(
     seed: int,
     cache: str | None,
 ) -> dict[str, Any]:
-    """Run tasks of the harness on an `UnmaskLM`.
+    """Run tasks of the harness on an `UnmaskLM`, with the manager from `task_manager`.
 
-    Args:
-        lm, manager, names: the model, the manager from `task_manager`, the tasks.
-        limit: documents of each task; None = all.
-        few_shot: worked examples before each question; None = as each task says.
-        chat: render prompts with the chat template.
-        seed: of the harness's own draws.
-        cache: path of its cache of answers, from which an interrupted evaluation goes on; None = none.
+    `cache` is the path of its cache of answers, from which an interrupted evaluation goes on.
 
     Returns:
         `results`: task or group → metrics; `samples`: task → what was asked and answered; both empty on other ranks.

@@ -144,10 +144,7 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """A job with everything that it names found and read: its checkpoints, folders, and the questions of our tasks.
-
-    `manager` is the harness's task manager, None without its tasks.
-    """
+    """A job with all that it names found and read; `manager` is the harness's, None without its tasks."""
 
     job: EvalJob
     checkpoints: Sequence[Checkpoint]

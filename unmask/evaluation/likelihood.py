@@ -125,8 +125,7 @@ def method_for(methods: Mapping[tuple[str, str], Method], model: Any, what: str,
     """Return the entry of a table by (noise, attention) for a model.
 
     Raises:
-        ModelError: a model of no known family, or of a combination that the table does not have; the message begins
-            with `what` asks and ends in what to do `otherwise`.
+        ModelError: no known family, or no such entry; the message says `what` asks, and what to do `otherwise`.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ModelError(f"{what}: {type(model).__name__} is of no known family; load it with unmask.load_model")
@@ -236,15 +235,9 @@ def _plan(
 def _batches(pairs: Sequence[Pair], plans: Sequence[Plan], size: int) -> Iterator[list[tuple[int, int]]]:
     """Yield the rows of each batch as (pair, mask); rows of like length come together."""
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
-    batch: list[tuple[int, int]] = []
-    for index in order:
-        for mask in range(len(plans[index].masks_UA)):
-            batch.append((index, mask))
-            if len(batch) == size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+    rows = [(index, mask) for index in order for mask in range(len(plans[index].masks_UA))]
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 @torch.no_grad()

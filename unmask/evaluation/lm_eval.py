@@ -42,15 +42,11 @@ Scores = list[tuple[float, bool]]  # log-likelihood in nats, and whether greedy 
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """The harness's `--model_args` that are no sampler's; it infers their types from text.
+    """The harness's `--model_args` that are no sampler's, as the flags of `unmask eval`; it infers types from text.
 
     Attributes:
-        adapter: LoRA adapter to apply.
-        dtype: of the weights; None = as stored.
         device: None and `cuda:0`, the harness's default, take a CUDA device when there is one.
-        seed: of sampling and of the masks.
-        num_samples: masks of a likelihood estimate; answers with fewer masks than that are summed exactly.
-        antithetic: draw masks in complementary pairs.
+        num_samples: answers with fewer masks than that are summed exactly.
         check_greedy: find out whether greedy decoding writes a continuation, as tasks such as lambada need; False
             answers no.
     """
@@ -237,7 +233,6 @@ class UnmaskLM(LM):
 
     def _scored(self, pairs: Sequence[tuple[Ids, Ids]], greedy: bool) -> Scores:
         def scored(rows: list[int]) -> Scores:
-            """Return the scores of this rank's rows."""
             return self._continuations.score(self, [pairs[row] for row in rows], greedy)
 
         return divide_rows(list(range(len(pairs))), self.loaded.ranks, scored, self.loaded.together)

@@ -45,11 +45,8 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
 def measure_answers(run: TaskRun, path: Path, model_identity: Mapping[str, Any], progress: Progress) -> list[Record]:
     """Answer and grade the questions that a file lacks; return all records in the order of rows. A collective.
 
-    Args:
-        run: the model and the questions.
-        path: the file, which the first rank reads and writes.
-        model_identity: what the answers depend on beside those, as plain JSON values.
-        progress: called on the first rank after each save.
+    The first rank alone reads and writes the file, and calls `progress` after each save. The answers depend on the run
+    and on `model_identity`, which is plain JSON values.
 
     Raises:
         ConfigError: the file is of another evaluation.
@@ -76,7 +73,7 @@ def answers_identity(
     grader: str,
     stops: Sequence[str],
 ) -> dict[str, Any]:
-    """Return everything that decides the answers, as plain JSON values; arguments as in `TaskRun`."""
+    """Return everything that decides the answers, as plain JSON values."""
     return {
         **model_identity,
         "grader": grader,
@@ -123,18 +120,12 @@ def measure_likelihood(
 
 @dataclass(frozen=True)
 class LikelihoodMethod:
-    """How models of one kind of noise and attention score a given answer.
+    """How models of one kind of noise and attention score a given answer."""
 
-    Attributes:
-        measure: what the first line of a file calls it.
-        num_samples: masks or noise levels unless the caller says otherwise.
-        antithetic: whether masks can come in complementary pairs.
-        score: (model, pairs, options, seed, batch size) → the numbers of each pair by name.
-    """
-
-    measure: str
-    num_samples: int
-    antithetic: bool
+    measure: str  # in the first line of a file
+    num_samples: int  # masks or noise levels unless the caller says otherwise
+    antithetic: bool  # whether masks can come in complementary pairs
+    # (model, pairs, options, seed, batch size) → the numbers of each pair by name
     score: Callable[[Any, Sequence[Pair], Likelihoods, int, int | None], list[dict[str, Any]]]
 
 

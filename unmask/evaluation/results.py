@@ -34,7 +34,7 @@ class Outcome:
         result: its numbers by name; of the harness, metric → value and standard error.
         settings: what the result depends on beside the weights, as plain JSON values.
         file: name of the file of its answers; None where there is none, as for a group of tasks.
-        batch_size: rows at once; several where the answers came from several runs.
+        batch_size: several where the answers came from several runs.
         records: its records; empty for the harness's tasks.
         seconds, timed_rows: time that computing so many of the answers took; None = unknown.
         compared: how the answers differ from the `first` checkpoint's, and from an earlier evaluation's (`against`).
@@ -138,13 +138,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two evaluations of the same questions differ, row by row.
+    """How two evaluations of the same questions differ, in rows that both answered.
 
-    Attributes:
-        rows: questions that both answered.
-        differing: those whose answers are not the same tokens.
-        gained: those that only the second answered correctly.
-        lost: those that only the first answered correctly.
+    `differing` answers are not the same tokens; only the second is right in `gained` ones, only the first in `lost`.
     """
 
     rows: int
@@ -178,7 +174,7 @@ def output_console(quiet: bool = False) -> Console:
 
 
 def outcome_table(labels: Sequence[str], outcomes: Sequence[Outcome]) -> Table:
-    """Return the table of all outcomes: a row for each task and number, a column for each checkpoint's label."""
+    """Return the table of all outcomes: a row for each task and number, a column for each checkpoint."""
     table = Table(title=None, header_style="bold")
     table.add_column("task")
     table.add_column("measure")

@@ -77,17 +77,11 @@ COLUMN_PAIRS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
-
-    Attributes:
-        prompt: chat turns before the answer, or literal text without a chat template.
-        reference: the reference answer.
-        label: what messages call it: `file:line`.
-    """
+    """One question: chat turns before the answer, or literal text without a chat template; and its answer."""
 
     prompt: tuple[Message, ...] | str
     reference: str
-    label: str = ""
+    label: str = ""  # what messages call it: `file:line`
 
     def as_prompt(self) -> str | list[dict]:
         """Return the prompt as `unmask.generate` takes it."""
@@ -97,13 +91,10 @@ class Question:
 def read_questions(
     path: str | Path, limit: int | None = None, columns: Columns | None = None, where: str = "--data"
 ) -> list[Question]:
-    """Read the questions of a JSONL file.
+    """Read the questions of a JSONL file, or the first `limit` of them.
 
-    Args:
-        path: the file.
-        limit: read the first rows only; None = all.
-        columns: the prompt and completion columns; None = messages, or the first of COLUMN_PAIRS that a row has.
-        where: the flag that named the file, for messages.
+    Without `columns` a row has messages, or the first of COLUMN_PAIRS that it holds. `where` is the flag that named the
+    file, for messages.
 
     Raises:
         DataError: no such file, no rows, or a row without a question and an answer, with its file and line.

@@ -126,14 +126,7 @@ def encode_blanks(
 ) -> list[BlankText]:
     """Return the tokens of texts with blanks; what stands between blanks is tokenised apart.
 
-    Args:
-        texts: each a plain text, or a chat whose last message is the assistant's and has the blanks.
-        labels: what messages call each.
-        tokenizer: needed.
-        raw: control tokens that a plain text spells are tokens, and nothing is put before it. Otherwise what spells
-            one, the mask included, is text.
-        config: of the model.
-        settings: in force; blocks of `block_size` count from the first blank.
+    Arguments as in `infill`; unless a plain text is `raw`, what spells a control token, the mask included, is text.
 
     Raises:
         SamplingError: no blank, no tokenizer, half a surrogate pair, something else than a text or such a chat, one

@@ -57,12 +57,9 @@ def encode_prompts(
     """Return the token ids of each prompt.
 
     Args:
-        prompts: a prompt or a list of prompts. A text is one user turn, or literal text with `raw`; a list of
-            {"role", "content"} is a chat; a list of integers is token ids.
-        tokenizer: needed for texts and chats.
+        prompts, tokenizer, labels: as in `generate`.
         raw: tokenize texts as they stand, control tokens spelt in them included. Nothing is put before them.
         mask_id: the model's mask, which the text of a chat cannot spell.
-        labels: what messages call each prompt; None = `prompt NUMBER`, from 0.
 
     Raises:
         SamplingError: no tokenizer for a text, an empty prompt, half a surrogate pair, a prompt of another kind, or a
@@ -208,12 +205,11 @@ def _plain(prompt: Any) -> Any:
 
 
 def given_prompts(texts: Sequence[str] | None, file: str | None, infill: bool = False) -> dict[str, Any]:
-    """Return the prompts of `--prompt` or of `--input` by their labels; `infill` as in `read_prompts`.
+    """Return the prompts of `--prompt` or of `--input` by their labels; `infill` and errors as in `read_prompts`.
 
     Raises:
         ConfigError: neither or both are given.
         SamplingError: an empty text.
-        DataError: as `read_prompts`.
     """
     if file is None and texts is None:
         raise ConfigError("give --prompt TEXT, once or several times, or --input FILE.jsonl")

@@ -63,11 +63,7 @@ def end_of_answer(
 ) -> int:
     """Return where the first stop token stands that the sampler has committed, or the length: the answer ends there.
 
-    Args:
-        token_ids: so far.
-        stops: tokens that end an answer.
-        masked: for each, whether it is not committed yet.
-        given: positions that were never masked; a stop token there is text.
+    A stop token at a position that is `masked` is not committed yet, and at one that was `given` it is text.
     """
     places = (i for i, token in enumerate(token_ids) if token in stops and not masked[i] and i not in given)
     return next(places, len(token_ids))

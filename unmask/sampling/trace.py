@@ -49,12 +49,8 @@ class _Row:
 class Trace:
     """Records events, as a callback for `generate`, and writes them as a page.
 
-    Args:
-        tokenizer: says what tokens stand for.
-        stops: tokens that end an answer (`LoadedModel.stop_ids`).
-        prompts: what to show as each prompt, in the order of their numbers.
-        facts: what the page says of the run: `checkpoint`, its name; `sampler`, the settings by name; `label`, "exact"
-            or what is approximate; `seed`; `noise`, the family's.
+    `facts` are what the page says of the run: `checkpoint`, its name; `sampler`, the settings by name; `label`, "exact"
+    or what is approximate; `seed`; `noise`, the family's. `prompts` are shown in the order of their numbers.
     """
 
     def __init__(

@@ -39,17 +39,11 @@ ASCII_SHADES = "_.-="
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the answers of one model are drawn.
-
-    Attributes:
-        tokenizer: decodes committed tokens.
-        stops: tokens that end an answer: from there on nothing is drawn.
-        shades: what stands for a masked position, as SHADES; None draws the token that it holds.
-    """
+    """How the answers of one model are drawn."""
 
     tokenizer: PreTrainedTokenizerBase
-    stops: tuple[int, ...]
-    shades: str | None = SHADES
+    stops: tuple[int, ...]  # from the first of these on nothing is drawn
+    shades: str | None = SHADES  # what stands for masked positions; None draws the tokens that they hold
 
     @cached_property
     def _tags(self) -> tuple[int, int] | None:
@@ -65,12 +59,8 @@ class Drawing:
     ) -> Text:
         """Return one answer as styled text: fresh tokens bold, masked positions dim, reasoning italic.
 
-        Args:
-            token_ids: of the answer.
-            masked: for each, whether it is not committed yet.
-            fresh: for each, whether the last call committed it.
-            confidence: for each, the call's confidence in its token, nan for none; None = none anywhere.
-            given: positions that were never masked; a stop token there ends nothing.
+        Fresh ones were committed by the last call, whose confidence in each token is nan where it has none. `given`
+        positions were never masked; a stop token there ends nothing.
         """
         places = range(end_of_answer(token_ids, self.stops, masked, given))
         committed = [-1 if hidden else token for token, hidden in zip(token_ids, masked, strict=True)]
@@ -113,13 +103,8 @@ def given_positions(event: StepEvent, row: int) -> frozenset[int]:
 class Watcher:
     """Draws events as they come: a callback for `generate`, and a context manager around the call.
 
-    Rows that are denoised together are drawn below each other. A finished answer is printed and scrolls away like any
-    other output, so nothing is lost of one that is longer than the window.
-
-    Args:
-        drawing: how the model's answers are drawn.
-        console: where to.
-        titles: what to print above an answer, by the number of its prompt.
+    Rows that are denoised together are drawn below each other, under the titles of their prompts' numbers. A finished
+    answer is printed and scrolls away like any other output, so nothing is lost of one longer than the window.
     """
 
     def __init__(self, drawing: Drawing, console: Console, titles: Mapping[int, str] | None = None) -> None:
@@ -218,16 +203,7 @@ def watch(
 ) -> list[Generation]:
     """Sample an answer to each prompt and draw it as it comes, one prompt after the other, the shortest first.
 
-    Args:
-        model, prompts, tokenizer, sampler, seed, raw: as in `generate`.
-        console: where to draw; None = standard output.
-        on_event: called after each network call, too.
-
-    Returns:
-        the answers in the prompts' order, equal to what `generate` gives.
-
-    Raises:
-        SamplingError: as in `generate`.
+    Arguments, result and errors as in `generate`; console None = standard output.
     """
     loaded = as_loaded(model, tokenizer, sampler)
     encoded, labels = encode_for(loaded, prompts, raw)

@@ -23,22 +23,13 @@ from unmask.sampling.settings import SamplerSettings, settings_for
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the loop must know about a model.
-
-    Attributes:
-        mask_id: the mask; None where there is none.
-        banned_ids: tokens that never belong in an answer, the mask among them.
-        eos_ids: the model's own end-of-text tokens.
-        vocab_size: logits of rows from here on are padding.
-        rows: ids that the model accepts are below this, and the head has as many.
-        max_length: longest prompt and answer together, in tokens.
-    """
+    """What the loop must know about a model."""
 
     mask_id: int | None
-    banned_ids: tuple[int, ...]
-    eos_ids: tuple[int, ...]
-    vocab_size: int
-    rows: int
+    banned_ids: tuple[int, ...]  # tokens that never belong in an answer, the mask among them
+    eos_ids: tuple[int, ...]  # the model's own end-of-text tokens
+    vocab_size: int  # logits of rows from here on are padding
+    rows: int  # of the head, and of the embedding
     max_length: int
 
 
@@ -69,10 +60,6 @@ class Backend(Protocol):
 
     What it knows of a batch's rows from the calls before is a context of its own, of which the loop asks
     `select(keep_B)` for the rows where a bool on the CPU is True, and `concat(more)` to put another's behind them.
-
-    Attributes:
-        spec: what the loop must know.
-        device: where the network is.
     """
 
     spec: ModelSpec
@@ -117,11 +104,7 @@ BACKENDS: dict[Attention, str] = {
 
 
 def backend_for(model: nn.Module, settings: SamplerSettings | None = None) -> Backend:
-    """Return the backend of a network.
-
-    Args:
-        model: the network.
-        settings: of the model; None = what it is sampled with by itself.
+    """Return the backend of a network; settings None = what it is sampled with by itself.
 
     Raises:
         SamplingError: a model of no known family, or with attention that no backend computes.

@@ -68,9 +68,7 @@ class Canvases:
 class CanvasBackend:
     """A causal encoder, whose clean tokens never change what they are, so that their keys and values are kept.
 
-    Args:
-        model: a network with `encode` and `decode`.
-        settings: `cache: none` encodes a row anew after each of its canvases.
+    `cache: none` encodes a row anew after each of its canvases.
     """
 
     def __init__(self, model: Any, settings: SamplerSettings) -> None:

@@ -45,11 +45,7 @@ class Recording:
 
 
 class Replays:
-    """Calls a network, by a recording where there is one.
-
-    Args:
-        record: makes a recording, which has not run yet; None = calls are never recorded.
-    """
+    """Calls a network, by a recording where there is one; without `record` calls are never recorded."""
 
     def __init__(self, record: Callable[[Function, Sequence[Tensor]], Recording] | None) -> None:
         self._record = record

@@ -24,10 +24,9 @@ from unmask.ops.padding import concat_padded
 
 @dataclass(frozen=True)
 class KeyValueStore:
-    """Keys (after rotation) and values of every layer; a window's pass writes into these tensors in place.
+    """Keys (after rotation) and values, (B, L, G, E) a layer; a window's pass writes into these tensors in place.
 
-    Attributes:
-        keys, values: one (B, L, G, E) a layer. Columns that nothing was written to hold zeros.
+    Columns that nothing was written to hold zeros.
     """
 
     keys: tuple[Tensor, ...]
@@ -42,12 +41,10 @@ class KeyValueStore:
 
     @property
     def rows(self) -> int:
-        """B."""
         return self.keys[0].shape[0]
 
     @property
     def columns(self) -> int:
-        """L, the longest row that has room."""
         return self.keys[0].shape[1]
 
     def select(self, rows: Sequence[int]) -> KeyValueStore:
@@ -153,14 +150,9 @@ def spans(first_K: Tensor, end_K: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forward_window(model: Callable[..., Tensor], input_ids: Tensor, window: Window) -> Tensor:
-    """Run the network over a window's positions alone, all others as its store has them.
+    """Run the network over the tokens (K, S) at a window's positions alone, all others as its store has them.
 
     A window of all positions is the network's forward pass, and fills the store. With any other the result is an
     approximation, unless the store's keys and values are those of the very tokens that now stand at the others.
-
-    Args:
-        model: network (ids, mask, positions, cache) that calls the cache's `update` in each layer.
-        input_ids: int64 (K, S), the tokens at `window.positions_KS`.
-        window: what is computed; its store is written.
     """
     return model(input_ids, window.mask_KL, window.positions_KS, window)

@@ -49,22 +49,18 @@ class Draws(Protocol):
 
 
 class KeyedDraws:
-    """Numbers that depend on (row's key, call, position) alone, so on no neighbour and no order."""
+    """`Draws` that depend on (row's key, call, position) alone, so on no neighbour and no order."""
 
     def gumbel(self, positions: Positions, logits_MV: Tensor) -> Tensor:
-        """As in `Draws`."""
         return gumbel(position_keys(positions, TOKENS), logits_MV.shape[1])
 
     def order(self, positions: Positions, logits_MV: Tensor) -> Tensor:
-        """As in `Draws`."""
         return uniform(position_keys(positions, ORDER), 1)[:, 0]
 
     def category(self, positions: Positions, weights_MV: Tensor) -> Tensor:
-        """As in `Draws`, by one uniform number a position."""
         return categorical(weights_MV, uniform(position_keys(positions, TOKENS), 1)[:, 0])
 
     def noise(self, positions: Positions, vocab_size: int) -> Tensor:
-        """As in `Draws`."""
         return (uniform(position_keys(positions, NOISE), 1)[:, 0] * vocab_size).long()
 
 

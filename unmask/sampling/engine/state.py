@@ -73,40 +73,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens with a meaning to the loop.
+    """Tokens with a meaning to the loop."""
 
-    Attributes:
-        stop: an answer ends before the first of these that the sampler wrote.
-        banned: never written.
-        deferred: written only when a block has nothing else to commit.
-        mask: what stands at masked positions; None where that is noise.
-        vocab_size: ids from here on are padding of the vocabulary, and never written.
-    """
-
-    stop: tuple[int, ...]
-    banned: tuple[int, ...]
-    deferred: tuple[int, ...]
-    mask: int | None
-    vocab_size: int
+    stop: tuple[int, ...]  # an answer ends before the first of these that the sampler wrote
+    banned: tuple[int, ...]  # never written
+    deferred: tuple[int, ...]  # written only when a block has nothing else to commit
+    mask: int | None  # what stands at masked positions; None where that is noise
+    vocab_size: int  # ids from here on are padding of the vocabulary, and never written
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Some positions of a batch's answers, int64 (M,) each. The first three are the keys of their random numbers.
+    """Some positions of a batch's answers, int64 (M,) each. The first three are the keys of their random numbers."""
 
-    Attributes:
-        key_M: the key of the row that each stands in.
-        call_M: number of the row's network call.
-        column_M: column in the answer.
-        step_M: number of the call within its block.
-        current_M: the token that stands there.
-    """
-
-    key_M: Tensor
-    call_M: Tensor
-    column_M: Tensor
-    step_M: Tensor
-    current_M: Tensor
+    key_M: Tensor  # of the row that each stands in
+    call_M: Tensor  # number of the row's network call
+    column_M: Tensor  # in the answer
+    step_M: Tensor  # number of the call within its block
+    current_M: Tensor  # the token that stands there
 
     def __getitem__(self, part: slice) -> Positions:
         """Return some of the positions."""
@@ -122,10 +106,8 @@ class State:
     """The rows still being denoised; each call makes a new one.
 
     Attributes:
-        rows: the requests' indices; the tensors' rows follow this order.
-        answer_BC: int64, the answers so far. At masked positions: the mask, or the current block's noisy tokens.
+        rows, answer_BC, masked_BC: as in `StepEvent`.
         target_BC: int64, the tokens that a row must commit to go on; -1 = any.
-        masked_BC: bool, positions that are not committed yet. Only this says so: a given token may be a mask.
         given_BC: bool, positions that were never masked, and padding.
         block_of_BC: int64, the block that each position belongs to, rising from left to right; -1 at padding.
         calls_BC: int64, calls that the schedule plans for that block; 0 where nothing was masked.
