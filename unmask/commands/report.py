@@ -17,16 +17,16 @@ Evaluations that lie inside a run directory are found; --evaluation names others
 
 def add(commands: Any) -> None:
     """Declare both commands."""
-    parser = command(commands, "plot", run_plot, "draw the loss curves of runs")
+    parser = command(commands, "plot", plot, "draw the loss curves of runs")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories; several are drawn together")
     flag(parser, "output", metavar="FILE.png", help="image to write (default: loss.png in the first run directory)")
-    parser = command(commands, "report", run, "show runs side by side on one HTML page", _REPORT_HELP)
+    parser = command(commands, "report", report, "show runs side by side on one HTML page", _REPORT_HELP)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
     parser.add_argument("-o", "--output", metavar="FILE.html", help="default: report.html in the first run")
     flag(parser, "evaluation", action="append", metavar="DIR", help="output of `unmask eval`; repeat for several")
 
 
-def run_plot(arguments: argparse.Namespace) -> int | None:
+def plot(arguments: argparse.Namespace) -> int | None:
     """Draw the curves; return the exit status."""
     from unmask.report.plots import find_log, plot_runs
 
@@ -38,7 +38,7 @@ def run_plot(arguments: argparse.Namespace) -> int | None:
     return 0
 
 
-def run(arguments: argparse.Namespace) -> int | None:
+def report(arguments: argparse.Namespace) -> int | None:
     """Write the page; return the exit status."""
     from unmask.report.plots import find_log
     from unmask.report.report import write_report

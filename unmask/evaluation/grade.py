@@ -113,19 +113,12 @@ def _parsed(text: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Grader:
-    """How answers are graded.
+    """How answers are graded."""
 
-    Attributes:
-        extract: answer's text → what is compared; None where there is nothing.
-        same: (answer's text, reference) → whether they are equal; None compares what was extracted.
-        package: an optional package that it needs, in the extra `eval`.
-        expect: as `extract`, of a reference; None = `extract`.
-    """
-
-    extract: Callable[[str], str | None]
-    same: Callable[[str, str], bool] | None = None
-    package: str | None = None
-    expect: Callable[[str], str | None] | None = None
+    extract: Callable[[str], str | None]  # answer's text → what is compared; None where there is nothing
+    same: Callable[[str, str], bool] | None = None  # (text, reference) → equal; None compares what was extracted
+    package: str | None = None  # an optional package that it needs, in the extra `eval`
+    expect: Callable[[str], str | None] | None = None  # as `extract`, of a reference; None = `extract`
 
 
 # name → grader. A new one is a function or two and a line here.

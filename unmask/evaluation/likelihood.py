@@ -38,17 +38,11 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its answer
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """An estimate of the bound on log p(answer | prompt).
+    """An estimate of the bound on log p(answer | prompt)."""
 
-    Attributes:
-        value: nats, summed over the answer's tokens, at most 0.
-        standard_error: Monte Carlo error of `value`, nats; 0 for an exact sum, nan for one sample of several masks.
-        num_samples: masks that the value rests on, not counting the full one of antithetic samples.
-    """
-
-    value: float
-    standard_error: float
-    num_samples: int
+    value: float  # nats, summed over the answer's tokens, at most 0
+    standard_error: float  # Monte Carlo error, nats; 0 for an exact sum, nan for one sample of several masks
+    num_samples: int  # masks that the value rests on, not counting the full one of antithetic samples
 
     def __float__(self) -> float:
         return self.value
@@ -147,17 +141,11 @@ def _mask_of(model: Any) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """The masks of one answer and how their sums become an estimate.
+    """The masks of one answer and how their sums become an estimate."""
 
-    Attributes:
-        masks_UA: bool, the different masks, True = masked.
-        sample_S: the mask of each sample, in the order of the strata; None for an exact sum over all masks.
-        antithetic: whether samples 2j and 2j + 1 are a pair, and one more, the last, is the full mask.
-    """
-
-    masks_UA: np.ndarray
-    sample_S: np.ndarray | None
-    antithetic: bool
+    masks_UA: np.ndarray  # bool, the different masks, True = masked
+    sample_S: np.ndarray | None  # the mask of each sample, in the order of the strata; None sums over all masks
+    antithetic: bool  # samples 2j and 2j + 1 are a pair, and one more, the last, is the full mask
 
     def estimate(self, sums_U: np.ndarray) -> LogLikelihood:
         """Return the estimate from Σ_{i in M} CE_i(M) of each mask, nats."""

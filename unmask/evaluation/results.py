@@ -26,30 +26,19 @@ _PIPE_WIDTH = 10_000  # columns of a file or a pipe
 
 @dataclass
 class Outcome:
-    """The result of one task for one checkpoint.
+    """The result of one task for one checkpoint."""
 
-    Attributes:
-        task, label: names of the task (of the harness's with the prefix) and of the checkpoint.
-        kind: whose task it is and what it measures.
-        result: its numbers by name; of the harness, metric → value and standard error.
-        settings: what the result depends on beside the weights, as plain JSON values.
-        file: name of the file of its answers; None where there is none, as for a group of tasks.
-        batch_size: several where the answers came from several runs.
-        records: its records; empty for the harness's tasks.
-        seconds, timed_rows: time that computing so many of the answers took; None = unknown.
-        compared: how the answers differ from the `first` checkpoint's, and from an earlier evaluation's (`against`).
-    """
-
-    task: str
-    label: str
+    task: str  # the harness's with the prefix
+    label: str  # of the checkpoint
     kind: Literal["answers", "likelihood", "harness"]
-    result: dict[str, Any]
-    settings: dict[str, Any]
-    file: str | None
-    batch_size: int | list[int]
-    records: list[Record] = field(default_factory=list)
-    seconds: float | None = None
+    result: dict[str, Any]  # numbers by name; of the harness, metric → value and standard error
+    settings: dict[str, Any]  # what it depends on beside the weights, as plain JSON values
+    file: str | None  # of its answers; None where there is none, as for a group of tasks
+    batch_size: int | list[int]  # several where the answers came from several runs
+    records: list[Record] = field(default_factory=list)  # none of the harness's
+    seconds: float | None = None  # that computing `timed_rows` of the answers took; None = unknown
     timed_rows: int = 0
+    # How the answers differ from the `first` checkpoint's, and from an earlier evaluation's (`against`).
     compared: dict[str, Any] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:

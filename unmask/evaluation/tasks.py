@@ -25,23 +25,14 @@ HARNESS = "lm_eval/"
 
 @dataclass(frozen=True)
 class Task:
-    """One task on a file of questions and answers.
+    """One task on a file of questions and answers."""
 
-    Attributes:
-        kind: `answers` samples answers and grades them; `likelihood` scores the reference answers.
-        about: one line for `--help`.
-        grader: a key of `grade.GRADERS`; None for likelihoods.
-        asks: what precedes a question asked as literal text.
-        answers: what stands between it and its answer.
-        stops: stop strings for literal text, which has no end of turn.
-    """
-
-    kind: Literal["answers", "likelihood"]
-    about: str
-    grader: str | None = None
-    asks: str = "Question: "
-    answers: str = "\nAnswer:"
-    stops: tuple[str, ...] = ("Question:", "\n\n\n")
+    kind: Literal["answers", "likelihood"]  # samples answers and grades them, or scores the reference answers
+    about: str  # one line for `--help`
+    grader: str | None = None  # a key of `grade.GRADERS`; None for likelihoods
+    asks: str = "Question: "  # precedes a question asked as literal text
+    answers: str = "\nAnswer:"  # stands between it and its answer
+    stops: tuple[str, ...] = ("Question:", "\n\n\n")  # for literal text, which has no end of turn
 
 
 # name → task. A new one is a line here.

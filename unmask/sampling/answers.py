@@ -1,8 +1,7 @@
 """`unmask generate`: prompts divided among ranks, answered, and printed, drawn or written down.
 
-In a file each record is on the disk as soon as its answer is there: while the job runs in `FILE.part`, with several
-processes in one file each; at the end they become `FILE`, in the prompts' order. The same command goes on with a job
-that was interrupted, on any number of processes.
+A record is on the disk as soon as its answer is there: while the job runs in `FILE.part`, of several processes in one
+file each, and at the end in `FILE`, in the prompts' order. An interrupted job goes on with any number of processes.
 """
 
 from __future__ import annotations
@@ -211,13 +210,11 @@ class Printer:
 
 
 class AnswerFile:
-    """The output of one job; all ranks that share it make one.
-
-    `rows` and `identity` are those of the job.
+    """The output of one job, with its `rows` and `identity`; all ranks that share it make one.
 
     Raises:
         ConfigError: `FILE.part` is of another job.
-        CheckpointError: it cannot be written.
+        CheckpointError: a file that cannot be written, in each method.
     """
 
     def __init__(self, path: Path, rows: Sequence[str], identity: Mapping[str, Any], ranks: Ranks) -> None:
@@ -241,11 +238,11 @@ class AnswerFile:
         return [row for row in range(len(self.rows)) if row not in self.kept]
 
     def add(self, row: int, record: Mapping[str, Any]) -> None:
-        """Write an answer down; raises CheckpointError."""
+        """Write an answer down."""
         append_records(self._file, [{"row": row, **record}])
 
     def finish(self, records: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write the file, of the answers that were there and those of this run; raises CheckpointError."""
+        """Write the file, of the answers that were there and those of this run."""
         if self.ranks.first:
             found = {**self.kept, **{row: {"row": row, **record} for row, record in records.items()}}
             write_lines(self.path, [as_line(found[row]) for row in range(len(self.rows))])

@@ -42,21 +42,15 @@ class Blank:
 class BlankText:
     """A text with blanks, as tokens.
 
-    Attributes:
-        pieces: text, blank, text, …, text; texts may be empty.
-        context: what stands before the text: the turns of a chat, or the tokenizer's start of text.
-        before: the text's tokens before its first blank.
-        ids: those from there on; 0 in the blanks.
-        spans: of each blank, its columns [start, end) in `ids`.
-        template: what is sampled: `ids` with what closes the text; a canvas is filled up with end of text, and what no
-            blank's canvas sees is left out.
+    What is sampled, `template`, is `ids` with what closes the text; a canvas is filled up with end of text, and what no
+    blank's canvas sees is left out.
     """
 
-    pieces: list[str | Blank]
-    context: list[int]
-    before: list[int]
-    ids: list[int]
-    spans: list[tuple[int, int]]
+    pieces: list[str | Blank]  # text, blank, text, …, text; texts may be empty
+    context: list[int]  # what stands before the text: the turns of a chat, or the tokenizer's start of text
+    before: list[int]  # the text's tokens before its first blank
+    ids: list[int]  # those from there on; 0 in the blanks
+    spans: list[tuple[int, int]]  # of each blank, its columns [start, end) in `ids`
     template: Template
 
     @property

@@ -32,19 +32,14 @@ Turn = dict[str, str]
 class Conversation:
     """What has been said, and how the next answer is sampled.
 
-    Attributes:
-        resolve: gives the settings in force where a caller wants others; raises SamplingError.
-        turns: all turns, a system turn (if any) first, otherwise user and assistant in turn.
-        sampler: settings of the next answer.
-        seed: its seed.
-        forgotten: of the turns after the system's, how many of the oldest the model no longer sees.
+    `resolve` gives the settings in force where a caller wants others; it raises SamplingError.
     """
 
     resolve: Callable[[SamplerConfig], SamplerSettings]
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Turn, ...] = ()  # a system turn (if any) first, otherwise user and assistant in turn
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     seed: int = 42
-    forgotten: int = 0
+    forgotten: int = 0  # of the turns after the system's, how many of the oldest the model no longer sees
 
     @property
     def settings(self) -> SamplerSettings:

@@ -26,19 +26,12 @@ DEFAULT_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Stats:
-    """What an answer cost.
+    """What an answer cost."""
 
-    Attributes:
-        nfe: network calls that the row took part in; a guidance pair counts once.
-        tokens_per_forward: tokens of the answer (a stop token not counted) per network call.
-        seconds: from when the row joined the batch until it was finished.
-        tokens_per_second: tokens of the answer per second, for this row alone.
-    """
-
-    nfe: int
-    tokens_per_forward: float
-    seconds: float
-    tokens_per_second: float
+    nfe: int  # network calls that the row took part in; a guidance pair counts once
+    tokens_per_forward: float  # tokens of the answer (a stop token not counted) per network call
+    seconds: float  # from when the row joined the batch until it was finished
+    tokens_per_second: float  # tokens of the answer per second, for this row alone
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,6 @@ def generate(
         tokenizer: needed for texts and chats, and for `text` in the result.
         sampler: settings over the checkpoint's (generation_config.json) and its family's; None = those.
         seed: with equal seed and prompt the answer is the same.
-        raw: tokenize texts as they stand, without a chat template.
         batch_size: rows denoised together, at least 1; None = 16. A finished row's place goes to the next prompt.
         on_event: called after each network call.
         on_answer: called with a prompt's number and its answer as soon as that is finished.

@@ -33,12 +33,9 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Recording:
-    """One recorded call: `replay` reads `inputs`, which are written anew before it, and writes `output`.
+    """One recorded call: `replay` reads `inputs`, which are written anew before it, and writes `output`."""
 
-    `function` is what was recorded; it keeps alive what it refers to, whose addresses the recording holds.
-    """
-
-    function: Function
+    function: Function  # keeps alive what it refers to, whose addresses the recording holds
     inputs: tuple[Tensor, ...]
     output: Tensor
     replay: Callable[[], None]
@@ -93,10 +90,8 @@ class Replays:
             self._record = None
             self._kept.clear()
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            message = (
-                f"network calls are launched kernel by kernel: {reason[0]} ({SWITCH}=0 has them so from the start)"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            said = f"network calls are launched kernel by kernel: {reason[0]} ({SWITCH}=0 has them so from the start)"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
             return None
         return recording
 

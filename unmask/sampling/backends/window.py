@@ -73,22 +73,15 @@ class KeyValueStore:
 class Window:
     """The positions of some rows that one pass computes anew; the network's `cache` for that pass.
 
-    Attributes:
-        store: what is read and written.
-        columns: of the store that are attended to.
-        whole: every position is computed, so that nothing is read from the store.
-        positions_KS: int64, the position of each query. A row with fewer than S repeats its last one, which then
-            computes, and writes, the same once more.
-        rows_K: int64, the rows of the store; None = all, in order.
-        mask_KL: bool, the columns that each row has; None = all of `columns`.
+    A row with fewer than S positions repeats its last one, which then computes, and writes, the same once more.
     """
 
     store: KeyValueStore
-    columns: int
-    whole: bool
-    positions_KS: Tensor
-    rows_K: Tensor | None
-    mask_KL: Tensor | None
+    columns: int  # of the store that are attended to
+    whole: bool  # every position is computed, so that nothing is read from the store
+    positions_KS: Tensor  # int64, of the queries
+    rows_K: Tensor | None  # int64, rows of the store; None = all, in order
+    mask_KL: Tensor | None  # bool, the columns that each row has; None = all of `columns`
 
     @classmethod
     def of(

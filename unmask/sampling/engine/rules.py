@@ -69,21 +69,13 @@ def logit(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a score may go by, of M positions, on their device.
+    """What a score may go by, of M positions, on their device; in fp32: most bf16 probabilities would tie."""
 
-    Attributes:
-        logits_MV: float32, without temperature, banned tokens at -inf.
-        total_M: float32, their logsumexp.
-        confidence_M: softmax(logits)[sample]; float32, since bf16 has so few values that most positions would tie.
-        column_M: int64, column in the answer.
-        uniform_M: a uniform number a position; None where the score does not ask for one.
-    """
-
-    logits_MV: Tensor
-    total_M: Tensor
-    confidence_M: Tensor
-    column_M: Tensor
-    uniform_M: Tensor | None
+    logits_MV: Tensor  # without temperature, banned tokens at -inf
+    total_M: Tensor  # their logsumexp
+    confidence_M: Tensor  # softmax(logits)[sample]
+    column_M: Tensor  # int64, in the answer
+    uniform_M: Tensor | None  # a uniform number a position; None where the score does not ask for one
 
 
 def low_confidence(inputs: ScoreInputs) -> Tensor:
@@ -210,13 +202,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Revision:
-    """The outcome of a call.
-
-    Attributes:
-        state: the next answer, and what of it is masked.
-        committed_BC: bool, masked positions that are committed now.
-        revised_BC: bool, positions that a call before had given a token which is now taken back or replaced.
-    """
+    """The outcome of a call: the next answer and what of it is masked; committed and revised as in `StepEvent`."""
 
     state: State
     committed_BC: Tensor
