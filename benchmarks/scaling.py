@@ -165,14 +165,14 @@ def _saves(saver: Saver, step: Callable[[], float], ranks: Ranks) -> dict[str, f
     for number in range(1 + SAVES):
         began = time.perf_counter()
         saver.save(number, {}, last=False)
-        saver.settle()
+        saver.wait()
         alone.append(time.perf_counter() - began)
     saver.poll()
     for number in range(1 + SAVES, 1 + 2 * SAVES):
         ranks.barrier()
         saver.save(number, {}, last=False)
         meanwhile.append(step())
-        saver.settle()
+        saver.wait()
         pauses.extend(news["pause_seconds"] for news in saver.poll())
     return {
         "save": statistics.median(alone[1:]),

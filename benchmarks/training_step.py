@@ -131,7 +131,7 @@ def _measure(variant: str, masked: float, steps: int) -> dict[str, float]:
     from unmask.distributed.runtime import Runtime
     from unmask.models.llada.config import LLaDAConfig
     from unmask.models.llada.model import LLaDA, initialise
-    from unmask.objectives import head
+    from unmask.objectives import terms
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
     from unmask.training.optim import build_optimizer
@@ -151,7 +151,7 @@ def _measure(variant: str, masked: float, steps: int) -> dict[str, float]:
     times: list[dict[str, float]] = []
     if variant != "dense":
         if variant == "torch":
-            head.linear_cross_entropy = _torch_loss
+            terms.linear_cross_entropy = _torch_loss
         optimizer = build_optimizer(OptimizerConfig(lr=1e-4), model)
         clock = _Clock(model, optimizer)
         for _ in range(steps):
@@ -223,12 +223,12 @@ class _Clock:
     """Times the phases of our step from outside, by wrapping the calls where they begin and end."""
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        from unmask.objectives import head
+        from unmask.objectives import terms
         from unmask.training import step
 
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._wrap(model, "forward", "forward")
-        self._wrap(head, "linear_cross_entropy", "head")
+        self._wrap(terms, "linear_cross_entropy", "head")
         self._wrap(step, "clip_gradients", "optimizer")
         self._wrap(optimizer, "step", "optimizer")
 

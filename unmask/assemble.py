@@ -29,7 +29,7 @@ from unmask.report.progress import TrainingProgress
 from unmask.report.trackers import open_tracker
 from unmask.rng import NoiseStream
 from unmask.training.loop import train
-from unmask.training.network import NetworkSettings, build_network, files_beside, restore
+from unmask.training.network import NetworkSettings, build_network, other_files, restore
 from unmask.training.run import ResumeParts, ResumePoint, TrainingOutcome, TrainingRun, Validator, resume
 from unmask.training.run_directory import hold_run_dir
 from unmask.training.saver import Saver
@@ -69,9 +69,9 @@ def assemble(
         identity,
         ResumeParts(parts.loader, partial(restore, network), (root / FILE, root / SAMPLES), runtime.ranks),
     )
-    beside = {}
+    files = {}
     if runtime.ranks.first:
-        beside = files_beside(network, parts.tokenizer, parts.template.source, dump_config(config))
+        files = other_files(network, parts.tokenizer, parts.template.source, dump_config(config))
     run = TrainingRun(
         root=root,
         model=network.model,
@@ -87,7 +87,7 @@ def assemble(
         max_norm=config.clip_grad_norm.max_norm,
         checkpoint=config.checkpoint,
         identity=identity,
-        saver=Saver(root, config.checkpoint, network, runtime.ranks, beside, start.folder),
+        saver=Saver(root, config.checkpoint, network, runtime.ranks, files, start.folder),
         validators=validators,
         metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
         progress=TrainingProgress(total_steps, start.step, console),

@@ -271,4 +271,4 @@ def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
     network = build_network(network_settings(plan_folder(source, "x"), section), runtime)
     made = saver.Saver(Path(root), CheckpointConfig(save_consolidated=consolidated), network, runtime.ranks, {}, None)
     made.save(1, {}, last=False)
-    made.settle()
+    made.wait()

@@ -22,7 +22,7 @@ from unmask.models.diffusion_gemma import model as network
 from unmask.models.diffusion_gemma.config import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import load_model
-from unmask.objectives import head
+from unmask.objectives import terms
 from unmask.objectives.canvas import CanvasDiffusion, filled_rows, find_answers
 from unmask.ops import chunks
 from unmask.rng import NoiseStream
@@ -291,13 +291,13 @@ def test_the_denoising_loss_stops_at_the_encoder_where_asked(ours, turns, monkey
 
 
 def test_without_an_encoder_loss_its_logits_are_not_computed(ours, turns, monkeypatch) -> None:
-    rows, plain = [], head.linear_cross_entropy
+    rows, plain = [], terms.linear_cross_entropy
 
     def counting(hidden_ND: Tensor, *args: Any, **options: Any) -> Any:
         rows.append(len(hidden_ND))
         return plain(hidden_ND, *args, **options)
 
-    monkeypatch.setattr(head, "linear_cross_entropy", counting)
+    monkeypatch.setattr(terms, "linear_cross_entropy", counting)
     batch = turns(ROWS)
     for weight, expected in ((0.0, [40]), (1.0, [40 + 26 + 35 + 15])):
         objective = CanvasDiffusion(SIZE, VOCABULARY, EOS, encoder_loss_weight=weight)
@@ -327,10 +327,10 @@ def test_logits_and_signals_never_exist_whole(gemma_values, turns, monkeypatch) 
     objective = CanvasDiffusion(size, vocabulary, EOS, self_conditioning_p=1.0)
     noisy = objective.corrupt(turns([[(5, False), (70, True)]] * 2), NoiseStream(0))
     results, largest = [], []
-    loss_of = head.linear_cross_entropy
+    loss_of = terms.linear_cross_entropy
     for chunk, columns in ((2**24, 2**12), (8 * vocabulary, 300)):
         monkeypatch.setattr(chunks, "CAST_ROWS", columns)
-        monkeypatch.setattr(head, "linear_cross_entropy", functools.partial(loss_of, chunk_logits=chunk))
+        monkeypatch.setattr(terms, "linear_cross_entropy", functools.partial(loss_of, chunk_logits=chunk))
         with Floats() as floats:
             loss = objective.loss(model, noisy).total
             grads = gradients(model, loss)

@@ -12,9 +12,9 @@ from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.backends.backend import Call
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 
-MaskSettings = partial(settings_of, LLADA)
+MaskSettings = partial(family_settings, LLADA)
 
 CACHES = ("prefix", "dual")
 PROMPTS = [[3, 9, 4], [11, 2, 30, 8, 5, 17, 21], [6], [1, 2, 3, 4, 5], [3, 3], [20, 19, 18, 17, 16, 15]]

@@ -19,10 +19,10 @@ from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 from unmask.sampling.view import Drawing, watch
 
-CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
+CanvasSettings = partial(family_settings, DIFFUSION_GEMMA, block_size=256)
 
 # At low temperatures the network is sure, so canvases stop before their last step and rows at different times.
 SURE = {"steps": 12, "entropy_bound": 30.0, "confidence_threshold": 0.5, "t_min": 0.02, "t_max": 0.2}
@@ -114,7 +114,7 @@ def test_nothing_is_latched_until_the_canvas_stops(gemma_model):
     )
     for step, event in enumerate(events):
         canvas = slice(0, 16) if step < 6 else slice(16, 32)
-        assert int(event.begun_B[0]) == canvas.stop
+        assert int(event.end_B[0]) == canvas.stop
         assert event.committed_BC[0, canvas].all() == (step % 6 == 5)
         assert event.score_BC[0, canvas].isfinite().all() and event.score_BC.isfinite().sum() == 16
     canvases = torch.stack([event.answer_BC[0, :16] for event in events[:5]])

@@ -11,9 +11,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import Entro
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 
-CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
+CanvasSettings = partial(family_settings, DIFFUSION_GEMMA, block_size=256)
 
 # transformers' generate marks its steps for CUDA graphs, and torch's modules behind that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

@@ -18,9 +18,9 @@ from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.engine.noise import quota
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import planned_calls, settings_of
+from unmask.sampling.settings import family_settings, planned_calls
 
-MaskSettings = partial(settings_of, LLADA)
+MaskSettings = partial(family_settings, LLADA)
 
 
 def peak(token: int, height: float = 5.0) -> Tensor:

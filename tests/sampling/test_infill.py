@@ -148,7 +148,7 @@ def test_blocks_count_from_the_first_blank_and_given_blocks_cost_nothing(text_mo
     (found,) = infill(text_model, text, tokenizer=chat_tokenizer, sampler=sampler, on_event=events.append)
     # 25 columns: blanks at 0-1 and 19-24, in the blocks 0, 4 (one position), 5 (four) and 6 (one).
     assert [int(event.block_B[0]) for event in events] == [0, 4, 5, 6]
-    assert [int(event.begun_B[0]) for event in events] == [4, 20, 24, 26]
+    assert [int(event.end_B[0]) for event in events] == [4, 20, 24, 26]
     assert "x" * 17 in found.text and found.stats.nfe == 4
 
 

@@ -15,7 +15,7 @@ from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.answers import record_of
 from unmask.sampling.chat import Conversation, save
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 from unmask.sampling.text import TAGS, in_reasoning, reasoning_tags, split_reasoning, unanswered_note
 from unmask.sampling.view import Drawing
 
@@ -95,7 +95,7 @@ def test_results_and_records_have_it_apart(thinker, small_model) -> None:
 
 def test_a_conversation_keeps_it_for_training_and_hides_it_from_the_model(tmp_path) -> None:
     talk = (
-        Conversation(lambda sampler: settings_of(LLADA))
+        Conversation(lambda sampler: family_settings(LLADA))
         .say("user", "2+2?")
         .say("assistant", "4", "Two and two.")
         .say("user", "and 3+3?")

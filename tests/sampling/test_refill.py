@@ -15,10 +15,10 @@ from unmask.sampling.backends.bidirectional import BidirectionalBackend
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, denoise
 from unmask.sampling.engine.state import Template
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 
-MaskSettings = partial(settings_of, LLADA)
-CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
+MaskSettings = partial(family_settings, LLADA)
+CanvasSettings = partial(family_settings, DIFFUSION_GEMMA, block_size=256)
 
 
 def peak(token: int, height: float = 5.0) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_blocks_of_a_template_have_their_own_quotas(script):
     events = list(denoise(backend, [Request(0, [0], 0, template)], MaskSettings(steps=7)))
     assert [int(event.committed_BC.sum()) for event in events] == [1, 1, 2, 2, 1]
     assert [int(event.block_B[0]) for event in events] == [0, 0, 2, 2, 2]
-    assert [int(event.begun_B[0]) for event in events] == [3, 3, 11, 11, 11]
+    assert [int(event.end_B[0]) for event in events] == [3, 3, 11, 11, 11]
     assert events[-1].answer_BC.tolist() == [[1, 1, 4, 4, 4, 4, 1, 1, 1, 1, 1]]
 
 

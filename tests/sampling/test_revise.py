@@ -15,9 +15,9 @@ from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.engine.rules import REVISERS, RULES, SCORES
 from unmask.sampling.engine.state import Template
 from unmask.sampling.infill import _log_probabilities
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 
-MaskSettings = partial(settings_of, LLADA)
+MaskSettings = partial(family_settings, LLADA)
 
 MASK, EOS = 9, 8
 

@@ -12,10 +12,10 @@ from unmask.config.sampler import RULE_SCORES, Remasking
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.engine import draws, rules
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 
-MaskSettings = partial(settings_of, LLADA)
-CanvasSettings = partial(settings_of, DIFFUSION_GEMMA, block_size=256)
+MaskSettings = partial(family_settings, LLADA)
+CanvasSettings = partial(family_settings, DIFFUSION_GEMMA, block_size=256)
 
 OFF = -torch.inf
 

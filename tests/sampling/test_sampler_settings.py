@@ -13,7 +13,7 @@ from unmask.config.sampler import SamplerConfig
 from unmask.errors import ModelError, SamplingError
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.models.llada.family import FAMILY as LLADA
-from unmask.sampling.settings import SCHEMES, SETTINGS, SamplerSettings, resolve_settings, settings_of
+from unmask.sampling.settings import SCHEMES, SETTINGS, SamplerSettings, family_settings, resolve_settings
 
 
 class Config:
@@ -99,7 +99,7 @@ def test_the_rule_follows_from_what_is_set(fields, rule, score):
 
 def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made():
     with pytest.raises(SamplingError, match="^remasking: low_confidence scores"):
-        settings_of(LLADA, entropy_bound=0.2)
+        family_settings(LLADA, entropy_bound=0.2)
 
 
 @pytest.mark.parametrize(
@@ -160,25 +160,28 @@ def test_by_default_an_answer_takes_at_most_half_the_context_and_an_explicit_len
 
 
 def test_what_is_approximate_says_so():
-    mask, canvas = partial(settings_of, LLADA), partial(settings_of, DIFFUSION_GEMMA, block_size=256)
+    mask, canvas = partial(family_settings, LLADA), partial(family_settings, DIFFUSION_GEMMA, block_size=256)
     assert mask().exact and canvas().exact and canvas(cache="none").exact and mask().note == ""
     assert mask(threshold=0.5, revise="remask").approximations == ()
     prefix = mask(cache="prefix")
-    assert not prefix.exact and prefix.cuts
+    assert not prefix.exact and prefix.drops_after_stop
     assert "prefix cache, computed anew at block starts" in prefix.approximations
     often = mask(cache="dual", refresh_interval=4, revise="edit")
-    assert often.approximations == ("dual cache, computed anew at block starts and every 4 calls",) and not often.cuts
+    assert (
+        often.approximations == ("dual cache, computed anew at block starts and every 4 calls",)
+        and not often.drops_after_stop
+    )
     assert often.note == f"approximate sampling: {often.approximations[0]}"
     assert mask(cache="dual", refresh_interval=1).exact  # every call is a full forward
 
 
 def test_a_preset_is_the_familys_own_and_what_is_given_wins_over_it():
     fast = resolve(SamplerConfig(preset="fast"))
-    assert fast == settings_of(LLADA, **LLADA.sampler.presets["fast"]) and not fast.exact
-    assert resolve(SamplerConfig(preset="reference", steps=9)) == settings_of(LLADA, steps=9)
+    assert fast == family_settings(LLADA, **LLADA.sampler.presets["fast"]) and not fast.exact
+    assert resolve(SamplerConfig(preset="reference", steps=9)) == family_settings(LLADA, steps=9)
     found = resolve(SamplerConfig(preset="balanced", steps=7), DIFFUSION_GEMMA, Canvas16, {"t_min": 0.1})
     expected = {"block_size": 16, "t_min": 0.1} | DIFFUSION_GEMMA.sampler.presets["balanced"] | {"steps": 7}
-    assert found == settings_of(DIFFUSION_GEMMA, **expected)
+    assert found == family_settings(DIFFUSION_GEMMA, **expected)
     assert resolve(SamplerConfig(preset="fast", cache="none")).cache == "none"
 
 
@@ -212,7 +215,7 @@ def test_every_family_has_every_preset_and_settings_that_its_sampler_takes(famil
 
 def test_settings_of_no_sampler_are_refused():
     with pytest.raises(SamplingError, match="^LLaDA: no sampler for uniform noise and bidirectional attention"):
-        settings_of(replace(LLADA, noise="uniform"))
+        family_settings(replace(LLADA, noise="uniform"))
 
 
 def test_settings_need_no_torch():
@@ -232,7 +235,7 @@ RELEASED = json.loads(
 
 def test_the_released_generation_config_gives_the_released_settings():
     for stored in (RELEASED, dict.fromkeys(RELEASED), {}):
-        assert resolve(None, DIFFUSION_GEMMA, Canvas16, stored) == settings_of(DIFFUSION_GEMMA, block_size=16)
+        assert resolve(None, DIFFUSION_GEMMA, Canvas16, stored) == family_settings(DIFFUSION_GEMMA, block_size=16)
 
 
 def test_a_checkpoints_own_values_come_before_the_released_and_the_callers_before_those():
@@ -289,5 +292,5 @@ def test_what_contradicts_the_canvas_is_refused(fields, says):
 
 
 def test_the_temperature_falls_from_t_max_towards_t_min():
-    settings = settings_of(DIFFUSION_GEMMA, block_size=16, steps=4, t_min=0.4, t_max=0.8)
+    settings = family_settings(DIFFUSION_GEMMA, block_size=16, steps=4, t_min=0.4, t_max=0.8)
     assert [settings.temperature_at(step) for step in range(4)] == pytest.approx([0.8, 0.7, 0.6, 0.5])

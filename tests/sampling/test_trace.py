@@ -36,7 +36,7 @@ def event(
         "rows": (0,),
         "lengths": (size,),
         "block_B": torch.tensor([0]),
-        "begun_B": torch.tensor([size]),
+        "end_B": torch.tensor([size]),
         "step_B": torch.tensor([nfe - 1]),
         "nfe_B": torch.tensor([nfe]),
         "answer_BC": torch.tensor([answer]),
@@ -222,7 +222,7 @@ def test_a_browser_shows_a_canvas_changing(browse, tokenizer):
     facts = {"checkpoint": "c", "label": "exact", "seed": 1, "noise": "uniform", "sampler": {}}
     trace = Trace(tokenizer, (STOP,), ["p"], facts)
     a, b, c, d = tokenizer.encode("abcd")
-    begun = {"begun_B": torch.tensor([2])}
+    begun = {"end_B": torch.tensor([2])}
     trace(event(1, [a, b, c, d], [True] * 4, set(), {0: 0.1, 1: 0.9}, **begun))
     trace(event(2, [c, b, c, d], [False, False, True, True], {0, 1}, {0: 0.9, 1: 0.9}, **begun))
     shown = browse(trace.page(), "#step=1")

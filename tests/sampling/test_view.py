@@ -31,7 +31,7 @@ def event(row: int, answer: list[int], open_: list[bool], sure: list[float], fin
         rows=(row,),
         lengths=(len(answer),),
         block_B=one - 1,
-        begun_B=torch.tensor([len(answer)]),
+        end_B=torch.tensor([len(answer)]),
         step_B=one - 1,
         nfe_B=one,
         answer_BC=torch.tensor([answer]),
@@ -138,7 +138,7 @@ def test_a_canvas_is_dim_while_it_changes_and_what_has_not_begun_is_not_drawn(ch
     ids = chat_tokenizer.encode("one two")
     with Watcher(Drawing(chat_tokenizer, (), shades=None), where) as watcher:
         noisy = event(0, ids, [False] * 3 + [True] * 4, [0.5] * 7)
-        watcher(dataclasses.replace(noisy, begun_B=torch.tensor([5])))
+        watcher(dataclasses.replace(noisy, end_B=torch.tensor([5])))
         assert "one\x1b[2m t\x1b[0m" in out.getvalue() and "w" not in out.getvalue()
         moving = out.getvalue()
         watcher(event(0, ids, [False] * 7, [0.5] * 7, finished=True))

@@ -47,7 +47,7 @@ def step(network: Network) -> None:
 
 def save(saver: Saver, number: int) -> None:
     saver.save(number, {"loader": {}, "identity": {}, "best": None}, last=False)
-    saver.settle()
+    saver.wait()
 
 
 def names(root: Path) -> set[str]:
@@ -102,7 +102,7 @@ def test_training_goes_on_meanwhile_and_the_update_waits(
     assert not written.wait(0.2)
     may_write.set()
     thread.join()
-    saver.settle()
+    saver.wait()
     assert torch.equal(load_file(tmp_path / "step_1" / "model.safetensors")["weight"], before)
     assert not torch.equal(network.model.weight, before)
     (news,) = saver.poll()
@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_nothing_and_touches_nothing(
     monkeypatch.setattr(saver_module, where, fail)
     saver.save(4, {}, last=False)
     with pytest.raises(CheckpointError) as caught:
-        saver.settle()
+        saver.wait()
     said = str(caught.value)
     assert str(tmp_path / "step_4") in said and os.strerror(number) in said and "\n" not in said
     assert names(tmp_path) == {"step_2", "latest"} and os.readlink(tmp_path / "latest") == "step_2"
@@ -171,7 +171,7 @@ def test_a_full_disk_as_the_writers_meet_it(
     small_files(limit)
     saver.save(1, {}, last=False)
     with pytest.raises(CheckpointError, match=r"could not be saved .*File too large"):
-        saver.settle()
+        saver.wait()
     assert names(tmp_path) == set()
 
 
@@ -196,4 +196,4 @@ def test_a_mistake_in_the_program_is_not_reported_as_trouble_with_the_disk(
     monkeypatch.setattr(saver_module, "save_weights", fail)
     saver.save(1, {}, last=False)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        saver.settle()
+        saver.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
+from unmask.config.flags import add_device_flags, add_sampling_flags, command, flag, sampler_from
 from unmask.distributed.processes import world_size
 from unmask.errors import ConfigError
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     flag(parser, "chat_template", metavar="NAME_OR_FILE", help=text)
     add_sampling_flags(parser)
     flag(parser, "seed", type=int, default=42, metavar="N", help="seed of the draws (default: %(default)s)")
-    add_place_flags(parser)
+    add_device_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int | None:

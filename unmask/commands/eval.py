@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
+from unmask.config.flags import add_device_flags, add_sampling_flags, command, flag, sampler_from
 from unmask.errors import ConfigError
 from unmask.evaluation.tasks import TASKS, split_names
 
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     flag(parser, "against", metavar="DIR", help="--output of an earlier evaluation; count the answers that differ")
     flag(parser, "seed", type=int, default=42, metavar="N", help="seed of draws and masks (default: %(default)s)")
     flag(parser, "batch_size", type=int, metavar="N", help="rows of a network call (default: 16)")
-    add_place_flags(parser, "rows")
+    add_device_flags(parser, "rows")
     likelihood = parser.add_argument_group("likelihoods")
     flag(likelihood, "num_samples", type=int, metavar="N", help="masks an answer (128), or noise levels a canvas (32)")
     flag(likelihood, "antithetic", action="store_true", help="draw masks in complementary pairs")

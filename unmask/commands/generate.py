@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unmask.config.flags import add_place_flags, add_sampling_flags, command, flag, sampler_from
+from unmask.config.flags import add_device_flags, add_sampling_flags, command, flag, sampler_from
 
 _GENERATE_HELP = """\
 A prompt is one user turn, rendered by the checkpoint's chat template; --raw takes it literally.
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     flag(parser, "raw", action="store_true", help="take prompts literally: no chat template, control tokens as spelt")
     flag(parser, "seed", type=int, default=42, metavar="N", help="seed of the draws (default: %(default)s)")
     flag(parser, "batch_size", type=int, metavar="N", help="prompts denoised together (default: 16)")
-    add_place_flags(parser, "prompts")
+    add_device_flags(parser, "prompts")
     flag(parser, "output", metavar="FILE.jsonl", help="write one JSON record an answer instead of printing the texts")
     flag(parser, "watch", action="store_true", help="draw each answer while it is denoised, one after the other")
     flag(parser, "trace", metavar="FILE.html", help="write an HTML page that replays the denoising call by call")
@@ -39,14 +39,14 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
-    from unmask.sampling.plan import Asked, check_blank_sampler, plan_job
+    from unmask.sampling.plan import GenerateRequest, check_blank_sampler, plan_job
     from unmask.sampling.prompts import given_prompts
 
     sampler = sampler_from(arguments)
     if arguments.infill:
         check_blank_sampler(sampler)
     prompts = given_prompts(arguments.prompt, arguments.input, arguments.infill)
-    asked = Asked(
+    request = GenerateRequest(
         prompts, arguments.infill, arguments.raw, arguments.seed, arguments.batch_size, arguments.output,
         arguments.watch, arguments.trace,
     )  # fmt: skip
@@ -57,5 +57,5 @@ def run(arguments: argparse.Namespace) -> int | None:
         return relaunch(arguments.words, arguments.nproc_per_node)
     from unmask.sampling.answers import answer_all
 
-    answer_all(plan, asked, arguments.dtype, arguments.device, arguments.shard)
+    answer_all(plan, request, arguments.dtype, arguments.device, arguments.shard)
     return 0

@@ -61,7 +61,7 @@ def add_sampling_flags(parser: Any) -> None:
         flag(headed.get(name, parser), name, type=kind, metavar=_METAVARS[kind], help=text)
 
 
-def add_place_flags(parser: Any, shared: str | None = None) -> None:
+def add_device_flags(parser: Any, shared: str | None = None) -> None:
     """Declare where and in which dtype a network runs, and on how many processes; `shared` is what they divide."""
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
     flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: %(default)s)")

@@ -22,7 +22,7 @@ from unmask.sampling.generate import DEFAULT_BATCH_SIZE, Generation
 from unmask.sampling.generate import answer as sample_answers
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_document, check_prompts, encode_prompts
-from unmask.sampling.settings import settings_of
+from unmask.sampling.settings import family_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,7 +196,7 @@ class TaskRun:
             generations = self.sample(rows, chunk.seed(self.seed))
             return [self.graded(row, each) for row, each in zip(rows, generations, strict=True)]
 
-        return divide_rows(list(chunk.rows), self.loaded.ranks, answered, self.loaded.together)
+        return divide_rows(list(chunk.rows), self.loaded.ranks, answered, self.loaded.joint_calls)
 
     def sample(self, rows: Sequence[int], seed: int, **options: Any) -> list[Generation]:
         """Sample an answer to the questions of some rows, on this rank alone; options as of `generate.answer`."""
@@ -224,7 +224,7 @@ def greedily_written(
     Greedy is LLaDA's sampler with one token a call, the most probable first, and no temperature. A row leaves at the
     first token that is not the answer's, nearly always the first of all.
     """
-    settings = settings_of(family_of(model.config), steps=max((len(answer) for _, answer in pairs), default=1))
+    settings = family_settings(family_of(model.config), steps=max((len(answer) for _, answer in pairs), default=1))
     requests = [
         Request(index, prompt, 0, Template([0] * len(answer), [True] * len(answer), [0] * len(answer)), answer)
         for index, (prompt, answer) in enumerate(pairs)

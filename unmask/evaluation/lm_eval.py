@@ -214,7 +214,7 @@ class UnmaskLM(LM):
                 return [cut_at(each.text or "", stops) for each in answers]
 
             rows = list(chunk.rows)
-            for row, text in zip(rows, divide_rows(rows, loaded.ranks, written, loaded.together), strict=True):
+            for row, text in zip(rows, divide_rows(rows, loaded.ranks, written, loaded.joint_calls), strict=True):
                 texts[row] = text
                 self.cache_hook.add_partial("generate_until", requests[row].args, text)
             bar.update(len(rows))
@@ -235,7 +235,7 @@ class UnmaskLM(LM):
         def scored(rows: list[int]) -> Scores:
             return self._continuations.score(self, [pairs[row] for row in rows], greedy)
 
-        return divide_rows(list(range(len(pairs))), self.loaded.ranks, scored, self.loaded.together)
+        return divide_rows(list(range(len(pairs))), self.loaded.ranks, scored, self.loaded.joint_calls)
 
     def _pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Return the tokens of a context and its continuation, the context cut on the left where both are too long.

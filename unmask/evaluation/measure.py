@@ -113,7 +113,7 @@ def measure_likelihood(
         return [{"row": row, "tokens": len(pairs[row][1]), **each} for row, each in zip(rows, numbers, strict=True)]
 
     def compute(rows: Sequence[int]) -> list[Record]:
-        return divide_rows(rows, ranks, scored, run.loaded.together)
+        return divide_rows(rows, ranks, scored, run.loaded.joint_calls)
 
     return _complete(run, path, identity, units, compute, progress)
 

@@ -189,7 +189,7 @@ def _sample_answers(run: TaskRun, rows: Sequence[int]) -> list[dict[str, Any]]:
         answers = [run.graded(*each) for each in zip(own, run.sample(own, run.seed, on_event=watch), strict=True)]
         return [_shown(run.questions[each.row], each, _few(seen)) for each, seen in zip(answers, frames, strict=True)]
 
-    return divide_rows(list(rows), loaded.ranks, answered, loaded.together) if rows else []
+    return divide_rows(list(rows), loaded.ranks, answered, loaded.joint_calls) if rows else []
 
 
 def _shown(question: Question, answer: Answer, frames: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model family tells the rest of the package about itself; a family's `family.py` holds one `Family`. No torch.
+"""`Family`: the record that describes a model family to the rest of the package, one in each `family.py`. No torch.
 
 Code outside a family's folder asks a record for `noise`, `attention` or a capability, never for the family's name.
 """
@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# What corruption does to a token: hides it behind the mask token, or replaces it by one drawn from the vocabulary.
+# What corruption replaces a token by: the mask token, or one drawn uniformly from the vocabulary.
 Noise = Literal["mask", "uniform"]
-# What a position sees: all others; its own block and those before it; the same with clean tokens read by a causal
-# encoder and one canvas of noise at a time by a decoder.
+# What a position sees: all others; its own block and those before it; or, in a canvas of noise that the decoder reads,
+# that canvas and the clean tokens before it, which a causal encoder has read.
 Attention = Literal["bidirectional", "block_causal", "canvas"]
 
 
@@ -29,8 +29,8 @@ class FileLayout:
     """What released files hold beside the network's own tensors, whose keys are the files'.
 
     Attributes:
-        passthrough: whether a stored tensor is none of the network's and is written again as it was read.
-        tied_to: the key that a stored tensor repeats, where files may hold tied weights twice; None otherwise.
+        passthrough: whether a stored tensor is not the network's, and is copied unchanged into what is saved.
+        tied_to: the key whose weights a stored tensor repeats (tied weights stored twice); None otherwise.
         passthrough_part: what a message calls what is passed through, such as "vision tower".
     """
 
@@ -39,7 +39,7 @@ class FileLayout:
     passthrough_part: str = ""
 
 
-PLAIN = FileLayout()  # the network's tensors and nothing else
+PLAIN_LAYOUT = FileLayout()  # the network's tensors and nothing else
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,23 @@ class LoraTargets:
         default: those of them that are adapted when a run names none.
         whole: modules that may be trained whole beside the adapter (`modules_to_save`).
         frozen: part of a module's name → why nothing of that name can be adapted.
-        roles: (our prefix, theirs): names under which the reference class has the same weight once more.
+        aliases: (our prefix, theirs): further names of the same weight in the reference class.
     """
 
     linears: tuple[str, ...]
     default: tuple[str, ...]
     whole: tuple[str, ...] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
-    roles: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def reference_names(self, name: str) -> list[str]:
         """Return every name that the reference class has for a module or parameter of ours, ours first."""
-        others = [theirs + name.removeprefix(ours) for ours, theirs in self.roles if name.startswith(ours)]
+        others = [theirs + name.removeprefix(ours) for ours, theirs in self.aliases if name.startswith(ours)]
         return [name, *others]
 
     def own_name(self, name: str) -> str:
         """Return our name of a module or parameter of the reference class."""
-        for ours, theirs in self.roles:
+        for ours, theirs in self.aliases:
             if name.startswith(theirs):
                 return ours + name.removeprefix(theirs)
         return name
@@ -86,8 +86,7 @@ class ShardPlan:
         methods: methods of the network, other than forward, that run blocks; FSDP2 hooks module calls alone.
         experts: name of a block's mixture of experts; None without one.
         over_tokens: method that runs every block once, given token ids (B, L) alone; None = forward.
-        forward_passes, backward_passes: how often a training step runs the blocks for a micro-batch, to count what
-            travels between ranks.
+        forward_passes, backward_passes: of the blocks in one micro-batch, to estimate communication.
     """
 
     blocks: str
@@ -142,18 +141,18 @@ class Family:
         noise: what corruption does to its tokens.
         attention: what its positions see of each other.
         parse_config: (values of a config.json, where they stand) → its frozen configuration; raises ModelError.
-        network: "module:Class", made from a configuration, its weights undefined; respects torch's default device.
+        network: "module:Class", called with a configuration; weights uninitialised, on torch's default device.
         initialise: "module:function" (network, generator) that draws fresh weights in place.
-        activation_bytes: bytes that a forward pass keeps for backward; arguments (config, tokens, bytes of a residual
-            element, bytes of a matmul input, whether activation checkpointing is on).
+        activation_bytes: bytes that a forward pass keeps for backward, of (config, tokens, bytes of a residual element,
+            bytes of a matmul input, whether activation checkpointing is on).
         lora: what LoRA may adapt.
         shard: how the network is divided over ranks.
-        sampler: how it samples when nothing is said.
+        sampler: how it samples by default.
         files: what its files hold beside the network.
         chat_template: name of the packaged chat template that marks the assistant's tokens; None = none.
         control_tokens: of its released tokenizer; None = no tokenizer can be trained from scratch for it.
-        auto_config, auto: "module:function" that makes transformers' AutoConfig know it, and one for all Auto classes;
-            None where transformers has the family itself.
+        auto_config: "module:function" that registers transformers' AutoConfig; None where transformers has the family.
+        auto: the same for all Auto classes.
     """
 
     name: str
@@ -168,7 +167,7 @@ class Family:
     lora: LoraTargets
     shard: ShardPlan
     sampler: SamplerDefaults
-    files: FileLayout = PLAIN
+    files: FileLayout = PLAIN_LAYOUT
     chat_template: str | None = None
     control_tokens: ControlTokens | None = None
     auto_config: str | None = None

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
-from unmask.models.family import PLAIN, FileLayout
+from unmask.models.family import PLAIN_LAYOUT, FileLayout
 from unmask.models.folders import INDEX, WEIGHTS, StoredTensor, stored_tensors
 
 SHARD_BYTES = 5 * 10**9
@@ -51,7 +51,7 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -
 
 
 def read_slices(
-    shapes: Mapping[str, torch.Size], places: Mapping[str, Place], folder: Path, layout: FileLayout = PLAIN
+    shapes: Mapping[str, torch.Size], places: Mapping[str, Place], folder: Path, layout: FileLayout = PLAIN_LAYOUT
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (key, slice of the stored tensor) for every key, reading no more than the slices from the disk.
 
@@ -138,7 +138,7 @@ def _check(
     return own
 
 
-def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) -> None:
+def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
     """Check that a folder has the tensors of a network, from its headers alone: no weight is read.
 
     That tied tensors which are stored twice are equal is left to loading.
@@ -150,7 +150,7 @@ def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN) ->
 
 
 @torch.no_grad()
-def fill(pieces: Iterable[tuple[str, Piece]], folder: Path, layout: FileLayout = PLAIN) -> None:
+def fill(pieces: Iterable[tuple[str, Piece]], folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
     """Copy a folder's values into existing tensors, which an optimizer may hold; raises as `read_slices`.
 
     Args:
@@ -194,7 +194,7 @@ def set_dtypes(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> nn.
 
 
 def load_weights(
-    model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any, layout: FileLayout = PLAIN
+    model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any, layout: FileLayout = PLAIN_LAYOUT
 ) -> None:
     """Fill a network built on the meta device from a folder, without ever holding two copies of it.
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses
 from unmask.config.data import rounded_up
-from unmask.objectives.head import Scored, loss_terms, token_losses
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
+from unmask.objectives.terms import ScoredTerm, loss_terms, token_losses
 from unmask.ops.rows import take_rows
 from unmask.ops.soft_embedding import soft_embedding
 from unmask.rng import NoiseStream
@@ -179,7 +179,7 @@ class CanvasDiffusion:
         """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
         return token_losses(model, self._scored(model, noisy), noisy.counts)
 
-    def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, Scored]:
+    def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, ScoredTerm]:
         """Run the network; return what there is to score for each term."""
         encoded = model.encode(noisy.encoder_ids_BL)
         hidden_KCD = model.decode(
@@ -192,11 +192,11 @@ class CanvasDiffusion:
         )
         levels_N = noisy.levels_K[:, None].expand(noisy.scored_KC.shape).flatten()
         weights_N = noisy.scored_KC.flatten().float()
-        terms = {"diffusion": Scored(hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N, levels_N)}
+        terms = {"diffusion": ScoredTerm(hidden_KCD.flatten(0, 1), noisy.targets_KC.flatten(), weights_N, levels_N)}
         if self.encoder_loss_weight:
             hidden_ND = take_rows(encoded.hidden_BLD.flatten(0, 1), noisy.encoder_positions_N)
             ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
-            terms["encoder"] = Scored(hidden_ND, noisy.encoder_targets_N, ones_N, None, self.encoder_loss_weight)
+            terms["encoder"] = ScoredTerm(hidden_ND, noisy.encoder_targets_N, ones_N, None, self.encoder_loss_weight)
         return terms
 
     def shown(self, noisy: CanvasBatch, row: int) -> Shown:

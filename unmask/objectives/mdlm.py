@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
-from unmask.objectives.head import Scored, loss_terms, token_losses
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
 from unmask.objectives.registry import Shown
+from unmask.objectives.terms import ScoredTerm, loss_terms, token_losses
 from unmask.ops.rows import take_rows
 from unmask.rng import NoiseStream
 
@@ -84,9 +84,9 @@ class MDLM:
         what = f"{sum(hidden)} of {int(noisy.clean.supervised_BL[row].sum())} supervised tokens masked"
         return Shown(what, noisy.noisy_ids_BL[row][there_L].tolist(), hidden, [False] * len(hidden))
 
-    def _scored(self, model: Any, noisy: NoisyBatch) -> dict[str, Scored]:
+    def _scored(self, model: Any, noisy: NoisyBatch) -> dict[str, ScoredTerm]:
         """Run the network; return what there is to score, of masked positions alone."""
         hidden_BLD = model(noisy.noisy_ids_BL, noisy.attention_mask_BL)
         scored_ND = take_rows(hidden_BLD.flatten(0, 1), noisy.positions_N)
         targets_N = noisy.clean.input_ids_BL.flatten()[noisy.positions_N]
-        return {"mdlm": Scored(scored_ND, targets_N, noisy.weights_BL.flatten()[noisy.positions_N], noisy.levels_N)}
+        return {"mdlm": ScoredTerm(scored_ND, targets_N, noisy.weights_BL.flatten()[noisy.positions_N], noisy.levels_N)}

@@ -1,6 +1,6 @@
-"""Linear head and cross-entropy in one: the logits of a chunk of rows live, those of all rows never do.
+"""Cross-entropy fused with the linear head, chunk by chunk, so that the logits of all rows never exist together.
 
-Gradients are made in the forward pass, while a chunk's probabilities are at hand (Liger's FusedLinearCrossEntropy,
+Gradients are computed in the forward pass, while a chunk's probabilities are at hand (Liger's FusedLinearCrossEntropy,
 arXiv 2410.10989, section 3.2). Matmuls run in autocast's dtype where it is on; softmax, loss and sums of gradients are
 fp32 (fp64 for fp64). PyTorch's own `F.linear_cross_entropy` has no softcap, and where rows have weights and losses it
 makes the logits twice.
@@ -45,14 +45,14 @@ def linear_cross_entropy(
         the sum in nats, fp32 (fp64 for fp64), whose gradient can be taken once and not differentiated; and the
         cross-entropies (N,) without gradient, 0 where a position is ignored.
     """
-    # Blanked rather than taken out: to learn how many are left, the host would wait for the device.
+    # Zeroed, not dropped: to learn how many rows are left, the host would wait for the device.
     kept_N = weights_N != 0
     hidden_ND, targets_N = torch.where(kept_N[:, None], hidden_ND, 0.0), torch.where(kept_N, targets_N, 0)
-    if not torch.is_grad_enabled():  # in which a Function would make its gradients all the same
+    if not torch.is_grad_enabled():  # an autograd Function would compute its gradients even so
         losses_N = torch.where(kept_N, cross_entropies(hidden_ND, head, targets_N, chunk_logits), 0.0)
         return torch.dot(losses_N, weights_N.to(losses_N.dtype)), losses_N
-    given = (head.scaled(hidden_ND), head.weight, head.bias, head.softcap, targets_N, weights_N)
-    return _LinearCrossEntropy.apply(*given, compute_dtype(hidden_ND), chunk_logits)
+    inputs = (head.scaled(hidden_ND), head.weight, head.bias, head.softcap, targets_N, weights_N)
+    return _LinearCrossEntropy.apply(*inputs, compute_dtype(hidden_ND), chunk_logits)
 
 
 @torch.no_grad()
@@ -66,31 +66,31 @@ def cross_entropies(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk_logi
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, softcap, targets_N, weights_N, compute, chunk_logits):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        wide = torch.promote_types(compute, torch.float32)
-        products = sum_dtype(compute)
+        loss_dtype = torch.promote_types(compute, torch.float32)
+        product_dtype = sum_dtype(compute)
         leaves = (hidden_ND, weight_VD, bias_V)
         sums = [
-            leaf.new_empty(leaf.shape, dtype=wide) if wanted else None
+            leaf.new_empty(leaf.shape, dtype=loss_dtype) if wanted else None
             for leaf, wanted in zip(leaves, ctx.needs_input_grad[:3], strict=True)
         ]
-        of_hidden_ND, of_weight_VD, of_bias_V = sums
-        weights_N, losses_N = weights_N.to(wide), hidden_ND.new_empty(len(hidden_ND), dtype=wide)
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = sums
+        weights_N, losses_N = weights_N.to(loss_dtype), hidden_ND.new_empty(len(hidden_ND), dtype=loss_dtype)
         chunks = _chunks(hidden_ND.to(compute), Head(weight_VD, bias_V, softcap), targets_N, chunk_logits)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for part, losses_N[part], slopes_RV, total_R in chunks:
+            for part, losses_N[part], grads_RV, total_R in chunks:
                 share_R = weights_N[part] / total_R
-                shared_RD = (hidden_ND[part] * share_R[:, None]).to(products)
+                shared_RD = (hidden_ND[part] * share_R[:, None]).to(product_dtype)
                 for columns in column_slices(len(weight_VD)):
-                    slopes_RC = slopes_RV[:, columns].to(products)
-                    if of_hidden_ND is not None:
-                        part_CD = weight_VD[columns].to(products)
-                        write_product(of_hidden_ND[part], slopes_RC, part_CD, add=columns.start > 0)
-                    if of_weight_VD is not None:
-                        write_product(of_weight_VD[columns], slopes_RC.t(), shared_RD, add=part.start > 0)
-                if of_hidden_ND is not None:
-                    of_hidden_ND[part] *= share_R[:, None]
-                if of_bias_V is not None:
-                    torch.addmv(of_bias_V, slopes_RV.t(), share_R, beta=min(part.start, 1), out=of_bias_V)
+                    grads_RC = grads_RV[:, columns].to(product_dtype)
+                    if grad_hidden_ND is not None:
+                        part_CD = weight_VD[columns].to(product_dtype)
+                        write_product(grad_hidden_ND[part], grads_RC, part_CD, add=columns.start > 0)
+                    if grad_weight_VD is not None:
+                        write_product(grad_weight_VD[columns], grads_RC.t(), shared_RD, add=part.start > 0)
+                if grad_hidden_ND is not None:
+                    grad_hidden_ND[part] *= share_R[:, None]
+                if grad_bias_V is not None:
+                    torch.addmv(grad_bias_V, grads_RV.t(), share_R, beta=min(part.start, 1), out=grad_bias_V)
         made = (None if each is None else each.to(leaf.dtype) for each, leaf in zip(sums, leaves, strict=True))
         ctx.save_for_backward(*made)
         ctx.mark_non_differentiable(losses_N)
@@ -100,11 +100,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, _):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
-        # In place: the buffers are ours alone, and the matrix's is as large as the head. A second backward, which would
-        # find them in other hands, is refused by autograd, which sees that saved tensors changed.
+        # In place: nobody else has the buffers, and the matrix's is as large as the head. Autograd refuses a second
+        # backward, since it sees that saved tensors changed.
         saved = ctx.saved_tensors
         grads = [grad for grad in saved if grad is not None]
-        # To ask a CPU whether this is the last operation costs nothing; for a device the host would wait.
+        # Reading grad_loss is free on a CPU; for a device the host would wait.
         if grad_loss.device.type == "cpu" and grad_loss == 1:
             torch.autograd.graph.increment_version(grads)
         else:
@@ -116,15 +116,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(
     hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk_logits: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield chunks of rows: place, CE (R,), total · ∂CE/∂z (R, V) and total (R,), as from `_softmax_`."""
+    """Yield for each chunk its slice, CE (R,), total · ∂CE/∂z (R, V) and total (R,), as from `_softmax_gradient_`."""
     for part, z_RV in logit_chunks(hidden_ND, head.weight, chunk_logits, 1 / (head.softcap or 1.0)):
         targets_R1 = targets_N[part, None]
-        found = [_softmax_(z_RV[rows], targets_R1[rows], head) for rows in cached_rows(z_RV)]
-        losses_R, total_R = (torch.cat(parts) for parts in zip(*found, strict=True))
+        results = [_softmax_gradient_(z_RV[rows], targets_R1[rows], head) for rows in cached_rows(z_RV)]
+        losses_R, total_R = (torch.cat(parts) for parts in zip(*results, strict=True))
         yield part, losses_R, z_RV, total_R
 
 
-def _softmax_(z_RV: Tensor, targets_R1: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _softmax_gradient_(z_RV: Tensor, targets_R1: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Turn W h (divided by the softcap) into total · ∂CE/∂z; return CE (R,) and total (R,) = Σ exp(logit − highest)."""
     if head.bias is not None:
         z_RV.add_(head.bias, alpha=1 / (head.softcap or 1.0))
@@ -133,7 +133,7 @@ def _softmax_(z_RV: Tensor, targets_R1: Tensor, head: Head) -> tuple[Tensor, Ten
     own_R1 = exp_RV.gather(1, targets_R1)
     total_R1 = exp_RV.exp_().sum(dim=1, keepdim=True)
     losses_R1 = total_R1.log() - own_R1
-    # p − 1 as such: where p is nearly 1, a difference from it would be lost.
+    # p − 1 by expm1: where p is nearly 1, subtracting would lose all digits.
     exp_RV.scatter_(1, targets_R1, torch.expm1(-losses_R1) * total_R1)
     if head.softcap is not None:
         torch.addcmul(exp_RV, exp_RV, z_RV.square_(), value=-1, out=z_RV)  # ∂logit/∂z = 1 − tanh²

@@ -27,7 +27,7 @@ from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.infill import Infill, fill
 from unmask.sampling.jobs import LoadedModel, load
-from unmask.sampling.plan import Asked, JobPlan
+from unmask.sampling.plan import GenerateRequest, JobPlan
 from unmask.sampling.prompts import check_prompts, encode_prompts, title_of
 from unmask.sampling.text import printable, unanswered_note
 from unmask.sampling.trace import trace_for
@@ -36,8 +36,8 @@ from unmask.sampling.view import watcher
 _FIRST_LINE = "generation"  # what an answer file's first line is called
 
 
-def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shard: bool) -> None:
-    """Answer everything that is asked; with several processes a collective. `dtype` and `shard` as in `jobs.load`.
+def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, device: str, shard: bool) -> None:
+    """Answer every prompt of a request; with several processes a collective. `dtype` and `shard` as in `jobs.load`.
 
     Raises:
         SamplingError: a prompt that cannot be answered, before the weights load; logits that are not finite.
@@ -46,18 +46,18 @@ def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shar
     place = own_device(pick_device(device))
     ranks = join(place)
     if ranks.first:
-        _hint(plan, asked)
-    if ranks.size > 1 and (asked.watch or asked.trace):
+        _hint(plan, request)
+    if ranks.size > 1 and (request.watch or request.trace):
         raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
-    job = _encode(plan, asked)
+    job = _encode(plan, request)
     output = None
-    if asked.output is not None:
-        output = AnswerFile(Path(asked.output), job.rows, job.identity(dtype), ranks)
+    if request.output is not None:
+        output = AnswerFile(Path(request.output), job.rows, job.identity(dtype), ranks)
     loaded = load(plan, place, dtype, ranks, shard)
     printer = None
-    if ranks.first and output is None and (asked.infill or not asked.watch):
+    if ranks.first and output is None and (request.infill or not request.watch):
         # Of several processes one has not all answers before the end, and a live view is not to be written into.
-        printer = Printer(job.titles, wait=ranks.size > 1 or asked.watch)
+        printer = Printer(job.titles, wait=ranks.size > 1 or request.watch)
     try:
         answers = _sample(job, loaded, output, printer)
         if output is not None:
@@ -75,13 +75,13 @@ def answer_all(plan: JobPlan, asked: Asked, dtype: str | None, device: str, shar
         print(note, file=sys.stderr)
     if output is not None:
         kept = f", {len(output.kept)} of them from before" if output.kept else ""
-        print(f"wrote {len(job.rows)} records to {asked.output}{kept}")
+        print(f"wrote {len(job.rows)} records to {request.output}{kept}")
 
 
-def _hint(plan: JobPlan, asked: Asked) -> None:
+def _hint(plan: JobPlan, request: GenerateRequest) -> None:
     """Say that a blank is sent as text where it probably was meant as one, and that an adapter is of another base."""
-    texts = [label for label, prompt in asked.prompts.items() if isinstance(prompt, str) and has_blank(prompt)]
-    if texts and not asked.infill:
+    texts = [label for label, prompt in request.prompts.items() if isinstance(prompt, str) and has_blank(prompt)]
+    if texts and not request.infill:
         print(f"{texts[0]}: its blank is text to the model; --infill fills blanks", file=sys.stderr)
     note = plan.base_note()
     if note:
@@ -93,7 +93,7 @@ class _Job:
     """What is to be answered; the lists have an entry a prompt. Two `rows` are equal where the same is asked."""
 
     plan: JobPlan
-    asked: Asked
+    request: GenerateRequest
     prompts: list[Any]
     labels: list[str]
     encoded: list[Any]
@@ -107,34 +107,34 @@ class _Job:
         return {**settings.values, "approximations": list(settings.approximations)}
 
     def identity(self, dtype: str | None) -> dict[str, Any]:
-        asked = {name: getattr(self.asked, name) for name in ("infill", "raw", "seed")}
-        return {**self.plan.fingerprint(), "dtype": dtype, **asked, "sampler": self.settings}
+        given = {name: getattr(self.request, name) for name in ("infill", "raw", "seed")}
+        return {**self.plan.fingerprint(), "dtype": dtype, **given, "sampler": self.settings}
 
     def record(self, row: int, answered: Generation | Infill) -> Record:
-        return record_of(self.prompts[row], answered, self.settings, self.asked.seed)
+        return record_of(self.prompts[row], answered, self.settings, self.request.seed)
 
 
-def _encode(plan: JobPlan, asked: Asked) -> _Job:
+def _encode(plan: JobPlan, request: GenerateRequest) -> _Job:
     """Return the prompts as tokens; raises SamplingError for one that cannot be answered."""
-    labels, prompts = list(asked.prompts), list(asked.prompts.values())
-    if asked.infill:
-        encoded = encode_blanks(prompts, labels, plan.tokenizer, asked.raw, plan.config, plan.settings)
+    labels, prompts = list(request.prompts), list(request.prompts.values())
+    if request.infill:
+        encoded = encode_blanks(prompts, labels, plan.tokenizer, request.raw, plan.config, plan.settings)
         rows = [str(text.hashed) for text in encoded]
     else:
-        encoded = encode_prompts(prompts, plan.tokenizer, asked.raw, plan.config.mask_token_id, labels)
+        encoded = encode_prompts(prompts, plan.tokenizer, request.raw, plan.config.mask_token_id, labels)
         check_prompts(encoded, labels, plan.config, plan.settings)
         rows = [str(ids) for ids in encoded]
     titles = [title_of(prompt, index) for index, prompt in enumerate(prompts)]
-    return _Job(plan, asked, prompts, labels, encoded, rows, titles)
+    return _Job(plan, request, prompts, labels, encoded, rows, titles)
 
 
 def _sample(job: _Job, loaded: LoadedModel, output: AnswerFile | None, printer: Printer | None) -> dict[int, Any]:
     """Answer what is not answered yet, divided among the ranks; return the answers by the numbers of their prompts."""
-    asked, ranks = job.asked, loaded.ranks
+    request, ranks = job.request, loaded.ranks
     todo = list(range(len(job.rows))) if output is None else output.missing
     rows = [job.rows[row] for row in todo]
     mine = [todo[place] for place in own_rows(rows, ranks)]
-    shown = ranks.first and output is not None and not asked.watch
+    shown = ranks.first and output is not None and not request.watch
     with AnswerProgress(len(mine), shown) as progress, _following(job, loaded, mine) as follow:
 
         def arrived(place: int, answered: Any) -> None:
@@ -146,23 +146,23 @@ def _sample(job: _Job, loaded: LoadedModel, output: AnswerFile | None, printer: 
 
         def sample(_: list[str]) -> list[Any]:
             encoded, labels = [job.encoded[row] for row in mine], [job.labels[row] for row in mine]
-            size = 1 if asked.watch else asked.batch_size
-            return (fill if asked.infill else answer)(loaded, encoded, labels, asked.seed, size, follow, arrived)
+            size = 1 if request.watch else request.batch_size
+            return (fill if request.infill else answer)(loaded, encoded, labels, request.seed, size, follow, arrived)
 
-        return dict(zip(todo, divide_rows(rows, ranks, sample, loaded.together), strict=True))
+        return dict(zip(todo, divide_rows(rows, ranks, sample, loaded.joint_calls), strict=True))
 
 
 @contextmanager
 def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Callable[[StepEvent], None] | None]:
     """Give what the terminal and the trace do with an event; write the trace in the end, of an error too."""
-    asked = job.asked
-    if not (asked.watch or asked.trace):
+    request = job.request
+    if not (request.watch or request.trace):
         yield None
         return
     titles = [job.titles[row] for row in rows]
-    trace = trace_for(loaded, titles, checkpoint=job.plan.name, seed=asked.seed) if asked.trace else None
+    trace = trace_for(loaded, titles, checkpoint=job.plan.name, seed=request.seed) if request.trace else None
     headings = dict(enumerate(titles)) if len(job.rows) > 1 else {}
-    with watcher(loaded, titles=headings) if asked.watch else nullcontext() as draw:
+    with watcher(loaded, titles=headings) if request.watch else nullcontext() as draw:
 
         def follow(event: StepEvent) -> None:
             for follower in (draw, trace):
@@ -172,9 +172,9 @@ def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Call
         try:
             yield follow
         finally:
-            written = trace is not None and trace.write(Path(asked.trace or ""))
+            written = trace is not None and trace.write(Path(request.trace or ""))
     if written:
-        print(f"wrote {asked.trace}")
+        print(f"wrote {request.trace}")
 
 
 class Printer:

@@ -1,4 +1,4 @@
-"""A network made ready to answer: its weights loaded, its settings resolved, its backend built, each once.
+"""`LoadedModel`: a network ready to sample from, with weights loaded, settings resolved and backend built once.
 
 `generate`, `infill`, `chat`, `eval`, lm-evaluation-harness and validation during training all sample from a
 LoadedModel: `plan.plan_job` → `load`, or `as_loaded` of a network that is in memory.
@@ -38,16 +38,16 @@ class LoadedModel:
     Attributes:
         model: the network.
         tokenizer: its tokenizer; None where prompts are token ids.
-        settings: those in force.
-        ranks: among whom prompts are divided.
-        together: the context in which ranks call a network that they share (`distributed.inference.divide_rows`).
+        settings: how it is sampled.
+        ranks: the processes that prompts are divided among.
+        joint_calls: context in which ranks call a network that they share (`distributed.inference.divide_rows`).
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     settings: SamplerSettings
     ranks: Ranks = ALONE
-    together: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
+    joint_calls: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
 
     @property
     def config(self) -> Any:
@@ -56,12 +56,12 @@ class LoadedModel:
 
     @property
     def mask_id(self) -> int | None:
-        """The mask token; None where noise is no mask."""
+        """The mask token; None for uniform noise."""
         return self.config.mask_token_id
 
     @cached_property
     def backend(self) -> Backend:
-        """How the denoising loop calls the network."""
+        """What the denoising loop calls the network through."""
         return backend_for(self.model, self.settings)
 
     @cached_property
@@ -92,24 +92,24 @@ def load(
 
     Raises:
         ConfigError: `shard` on one rank.
-        ModelError, TrainingError: as loading does; no memory for a part.
+        ModelError, TrainingError: weights that cannot be loaded; too little memory for a part.
     """
     if not shard:
-        model, together = build_model(plan.model, dtype, device), nullcontext()
+        model, joint_calls = build_model(plan.model, dtype, device), nullcontext()
         if plan.adapter is not None:
             apply_adapter(model, plan.adapter)
     elif ranks.size == 1:
         raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
     else:
         model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
-        together = JointCalls(model, ranks)
-    return LoadedModel(model.eval(), plan.tokenizer, plan.settings, ranks, together)
+        joint_calls = JointCalls(model, ranks)
+    return LoadedModel(model.eval(), plan.tokenizer, plan.settings, ranks, joint_calls)
 
 
 def as_loaded(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, sampler: SamplerConfig | None = None
 ) -> LoadedModel:
-    """Return a network that is in memory as a LoadedModel, with the settings that a caller wants.
+    """Wrap a network that is in memory as a LoadedModel.
 
     Raises:
         SamplingError: a model of no known family, or a setting that its family does not have.

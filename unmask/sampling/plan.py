@@ -1,4 +1,4 @@
-"""What can be told of a job before torch loads and a weight is read: the checkpoint, its settings, what is asked."""
+"""Plans a sampling job without torch: finds checkpoint, adapter, tokenizer; resolves settings; checks the request."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A checkpoint, found, and the settings that it is sampled with. `jobs.load` makes a LoadedModel of it.
+    """A checkpoint and the settings that it is sampled with, nothing loaded yet; `jobs.load` makes a LoadedModel of it.
 
     Attributes:
         name: as the user wrote it.
         model: its family, configuration and folder.
         adapter: folder of the LoRA adapter on top, or None.
         generation: the values of its generation_config.json.
-        settings: those in force.
+        settings: resolved.
         tokenizer_folder: the adapter's where it has a tokenizer, else the checkpoint's.
         where: the flag that named the checkpoint, for messages.
     """
@@ -66,11 +66,11 @@ class JobPlan:
         return load_tokenizer(str(self.tokenizer_folder), self.where)
 
     def resolve(self, sampler: SamplerConfig | None) -> SamplerSettings:
-        """Return the settings in force where a caller wants these; raises SamplingError."""
+        """Return this checkpoint's settings with others of the caller's; raises SamplingError."""
         return resolve_settings(sampler, self.model.family, self.config, self.generation)
 
     def fingerprint(self) -> dict[str, str | None]:
-        """Return what tells its weights, and the rank and scale of its adapter, from another's."""
+        """Return hashes that identify the weights and the adapter with its config."""
         adapter = None
         if self.adapter is not None:
             files = (self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
@@ -78,7 +78,7 @@ class JobPlan:
         return {"weights": weights_fingerprint(self.folder), "adapter": adapter}
 
     def base_note(self) -> str:
-        """Return a warning where the adapter was trained over other weights than these; else empty."""
+        """Return a warning if the adapter was trained on a different base model; else an empty string."""
         return "" if self.adapter is None else base_note(self.adapter, self.folder)
 
 
@@ -96,29 +96,29 @@ def plan_job(
         ModelError: no such checkpoint, adapter or tokenizer, or a file cut short.
         SamplingError: a setting that the checkpoint's family does not have.
     """
-    found = None if adapter is None else find_adapter(adapter)
+    adapter_folder = None if adapter is None else find_adapter(adapter)
     model = plan_folder(checkpoint, where)
     assert model.folder is not None
     generation = read_generation(model.folder)
     settings = resolve_settings(sampler, model.family, model.config, generation)
-    tokenizer = tokenizer_folder(str(model.folder), None if found is None else str(found), where)
-    return JobPlan(checkpoint, model, found, generation, settings, tokenizer, where)
+    tokenizer = tokenizer_folder(str(model.folder), None if adapter_folder is None else str(adapter_folder), where)
+    return JobPlan(checkpoint, model, adapter_folder, generation, settings, tokenizer, where)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `unmask generate` is to answer, and what becomes of the answers.
+class GenerateRequest:
+    """What `unmask generate` is to answer, and where the answers go.
 
     Attributes:
-        prompts: as `generate` or `infill` takes them, by what messages call each.
-        infill: whether blanks are to be filled.
+        prompts: label for messages → prompt, as `generate` or `infill` takes it.
+        infill: fill blanks.
         raw, seed, batch_size: as in `generate`.
-        output: file of a record an answer; None prints the texts.
+        output: JSONL file, one record per answer; None prints the texts.
         watch: draw the answers while they are denoised.
-        trace: file of a page that replays the run.
+        trace: HTML file that replays the run.
 
     Raises:
-        SamplingError: no batch size.
+        SamplingError: a batch size below 1.
         ConfigError: a file that cannot be written, or is there already.
     """
 

@@ -1,7 +1,7 @@
-"""How an answer is sampled: what a family releases, a checkpoint says and a caller asks for, joined and checked.
+"""Resolves sampler settings: a family's defaults, then the checkpoint's, then the caller's, merged and checked.
 
-`SamplerConfig` is what a caller asks for; `SamplerSettings` is what the loop goes by. No torch, so that a bad setting
-is refused before anything heavy loads.
+`SamplerConfig` is what a caller gives; `SamplerSettings` is the complete result. No torch, so that a bad setting is
+refused before anything heavy loads.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SETTINGS = tuple(field.name for field in fields(SamplerConfig) if field.name != 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the sampler for one kind of noise and attention can do.
+    """The settings that the sampler for one kind of noise and attention has.
 
     Attributes:
-        fields: the settings that it has.
-        choices: setting → the values that it takes, where it does not take all.
-        reasons: setting → why it takes no other.
+        fields: their names.
+        choices: setting → the values allowed, where not all are.
+        reasons: setting → why no other is, as a clause that continues "sampler has no VALUE, …".
     """
 
     fields: tuple[str, ...]
@@ -33,7 +33,6 @@ class Scheme:
     reasons: Mapping[str, str]
 
 
-# (noise, attention) → its sampler.
 SCHEMES: dict[tuple[Noise, Attention], Scheme] = {
     # LLaDA (Nie et al. 2025, appendix A.3; ML-GSAI/LLaDA, generate.py).
     ("mask", "bidirectional"): Scheme(
@@ -61,7 +60,7 @@ SCHEMES: dict[tuple[Noise, Attention], Scheme] = {
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """What the denoising loop goes by; `SamplerConfig` describes the settings.
+    """The complete settings of the denoising loop; `SamplerConfig` describes each.
 
     A setting that the sampler of this noise and attention does not have is None, and so is the rule that is not chosen
     (`threshold`, `factor`, `entropy_bound`).
@@ -120,25 +119,25 @@ class SamplerSettings:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings that there are, by name."""
+        """The settings that this sampler has, by name."""
         return {name: getattr(self, name) for name in self._scheme.fields}
 
     @property
     def rule(self) -> str:
-        """Name of the rule that says which positions take their token, a key of `rules.RULES`."""
+        """Name of the rule that picks the positions to commit, a key of `rules.RULES`."""
         return next((name for name in RULE_SCORES if getattr(self, name) is not None), "quota")
 
     @property
     def length(self) -> int:
-        """Positions that are denoised for an answer: of canvases whole ones."""
+        """Positions denoised for an answer: `max_new_tokens`, rounded up to whole canvases."""
         if self.attention == "canvas":
             return -(-self.max_new_tokens // self.block_size) * self.block_size
         return self.max_new_tokens
 
     def calls(self, sizes: Sequence[int]) -> Sequence[int]:
-        """Return how many calls the blocks of an answer are planned to take, given how many are masked in each.
+        """Return the planned number of calls for each block, given how many positions of each are masked.
 
-        Canvases have `steps` at the most, whatever is masked in them, and stop by themselves.
+        For a canvas it is the most, `steps`: it may stop sooner.
         """
         return [self.steps] * len(sizes) if self.noise == "uniform" else planned_calls(sizes, self.steps)
 
@@ -149,29 +148,29 @@ class SamplerSettings:
         return self.t_min + (self.t_max - self.t_min) * (self.steps - step) / self.steps
 
     @property
-    def _outdated(self) -> bool:
+    def _stale(self) -> bool:
         """Whether calls read keys and values that are out of date."""
         return self.cache in ("prefix", "dual") and self.refresh_interval != 1
 
     @property
-    def cuts(self) -> bool:
-        """Whether the blocks after a committed stop token are left out of later calls.
+    def drops_after_stop(self) -> bool:
+        """Whether later calls leave out the blocks after a committed stop token.
 
-        It is exact only where nothing before the stop token is masked, which sees their masks; so it is done where the
-        cache is approximate anyway. A revised stop token would need them back.
+        Masked positions before the stop token would see those blocks, so this is done only where the cache is
+        approximate anyway, and not where a stop token may be revised.
         """
-        return self._outdated and self.revise == "none"
+        return self._stale and self.revise == "none"
 
     @property
     def approximations(self) -> tuple[str, ...]:
-        """What is not computed by full forwards, in words; empty where everything is.
+        """In words, how calls differ from full forwards; empty where they do not.
 
-        Rules, scores, steps and ways to revise other than the published are other algorithms, no approximation.
+        Other rules, scores, steps or revisers than the published ones are other algorithms, not approximations.
         """
-        if not self._outdated:
+        if not self._stale:
             return ()
         often = "" if self.refresh_interval is None else f" and every {self.refresh_interval} calls"
-        cut = ("blocks after a committed stop token are left out",) if self.cuts else ()
+        cut = ("blocks after a committed stop token are left out",) if self.drops_after_stop else ()
         return (f"{self.cache} cache, computed anew at block starts{often}", *cut)
 
     @property
@@ -181,12 +180,12 @@ class SamplerSettings:
 
     @property
     def note(self) -> str:
-        """What is to be said beside whatever these settings gave: empty where they are exact."""
+        """The approximations as one line to print beside results; empty where sampling is exact."""
         return "" if self.exact else f"approximate sampling: {'; '.join(self.approximations)}"
 
 
-def settings_of(family: Family, **values: Any) -> SamplerSettings:
-    """Return a family's released settings with some values put in.
+def family_settings(family: Family, **values: Any) -> SamplerSettings:
+    """Return a family's default settings with some values replaced.
 
     Raises: as `SamplerSettings`.
     """
@@ -194,7 +193,7 @@ def settings_of(family: Family, **values: Any) -> SamplerSettings:
 
 
 def settings_for(model: Any, sampler: SamplerConfig | None = None) -> SamplerSettings:
-    """Return what a network is sampled with; raises as `resolve_settings`, and SamplingError for no known family."""
+    """`resolve_settings` of a network in memory; raises SamplingError for no known family, too."""
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in FAMILIES:
         raise SamplingError(
@@ -207,15 +206,15 @@ def settings_for(model: Any, sampler: SamplerConfig | None = None) -> SamplerSet
 def resolve_settings(
     sampler: SamplerConfig | None, family: Family, config: Any, generation: Mapping[str, Any]
 ) -> SamplerSettings:
-    """Return the settings of a checkpoint: released < its files < a preset < what a caller sets.
+    """Return a checkpoint's settings. Later ones win: family defaults, the checkpoint's files, preset, caller.
 
-    The released length of an answer is at most half of what the model can see at once.
+    The default `max_new_tokens` is at most half of the model's longest sequence.
 
     Args:
         sampler: what a caller sets; None = nothing.
         family: the model's.
         config: its parsed config.json.
-        generation: the values of its generation_config.json, where null is as if missing.
+        generation: the values of its generation_config.json; null counts as missing.
 
     Raises:
         SamplingError: a setting that the sampler does not have, that would have no effect, or that the model fixes.
@@ -225,7 +224,7 @@ def resolve_settings(
     length = max(1, min(family.sampler.values["max_new_tokens"], config.max_sequence_length // 2))
     try:
         stored = _stored_settings(generation, family.sampler.from_generation)
-        released = settings_of(family, **{"max_new_tokens": length} | fixed | stored)
+        released = family_settings(family, **{"max_new_tokens": length} | fixed | stored)
     except SamplingError as error:
         raise ModelError(f"generation_config.json: {error}") from None
     given = sampler.given if sampler is not None else {}
@@ -237,7 +236,7 @@ def resolve_settings(
     values = _preset_settings(family, preset, given) | given
     if "entropy_bound" in values and released.remasking is not None:
         values.setdefault("remasking", "entropy")
-    settings = settings_of(family, **released.values | values)
+    settings = family_settings(family, **released.values | values)
     if settings.cache in ("prefix", "dual") and not family.sampler.window_cache:
         raise SamplingError(f"cache: {family.name}'s network takes no keys and values of calls before; use none")
     if "refresh_interval" in given and settings.cache == "none":
@@ -252,7 +251,7 @@ def resolve_settings(
 def _stored_settings(generation: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings in a generation_config.json, given entry → setting; raises SamplingError, naming the entry.
 
-    An entry within an entry is written with a dot; what stands beside it there, but for `_names`, is refused.
+    "outer.inner" names a nested entry; unknown siblings of one are refused, except `_names`.
     """
     values: dict[str, Any] = {}
     for entry, setting in names.items():
@@ -268,10 +267,10 @@ def _stored_settings(generation: Mapping[str, Any], names: Mapping[str, str]) ->
 
 
 def _preset_settings(family: Family, preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a preset adds to the settings that are given, which win over it.
+    """Return the preset's settings without those that are given, which win over it.
 
-    A given rule (or number of steps, or score that is no probability) takes the place of the preset's rule altogether:
-    beside it, it would contradict it or mean nothing. A score that is a probability keeps the preset's rule.
+    A given rule, `steps`, or score that is no probability also drops the preset's rule, which would contradict it or
+    mean nothing.
     """
     values = {} if preset is None else dict(family.sampler.presets[preset])
     replaced = any(name in given for name in (*RULE_SCORES, "steps"))
@@ -281,14 +280,13 @@ def _preset_settings(family: Family, preset: str | None, given: Mapping[str, Any
 
 
 def planned_calls(sizes: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Share steps out over the blocks of an answer (LLaDA, generate.py).
+    """Divide steps among the blocks of an answer (LLaDA, generate.py).
 
-    The blocks with something masked have steps // blocks calls each, the first ones one more until all are given out,
-    and at least one. A call that would commit nothing could not change anything and is left out, so there are no more
-    of them than masked positions.
+    Each block with masked positions has steps // blocks calls, the first ones one more for the remainder; at least one,
+    and at most one for each masked position, since a call that commits nothing would change nothing.
 
     Args:
-        sizes: masked positions of each block at the start; 0 where all are given, and then no call is made.
+        sizes: masked positions of each block at the start; 0 = no call.
         steps: calls for the whole answer.
     """
     blocks = sum(size > 0 for size in sizes)
@@ -298,9 +296,9 @@ def planned_calls(sizes: Sequence[int], steps: int) -> tuple[int, ...]:
 
 
 def check_remask(settings: SamplerSettings, sizes: Sequence[int]) -> None:
-    """Refuse to mask tokens again where every call commits one: fewer are taken back than a call commits, so none.
+    """Refuse `revise: remask` where each call commits one token: it takes back fewer than that, so none.
 
-    `sizes` are the masked positions of each block of the answer.
+    `sizes`: masked positions of each block of the answer.
     """
     if settings.revise != "remask":
         return

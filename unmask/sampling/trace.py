@@ -79,7 +79,7 @@ class Trace:
             call = {
                 "nfe": int(event.nfe_B[place]),
                 "block": int(event.block_B[place]),
-                "begun": int(event.begun_B[place]),
+                "begun": int(event.end_B[place]),
                 "ids": _runs((i, token) for i, token in enumerate(ids) if token != row.ids[i]),
                 "committed": _runs((i, 1) for i in committed),
                 "remasked": _runs((i, 1) for i, now in enumerate(masked) if now and not row.masked[i]),

@@ -80,7 +80,7 @@ class Drawing:
     def draw_row(self, event: StepEvent, row: int, highlight: bool = True, given: Collection[int] = ()) -> Text:
         """Return one row of an event as styled text; without `highlight` nothing is bold, `given` as in `draw`."""
         # A canvas that has not begun holds nothing; masks are drawn from the start.
-        end = event.lengths[row] if self.shades is not None else int(event.begun_B[row])
+        end = event.lengths[row] if self.shades is not None else int(event.end_B[row])
         token_ids, masked = event.answer_BC[row, :end].tolist(), event.masked_BC[row, :end].tolist()
         fresh = event.committed_BC[row, :end].tolist() if highlight else [False] * end
         scored = event.score_BC[row, :end].isfinite()

@@ -43,7 +43,7 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     try:
         return _train(run, start)
     except BaseException:
-        run.saver.abandon()
+        run.saver.wait_briefly()
         raise
 
 
@@ -86,7 +86,7 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             best = _evaluate(run, step, rest, best).best
         if step > start.step:
             _save(run, step, best, last=reason in ("finished", "good enough"))
-        run.saver.settle()
+        run.saver.wait()
         _tell_saved(run)
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
@@ -178,7 +178,7 @@ def _tell_saved(run: TrainingRun) -> None:
 def _not_finite(run: TrainingRun, step: int, result: StepResult, batches: Sequence[Batch]) -> TrainingError:
     own = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
     everyone = [sample for ids in run.runtime.ranks.gather(own) for sample in ids]
-    run.saver.abandon()  # which may be about to complete the last good checkpoint
+    run.saver.wait_briefly()  # which may be about to complete the last good checkpoint
     run.metrics.write("stopped", step=step, reason="not finite")  # NaN has no place in JSON, so no value
     return TrainingError(
         f"step {step}: the loss ({result.loss}) or the gradient norm ({result.grad_norm}) is not finite, and training "
@@ -196,7 +196,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _out_of_memory(run: TrainingRun, step: int) -> TrainingError:
-    run.saver.abandon()
+    run.saver.wait_briefly()
     run.metrics.write("stopped", step=step, reason="out of memory")
     return TrainingError(
         f"step {step}: memory ran out on {run.runtime.device}. Lower step_scheduler.local_batch_size (the result stays "

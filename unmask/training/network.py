@@ -104,7 +104,7 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     if meshes is None:
         model.to(runtime.device)
     else:
-        _share(model, adapter, settings, runtime, meshes)
+        _shard_and_fill(model, adapter, settings, runtime, meshes)
     model.train()
     if settings.freeze_router:
         freeze_routers(model)
@@ -112,7 +112,7 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     return Network(model, optimizer, plan, settings.dtype, meshes, adapter, config)
 
 
-def _share(
+def _shard_and_fill(
     model: nn.Module, adapter: nn.Module | None, settings: NetworkSettings, runtime: Runtime, meshes: Meshes
 ) -> None:
     """Shard a network on the meta device and fill each rank's shards."""
@@ -210,7 +210,7 @@ def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]
         yield entry, piece(place, network.meshes)
 
 
-def files_beside(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
+def other_files(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
     """Return the content of the files that belong to each checkpoint of a run beside tensors, by their paths in it.
 
     Args:

@@ -90,7 +90,7 @@ class Saver:
         network: what is saved; with an adapter, the adapter alone.
         ranks: all of them.
         beside: content of each checkpoint's files beside tensors, by their paths in it, on rank 0
-            (`network.files_beside`).
+            (`network.other_files`).
         newest: the checkpoint that the run goes on from; from then on the newest that is complete.
     """
 
@@ -131,7 +131,7 @@ class Saver:
             CheckpointError: the disk is full or read-only.
         """
         began = time.perf_counter()
-        self.settle()
+        self.wait()
         temporary = from_first(self._ranks, lambda: begin_checkpoint(self._root, step))
         when = self._section.save_consolidated
         whole = self._ranks.size == 1 or when == "every" or (when == "final" and last)
@@ -157,14 +157,14 @@ class Saver:
             news.append({"step": save.step, "folder": self._root / f"step_{save.step}", **times})
         return news
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for a save under way; raises CheckpointError when it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._raise_problem()
 
-    def abandon(self) -> None:
+    def wait_briefly(self) -> None:
         """Let a save under way come to its end, where the other ranks live to see it, whatever ended the run."""
         if self._thread is not None:
             self._thread.join(_LAST_WAIT)

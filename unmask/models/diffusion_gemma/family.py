@@ -76,7 +76,7 @@ FAMILY = Family(
             "lm_head": "the head is the embedding, which stays frozen",
             "vision": "the vision tower takes no part in training on text",
         },
-        roles=((f"{_STACK}layers.", f"{_ENCODER}layers."), (f"{_STACK}norm", f"{_ENCODER}norm")),
+        aliases=((f"{_STACK}layers.", f"{_ENCODER}layers."), (f"{_STACK}norm", f"{_ENCODER}norm")),
     ),
     # A step runs the encoder, the self-conditioning pass (where it has one, without gradient) and the decoder.
     shard=ShardPlan(

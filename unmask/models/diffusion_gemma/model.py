@@ -36,14 +36,14 @@ PADDING_POSITION = 2**40
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder leaves for the decoder: clean tokens as canvases see them (`cache.py` changes their rows).
+    """The encoder's output for the decoder: keys and values of clean tokens (`cache.py` selects and joins rows).
 
     Attributes:
         keys, values: one (B, G, S, E) a layer.
         hidden_BLD: final hidden states, normed, of the tokens encoded last.
         positions_BS: int64, position of each column; `PADDING_POSITION` at padding.
-        lengths_B: int64, tokens of each row, which is where its next canvas starts.
-        aligned: whether column s holds position s or padding in every row, so that columns can be cut by position.
+        lengths_B: int64, tokens of each row: the position where its next canvas starts.
+        aligned: whether column s holds position s or padding in every row, so that position slices are column slices.
     """
 
     keys: tuple[Tensor, ...]
@@ -54,7 +54,7 @@ class Encoded:
     aligned: bool
 
     def detach(self) -> Encoded:
-        """Return the same keys and values without their history; hidden states keep theirs."""
+        """Return this with keys and values detached from the autograd graph; hidden states stay attached."""
         keys, values = (tuple(map(Tensor.detach, tensors)) for tensors in (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
@@ -67,7 +67,7 @@ class AttentionInputs:
         cos, sin: rotary tables at the queries' positions.
         mask: from `prepare_mask`; None = everything, or everything before when `causal`.
         causal: query i sees keys 0..i.
-        columns: encoded columns that the keys begin with.
+        columns: the encoded columns that come before the pass's own keys.
     """
 
     cos: Tensor
@@ -81,15 +81,15 @@ def causal_mask(queries_BL: Tensor, keys_BS: Tensor, window: int | None) -> Tens
     """Return which keys each encoder query sees, bool (B or 1, 1, L, S); the queries are the last L of the keys.
 
     Args:
-        queries_BL: position of each query, at padding any.
+        queries_BL: position of each query; any value at padding.
         keys_BS: position of each key, `PADDING_POSITION` at padding.
         window: W, a query sees keys with q − k < W; None = all before it.
     """
-    # Comparisons alone: a difference would take eight bytes a pair.
+    # Comparing needs one byte a pair; an int64 difference would need eight.
     seen_BLS = keys_BS[:, None, :] <= queries_BL[:, :, None]
     if window is not None:
         seen_BLS &= keys_BS[:, None, :] > queries_BL[:, :, None] - window
-    # A padding query sees itself, so that its softmax is not empty; nothing looks at what comes of it.
+    # A padding query sees itself, so that its softmax is not empty; its output is never used.
     seen_BLS.diagonal(keys_BS.shape[1] - queries_BL.shape[1], dim1=1, dim2=2).fill_(True)
     return seen_BLS[:, None]
 
@@ -203,9 +203,9 @@ class Router(nn.Module):
             return experts_NT, weights_NT / weights_NT.sum(dim=-1, keepdim=True) * scale_NT
 
     def freeze_routing(self) -> None:
-        """Take the projection and its scale out of training: which expert sees what stays as it was.
+        """Freeze projection and scale, so that routing stays as released.
 
-        The scale of an expert's output is trained on, as in NeMo AutoModel's DiffusionGemma recipe.
+        `per_expert_scale` stays trainable, as in NeMo AutoModel's DiffusionGemma recipe.
         """
         self.proj.weight.requires_grad_(False)
         self.scale.requires_grad_(False)
@@ -234,7 +234,7 @@ class Layer(nn.Module):
     def forward(
         self, hidden_BLD: Tensor, inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None, scalar: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (hidden states (B, L, D), own keys, own values); `scalar` is the layer scalar of the role."""
+        """Return (hidden states (B, L, D), own keys, own values); `scalar`: the encoder's or the decoder's."""
         mixed_BLD, keys, values = self.self_attn(self.input_layernorm(hidden_BLD), inputs, past)
         hidden_BLD = hidden_BLD + self.post_attention_layernorm(mixed_BLD)
         dense_BLD = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_BLD)))
@@ -247,7 +247,7 @@ class Layer(nn.Module):
 
 
 class EncoderScalar(nn.Module):
-    """The scalar of a layer in the encoder's role, where the released file keeps it."""
+    """A layer's scalar as encoder, under the name that it has in released files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Stack(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
-        # Not drawn, for on the meta device drawing would import PyTorch's compiler; `initialise` draws.
+        # Left uninitialised: drawing on the meta device would import PyTorch's compiler. `initialise` draws.
         table_VD = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Layer(config, layer_type) for layer_type in config.layer_types)
@@ -311,7 +311,7 @@ class Stack(nn.Module):
 
 
 class DiffusionGemma(nn.Module):
-    """The network as this package uses it: `encode` clean tokens, `decode` a canvas, logits only where asked for."""
+    """The whole network: `encode` reads clean tokens, `decode` denoises a canvas, `logits` applies the head."""
 
     def __init__(self, config: DiffusionGemmaConfig) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class DiffusionGemma(nn.Module):
 
     @property
     def stack(self) -> Stack:
-        """The layers; reached through a ModuleDict so that state-dict keys equal the released ones."""
+        """The layers, in a ModuleDict so that state-dict keys equal the released ones."""
         return self.model["decoder"]  # pyright: ignore[reportReturnType]
 
     @property
@@ -331,26 +331,26 @@ class DiffusionGemma(nn.Module):
         return Head(self.stack.embed_tokens.weight, softcap=self.config.final_logit_softcapping)
 
     def forward(self, *_: object, **__: object) -> Tensor:
-        """Refuse: the network has two roles, each with a method of its own."""
+        """Raise ModelError: the encoder and the decoder role each have a method of their own."""
         raise ModelError("DiffusionGemma has no single forward pass; call encode(tokens), then decode(canvas, encoded)")
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, past: Encoded | None = None) -> Encoded:
-        """Read clean tokens causally and return what a canvas sees of them.
+        """Run the stack causally over clean tokens; return their keys and values for `decode`.
 
         Args:
             input_ids: int64 (B, L).
             attention_mask: None or (B, L), bool or 0/1, 1 = a token; positions count tokens, so padding may stand on
-                either side. Padding on the right alone needs no mask where nobody looks at it.
-            past: tokens encoded before these, which are then seen and kept.
+                either side. Right padding needs no mask if its outputs are not used.
+            past: tokens encoded before, which these attend to; the result holds both.
 
         Raises:
-            ModelError: more positions than the model was made for.
+            ModelError: more tokens than `max_position_embeddings`.
         """
         stack, (rows, length) = self.stack, input_ids.shape
         self._check_length(length + (0 if past is None else past.positions_BS.shape[1]))
         offset = 0 if past is None else past.lengths_B[:, None]
         if attention_mask is None:
-            # (1, L) where nothing was encoded before: all rows are alike, and so is their mask.
+            # (1, L) without `past`: all rows share positions and mask.
             positions_BL = columns_BS = torch.arange(length, device=input_ids.device)[None] + offset
             lengths_B = torch.full((rows,), length, device=input_ids.device)
         else:
@@ -394,9 +394,9 @@ class DiffusionGemma(nn.Module):
             self_conditioning: (K, C, D), `soft_embedding` of the previous pass's logits, zeros where a canvas has none;
                 None = all zeros.
             rows: int64 (K,), row of `encoded` that each canvas belongs to; None = canvas k to row k.
-            starts: position of each canvas's first token, on the host, so that columns that nobody sees are cut off
-                without waiting for a device. None = right after all encoded tokens of its row.
-            canvas_mask: bool (K, C), False at canvas positions that are not there; None = all are.
+            starts: position of each canvas's first token, on the host, so that unseen columns are cut off without
+                waiting for the device. None = right after all encoded tokens of its row.
+            canvas_mask: bool (K, C), False at padding; None = no padding.
 
         Returns:
             final hidden states (K, C, D), normed.
@@ -406,7 +406,7 @@ class DiffusionGemma(nn.Module):
             starts = [encoded.positions_BS.shape[1]] * canvases
         if starts is None:
             starts_K = encoded.lengths_B if rows is None else encoded.lengths_B[rows]
-        elif len(set(starts)) == 1:  # filled in there, with nothing to bring
+        elif len(set(starts)) == 1:  # filled on the device, no copy
             starts_K = torch.full((canvases,), starts[0], device=canvas_ids.device)
         else:
             starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
@@ -430,14 +430,13 @@ class DiffusionGemma(nn.Module):
         return stack(embedded_KCD, inputs, encoded, rows, scalars)[0]  # pyright: ignore[reportArgumentType]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return softcapped logits (..., V) in fp32 of hidden states (..., D), nothing banned."""
+        """Return softcapped fp32 logits (..., V) of hidden states (..., D)."""
         return self.head.logits(hidden)
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Return softmax(logits) @ embedding, (..., D), of softcapped logits (..., V): `self_conditioning` of `decode`.
 
-        At inference the logits are divided by the temperature. `unmask.ops.soft_embedding` makes the same of hidden
-        states without ever holding all logits.
+        `unmask.ops.soft_embedding` computes the same from hidden states without holding all logits.
         """
         weight_VD = self.stack.embed_tokens.weight
         return logits.softmax(dim=-1, dtype=torch.float32).to(weight_VD.dtype) @ weight_VD
@@ -458,10 +457,9 @@ class DiffusionGemma(nn.Module):
 
 
 def _seen_columns(encoded: Encoded, starts: Sequence[int] | None, window: int | None) -> tuple[slice, bool]:
-    """Return the columns that at least one canvas sees, and whether every canvas sees all of them, as far as known.
+    """Return the columns that any canvas may see, and whether every canvas surely sees all of them (no mask needed).
 
-    Only what the host knows is used: where columns do not stand for positions, or the canvases start at different
-    places, a mask decides.
+    Uses only values on the host, so that it never waits for the device.
     """
     if starts is None or not encoded.aligned:
         return slice(None), False

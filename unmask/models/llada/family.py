@@ -1,4 +1,4 @@
-"""LLaDA's record in the table of families."""
+"""LLaDA's `Family` record: attention, noise, LoRA targets, sampler defaults, special tokens."""
 
 from __future__ import annotations
 

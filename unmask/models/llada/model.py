@@ -23,10 +23,10 @@ from unmask.ops.head import Head
 
 
 class Cache(Protocol):
-    """Keys and values of positions that a forward pass does not compute (`unmask/sampling/backends/window.py`)."""
+    """Keys and values of positions outside a forward pass (implementation: `unmask/sampling/backends/window.py`)."""
 
     def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in those that it does; return all that its queries attend to, (B, G, ·, E) each."""
+        """Store a layer's new keys and values; return all that its queries attend to, (B, G, ·, E) each."""
         ...
 
 
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_kernel: Kernel = "sdpa"
-        # Not drawn, for on the meta device drawing would import PyTorch's compiler; `initialise` draws.
+        # Left uninitialised: drawing on the meta device would import PyTorch's compiler. `initialise` draws.
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.rows, config.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
 
 
 class LLaDA(nn.Module):
-    """The network as this package uses it: hidden states first, logits only where somebody asks for them."""
+    """The whole network: `forward` returns hidden states, `logits` applies the head to those that need it."""
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class LLaDA(nn.Module):
 
     @property
     def transformer(self) -> Transformer:
-        """The layers; reached through a ModuleDict so that state-dict keys equal the released ones."""
+        """The layers, in a ModuleDict so that state-dict keys equal the released ones."""
         return self.model["transformer"]  # pyright: ignore[reportReturnType]
 
     @property
@@ -153,8 +153,7 @@ class LLaDA(nn.Module):
             input_ids: int64 (B, L), L at most `config.max_sequence_length`.
             attention_mask: None, (B, L) or (B, 1, L, L); bool or 0/1, 1 = attend.
             position_ids: int64 (B, L) or (1, L); default counts from 0 over the padded row, as the released code does.
-            cache: None, or keys and values of further positions, which the mask's last dimension then covers too;
-                without gradients.
+            cache: keys and values of further positions, which the mask's last dimension then covers too; no gradients.
 
         Returns:
             final hidden states (B, L, D).
@@ -170,8 +169,8 @@ class LLaDA(nn.Module):
 def initialise(model: LLaDA, generator: torch.Generator) -> None:
     """Draw fresh weights as OLMo's `init_fn` does (allenai/OLMo, olmo/initialization.py).
 
-    `mitchell`: normal of 1/√d_model cut at three deviations, the projections back into the residual stream smaller by
-    √(2·(layer+1)) and by their own fan-in. `normal`: one deviation for all, cut at `init_cutoff_factor` of them.
+    `mitchell`: normal of std 1/√d_model truncated at 3 std; projections back into the residual stream have std
+    1/√(2·fan_in·(layer+1)). `normal`: std `init_std` for all, truncated at `init_cutoff_factor` std.
     """
     config = model.config
 
@@ -184,16 +183,16 @@ def initialise(model: LLaDA, generator: torch.Generator) -> None:
         else:
             nn.init.trunc_normal_(weight, std=std, a=-cutoff * std, b=cutoff * std, generator=generator)
 
-    wide = config.d_model**-0.5
-    draw(model.transformer.wte.weight, wide)
+    std = config.d_model**-0.5
+    draw(model.transformer.wte.weight, std)
     for layer, block in enumerate(model.transformer.blocks):
         assert isinstance(block, Block)
         for inner in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj):
-            draw(inner.weight, wide)
+            draw(inner.weight, std)
         for outer in (block.attn_out, block.ff_out):
             draw(outer.weight, (2 * outer.in_features * (layer + 1)) ** -0.5)
     if not config.weight_tying:
-        draw(model.transformer.ff_out.weight, wide)
+        draw(model.transformer.ff_out.weight, std)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

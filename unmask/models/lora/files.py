@@ -182,7 +182,7 @@ def write_adapter_config(model: nn.Module, config: Any, folder: Path) -> None:
             setattr(written, field, sorted({twin for name in names for twin in targets.reference_names(name)}))
     written.inference_mode = True
     written.save_pretrained(str(folder))
-    (folder / "README.md").write_text(_card(config, several=bool(targets.roles)), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, several=bool(targets.aliases)), encoding="utf-8")
 
 
 def _card(config: Any, several: bool) -> str:

@@ -1,10 +1,10 @@
-"""Bidirectional attention in the denoising loop: prompt and answer are seen at once, in both directions.
+"""The sampling backend of networks with bidirectional attention: every position sees the whole prompt and answer.
 
-Nothing that such a network computes stays true when a token changes, so by default every call is a full forward. The
-caches `prefix` and `dual` keep keys and values all the same: calls get much shorter, and answers are approximate.
+Every hidden state depends on every token, so by default each call is a full forward. The caches `prefix` and `dual`
+reuse keys and values that are out of date: much shorter calls, approximate answers.
 
 Shapes: B rows, P prompt columns, C answer columns, L columns of both, M scored positions, D width, V vocabulary rows,
-R network rows (a guided row is two, one behind the other), K some of them, S columns of a window.
+R network rows (2B with guidance, a row's two side by side), K some of them, S columns of a window.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from unmask.sampling.backends.replay import replays_for
 from unmask.sampling.backends.window import KeyValueStore, Window, forward_window, spans
 from unmask.sampling.settings import SamplerSettings
 
-# Positions whose computation takes about as long as starting one more forward and reading the weights again.
-_FORWARD = 128
+# Fixed cost of a forward (launch, reading the weights), in positions that could be computed in that time.
+_FORWARD_COST = 128
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a batch, and what was computed of them and their answers.
+    """The backend's context: the prompts of a batch, and the cache of keys and values.
 
     Attributes:
-        ids_BP: int64 (B, P), on the CPU, padded on the right with token 0, which nothing attends to.
+        ids_BP: int64 (B, P), on the CPU, right-padded with 0; padding is never attended to.
         lengths: tokens of each prompt.
         store: keys and values of R rows, written in place by calls. None without a cache, and before the first call.
     """
@@ -43,11 +43,11 @@ class Prompts:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]]) -> Prompts:
-        """Return prompts of any lengths, none included."""
+        """Return prompts of any lengths, 0 included, without a cache."""
         return cls(padded(prompts)[0], tuple(map(len, prompts)))
 
     def select(self, keep_B: Tensor) -> Prompts:
-        """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are then padding in all."""
+        """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are now all padding."""
         lengths = tuple(length for length, keep in zip(self.lengths, keep_B.tolist(), strict=True) if keep)
         store = None
         if self.store is not None and lengths:
@@ -56,7 +56,7 @@ class Prompts:
         return Prompts(self.ids_BP[keep_B][:, : max(lengths, default=0)], lengths, store)
 
     def concat(self, more: Prompts) -> Prompts:
-        """Return these and the rows of `more` behind them; rows that no call has computed have an empty store."""
+        """Return these rows and then those of `more`; a missing store is filled with zeros."""
         both = (self, more)
         stores = [prompts.store for prompts in both if prompts.store is not None]
         store = None
@@ -70,7 +70,7 @@ class Prompts:
         return Prompts(concat_padded([self.ids_BP, more.ids_BP]), self.lengths + more.lengths, store)
 
     def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return ids (B, L), the first `lengths[b]` columns of each answer right behind its prompt; behind, token 0."""
+        """Return ids (B, L): each prompt, then the first `lengths[b]` tokens of its answer, then padding 0."""
         ids_BL = self.ids_BP.new_zeros(len(lengths), max(map(sum, zip(self.lengths, lengths, strict=True))))
         for row, (prompt, answer) in enumerate(zip(self.lengths, lengths, strict=True)):
             ids_BL[row, :prompt] = self.ids_BP[row, :prompt]
@@ -84,7 +84,7 @@ def _zeros(like: KeyValueStore, rows: int) -> KeyValueStore:
 
 
 class BidirectionalBackend:
-    """A full forward a call, or keys and values kept within a block, which is an approximation.
+    """Calls a bidirectional network: a full forward each time, or with cached keys and values (approximate).
 
     The first call of a block is a full forward whose keys and values are kept; the block's later calls compute with
     cache `prefix` the block and all behind it, with `dual` the block alone, and take every other position's from the
@@ -92,8 +92,8 @@ class BidirectionalBackend:
     that is committed. Rows of one batch may be at different calls of different blocks.
 
     Args:
-        model: the network; a pass over part of the positions is `forward_window`.
-        settings: `cache` and `refresh_interval`; `cfg_scale`, whose pair is one call of twice the rows.
+        model: the network.
+        settings: `cache`, `refresh_interval` and `cfg_scale` are read; guidance doubles the rows of a call.
     """
 
     self_conditioning = None
@@ -103,10 +103,10 @@ class BidirectionalBackend:
         self.model = model
         self.cache, self.refresh_interval = settings.cache, settings.refresh_interval
         self.cfg_scale = settings.cfg_scale or 0.0
-        self.copies = 2 if self.cfg_scale else 1  # network rows a row
+        self.copies = 2 if self.cfg_scale else 1  # network rows for each row
         self._like = next(model.parameters())
         self.device = self._like.device
-        self._network = replays_for(model)
+        self._replays = replays_for(model)
         padding = () if config.pad_token_id == config.eos_token_id else (config.pad_token_id,)
         self.spec = ModelSpec(
             mask_id=config.mask_token_id,
@@ -125,19 +125,19 @@ class BidirectionalBackend:
     def denoise(self, context: Prompts, call: Call) -> tuple[Tensor, Prompts]:
         """Run the network; return (M, D), or with guidance (M, 2, D): with the prompt, and with it masked.
 
-        One call is several forwards where rows compute windows of unlike length.
+        Several forwards where rows compute windows of unlike length (`length_groups`).
         """
         ids_BL = context.with_answers(call.answer_BC, call.lengths)
         prompts_B = torch.tensor(context.lengths)
         lengths_B = prompts_B + torch.tensor(call.lengths)
         columns_M = prompts_B[call.rows_M] + call.columns_M
-        ids_RL = self._with_blind(ids_BL, prompts_B)
+        ids_RL = self._with_unconditional(ids_BL, prompts_B)
         store = None
         first_B, end_B = torch.zeros_like(lengths_B), lengths_B
         if self.cache != "none":
             store = context.store or KeyValueStore.empty(self.model.config, *ids_RL.shape, like=self._like)
             store = store.padded(ids_RL.shape[1])
-            due_B = call.step_B % (self.refresh_interval or torch.iinfo(torch.int64).max) == 0  # for a full forward
+            due_B = call.step_B % (self.refresh_interval or torch.iinfo(torch.int64).max) == 0  # a full forward is due
             first_B = torch.where(due_B, first_B, prompts_B + call.first_B)
             if self.cache == "dual":
                 end_B = torch.where(due_B, end_B, torch.minimum(prompts_B + call.end_B, lengths_B))
@@ -167,13 +167,13 @@ class BidirectionalBackend:
         """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
         return context
 
-    def _with_blind(self, ids_BL: Tensor, prompts_B: Tensor) -> Tensor:
-        """Return the network's rows (R, L): with guidance each row is followed by itself with its prompt masked."""
+    def _with_unconditional(self, ids_BL: Tensor, prompts_B: Tensor) -> Tensor:
+        """Return the network's rows (R, L): with guidance, each row followed by a copy with its prompt masked."""
         if not self.cfg_scale:
             return ids_BL
         in_prompt_BL = torch.arange(ids_BL.shape[1]) < prompts_B[:, None]
-        blind_BL = ids_BL.masked_fill(in_prompt_BL, self.model.config.mask_token_id)
-        return torch.stack((ids_BL, blind_BL), dim=1).flatten(0, 1)
+        unconditional_BL = ids_BL.masked_fill(in_prompt_BL, self.model.config.mask_token_id)
+        return torch.stack((ids_BL, unconditional_BL), dim=1).flatten(0, 1)
 
     def _forward(
         self,
@@ -194,7 +194,7 @@ class BidirectionalBackend:
         if store is None:
             attend_KL = torch.arange(ids_KL.shape[1]) < lengths_K[:, None]
             inputs = (ids_KL,) if attend_KL.all() else (ids_KL, attend_KL)
-            return self._network(None, "whole", self.model, *(tensor.to(self.device) for tensor in inputs))
+            return self._replays(None, "whole", self.model, *(tensor.to(self.device) for tensor in inputs))
         rows = None if len(rows_K) == len(ids_RL) else rows_K.tolist()
         positions_KS = spans(first_K, end_K)
         window = Window.of(store, positions_KS, lengths_K.tolist(), rows)
@@ -203,7 +203,7 @@ class BidirectionalBackend:
         def forward(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
             return forward_window(model, ids_KS, window.with_tensors(tensors))
 
-        return self._network(store, window.layout, forward, ids_KS, *window.tensors)
+        return self._replays(store, window.layout, forward, ids_KS, *window.tensors)
 
     def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
         """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""
@@ -214,15 +214,15 @@ class BidirectionalBackend:
 
 
 @lru_cache(maxsize=256)
-def length_groups(lengths: tuple[int, ...], forward: int = _FORWARD) -> tuple[tuple[int, ...], ...]:
-    """Split rows into groups, each to be padded to its longest row, so that the whole costs least.
+def length_groups(lengths: tuple[int, ...], forward: int = _FORWARD_COST) -> tuple[tuple[int, ...], ...]:
+    """Split rows into groups, each padded to its longest row and run as one forward, at least total cost.
 
     Args:
-        lengths: positions of each row; padding costs what a position costs.
-        forward: what a group costs beside its positions, in positions.
+        lengths: positions of each row; padding costs as much as any position.
+        forward: fixed cost of a group, in positions.
 
     Returns:
-        the indices of each group, rising; groups by rising length. Of equally cheap splits the one with fewer groups.
+        ascending row indices of each group, groups by ascending length; at equal cost the fewest groups.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     # Of the first n rows in this order: the least cost, the number of groups, and where the last group starts.

@@ -1,8 +1,8 @@
 """The denoising loop: every answer begins as noise and is committed block by block, from left to right.
 
-One loop serves every model and every setting: the backend computes logits, the kind of noise (`noise`) says what they
-mean, `rules` which positions take their sample and what becomes of the others;
-each network call ends in a `StepEvent`, from which views draw and results are read.
+One loop serves every model and setting: the backend computes logits, the process (`noise`) turns them into predictions,
+a rule (`rules`) picks the positions to commit, a reviser may take committed ones back. Each network call ends in a
+`StepEvent`, from which views draw and results are read.
 
 Shapes: B rows, C answer columns, M scored positions, V vocabulary rows, D width.
 """
@@ -25,36 +25,34 @@ from unmask.sampling.engine.rules import REVISERS, RULES, Proposal, Revision
 from unmask.sampling.engine.state import Request, State, Tokens, starting_state
 from unmask.sampling.settings import SamplerSettings
 
-# Logits made at a time on a CPU (64 MiB in fp32); four times as many elsewhere, where a matrix is read faster and
-# a call takes longer to start. A CPU multiplies multiples of this many rows fastest.
+# Logits computed at a time on a CPU (64 MiB in fp32); four times as many elsewhere.
 _LOGITS_AT_ONCE = 2**24
-_ROWS = 64
+# A CPU multiplies multiples of this many rows fastest.
+_ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What one network call committed, for the rows that took part in it. Tensors are on the CPU and stay as they are.
+    """What one network call committed, for the rows that took part in it. Tensors are on the CPU and never change.
 
-    Rows join and leave from one event to the next; `rows` says who they are.
+    Rows join and leave from one event to the next.
 
     Attributes:
-        rows: the requests' indices; the tensors' rows follow this order.
-        lengths: answer columns of each row; what is behind them in the tensors is padding.
+        rows: index of the request of each of the tensors' rows.
+        lengths: answer columns of each row; columns behind are padding.
         block_B: int64 (B,), the block each row is in, from 0.
-        begun_B: int64 (B,), where that block ends: positions from there on have not begun.
+        end_B: int64 (B,), end of that block, exclusive; later positions are untouched.
         step_B: int64 (B,), the call's number within that block, from 0.
         nfe_B: int64 (B,), network calls each row has taken part in, this one included.
         answer_BC: int64 (B, C), the answers so far. At masked positions: the mask, or the current block's noisy tokens.
-        masked_BC: bool (B, C), positions that are not committed yet. Only this says so: a given token may be a mask.
+        masked_BC: bool (B, C), positions not committed yet. Do not infer it from ids: a given token may be a mask.
         committed_BC: bool (B, C), positions committed by this call.
-        revised_BC: bool (B, C), positions that had a token which this call took back (masked again, drawn anew) or
-            replaced.
+        revised_BC: bool (B, C), positions whose token this call took back (masked again, drawn anew) or replaced.
         score_BC: float32 (B, C), the score of each masked position of the current block (the rule's: a probability, a
             random number, minus an entropy, …), otherwise -inf.
-        confidence_BC: float32 (B, C), probability of the token that each of these positions would take, whatever the
-            score (of a canvas: of its most likely token, at the call's temperature); and of the token that a committed
-            position was revised to; otherwise 0.
-        finished_B: bool (B,), rows that are complete and leave: nothing is masked, or nothing left of a stop token is.
+        confidence_BC: float32 (B, C), at these positions the probability of the sample (of a canvas: of its most likely
+            token, at the call's temperature), and at edited positions that of the new token; otherwise 0.
+        finished_B: bool (B,), rows that leave: nothing is masked, or nothing up to a stop token is.
 
     Example:
         >>> import torch, unmask
@@ -75,7 +73,7 @@ class StepEvent:
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
     block_B: Tensor
-    begun_B: Tensor
+    end_B: Tensor
     step_B: Tensor
     nfe_B: Tensor
     answer_BC: Tensor
@@ -118,15 +116,15 @@ def denoise(
     answer and its number of calls are those that it would have alone.
 
     Args:
-        backend: the model.
-        requests: taken from as rows leave; prompt and answer of each must fit the model.
-        settings: of the backend's model.
+        backend: calls the model.
+        requests: consumed as rows leave; prompt and answer of each must fit the model.
+        settings: those the backend was made with.
         stop_ids: tokens that end an answer beside the model's own end-of-text tokens.
-        draws: where random numbers come from; None = the rows' own keys.
-        batch_size: rows denoised together at the most; None = all.
+        draws: source of random numbers; None = one keyed by each request.
+        batch_size: most rows denoised together; None = all.
         banned_ids: tokens that are never written, beside the model's own.
-        untempered: whether the events' confidence is at temperature 1 of a canvas, too, so that calls can be compared.
-        labels: what messages call the requests, by their indices; None = `prompt INDEX`.
+        untempered: report a canvas's confidence at temperature 1, so that calls can be compared.
+        labels: what messages call each request; None = `prompt INDEX`.
 
     Raises:
         SamplingError: logits that are not finite; names the block, the step and the requests.
@@ -163,15 +161,15 @@ def denoise(
         finished_B = _finished(state, revision.committed_BC, tokens.stop)
         yield _event(before, state, revision, proposal, finished_B)
 
-        if settings.cuts:
-            state = _cut(state, before.end_B, tokens.stop)
+        if settings.drops_after_stop:
+            state = _drop_after_stop(state, before.end_B, tokens.stop)
         first_B, end_B = before.first_B, before.end_B
         if finished_B.any():
             stays_B = ~finished_B
             state, context = state.select(stays_B), context.select(stays_B)
             first_B, end_B, completed_B = first_B[stays_B], end_B[stays_B], completed_B[stays_B]
         if completed_B.any():
-            # What is given up to the next block with a masked position is final, too.
+            # Given tokens up to the next block with a masked position are final too.
             end_B = torch.where(completed_B, state.first_B, end_B)
             context = backend.commit(context, state.answer_BC, first_B, end_B, completed_B)
 
@@ -183,16 +181,16 @@ def _call(state: State, scored_BC: Tensor) -> Call:
 
 @torch.no_grad()
 def _predict(backend: Backend, process: Process, hidden_MD: Tensor, state: State, scored_BC: Tensor) -> Predictions:
-    """Return what the logits of the scored positions say, made in parts that fit into memory."""
+    """Return the predictions at the scored positions, computed in parts that fit into memory."""
     positions = state.positions(scored_BC).to(backend.device)
     size = max(1, _LOGITS_AT_ONCE * (1 if backend.device.type == "cpu" else 4) // backend.spec.rows)
-    size = size // _ROWS * _ROWS or size
+    size = size // _ROW_MULTIPLE * _ROW_MULTIPLE or size
     parts = [slice(start, start + size) for start in range(0, len(hidden_MD), size)]
     return Predictions.concat([process.predict(backend.logits(hidden_MD[part]), positions[part]) for part in parts])
 
 
 def _proposal(predictions: Predictions, state: State, scored_BC: Tensor, labels: Sequence[str] | None) -> Proposal:
-    """Bring predictions to the CPU and to their places; raises SamplingError where logits are not finite."""
+    """Scatter predictions into (B, C) tensors on the CPU; raises SamplingError where logits are not finite."""
     at = scored_BC.nonzero(as_tuple=True)
     finite_M = predictions.finite_M.cpu()
     if not finite_M.all():
@@ -217,8 +215,8 @@ def _proposal(predictions: Predictions, state: State, scored_BC: Tensor, labels:
 
 
 def _finished(state: State, committed_BC: Tensor, stop: Sequence[int]) -> Tensor:
-    """Return bool (B,): nothing is masked, or nothing left of a stop token is; with a target, it has been missed."""
-    masked_so_far_BC = state.masked_BC.long().cumsum(dim=1) > 0  # the position itself counts: it must be committed
+    """Return bool (B,): nothing is masked, nothing up to a stop token is, or a committed token misses its target."""
+    masked_so_far_BC = state.masked_BC.long().cumsum(dim=1) > 0  # the position itself included
     targeted_BC = state.target_BC >= 0
     stopped_BC = _stops(state, stop) & ~masked_so_far_BC & ~targeted_BC
     missed_BC = committed_BC & targeted_BC & (state.answer_BC != state.target_BC)
@@ -226,13 +224,13 @@ def _finished(state: State, committed_BC: Tensor, stop: Sequence[int]) -> Tensor
 
 
 def _stops(state: State, stop: Sequence[int]) -> Tensor:
-    """Return bool (B, C): stop tokens that the sampler committed. Given ones are text."""
+    """Return bool (B, C): stop tokens that the sampler committed; given ones are text."""
     is_stop_BC = torch.isin(state.answer_BC, torch.tensor(stop, dtype=torch.long))
     return is_stop_BC & ~state.masked_BC & ~state.given_BC
 
 
-def _cut(state: State, end_B: Tensor, stop: Sequence[int]) -> State:
-    """Return the state with rows that have committed a stop token no longer than the block that it is in."""
+def _drop_after_stop(state: State, end_B: Tensor, stop: Sequence[int]) -> State:
+    """Return the state without the columns behind the current block in rows that have committed a stop token."""
     ends_B = _stops(state, stop).any(dim=1)
     return replace(state, length_B=torch.where(ends_B, torch.minimum(state.length_B, end_B), state.length_B))
 
@@ -240,12 +238,12 @@ def _cut(state: State, end_B: Tensor, stop: Sequence[int]) -> State:
 def _event(before: State, state: State, revision: Revision, proposal: Proposal, finished_B: Tensor) -> StepEvent:
     edited_BC = revision.revised_BC & ~state.masked_BC
     confidence_BC = torch.where(edited_BC, proposal.highest_BC, proposal.confidence_BC)
-    width = int(state.shown_B.max())  # whole canvases are denoised; what is over the answer's length is not shown
+    width = int(state.shown_B.max())  # a last canvas may be longer than the answer
     return StepEvent(
         rows=state.rows,
         lengths=tuple(state.shown_B.tolist()),
         block_B=before.block_B,
-        begun_B=torch.minimum(before.end_B, state.shown_B),
+        end_B=torch.minimum(before.end_B, state.shown_B),
         step_B=before.step_B,
         nfe_B=state.nfe_B,
         answer_BC=state.answer_BC[:, :width],

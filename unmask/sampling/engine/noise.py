@@ -1,7 +1,6 @@
-"""The kinds of noise: what stands at masked positions, and what logits mean there.
+"""The kinds of noise in the denoising loop: what masked positions hold, and how logits become predictions there.
 
-Both serve the one loop: `begin` writes the noise of a block, `predict` says what logits mean; then `rules.py` picks the
-positions that take their sample and makes the next answer of it.
+A rule of `rules.py` then picks the positions to commit, and a reviser makes the next answer.
 
 Shapes: B rows, C answer columns, M scored positions, V vocabulary rows, D width, K calls of a block.
 """
@@ -25,28 +24,27 @@ from unmask.sampling.settings import SamplerSettings
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
 _NEVER = -1e30
-# Weights below e^-60 of the highest are raised to it. All of a vocabulary's together they are too few for the smallest
-# uniform number (2^-53) to fall on one, or for fp32 to see; without it they underflow to subnormal numbers, with which
-# a CPU multiplies matrices ten times slower.
+# Weights below e^-60 of the highest are raised to it: together still too small to be drawn (by multiples of 2^-53) or
+# seen in fp32, but not subnormal, with which a CPU multiplies matrices ten times slower.
 _LOWEST = -60.0
 
-# (weights_MV, total_M) → what a network is shown of a prediction in its next call, (M, D); p = weights / total.
+# (weights_MV, total_M) → a network's self-conditioning input in its next call, (M, D), of p = weights / total.
 SelfConditioning = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the logits say of some positions, on their device.
+    """What the logits predict at some positions, on their device.
 
     Attributes:
-        finite_M: bool, whether all logits are finite; where not, nothing else is of use.
+        finite_M: bool, whether all logits are finite; where not, the rest is meaningless.
         sample_M: int64, the token that each would take.
         argmax_M: int64, the most likely token.
-        score_M: float32, how urgently it takes its sample, larger first.
+        score_M: float32, by which rules rank positions, highest first.
         confidence_M: float32, probability of the sample; of a canvas, of the most likely token.
-        current_M: float32, probability of the token that stands there; 0 where committed tokens are not read again.
-        highest_M: float32, probability of the most likely token, likewise.
-        conditioning_MD: what the network is shown of them in its next call; None where it is shown nothing.
+        current_M: float32, probability of the current token; 0 unless the reviser rereads committed tokens.
+        highest_M: float32, probability of the most likely token; 0 likewise.
+        conditioning_MD: the network's self-conditioning input in its next call; None where it has none.
     """
 
     finite_M: Tensor
@@ -60,7 +58,7 @@ class Predictions:
 
     @staticmethod
     def concat(parts: Sequence[Predictions]) -> Predictions:
-        """Return those of several parts, one behind the other."""
+        """Concatenate the predictions of several parts."""
         columns = ([getattr(part, field.name) for part in parts] for field in fields(Predictions))
         return Predictions(*(None if column[0] is None else torch.cat(column) for column in columns))  # pyright: ignore[reportArgumentType]
 
@@ -68,23 +66,23 @@ class Predictions:
 class Process(Protocol):
     """One kind of noise, made of (settings, tokens, draws, untempered, conditioning).
 
-    `untempered` asks for confidences at temperature 1, `conditioning` (or None) is the network's.
+    `untempered` asks for confidences at temperature 1; `conditioning` is `Backend.self_conditioning`.
     """
 
     def begin(self, state: State) -> State:
-        """Return the state with noise in the blocks that begin, which are those of rows with `step_B` 0."""
+        """Return the state with noise written into blocks that begin: those of rows with `step_B` 0."""
         ...
 
     def quota(self, state: State) -> Tensor:
-        """Return how many positions of each row this call may commit, int64 (B,), for the rule that counts."""
+        """Return how many positions of each row this call commits under the rule `quota`, int64 (B,)."""
         ...
 
     def predict(self, logits_MV: Tensor, positions: Positions) -> Predictions:
-        """Return what logits mean; they may be overwritten."""
+        """Return the predictions of logits, which may be overwritten."""
         ...
 
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
-        """Return what stands at masked positions where nothing is accepted, int64 (B, C); elsewhere any."""
+        """Return fresh noise where `where_BC` is True, int64 (B, C); elsewhere any value."""
         ...
 
 
@@ -103,14 +101,14 @@ class MaskProcess:
         return state
 
     def quota(self, state: State) -> Tensor:
-        """As in `Process`, by the row's own schedule."""
+        """As in `Process`, by each row's plan of calls."""
         within_BC = state.within_BC
         sizes = (within_BC & ~state.given_BC).sum(dim=1).tolist()
         calls = state.calls_BC.masked_fill(~within_BC, 0).amax(dim=1).tolist()
         return torch.tensor([quota(*row) for row in zip(sizes, calls, state.step_B.tolist(), strict=True)])
 
     def predict(self, logits_MV: Tensor, positions: Positions) -> Predictions:
-        """As in `Process`; temperature is the sample's alone."""
+        """As in `Process`; the temperature affects the sample alone, not scores or confidences."""
         return Predictions.concat([self._part(logits_MV[part], positions[part]) for part in cached_rows(logits_MV)])
 
     def _part(self, logits_MV: Tensor, positions: Positions) -> Predictions:
@@ -136,12 +134,12 @@ class MaskProcess:
         return replace(
             predictions,
             argmax_M=argmax_M,
-            highest_M=self._defer(argmax_M, highest_M, 0.0),  # no edit writes a stop token
+            highest_M=self._defer(argmax_M, highest_M, 0.0),  # so that no edit writes a deferred token
             current_M=(logit(logits_MV, positions.current_M) - total_M).exp(),
         )
 
     def _defer(self, token_M: Tensor, value_M: Tensor, least: float) -> Tensor:
-        """Return the values, `least` where the token is one that is written last."""
+        """Return the values, `least` where the token is a deferred one (`eos: defer`)."""
         if not self.tokens.deferred:
             return value_M
         return value_M.masked_fill(
@@ -179,7 +177,7 @@ class UniformProcess:
         return torch.tensor([self.settings.temperature_at(step) for step in range(self.settings.steps)])
 
     def begin(self, state: State) -> State:
-        """Fill the blocks with tokens drawn uniformly; what the call before said is of another block."""
+        """As in `Process`; also restarts the count of calls with stable predictions."""
         begins_B = state.step_B == 0
         begins_BC = state.active_BC & begins_B[:, None]
         if not begins_BC.any():
@@ -188,11 +186,11 @@ class UniformProcess:
         return replace(state, answer_BC=answer_BC, stable_B=state.stable_B.masked_fill(begins_B, 0))
 
     def quota(self, state: State) -> Tensor:
-        """Return zeros: the rule goes by entropy."""
+        """Return zeros: canvases have the rule `entropy_bound`."""
         return torch.zeros_like(state.step_B)
 
     def predict(self, logits_MV: Tensor, positions: Positions) -> Predictions:
-        """Predict by softmax(logits / T), overwriting the logits: this is the bulk of a call beside the matmuls."""
+        """As in `Process`, by softmax(logits / T), in place: the bulk of a call beside the matmuls."""
         logits_MV = logits_MV.float()
         temperature_M = self.temperature_K.to(logits_MV.device)[positions.step_M]
         weights_MV = torch.empty_like(logits_MV)
@@ -209,7 +207,7 @@ class UniformProcess:
     def _part(
         self, logits_MV: Tensor, weights_MV: Tensor, temperature_M: Tensor, positions: Positions
     ) -> tuple[Predictions, Tensor]:
-        """Write the weights of some positions; return the predictions, and what the weights add up to."""
+        """Write exp(logit − highest) of some positions to `weights_MV`; return predictions, and sums of weights."""
         confidence_M = self._highest(logits_MV) if self.untempered else None
         logits_MV = logits_MV.div_(temperature_M[:, None])
         finite_M = logits_MV.sum(dim=-1).isfinite()
@@ -218,7 +216,7 @@ class UniformProcess:
         logits_MV.sub_(logit(logits_MV, argmax_M)[:, None]).clamp_(min=_LOWEST)
         torch.exp(logits_MV, out=weights_MV)
         total_M = block_sums(weights_MV).sum(dim=-1)
-        # H = log Z − Σ p·x with x relative to the highest, so that a sure position's entropy keeps its digits.
+        # H = log Z − Σ p·x with x relative to the highest, so that small entropies keep their digits.
         entropy_M = total_M.log() - logits_MV.mul_(weights_MV).sum(dim=-1) / total_M
         sample_M = self.draws.category(positions, weights_MV)
         confidence_M = total_M.reciprocal() if confidence_M is None else confidence_M  # the highest weight is 1
@@ -226,7 +224,7 @@ class UniformProcess:
         return Predictions(finite_M, sample_M, argmax_M, -entropy_M, confidence_M, zero_M, zero_M), total_M
 
     def _highest(self, logits_MV: Tensor) -> Tensor:
-        """Return the highest probability at temperature 1, leaving the logits as they are."""
+        """Return the highest probability at temperature 1; does not change the logits."""
         logits_MV = ban_(logits_MV.clone(), self.tokens.banned, self.tokens.vocab_size)
         return (logits_MV.amax(dim=-1) - logits_MV.logsumexp(dim=-1)).exp()
 
