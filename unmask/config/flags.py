@@ -1,4 +1,4 @@
-"""How every command declares itself and its options; the sampler's flags are the fields of `SamplerConfig`."""
+"""Shared argparse helpers of the commands; the sampler's flags are the fields of `SamplerConfig`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from unmask.config.reader import described
 from unmask.config.sampler import SamplerConfig
 
-# Settings that some networks alone have, under a heading of their own in `--help`.
+# Heading in `--help` → settings that only some networks have.
 _GROUPS = {
     "networks with a mask token (in brackets: the default)": (
         "block_size", "temperature", "remasking", "threshold", "factor", "cfg_scale", "refresh_interval",
@@ -41,7 +41,7 @@ def command(
 
 
 def spellings(parser: argparse.ArgumentParser) -> list[str]:
-    """Return all options of a command as they may be written."""
+    """Return every spelling of every option of a command."""
     return [spelling for action in parser._actions for spelling in action.option_strings]
 
 
@@ -52,21 +52,21 @@ def flag(parser: Any, name: str, **options: Any) -> None:
 
 
 def add_sampling_flags(parser: Any) -> None:
-    """Declare a flag for each setting of the sampler; none has a default, so that what is not given is the model's."""
+    """Add a flag for each sampler setting, without defaults: the model decides what is not given."""
     hints = typing.get_type_hints(SamplerConfig)
     groups = {title: parser.add_argument_group(title) for title in _GROUPS}
-    headed = {name: groups[title] for title, names in _GROUPS.items() for name in names}
+    group_of = {name: groups[title] for title, names in _GROUPS.items() for name in names}
     for name, text in described(SamplerConfig).items():
         kind = next((option for option in typing.get_args(hints[name]) if option in (int, float)), str)
-        flag(headed.get(name, parser), name, type=kind, metavar=_METAVARS[kind], help=text)
+        flag(group_of.get(name, parser), name, type=kind, metavar=_METAVARS[kind], help=text)
 
 
-def add_device_flags(parser: Any, shared: str | None = None) -> None:
-    """Declare where and in which dtype a network runs, and on how many processes; `shared` is what they divide."""
+def add_device_flags(parser: Any, divided: str | None = None) -> None:
+    """Add --dtype and --device, and the flags of several processes if `divided` says what these divide ("rows")."""
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
     flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: %(default)s)")
-    if shared is not None:
-        said = f"processes to start on this machine; they divide the {shared}"
+    if divided is not None:
+        said = f"processes to start on this machine; they divide the {divided}"
         flag(parser, "nproc_per_node", type=int, metavar="N", help=said)
         flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
 

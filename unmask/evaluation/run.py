@@ -1,4 +1,4 @@
-"""Run an evaluation job: each task for each checkpoint, one model in memory at a time, and all results side by side."""
+"""Runs an evaluation job: every task for each checkpoint, one model in memory at a time, all results in one table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from unmask.sampling.jobs import LoadedModel, load
 
 
 def run_job(plan: EvalPlan, device_name: str) -> None:
-    """Run a job under whatever launcher there is, and print its table."""
+    """Run a job on this process's device and ranks, and print its table."""
     device = own_device(pick_device(device_name))
     ranks = join(device)
     console = output_console(quiet=not ranks.first)
@@ -59,10 +59,10 @@ def evaluate(plan: EvalPlan, device: torch.device, ranks: Ranks, console: Consol
     """Measure every task for every checkpoint; write and return the outcomes. A collective.
 
     Returns:
-        on the first rank all outcomes, by checkpoint and task; on the others nothing of use.
+        on the first rank all outcomes, ordered by checkpoint and task; meaningless on the others.
 
     Raises:
-        ConfigError: a file in the output folder, or one to compare with, is of another evaluation.
+        ConfigError: a file in the output folder, or in `against`, is of another evaluation.
     """
     earlier = from_first(ranks, lambda: _check_folders(plan))
     outcomes: list[Outcome] = []
@@ -78,12 +78,12 @@ def evaluate(plan: EvalPlan, device: torch.device, ranks: Ranks, console: Consol
 
 
 def answers_file(output: Path, task: str, label: str) -> Path:
-    """Return the file of one task for one checkpoint; the harness's tasks are named with the prefix."""
+    """Return the file of a task's answers; a harness task's name includes its prefix."""
     return output / f"{task.replace('/', '-')}-{label}.jsonl"
 
 
 def _check_folders(plan: EvalPlan) -> Results:
-    """Return the earlier results, and refuse before any model loads what could not be added to them or compared."""
+    """Return results already in the output folder; before any model loads, refuse what cannot be added or compared."""
     job, earlier = plan.job, read_results(plan)
     if plan.against is None:
         return earlier
@@ -94,10 +94,10 @@ def _check_folders(plan: EvalPlan) -> Results:
             path = answers_file(plan.against, name, checkpoint.label)
             if not path.is_file():
                 raise ConfigError(f"--against: {path} is not there; compare with an evaluation of the same command")
-            questions, found = plan.questions[name], checkpoint.plan
-            prompts = encode_questions(questions, found.tokenizer, found.config)
+            questions, model = plan.questions[name], checkpoint.plan
+            prompts = encode_questions(questions, model.tokenizer, model.config)
             identity = answers_identity(
-                _identity(name, checkpoint, job), found.settings, questions, prompts, job.seed, *_grading(name, job)
+                _identity(name, checkpoint, job), model.settings, questions, prompts, job.seed, *_grading(name, job)
             )
             different = first_difference(read_records(path)[0], identity, ("dtype",))
             if different is not None:
@@ -125,10 +125,10 @@ def _evaluate_one(
     note = loaded.settings.note
     if note and (plan.manager is not None or any(TASKS[name].kind == "answers" for name in plan.questions)):
         console.print(f"{checkpoint.label}: {note}", highlight=False, soft_wrap=True)
-    other_base = checkpoint.plan.base_note()
-    if other_base:
-        console.print(f"warning: {checkpoint.label}: {other_base}", highlight=False, soft_wrap=True)
-    encoded: dict[int, list[tuple[int, ...]]] = {}  # by list: the tasks share one unless they write literal text
+    base_note = checkpoint.plan.base_note()
+    if base_note:
+        console.print(f"warning: {checkpoint.label}: {base_note}", highlight=False, soft_wrap=True)
+    encoded: dict[int, list[tuple[int, ...]]] = {}  # by id of the questions, which tasks may share
     outcomes = []
     for name in job.our_tasks:
         questions = plan.questions[name]
@@ -194,8 +194,8 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
         **job.sampler.given,
     )
     lm.name = label
-    # The harness's cache is keyed by requests alone, so its file's name says what answered them. Ranks must make the
-    # same calls, and their caches could differ after an interruption.
+    # The harness keys its cache by requests alone, so the file's name must identify the model. Only on one rank: caches
+    # could differ after an interruption, and ranks must make the same calls.
     identity = {**checkpoint.plan.fingerprint(), "dtype": job.dtype, "seed": job.seed, **options,
                 "antithetic": job.likelihoods.antithetic, "sampler": job.sampler.given}  # fmt: skip
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -250,7 +250,7 @@ def _write_samples(plan: EvalPlan, label: str, samples: Mapping[str, Any]) -> No
 
 
 def _compare(outcomes: Sequence[Outcome], plan: EvalPlan) -> None:
-    """Fill in how each checkpoint's answers differ from the first one's and from those of an earlier evaluation."""
+    """Compare each checkpoint's answers with the first checkpoint's and with the earlier evaluation's; fill it in."""
     firsts: dict[str, Outcome] = {}
     for outcome in outcomes:
         if outcome.kind != "answers":

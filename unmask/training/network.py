@@ -32,7 +32,7 @@ from unmask.rng import key
 from unmask.training.lora import attach, resolve_targets
 from unmask.training.optim import build_optimizer
 
-OPTIMIZER = "optimizer"  # a checkpoint's folder of the optimizer's state, `<parameter>/<moment>` in safetensors
+OPTIMIZER = "optimizer"  # folder in a checkpoint: safetensors of `<parameter>/<moment>`
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class NetworkSettings:
     Attributes:
         plan, dtype: the model and its master weights' dtype.
         peft: the adapter to train; None trains the network.
-        freeze_router: routers of mixtures of experts are not trained.
+        freeze_router: do not train routers of mixtures of experts.
         distributed, optimizer: those sections.
-        seed: of fresh weights and adapters, which are the same on any number of ranks.
+        seed: of fresh weights and adapters, the same on any number of ranks.
     """
 
     plan: ModelPlan
@@ -64,8 +64,8 @@ class Network:
         model, optimizer: whole, or this rank's shards.
         plan, dtype: as in `NetworkSettings`.
         meshes: the arrangement of ranks; None on one process.
-        adapter: the network that holds the adapter whole: on one process `model`, on several a copy on the host whose
-            other tensors are on the meta device; None when the network itself is trained.
+        adapter: a network with the whole adapter: on one process `model`, on several a copy on the host whose other
+            tensors are on the meta device; None when the network itself is trained.
         adapter_config: its peft.LoraConfig; None without an adapter.
     """
 
@@ -115,11 +115,11 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
 def _shard_and_fill(
     model: nn.Module, adapter: nn.Module | None, settings: NetworkSettings, runtime: Runtime, meshes: Meshes
 ) -> None:
-    """Shard a network on the meta device and fill each rank's shards."""
+    """Shard a network on the meta device, allocate each rank's shards and load or draw their values."""
     plan, section = settings.plan, settings.distributed
     shard_model(model, section, meshes)
-    place = runtime.device if section.offload_policy is None else torch.device("cpu")
-    allocate(model, place, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
+    device = runtime.device if section.offload_policy is None else torch.device("cpu")
+    allocate(model, device, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
     if plan.folder is not None:
         fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
     else:  # drawn whole, as one process does, so that weights do not depend on the number of ranks
@@ -147,14 +147,14 @@ def draw_adapter(model: nn.Module, seed: int) -> None:
 
 
 def weights(network: Network) -> dict[str, Tensor]:
-    """Return the network's tensors by key, as this rank's parts of the whole, sharing memory; none with an adapter."""
+    """Return state-dict key → this rank's part of the whole tensor, sharing memory; empty with an adapter."""
     if network.adapter is not None:
         return {}
     return {name: whole_view(tensor, network.meshes) for name, tensor in network.model.state_dict().items()}
 
 
 def moments(network: Network) -> dict[str, Tensor]:
-    """Return the optimizer's state by `<parameter>/<moment>`, as `weights`."""
+    """Return `<parameter>/<moment>` → this rank's part of the optimizer's state, sharing memory."""
     return {
         f"{name}/{moment}": whole_view(tensor, network.meshes)
         for name, parameter in network.model.named_parameters()
@@ -164,7 +164,7 @@ def moments(network: Network) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gather_adapter(network: Network) -> dict[str, Tensor]:
-    """Return a copy of the adapter on the host, as PEFT's file holds it; all ranks call it, none with no adapter."""
+    """Return a copy of the adapter on the host, by PEFT's keys; all ranks call it. Empty without an adapter."""
     if network.adapter is None:
         return {}
     if network.adapter is not network.model:
@@ -177,10 +177,10 @@ def gather_adapter(network: Network) -> dict[str, Tensor]:
 
 
 def restore(network: Network, folder: Path) -> None:
-    """Put weights and optimizer back from a checkpoint, whatever number of ranks wrote it; all ranks call it.
+    """Load weights and optimizer state from a checkpoint written by any number of ranks; all ranks call it.
 
     Raises:
-        CheckpointError: it is of other parameters than this run trains.
+        CheckpointError: saved for other parameters than this run trains.
     """
     model, meshes = network.model, network.meshes
     if network.adapter is None:
@@ -193,25 +193,25 @@ def restore(network: Network, folder: Path) -> None:
 
 
 def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]]:
-    """Give the optimizer places for the state that a folder holds, each sharded like its parameter, and yield them."""
+    """Allocate optimizer state for each tensor of a folder, sharded like its parameter, and yield it to be filled."""
     stored = stored_tensors(folder)
     trained = {name: parameter for name, parameter in network.model.named_parameters() if parameter.requires_grad}
-    odd = {entry.rpartition("/")[0] for entry in stored} ^ set(trained)
-    if odd:
-        raise CheckpointError(f"{folder}: saved for other parameters than this run trains (first: {min(odd)})")
+    mismatched = {entry.rpartition("/")[0] for entry in stored} ^ set(trained)
+    if mismatched:
+        raise CheckpointError(f"{folder}: saved for other parameters than this run trains (first: {min(mismatched)})")
     for entry, tensor in stored.items():
         name, _, moment = entry.rpartition("/")
         parameter = trained[name]
         if tensor.shape:
-            place = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
+            state = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
         else:
-            place = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        network.optimizer.state[parameter][moment] = place
-        yield entry, piece(place, network.meshes)
+            state = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        network.optimizer.state[parameter][moment] = state
+        yield entry, piece(state, network.meshes)
 
 
 def other_files(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
-    """Return the content of the files that belong to each checkpoint of a run beside tensors, by their paths in it.
+    """Return path → content of the files other than tensors in each checkpoint of a run.
 
     Args:
         network: the run's.

@@ -1,11 +1,9 @@
-"""Saves checkpoints in the background, on one process or several: each writes what it holds, rank 0 commits.
+"""Saves checkpoints while training goes on: a thread on every rank writes its part, then rank 0 commits the whole.
 
-Training goes on at once: weights and moments change in the optimizer's step alone, so a thread on every rank takes them
-while the next step computes its gradients, and only the update waits. What lies on a CUDA device is copied to the host
-first, and the update waits for that copy; what lies on the host is written from where it is, and the update waits until
-it is written. When all files are on the disk, rank 0 lists them in the manifest and renames the folder, so that a
-`step_N` is whole or not there. On several ranks the threads have a process group of their own: they never take part in
-the training loop's collectives.
+Weights and moments change only in the optimizer's step, so the thread reads them while the next step computes its
+gradients, and only the update waits: for the copy of CUDA tensors to the host, or until host tensors are written. When
+all files are on the disk, rank 0 lists them in the manifest and renames the folder, so that a `step_N` is complete or
+absent. On several ranks the threads have a process group of their own, apart from the training loop's collectives.
 
 Tensors are safetensors: whole ones from one process; from several, each rank's parts as torch.distributed.checkpoint's
 HuggingFaceStorageWriter writes them. Its consolidation zeroes tensors of shape (), fails on integers, which a
@@ -46,8 +44,8 @@ from unmask.training.checkpoint import (
 )
 from unmask.training.network import OPTIMIZER, Network, gather_adapter, moments, weights
 
-_LAST_WAIT = 60.0  # seconds that a failed run gives to a save under way
-_PASSTHROUGH = "passthrough.safetensors"  # beside the ranks' parts: what is none of the network's
+_LAST_WAIT = 60.0  # seconds that a failed run waits for a save under way
+_PASSTHROUGH = "passthrough.safetensors"  # file beside the ranks' parts (`FileLayout.passthrough`)
 
 
 @dataclass
@@ -58,20 +56,20 @@ class _Save:
         step: steps made.
         temporary: the folder that becomes the checkpoint.
         state: content of state.json.
-        whole: the weights become a plain Hugging Face folder.
+        consolidate: write the weights as a plain Hugging Face folder.
         tensors: `weights` and `moments`, sharing the run's memory.
         adapter: a copy of the adapter, by the keys of its file.
         ready: waits until the device has computed `tensors`.
-        began: when, by `time.perf_counter`.
+        began: start, by `time.perf_counter`.
         pause: seconds that training was held up.
         released: set when `tensors` may change.
-        seconds: from the beginning until the checkpoint was complete.
+        seconds: from start to commit.
     """
 
     step: int
     temporary: Path
     state: dict[str, Any]
-    whole: bool
+    consolidate: bool
     tensors: dict[str, dict[str, Tensor]]
     adapter: dict[str, Tensor]
     ready: Callable[[], None]
@@ -82,16 +80,15 @@ class _Save:
 
 
 class Saver:
-    """Saves what the ranks of a run hold.
+    """Saves a run's network, optimizer and state as checkpoints, in the background.
 
     Args:
         root: the run directory, the same for all ranks.
         section: the `checkpoint` section.
         network: what is saved; with an adapter, the adapter alone.
         ranks: all of them.
-        beside: content of each checkpoint's files beside tensors, by their paths in it, on rank 0
-            (`network.other_files`).
-        newest: the checkpoint that the run goes on from; from then on the newest that is complete.
+        files: content of each checkpoint's files other than tensors, by path in it, on rank 0 (`network.other_files`).
+        newest: the checkpoint that the run resumes from; updated to the newest complete one.
     """
 
     def __init__(
@@ -100,16 +97,15 @@ class Saver:
         section: CheckpointConfig,
         network: Network,
         ranks: Ranks,
-        beside: Mapping[str, bytes],
+        files: Mapping[str, bytes],
         newest: Path | None,
     ) -> None:
         self.newest = newest
         self._root, self._section, self._network = root, section, network
-        self._ranks, self._beside = ranks, beside
+        self._ranks, self._files = ranks, files
         self._background = ranks if ranks.size == 1 else Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
         cuda = any(parameter.is_cuda for parameter in network.model.parameters())
-        # Kept over saves, with its memory: taking that anew costs more than the copy. It has a stream of its own,
-        # beside the one that computes.
+        # Reused with its host memory, whose allocation costs more than the copy; copies in a stream of its own.
         self._stager = DefaultStager(StagingOptions(use_shared_memory=False)) if cuda else None
         self._thread: threading.Thread | None = None
         self._underway: _Save | None = None
@@ -118,14 +114,14 @@ class Saver:
         network.optimizer.register_step_pre_hook(self._hold)
 
     def save(self, step: int, state: Mapping[str, Any], last: bool) -> None:
-        """Begin to save a step; all ranks call it. It waits for the save before, if that is still under way.
+        """Begin to save a step; all ranks call it. Waits for an earlier save still under way.
 
         The model may be used as soon as this returns, and may change in the optimizer's step.
 
         Args:
             step: steps made.
             state: data position and identity, JSON-able.
-            last: the run has come to its end with this step.
+            last: this is the run's last step.
 
         Raises:
             CheckpointError: the disk is full or read-only.
@@ -134,20 +130,20 @@ class Saver:
         self.wait()
         temporary = from_first(self._ranks, lambda: begin_checkpoint(self._root, step))
         when = self._section.save_consolidated
-        whole = self._ranks.size == 1 or when == "every" or (when == "final" and last)
+        consolidate = self._ranks.size == 1 or when == "every" or (when == "final" and last)
         tensors = {"weights": weights(self._network), "moments": moments(self._network)}
         adapter, own_state = gather_adapter(self._network), copy.deepcopy(dict(state))
-        save = _Save(step, temporary, own_state, whole, tensors, adapter, _device_is_ready(), began)
+        save = _Save(step, temporary, own_state, consolidate, tensors, adapter, _device_is_ready(), began)
         self._underway = save
         self._thread = threading.Thread(target=self._finish, args=(save,), name="unmask-save", daemon=True)
         self._thread.start()
         save.pause = time.perf_counter() - began
 
     def poll(self) -> list[dict[str, Any]]:
-        """Return {step, folder, pause_seconds, seconds} of each save that has become complete since the last call.
+        """Return {step, folder, pause_seconds, seconds} of each save completed since the last call.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: a save failed.
         """
         self._raise_problem()
         news = []
@@ -165,12 +161,12 @@ class Saver:
         self._raise_problem()
 
     def wait_briefly(self) -> None:
-        """Let a save under way come to its end, where the other ranks live to see it, whatever ended the run."""
+        """Wait up to `_LAST_WAIT` seconds for a save under way, when a run fails; raises nothing."""
         if self._thread is not None:
             self._thread.join(_LAST_WAIT)
 
     def _hold(self, *_: Any) -> None:
-        """Before an update: wait until the save under way has what the update changes."""
+        """Optimizer pre-hook: delay the update until the save under way has read the tensors that it changes."""
         save = self._underway
         if save is not None and not save.released.is_set():
             began = time.perf_counter()
@@ -190,23 +186,22 @@ class Saver:
             problem, listing = self._write(save), {}
             if problem is None:
                 problem = self._attempt(lambda: listing.update(list_files(save.temporary, self._parts(save))))
-            # All ranks take part, whatever befell one: the others would wait for it.
+            # Collective: all ranks take part, even if one has failed.
             listings, problems = zip(*self._background.gather((listing, problem)), strict=True)
-            said = [None]
             if self._ranks.first:
-                said = [self._commit(save, listings, next(filter(None, problems), None))]
-            said = self._background.gather(said[0])[0]
-            if said is not None:
-                self._problem = said
+                problem = self._commit(save, listings, next(filter(None, problems), None))
+            problem = self._background.gather(problem)[0]
+            if problem is not None:
+                self._problem = problem
             else:
                 self.newest = self._root / f"step_{save.step}"
                 save.seconds = time.perf_counter() - save.began
                 self._complete.append(save)
-        except BaseException as error:  # shown by the main thread: here nobody would see it
+        except BaseException as error:  # raised by the main thread
             self._problem = error
 
     def _write(self, save: _Save) -> str | None:
-        """Write this rank's files; return what the disk said against it."""
+        """Write this rank's files; return the disk's error, if any."""
         folder, ranks, problem = save.temporary, self._background, None
         try:
             save.ready()
@@ -230,7 +225,7 @@ class Saver:
         return problem
 
     def _write_small(self, save: _Save) -> None:
-        for name, content in self._beside.items():
+        for name, content in self._files.items():
             path = save.temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -245,9 +240,9 @@ class Saver:
             save_weights(chain(tensors["weights"].items(), self._passthrough()), folder)
 
     def _complete_weights(self, save: _Save) -> None:
-        """Add what is none of the network's to all ranks' parts, or make a plain folder of both."""
+        """Add passthrough tensors to all ranks' parts, or consolidate both into a plain folder."""
         folder = save.temporary
-        if save.whole:
+        if save.consolidate:
             save_weights(chain(read_tensors(folder), self._passthrough()), folder)
             shutil.rmtree(folder / SHARDED)
         elif passthrough := dict(self._passthrough()):
@@ -258,20 +253,20 @@ class Saver:
         return passthrough_tensors(plan.folder, plan.family.files)
 
     def _parts(self, save: _Save) -> list[Path]:
-        """Return the files of parts that this rank has written and that stay."""
-        folders = [save.temporary / OPTIMIZER, *([] if save.whole else [save.temporary])]
+        """Return this rank's part files that stay in the checkpoint."""
+        folders = [save.temporary / OPTIMIZER, *([] if save.consolidate else [save.temporary])]
         return [path for folder in folders for path in (folder / SHARDED).glob(f"shard-{self._ranks.rank + 1:05d}-*")]
 
     def _attempt(self, write: Callable[[], object]) -> str | None:
-        """Do something to the disk; return what that said against it."""
+        """Call `write`; return the disk's error as a message, None without one."""
         try:
             write()
-        except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
+        except (OSError, SafetensorError) as error:  # safetensors wraps OSErrors
             return disk_problem(self._ranks, self._ranks.rank, error)
         return None
 
     def _commit(self, save: _Save, listings: Any, problem: str | None) -> str | None:
-        """Put a complete checkpoint into its place; return what went wrong, if anything did."""
+        """Move a complete checkpoint into place, or remove it after a problem; return the message, if any."""
 
         def commit() -> None:
             listing = {name: entry for listing in listings for name, entry in listing.items()}
@@ -286,7 +281,7 @@ class Saver:
 
 
 def _device_is_ready() -> Callable[[], None]:
-    """Return what waits until a CUDA device has done what it was told so far: another stream may read then."""
+    """Return a function that waits for the CUDA work queued so far, so that another stream may read its results."""
     if not torch.cuda.is_available():
         return lambda: None
     event = torch.cuda.Event()
