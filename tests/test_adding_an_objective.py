@@ -13,8 +13,8 @@ import torch
 from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
 from unmask.config import config_from_mapping
 from unmask.config.objective import MODES
-from unmask.objectives.head import Scored, loss_terms, token_losses
 from unmask.objectives.registry import OBJECTIVES, ObjectiveEntry, Shown
+from unmask.objectives.terms import ScoredTerm, loss_terms, token_losses
 from unmask.prepare import prepare
 from unmask.preview import show_plan
 from unmask.rng import NoiseStream
@@ -47,11 +47,11 @@ class AllMasked:
         hidden = noisy.scored_BL[row].tolist()
         return Shown("everything masked", noisy.noisy_ids_BL[row].tolist(), hidden, [False] * len(hidden))
 
-    def _scored(self, model: Any, noisy: NoisyBatch) -> dict[str, Scored]:
+    def _scored(self, model: Any, noisy: NoisyBatch) -> dict[str, ScoredTerm]:
         hidden_ND = model(noisy.noisy_ids_BL, noisy.attention_mask_BL).flatten(0, 1)[noisy.positions_N]
         targets_N = noisy.clean.input_ids_BL.flatten()[noisy.positions_N]
         weights_N = noisy.weights_BL.flatten()[noisy.positions_N]
-        return {"all_masked": Scored(hidden_ND, targets_N, weights_N, noisy.levels_N)}
+        return {"all_masked": ScoredTerm(hidden_ND, targets_N, weights_N, noisy.levels_N)}
 
 
 @pytest.fixture(autouse=True)
