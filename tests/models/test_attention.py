@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from unmask.distributed import runtime
 from unmask.distributed.runtime import flex_available
 from unmask.models import layers
 from unmask.models.layers import attend, prepare_mask
@@ -81,5 +82,5 @@ def test_other_masks_and_the_cpu_stay_with_sdpa() -> None:
 def test_flex_wants_ampere(capability, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(runtime, "find_spec", lambda name: object())
     assert flex_available(torch.device("cuda")) is expected
