@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     """Declare the command."""
     about = "\n".join(f"  {name:<12}{task.about}" for name, task in TASKS.items())
     parser = command(commands, "eval", run, "measure checkpoints on tasks, side by side", _HELP.format(tasks=about))
-    flag(parser, "checkpoint", action=_Pair, required=True, metavar="DIR_OR_HUB_ID", help="repeat for several")
+    flag(parser, "checkpoint", action=_Pair, required=True, metavar="DIR_OR_HUB_ID", help="folder, hub id; repeatable")
     flag(parser, "adapter", action=_Pair, metavar="DIR", help="LoRA adapter of the checkpoint before it")
     flag(parser, "tasks", nargs="+", required=True, metavar="NAME", help="tasks, separated by spaces or commas")
     flag(parser, "data", metavar="FILE.jsonl", help="questions and answers for the tasks below")
