@@ -26,14 +26,7 @@ from unmask.training.run import ResumePoint, TrainingRun
 
 
 def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint) -> None:
-    """Say and record what this run is about to do.
-
-    Args:
-        run: the assembled run.
-        prepared: what it was made from.
-        validation: its encoded validation rows.
-        start: where it begins.
-    """
+    """Say and record what this run, made from `prepared`, is about to do from `start` on."""
     from unmask.distributed.shard import whole_view  # its DTensor takes seconds to import
 
     sizes = [(whole_view(p, run.runtime.meshes).numel(), p.requires_grad) for p in run.model.parameters()]

@@ -46,14 +46,12 @@ def assemble(
 ) -> tuple[TrainingRun, ResumePoint]:
     """Load or draw the model, build all parts of the run and put it back to its newest checkpoint.
 
-    The run directory exists and is held by the caller (`run_directory.hold_run_dir`).
+    The run directory exists and is held by the caller (`run_directory.hold_run_dir`). All ranks assemble together, and
+    rank 0 alone writes and talks.
 
     Args:
-        prepared: from `prepare`.
-        runtime: device and ranks; all ranks assemble together, and rank 0 alone writes and talks.
-        console: where progress goes.
         extra_validators: further measurements at each validation.
-        is_good_enough: may end the run, told what was measured at a step.
+        is_good_enough: called with what was measured at a step; True ends the run.
     """
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     parts = build_parts(prepared, runtime.ranks)

@@ -21,10 +21,7 @@ class Parts:
     """The pieces of a run that a dry run shows and a run uses.
 
     Attributes:
-        tokenizer, template: how text becomes tokens.
         encode: row index → tokens, or the reason to leave the row out.
-        loader: the training data.
-        objective: corruption and loss.
         pad_token_id: padding; the model's EOS where it is supervised.
     """
 

@@ -29,11 +29,9 @@ class Prepared:
     """A run whose configuration, model files, tokenizer and data were found and checked.
 
     Attributes:
-        config: the configuration.
         not_needed: keys that were read and have nothing to set here.
         plan: the model, weights not loaded.
         tokenizer_folder: where the tokenizer is.
-        rows, validation_rows: the opened data.
         validation_settings: what answers are sampled with during training; None where none are.
         degrees: how the processes of the run are arranged.
     """
@@ -52,7 +50,6 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     """Check everything that can be checked without torch. Raises an UnmaskError that names the field or file.
 
     Args:
-        loaded: the configuration.
         weights: False leaves the weights of a hub id where they are; enough for a dry run.
         processes: how many the run is for; None = as many as the launcher started.
     """
@@ -115,12 +112,7 @@ def _validation_settings(section: ValidationConfig | None, plan: ModelPlan) -> S
 
 
 def check_quantization(section: PeftConfig | None, processes: int) -> None:
-    """Refuse `load_in_4bit` without bitsandbytes, or on several processes, over which packed weights are not sharded.
-
-    Args:
-        section: the `peft` section.
-        processes: how many the launcher started.
-    """
+    """Refuse `load_in_4bit` without bitsandbytes, or on several processes: packed weights are not sharded."""
     if section is None or not section.load_in_4bit:
         return
     if find_spec("bitsandbytes") is None:

@@ -59,7 +59,6 @@ def quickstart(root: Path, seed: int = 42, own_process: bool = False) -> int:
 
     Args:
         root: folder for everything; an earlier quickstart in it is replaced, anything else is refused.
-        seed: of problems, weights and noise.
         own_process: whether this process does nothing else (`run_training`).
 
     Returns:
@@ -105,13 +104,7 @@ def clear(root: Path) -> None:
 def write_run(root: Path, train: Sequence[Problem], validation: Sequence[Problem], values: Mapping[str, Any]) -> None:
     """Write what a run on the problems needs: chat JSONL, a tokenizer trained on them, and the configuration.
 
-    Args:
-        root: folder to write.
-        train, validation: the problems.
-        values: the configuration, of a fresh model.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
+    `values` is the configuration, of a fresh model. Raises CheckpointError when the folder cannot be written.
     """
     fresh = values["model"]["config"]
     family = family_named(fresh, "model.config")

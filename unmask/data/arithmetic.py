@@ -34,8 +34,7 @@ FIRST, SECOND = range(20, 91), range(2, 7)
 class Problem:
     """A question and its worked answer, `… a+b = <<a+b=c>>c …` and the result after `####`.
 
-    Attributes:
-        key: operand, operator, operand: what held-out problems have to themselves.
+    `key` is (operand, operator, operand): what held-out problems have to themselves.
     """
 
     key: tuple[int, str, int]
@@ -53,13 +52,7 @@ class Problem:
 
 
 def make_problems(train: int, held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Return training problems and held-out problems.
-
-    Args:
-        train: how many to train on; keys repeat in other stories.
-        held_out: how many to hold out, each with a key of its own, which no training problem has.
-        seed: of the split and of the stories.
-    """
+    """Return training problems, whose keys repeat in other stories, and held-out ones, each with a key of its own."""
     random = generator(seed, "quickstart/problems")
     keys = [(a, operator, b) for a in FIRST for operator in _STORIES for b in SECOND]
     order = random.permutation(len(keys))

@@ -40,15 +40,10 @@ def collate(
     supervise_padding: bool,
     peers: Sequence[int],
 ) -> Batch:
-    """Return the rows as one micro-batch, padded on the right.
+    """Return the B rows as one micro-batch, padded on the right to `length`, L; none of them is longer.
 
     Args:
-        rows: B encoded rows, none longer than `length`.
-        sample_ids: index of each in its dataset.
-        slots: place of each in its global batch.
-        epoch: pass over the data, from 0.
-        global_rows: rows in the global batch.
-        length: L.
+        sample_ids, slots, epoch, global_rows: as in `Batch`.
         pad_token_id: what fills the rows up; EOS where padding is supervised.
         supervise_padding: padding is attended and supervised.
         peers: sample ids of the rows that all ranks hold in this micro-batch.
@@ -71,13 +66,7 @@ def collate(
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A validation set, encoded once.
-
-    Attributes:
-        batches: its rows.
-        dropped: rows left out, by reason.
-        examples: for each reason, the first such row, as in `TrainLoader`.
-    """
+    """A validation set, encoded once; `dropped` and `examples` as in `TrainLoader`."""
 
     batches: Sequence[Batch]
     dropped: Mapping[str, int]
@@ -93,18 +82,10 @@ def validation_set(
     supervise_padding: bool,
     seq_length: int | None = None,
 ) -> ValidationSet:
-    """Return a whole validation set as batches, always the same ones.
+    """Return a whole validation set as batches, always the same ones; arguments as in `TrainLoader`.
 
     Rows are sorted by length for little padding. With `supervise_padding` all are padded to the longest row of the set,
     so that the loss does not depend on `local_batch_size`.
-
-    Args:
-        rows: the source.
-        encode: gives row i as tokens.
-        local_batch_size: rows a batch.
-        pad_token_id: padding.
-        supervise_padding: padding is attended and supervised.
-        seq_length: as in `TrainLoader`.
 
     Raises:
         DataError: a malformed row, or no row that can be scored.

@@ -40,12 +40,7 @@ _PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") *
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens.
-
-    Attributes:
-        ids: token ids.
-        supervised: for each token, whether it is part of an answer that training supervises.
-    """
+    """A conversation as token ids, and for each whether it is part of an answer that training supervises."""
 
     ids: list[int]
     supervised: list[bool]
@@ -117,7 +112,6 @@ class ChatTemplate:
     """Renders conversations and says which tokens are supervised; made by `load_template`.
 
     Attributes:
-        tokenizer: a transformers tokenizer.
         source: the template's Jinja source.
         name: what messages call it.
         tagged: whether it has `{% generation %}` tags.
@@ -131,11 +125,7 @@ class ChatTemplate:
     controls: re.Pattern[str]
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Return the text of a conversation.
-
-        Raises:
-            DataError: the template refuses the conversation.
-        """
+        """Return the text of a conversation; DataError when the template refuses it."""
         return self._render([_as_dict(message) for message in messages], add_generation_prompt)[0]
 
     def encode(
@@ -147,7 +137,6 @@ class ChatTemplate:
         """Return the tokens of a conversation and which of them are supervised.
 
         Args:
-            messages: the turns.
             mask_history: supervise the last assistant turn only.
             supervise_reasoning: supervise the reasoning that is rendered, too.
 
@@ -174,11 +163,7 @@ class ChatTemplate:
         return Encoded(ids, flags)
 
     def encode_prompt(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
-        """Return the tokens of a conversation up to where the assistant's next answer starts.
-
-        Raises:
-            DataError: the template refuses the conversation.
-        """
+        """Return the tokens up to where the assistant's next answer starts; DataError when the template refuses."""
         marked = self._marked(messages)
         text, spans = self._answers(marked.turns, add_generation_prompt=True)
         pieces = _pieces(len(text), spans)

@@ -23,12 +23,7 @@ PROBE = f"{_OPEN}probe{_CLOSE}"  # no marker, and no text that a row has
 
 @dataclass(frozen=True)
 class Marked:
-    """Turns whose text spells no control token.
-
-    Attributes:
-        turns: with a marker in the place of each.
-        spelt: what the markers stand for, by their numbers.
-    """
+    """Turns with a marker in the place of each control token, and what the markers stand for, by their numbers."""
 
     turns: list[Turn]
     spelt: list[str]
@@ -60,10 +55,8 @@ def mark_controls(
     """Return the turns with a marker in the place of each control token that their text spells.
 
     Args:
-        turns: the conversation.
         controls: from `control_pattern`.
-        render: the template.
-        name: what messages call it.
+        name: what messages call the template.
         supervise_reasoning: refuse an answer from which the template removes text, for it may be its reasoning.
 
     Raises:

@@ -61,11 +61,7 @@ class Columns(NamedTuple):
 
 
 def read_conversation(row: object, columns: Columns) -> Conversation:
-    """Return the conversation that a raw row holds.
-
-    Raises:
-        RowProblem: when it holds none.
-    """
+    """Return the conversation that a raw row holds; RowProblem when it holds none."""
     turns = check_row(row, columns)
     if columns.prompt is not None:
         return Conversation((Message("user", turns[0]), Message("assistant", turns[1])))

@@ -58,7 +58,7 @@ class Dropped:
     """A row that gives nothing to train on.
 
     Attributes:
-        reason: the kind of reason, the same text for all rows of its kind, so that it can be counted.
+        reason: the same text for all rows of its kind, so that it can be counted.
         detail: what was wrong with this very row; "" when `reason` says all.
     """
 
@@ -88,14 +88,7 @@ def encode_row(
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes row i of a source: what the loaders call, in this process or in a worker.
-
-    Attributes:
-        rows: the source.
-        template: renders and supervises.
-        config: the source's section.
-        where: name of that section, for messages.
-    """
+    """Encodes row i of a source: what the loaders call, in this process or in a worker; `where` names its section."""
 
     rows: Rows
     template: ChatTemplate
@@ -103,11 +96,7 @@ class RowEncoder:
     where: str = "dataset"
 
     def __call__(self, index: int) -> EncodedRow | Dropped:
-        """Return row `index` as tokens.
-
-        Raises:
-            DataError: the row is malformed or refused by the template, and `on_malformed` is "error".
-        """
+        """Return row `index`; DataError when it is malformed or refused by the template and `on_malformed` is "error"."""
         try:
             conversation = self.rows[index]
         except DataError as error:  # it names its place already
@@ -127,14 +116,10 @@ Encode = Callable[[int], EncodedRow | Dropped]
 
 
 class RememberedRows:
-    """Gives what `encode` gives; a row that trains and that it was asked for before it does not encode again.
+    """Gives what `encode`, a function of the index alone, gives; a row that trains is encoded once.
 
     When its memory is full it stays as it is: rows come in a new order each epoch, so the ones that it has are as good
     as any, while making room for the newest would throw each one out before its turn comes.
-
-    Args:
-        encode: a function of the row's index alone.
-        most_bytes: of rows that are kept.
     """
 
     def __init__(self, encode: Encode, most_bytes: int = MOST_BYTES) -> None:

@@ -27,8 +27,6 @@ class FileRows:
     """The rows of one JSONL or JSON file.
 
     Args:
-        path: the file.
-        columns: prompt and completion columns, if any.
         where: name of the configuration section, for messages.
         skip_malformed: leave malformed rows out and list them in `skipped`, instead of raising.
         max_rows: read no more than the first `max_rows` rows that are well-formed.

@@ -31,7 +31,6 @@ class _GlobalBatch:
 
     Attributes:
         rows: (sample id, tokens) of each, the longest first.
-        epoch: pass over the data.
         start: place in the epoch's order at which the search for its rows began.
         end: place after its last row.
         passed_over: (epoch, sample id, reason) of the rows passed over since the batch before it, an ended epoch's
@@ -49,17 +48,14 @@ class TrainLoader:
     """Iterates over steps; each is the list of this rank's micro-batches of one global batch.
 
     Args:
-        rows: the source.
         encode: gives row i as tokens; must pickle if there are workers.
-        config: the `dataloader` section.
         global_batch_size: rows a step, over all ranks and micro-batches.
         local_batch_size: rows a micro-batch.
-        rank: this rank.
-        world_size: number of ranks.
         seed: of the order and of the slots.
         pad_token_id: padding; EOS where it is supervised.
         supervise_padding: padding is attended and supervised. Rows are then padded to the longest of their global
             batch, so that the loss does not depend on how it is divided; otherwise to the longest of the micro-batch.
+        seq_length: most tokens of a row.
 
     Attributes:
         dropped: rows passed over, by reason, each row once (a later epoch passes over the same ones).
@@ -253,18 +249,10 @@ def epoch_order(
 ) -> Iterator[int]:
     """Yield row indices from place `start` of an epoch's order; each row of 0..rows-1 has one place.
 
-    With `text_length`, each window of 64 global batches of that order is sorted by length (ties by index), cut into
-    global batches, and these are put in random order; an incomplete one stays last. Only the windows that are reached
-    are measured, so it costs nothing ahead, whatever the source.
-
-    Args:
-        rows: number of rows.
-        epoch: from 0.
-        seed: of the order.
-        shuffle: a random permutation of the rows; otherwise they come as they lie in the source.
-        batch_rows: rows of a global batch.
-        text_length: a row's length in any unit; None does not group.
-        start: places to pass over.
+    Without `shuffle` that is the order of the source. With `text_length`, a row's length in any unit, each window of 64
+    global batches is sorted by length (ties by index), cut into global batches, and these are put in random order; an
+    incomplete one stays last. Only the windows that are reached are measured, so it costs nothing ahead, whatever the
+    source.
     """
     order = generator(seed, "data/order", epoch).permutation(rows) if shuffle else np.arange(rows)
     if text_length is None:

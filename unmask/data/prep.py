@@ -19,15 +19,12 @@ _GSM8K_COLUMNS = Columns("question", "answer")
 
 
 def prep_gsm8k(source: str | None = None, output_dir: str | Path = ".", split: str = "all") -> list[Path]:
-    """Write GSM8K as one-turn chats; answers keep the dataset's text, calculator annotations included.
+    """Write GSM8K as one-turn chats and return the files; answers keep the dataset's text, annotations included.
 
     Args:
         source: folder with train.jsonl and test.jsonl (`question`, `answer`), or a hub id; None is `openai/gsm8k`.
         output_dir: folder for gsm8k_chat_train.jsonl and gsm8k_chat_test.jsonl; made if missing.
         split: train, test or all.
-
-    Returns:
-        The files written.
 
     Raises:
         DataError: the source is missing or malformed, or the output cannot be written; what was there before stays.

@@ -84,11 +84,7 @@ class ConcatRows:
 
 
 def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
-    """Open a source.
-
-    Args:
-        config: its section.
-        where: name of the section, for messages.
+    """Open a source, as its section says; `where` names that section in messages.
 
     Raises:
         DataError: nothing there, nothing in it, not readable, malformed (with file and line), or ambiguous splits.

@@ -15,14 +15,7 @@ from unmask.errors import DataError, nearest
 
 
 class TableRows:
-    """The rows of one `datasets.Dataset`.
-
-    Args:
-        table: the dataset.
-        label: what messages call it.
-        columns: prompt and completion columns, if any.
-        where: name of the configuration section, for messages.
-        max_rows: use the first `max_rows` rows only.
+    """The rows of one `datasets.Dataset`, which messages call `label`; arguments as in `files.FileRows`.
 
     Raises:
         DataError: no rows, or no column that holds conversations.
@@ -77,11 +70,7 @@ class TableRows:
 
 
 def read_table(path: Path) -> Any:
-    """Open a Parquet or Arrow file.
-
-    Raises:
-        DataError: it cannot be read as one.
-    """
+    """Open a Parquet or Arrow file; DataError when it cannot be read as one."""
     try:
         return (
             _datasets().Dataset.from_file(str(path))

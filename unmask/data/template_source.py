@@ -21,11 +21,7 @@ def template_names() -> list[str]:
 
 
 def read_template(chat_template: str) -> str:
-    """Return the source of a template: one of ours by name, or a file by path.
-
-    Raises:
-        DataError: neither a name of ours nor a readable file.
-    """
+    """Return the source of a template: one of ours by name, or a file by path; DataError when it is neither."""
     if chat_template in template_names():
         return (resources.files("unmask.data") / "templates" / f"{chat_template}.jinja").read_text("utf-8")
     try:
@@ -41,12 +37,8 @@ def read_template(chat_template: str) -> str:
 def with_variables(source: str, variables: Mapping[str, Any], name: str) -> str:
     """Return a template that starts by setting variables which its caller has not set.
 
-    They are written into the source, which is saved with a run, so prompts have the form that training had.
-
-    Args:
-        source: the template.
-        variables: name → truth value, number, text or None.
-        name: what messages call the template.
+    They are written into the source, which is saved with a run, so prompts have the form that training had. `name` is
+    what messages call the template.
 
     Raises:
         DataError: a variable that the template never mentions.

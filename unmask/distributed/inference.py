@@ -39,11 +39,10 @@ def divide_rows(
     function: Callable[[list[Row]], Sequence[Result]],
     together: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008 - has no state
 ) -> list[Result]:
-    """Return a result for each row, computed by the rank whose row it is; the same list on every rank.
+    """Return a result for each row, computed by the rank whose row it is; the same list on every rank; a collective.
 
     Args:
         rows: all of them, equal on every rank.
-        ranks: all of them; a collective.
         function: gives a picklable result for each of some rows; not called for none.
         together: a context for `function` that all ranks enter, those without rows too (`JointCalls`).
     """
@@ -62,11 +61,8 @@ def load_shared(
     Every rank reads a part of the weights from the files and gathers a block when it runs.
 
     Args:
-        plan: of a checkpoint.
         dtype: `float32`, `bfloat16` or `float16`; None = as stored.
-        device: where the parts go.
         adapter: folder of a LoRA adapter, or None.
-        ranks: all of them.
 
     Raises:
         ModelError, TrainingError: as loading does; no memory for a part.
@@ -104,10 +100,6 @@ class JointCalls:
 
     The context may be entered any number of times, one after another. Passes may be made by any method of the network
     that runs each block once, in their order. A rank that leaves with an exception helps nobody: the run has failed.
-
-    Args:
-        model: sharded by `shard.shard_model`.
-        ranks: all that share it.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:

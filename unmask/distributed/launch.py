@@ -53,11 +53,7 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
 
 
 def relaunch(words: Sequence[str], processes: int) -> int:
-    """Run this very command line of `unmask` in several processes; return its exit status.
-
-    Args:
-        words: the command line, `--nproc-per-node N` in it.
-        processes: N.
+    """Run this command line of `unmask`, which has `--nproc-per-node`, in several processes; return its exit status.
 
     Raises:
         ConfigError: as `launch`.
@@ -75,9 +71,9 @@ def _failed(error: object) -> int:
     """Return the exit status of the rank that failed; say which one a signal killed, as it could not say so itself."""
     failures = dict(error.failures)  # pyright: ignore[reportAttributeAccessIssue]
     codes = [failure.exitcode for failure in failures.values()]
-    own = [code for code in codes if code > 0]
-    if own:
-        return max(own) if max(own) <= 2 else 1
+    statuses = [code for code in codes if code > 0]  # of ranks that ended by themselves
+    if statuses:
+        return max(statuses) if max(statuses) <= 2 else 1
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     print(
         f"unmask: error: rank {rank} was killed by signal {-failure.exitcode}"

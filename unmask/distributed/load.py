@@ -38,9 +38,9 @@ def allocate(model: nn.Module, device: torch.device, ranks: Ranks, remedy: str) 
 @torch.no_grad()
 def load_tensors(model: nn.Module, meshes: Meshes, whole: Iterable[tuple[str, Tensor]]) -> None:
     """Fill shards from whole tensors by name, for example freshly drawn ones; others stay as they are."""
-    own = dict(pieces(model, meshes))
+    held = dict(pieces(model, meshes))
     for name, tensor in whole:
-        piece = own[name]
+        piece = held[name]
         if piece.local.numel():
             piece.local.copy_(tensor[piece.place] if piece.place else tensor)
 
@@ -53,9 +53,9 @@ def whole_adapter(model: nn.Module) -> nn.Module:
     adapter = copy.deepcopy(model)
     for name, parameter in list(adapter.named_parameters()):
         if is_trained(name):
-            owner, _, own = name.rpartition(".")
+            owner, _, attribute = name.rpartition(".")
             value = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
-            setattr(adapter.get_submodule(owner), own, value)
+            setattr(adapter.get_submodule(owner), attribute, value)
     return adapter
 
 

@@ -79,12 +79,7 @@ class Degrees:
 
 
 def resolve_degrees(section: DistributedConfig, world: int, num_experts: int | None) -> Degrees:
-    """Check the section's degrees against the number of ranks and the model; needs no torch.
-
-    Args:
-        section: the `distributed` section.
-        world: number of ranks.
-        num_experts: experts a layer of the model; None for a model without.
+    """Check the section's degrees against the number of ranks and of experts a layer (None for a model without).
 
     Raises:
         ConfigError: degrees that do not multiply to the number of ranks, or experts that they do not divide.

@@ -28,7 +28,6 @@ class Ranks:
 
     Attributes:
         rank: this process, from 0; rank 0 alone talks and writes logs.
-        size: number of processes.
         group: process group for the collectives below; None = the default one.
     """
 
@@ -59,17 +58,17 @@ class Ranks:
         """Return the largest of the ranks' numbers."""
         if self.size == 1:
             return value
-        found = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return int(found)
+        largest = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, small and picklable, in the order of ranks."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def barrier(self) -> None:
         """Return when all ranks are here."""
@@ -78,8 +77,7 @@ class Ranks:
     def agree(self, values: Mapping[str, str]) -> None:
         """Refuse ranks that would run different things.
 
-        Args:
-            values: what must be equal, by the name that a message shows; hashes or short texts.
+        `values` must be equal, by the name that a message shows: hashes or short texts.
 
         Raises:
             ConfigError: naming the first difference; the same message on every rank.
@@ -100,9 +98,7 @@ ALONE = Ranks()  # a run of one process
 def from_first(ranks: Ranks, function: Callable[[], T]) -> T:
     """Return what a function returns on rank 0, which alone calls it; its UnmaskError is raised on every rank.
 
-    Args:
-        ranks: all of them; a collective.
-        function: its result is small and picklable.
+    A collective; the result is small and picklable.
     """
     if ranks.size == 1:
         return function()
@@ -115,19 +111,16 @@ def from_first(ranks: Ranks, function: Callable[[], T]) -> T:
             problem = type(error), str(error)
     result, problem = ranks.gather((result, problem))[0]
     if problem is not None:
-        kind, said = problem
-        raise kind(said)
+        error_type, message = problem
+        raise error_type(message)
     return result
 
 
 def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
     """Join the process group that the launcher describes; a run of one process has none.
 
-    Collectives on host tensors go through gloo, those on CUDA tensors through NCCL.
-
-    Args:
-        device: of this rank.
-        timeout_minutes: how long a collective waits for the other ranks.
+    Collectives on host tensors go through gloo, those on CUDA tensors through NCCL, and wait for the other ranks for
+    `timeout_minutes`.
 
     Raises:
         ConfigError: the launcher's port is taken, or another variable of the launcher is missing.
@@ -197,12 +190,9 @@ class Meshes:
 
 def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
     """Make the process groups; all ranks call it."""
-    if degrees.replicate > 1:
-        model = init_device_mesh(
-            device_type, (degrees.replicate, degrees.shard), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
-    else:
-        model = init_device_mesh(device_type, (degrees.shard,), mesh_dim_names=("dp_shard",))
+    shape, names = (degrees.replicate, degrees.shard), ("dp_replicate", "dp_shard")
+    skip = 1 if degrees.replicate == 1 else 0
+    model = init_device_mesh(device_type, shape[skip:], mesh_dim_names=names[skip:])
     experts = None
     if degrees.experts > 1:
         order = torch.arange(degrees.world).view(degrees.replicate, degrees.spread, degrees.experts).transpose(1, 2)

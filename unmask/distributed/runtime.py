@@ -160,9 +160,8 @@ def compile_blocks(stack: nn.Module) -> None:
     The method and not the module: what FSDP2 and activation checkpointing hang on a module's call stays outside.
     """
     for blocks in stack.children():
-        if isinstance(blocks, nn.ModuleList):
-            for block in blocks:
-                block.forward = torch.compile(block.forward)
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            block.forward = torch.compile(block.forward)
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

@@ -45,13 +45,7 @@ from unmask.ops.rows import inverse, take_rows
 
 
 def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
-    """Shard a network in place; its parameters may be on the meta device.
-
-    Args:
-        model: the whole network, adapters attached.
-        section: the `distributed` section.
-        meshes: the arrangement of ranks.
-    """
+    """Shard a whole network, adapters attached, in place; its parameters may be on the meta device."""
     plan = family_of(model.config).shard
     options = {"mp_policy": _precision(section.mp_policy), "offload_policy": _offload(section)}
     for block in model.get_submodule(plan.blocks).children():

@@ -60,10 +60,7 @@ def gated_mlps(
 def local_dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, experts: nn.Module) -> Tensor:
     """Return Σ_t w_t · expert_t(x) for each token, all experts on this device; (N, D).
 
-    Args:
-        hidden_ND: tokens.
-        experts_NT, weights_NT: the experts chosen for each token and their weights.
-        experts: called with (sorted_MD, counts_E); has `num_experts`.
+    `experts` is called with (sorted_MD, counts_E) and has `num_experts`.
     """
     tokens, choices = experts_NT.shape
     order_M, counts_E = sort_by_expert(experts_NT, experts.num_experts)  # pyright: ignore[reportArgumentType]
@@ -87,10 +84,7 @@ def sort_by_expert(experts_NT: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 def grouped_linear(rows_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply each run of rows by its own matrix, in autocast's dtype if it is on: expert e's become x W_eᵀ; (M, O).
 
-    Args:
-        rows_MI: sorted by expert.
-        weight_EOI: one matrix an expert.
-        counts_E: rows of each, adding up to M.
+    `counts_E` has the rows of each expert, which come in the order of experts and add up to M.
     """
     kind = rows_MI.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows_MI.dtype

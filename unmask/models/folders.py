@@ -120,13 +120,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The part of a tensor that one safetensors file holds.
-
-    Attributes:
-        file: that file.
-        offset: where the part begins in the whole tensor.
-        shape: of the part.
-    """
+    """The part of a tensor that one safetensors file holds; `offset` is where it begins in the whole tensor."""
 
     file: Path
     offset: tuple[int, ...]
@@ -138,7 +132,6 @@ class StoredTensor:
     """A tensor as a folder holds it, from the headers of its files.
 
     Attributes:
-        shape: of the whole tensor.
         dtype: safetensors' name, such as `BF16`.
         chunks: its parts, which do not overlap: one, or one from each rank that saved a part.
     """
@@ -249,9 +242,7 @@ def weights_fingerprint(folder: Path) -> str:
 def base_note(adapter: Path, checkpoint: Path) -> str:
     """Return a warning where an adapter was trained over other weights than a checkpoint's; else, or not known, empty.
 
-    Args:
-        adapter: from `find_adapter`. What it was trained over stands in the state.json of the run that made it.
-        checkpoint: folder of the base that it is to be applied to.
+    What an adapter was trained over stands in the state.json of the run that made it.
     """
     try:
         base = json.loads((adapter / "state.json").read_text(encoding="utf-8"))["identity"]["base"]

@@ -37,7 +37,6 @@ def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: i
     A loaded network has the values of its generation_config.json as `model.generation`, which sampling starts from.
 
     Args:
-        plan: from `plan_model` or `plan_folder`.
         dtype: `float32`, `bfloat16` or `float16`; None = as stored (float32 for a fresh model).
         device: where the parameters go.
         seed: for fresh weights only.

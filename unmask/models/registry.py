@@ -26,7 +26,6 @@ class ModelPlan:
     """What is known of a model before its weights load: enough to check a run against it.
 
     Attributes:
-        family: the model's family.
         config: the family's parsed configuration.
         config_json: the raw values, as an exported config.json carries them on.
         folder: where its weights are; None for a fresh network.
@@ -94,9 +93,7 @@ def register() -> None:
 def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
     """Find and check everything about a model but its weights' values; needs no torch.
 
-    Args:
-        section: the `model` section.
-        weights: False leaves the weights of a hub id where they are, for a plan that is only looked at.
+    Without `weights` those of a hub id stay where they are, for a plan that is only looked at.
 
     Raises:
         ModelError: a missing folder, a folder that is no checkpoint, a file cut short, an unsupported configuration.

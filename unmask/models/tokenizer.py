@@ -30,11 +30,7 @@ def find_tokenizer(name: str, where: str = "tokenizer") -> Path:
 
 
 def load_tokenizer(name: str, where: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer from a folder, a run directory or a hub id.
-
-    Raises:
-        ModelError: no tokenizer there, or files that transformers cannot read.
-    """
+    """Load a fast tokenizer from a folder, a run directory or a hub id; ModelError when none can be read there."""
     folder = find_tokenizer(name, where)
     from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
@@ -51,7 +47,7 @@ def load_tokenizer(name: str, where: str = "tokenizer") -> PreTrainedTokenizerBa
 
 
 def tokenizer_folder(checkpoint: str, adapter: str | None, where: str = "--checkpoint") -> Path:
-    """Return the folder of the tokenizer to use: the adapter's, whose chat template it was trained with, if it has one.
+    """Return the folder of the adapter's tokenizer, whose chat template it was trained with, or of the checkpoint's.
 
     Raises:
         ModelError: neither has one.

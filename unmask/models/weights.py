@@ -31,7 +31,7 @@ class Piece:
 
     Attributes:
         local: the part itself, sharing memory with the network; may be empty.
-        shape: shape of the whole tensor.
+        shape: of the whole tensor.
         place: where the part lies in it.
     """
 
@@ -58,7 +58,6 @@ def read_slices(
     Args:
         shapes: of each tensor of the network, whole.
         places: the wanted slice of each; an empty one is not read and not yielded.
-        folder: a folder with safetensors.
         layout: what the folder may hold beside the network.
 
     Raises:
@@ -141,10 +140,7 @@ def _check(
 def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
     """Check that a folder has the tensors of a network, from its headers alone: no weight is read.
 
-    That tied tensors which are stored twice are equal is left to loading.
-
-    Raises:
-        ModelError: as `read_slices`.
+    That tied tensors which are stored twice are equal is left to loading. Raises as `read_slices`.
     """
     _check({key: tensor.shape for key, tensor in model.state_dict().items()}, stored_tensors(folder), folder, layout)
 
@@ -153,9 +149,7 @@ def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN_LAY
 def fill(pieces: Iterable[tuple[str, Piece]], folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
     """Copy a folder's values into existing tensors, which an optimizer may hold; raises as `read_slices`.
 
-    Args:
-        pieces: (key, piece) of all tensors that the folder must have; several may have one key.
-        folder, layout: as `read_slices`.
+    `pieces` are (key, piece) of all tensors that the folder must have; several may have one key.
     """
     by_key: dict[str, list[Piece]] = {}
     for key, piece in pieces:
@@ -198,15 +192,7 @@ def load_weights(
 ) -> None:
     """Fill a network built on the meta device from a folder, without ever holding two copies of it.
 
-    Args:
-        model: the network; every parameter is replaced.
-        folder: a folder with safetensors.
-        dtype: dtype of floating parameters; None = as stored.
-        device: where the parameters go.
-        layout: what the folder may hold beside the network.
-
-    Raises:
-        ModelError: as `read_slices`.
+    Every parameter is replaced; floating ones get `dtype`, None = as stored. Raises as `read_slices`.
     """
     check_tensors(model, folder, layout)
     set_dtypes(model, folder, dtype).to_empty(device=device)
@@ -232,7 +218,7 @@ def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     Args:
         tensors: (key, tensor) pairs in file order; consumed once, so that a generator need not hold them all.
         folder: an existing folder.
-        shard_bytes: largest size of a shard, in bytes (a single larger tensor still gets its own).
+        shard_bytes: largest size of a shard (a single larger tensor still gets its own).
 
     Returns:
         the files written, index included.

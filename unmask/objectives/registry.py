@@ -27,7 +27,6 @@ class Objective(Protocol):
         """Run the network, as often as the objective needs; each term is divided by its count of the global batch.
 
         Args:
-            model: the network.
             noisy: what `corrupt` returned, on the network's device.
             counts: each term's count over all micro-batches and ranks; None = this micro-batch is the whole.
         """
@@ -109,11 +108,6 @@ _NOISES = {"mask": "mask token", "uniform": "noise drawn from the vocabulary"}
 
 def check_against_model(section: DllmConfig, family: Any, model_config: Any) -> None:
     """Refuse an objective for another noise or attention than the model's, or a field that contradicts the model.
-
-    Args:
-        section: the `dllm` section.
-        family: the model's `Family`.
-        model_config: its parsed configuration.
 
     Raises:
         ConfigError: naming the field, both values and the remedy.

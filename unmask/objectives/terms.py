@@ -46,8 +46,6 @@ def loss_terms(
     """Return Σ weight · (Σ w · CE) / count over the terms, and each term's own sum.
 
     Args:
-        model: a network with a `head`.
-        scored: the terms by name.
         local_counts: each term's count in this micro-batch.
         global_counts: each term's count in the global batch, its divisor; None = `local_counts`.
     """

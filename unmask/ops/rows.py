@@ -17,12 +17,7 @@ from torch import Tensor
 
 
 def take_rows(rows_N: Tensor, index_M: Tensor) -> Tensor:
-    """Return rows_N[index_M]; any shape after the first dimension.
-
-    Args:
-        rows_N: (N, …).
-        index_M: int64 in 0..N-1, with repetitions or without.
-    """
+    """Return rows_N[index_M]; index int64 in 0..N-1, with repetitions or without, and any shape behind N."""
     return rows_N.index_select(0, index_M) if rows_N.device.type == "cpu" else rows_N[index_M]
 
 

@@ -35,7 +35,6 @@ class Checkpoint:
     """A checkpoint to resume from.
 
     Attributes:
-        folder: its `step_N`.
         state: the content of its state.json.
         refused: one line for each newer checkpoint that could not be used, naming it and why.
     """
@@ -73,10 +72,7 @@ def list_files(temporary: Path, files: Iterable[Path]) -> dict[str, list[int]]:
 def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[str, list[int]]) -> Path:
     """Write the manifest, rename a complete folder to `step_N` and point `latest` at it; raises OSError.
 
-    Args:
-        root, step: the place.
-        temporary: from `begin_checkpoint`, all files in it.
-        listing: of `list_files`, as far as it is known; the other files are listed here.
+    `listing` has the entries of `list_files` that are known already; the other files are listed here.
     """
     final = root / f"step_{step}"
     files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -131,11 +127,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole and of this model; None when the run has none yet.
-
-    Args:
-        root: the run directory.
-        identity: what must be equal to its state's `identity` for a checkpoint to belong to this run.
+    """Return the newest checkpoint that is whole and has this `identity` in its state; None when the run has none yet.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; each is named with its reason.

@@ -25,9 +25,7 @@ class Estimate:
     """Bytes of a training step on one device, and counts of parameters.
 
     Attributes:
-        parameters, trainable: how many, and how many of them are trained.
         weights: the master weights, adapters among them.
-        gradients: one a trained parameter.
         head: the head's gradient that the loss holds until the backward pass.
         optimizer: AdamW's two moments.
         activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
@@ -48,13 +46,7 @@ class Estimate:
 
 
 def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Estimate:
-    """Count the memory of a training step.
-
-    Args:
-        config: the run.
-        plan: the model's plan.
-        model: its network, on the meta device, in its dtypes, adapters attached.
-    """
+    """Count the memory of a training step; `model` is on the meta device, in its dtypes, adapters attached."""
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     width = 4 if config.model.torch_dtype == "float32" else 2
@@ -81,11 +73,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
 def head_gradients(model: nn.Module, width: int) -> int:
     """Return the bytes of the head's gradients that a micro-batch's loss holds beside those of the ones before it.
 
-    The loss computes it in its forward pass, in fp32, and keeps it in the head's dtype.
-
-    Args:
-        model: the network, on the meta device.
-        width: bytes of an element of the head.
+    The loss computes it in its forward pass, in fp32, and keeps it in the head's dtype, of `width` bytes a number.
     """
     head: Head = model.head  # pyright: ignore[reportAssignmentType]
     elements = sum(p.numel() for p in (head.weight, head.bias) if p is not None and p.requires_grad)
@@ -108,9 +96,8 @@ class SharedEstimate:
     Attributes:
         weights, optimizer: a shard.
         gradients: a shard, and the whole until the last micro-batch where their sum over ranks is deferred.
-        head: the whole head's gradient that the loss holds until the backward pass.
+        head, activations: as on one device.
         gathered: the root's group and two blocks, the one that runs and the one that is fetched for it.
-        activations: as on one device.
         weights_received: shards of the others, gathered for every pass.
         gradients_received: parts of sums over ranks.
         tokens_received: rows of hidden states that travel to experts and back.
@@ -139,13 +126,7 @@ class SharedEstimate:
 
 @dataclass(frozen=True)
 class Groups:
-    """Parameters of a network by how they travel.
-
-    Attributes:
-        root, blocks, experts: elements outside blocks, in all blocks without experts, in all experts.
-        trained_root, trained_blocks, trained_experts: of those, elements that are trained.
-        layers: number of blocks.
-    """
+    """Elements of a network by how they travel: outside blocks, in all blocks without experts, in all experts."""
 
     root: int
     blocks: int
@@ -167,15 +148,7 @@ def count_groups(model: nn.Module, plan: ShardPlan) -> Groups:
         counts[group] += parameter.numel()
         trained[group] += parameter.numel() if parameter.requires_grad else 0
     layers = len(list(model.get_submodule(plan.blocks).children()))
-    return Groups(
-        counts["root"],
-        counts["blocks"],
-        counts["experts"],
-        trained["root"],
-        trained["blocks"],
-        trained["experts"],
-        layers,
-    )
+    return Groups(*counts.values(), *trained.values(), layers)
 
 
 def estimate_shared(
@@ -186,12 +159,7 @@ def estimate_shared(
     A tensor of n bytes that s ranks share is gathered by receiving n (s − 1) / s, and its gradient summed by receiving
     as much; r copies then sum their shards, 2 n/s (r − 1) / r. Every block is gathered for each pass, forward and
     backward, and the root's group once a micro-batch; gradients of blocks are summed after each of their backward
-    passes.
-
-    Args:
-        config, plan, model: as for `estimate_memory`.
-        whole: its result, for one device.
-        degrees: the arrangement of ranks.
+    passes. `whole` is `estimate_memory`'s result, for one device.
     """
     passes = plan.family.shard
     groups = count_groups(model, passes)
@@ -224,8 +192,7 @@ def estimate_shared(
         activations=whole.activations,
         weights_received=travel * gathered * accumulation,
         gradients_received=reduce * (once + copies) * sums,
-        tokens_received=accumulation
-        * _tokens(config, plan, degrees, groups.layers, passes.forward_passes, passes.backward_passes),
+        tokens_received=accumulation * _tokens(config, plan, degrees, groups.layers),
     )
 
 
@@ -233,7 +200,7 @@ def _others(elements: int, ranks: int) -> int:
     return elements * (ranks - 1) // ranks
 
 
-def _tokens(config: RunConfig, plan: ModelPlan, degrees: Degrees, layers: int, forward: int, backward: int) -> int:
+def _tokens(config: RunConfig, plan: ModelPlan, degrees: Degrees, layers: int) -> int:
     """Count the rows that a rank receives for its experts and back from others, in one micro-batch.
 
     With experts chosen evenly, (P − 1)/P of the pairs leave their rank; each travels there and back, and so does its
@@ -242,10 +209,10 @@ def _tokens(config: RunConfig, plan: ModelPlan, degrees: Degrees, layers: int, f
     """
     if degrees.experts == 1:
         return 0
-    model = plan.config
+    model, passes = plan.config, plan.family.shard
     tokens = config.step_scheduler.local_batch_size * config.dataset.seq_length
-    seen = tokens + (forward - 1) * tokens // 4
-    again = tokens + (backward - 1) * tokens // 4
+    seen = tokens + (passes.forward_passes - 1) * tokens // 4
+    again = tokens + (passes.backward_passes - 1) * tokens // 4
     both_ways = 2 * seen + 2 * again + (2 * again if config.distributed.activation_checkpointing else 0)
     width = 2 if config.distributed.autocast_dtype == "bfloat16" else 4
     pairs = both_ways * model.top_k_experts * layers

@@ -96,9 +96,8 @@ def layer_gaps(keys: Iterable[str]) -> list[str]:
     """
     stacks: dict[str, dict[int, set[str]]] = {}
     for key in keys:
-        found = _LAYER.fullmatch(key)
-        if found:
-            stacks.setdefault(found["stack"], {}).setdefault(int(found["layer"]), set()).add(found["name"])
+        if match := _LAYER.fullmatch(key):
+            stacks.setdefault(match["stack"], {}).setdefault(int(match["layer"]), set()).add(match["name"])
     return sorted(
         f"{stack}.{layer}.{name}"
         for stack, layers in stacks.items()

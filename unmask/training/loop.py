@@ -72,22 +72,22 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             if not result.finite:
                 raise _not_finite(run, step, result, batches)
             _record(run, step, rate, result, time.perf_counter() - began)
-            found = _evaluate(run, step, [one for one in run.validators if due(step, one.every)], best)
-            best = found.best
+            measured = _evaluate(run, step, [one for one in run.validators if due(step, one.every)], best)
+            best = measured.best
             stopped = stop.agreed(ranks)
-            if found.good or stopped is not None:
+            if measured.good or stopped is not None:
                 reason = stopped or "good enough"
                 break
-            if step < run.total_steps and (found.is_best or due(step, run.steps.ckpt_every_steps)):
+            if step < run.total_steps and (measured.is_best or due(step, run.steps.ckpt_every_steps)):
                 _save(run, step, best, last=False)
-            _tell_saved(run)
+            _report_saved(run)
         if reason == "finished":
             rest = [validator for validator in run.validators if not due(step, validator.every)]
             best = _evaluate(run, step, rest, best).best
         if step > start.step:
             _save(run, step, best, last=reason in ("finished", "good enough"))
         run.saver.wait()
-        _tell_saved(run)
+        _report_saved(run)
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
     return TrainingOutcome(step, reason, run.saver.newest, best)
@@ -95,16 +95,8 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
 
 def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
     try:
-        return train_step(
-            run.model,
-            run.objective,
-            batches,
-            run.noise,
-            run.optimizer,
-            run.runtime,
-            run.max_norm,
-            run.defer_grad_sync,
-        )
+        parts = (run.model, run.objective, batches, run.noise, run.optimizer, run.runtime)
+        return train_step(*parts, run.max_norm, run.defer_grad_sync)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -113,13 +105,7 @@ def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What the measurements of one step came to.
-
-    Attributes:
-        good: the run may end here.
-        best: the best evaluation up to this step.
-        is_best: it is this one.
-    """
+    """What the measurements of one step came to; `good`: the run may end here."""
 
     good: bool
     best: Best | None
@@ -137,12 +123,12 @@ def _evaluate(run: TrainingRun, step: int, validators: Sequence[Validator], best
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in fields.items() if isinstance(value, float))
         label = "" if validator.event in fields else f"{validator.event}  "
         run.progress.say(f"step {step}  {label}{numbers}")
-    found = better(run.checkpoint.best_metric, best, measured, step)
-    if found is not None:
-        run.metrics.write("best", step=step, metric=found.metric, value=found.value)
-        run.progress.say(f"step {step}  best {found.metric} so far")
+    better_now = better(run.checkpoint.best_metric, best, measured, step)
+    if better_now is not None:
+        run.metrics.write("best", step=step, metric=better_now.metric, value=better_now.value)
+        run.progress.say(f"step {step}  best {better_now.metric} so far")
     together = {name: value for fields in measured.values() for name, value in fields.items()}
-    return _Evaluation(bool(measured) and run.is_good_enough(together), found or best, found is not None)
+    return _Evaluation(bool(measured) and run.is_good_enough(together), better_now or best, better_now is not None)
 
 
 def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float) -> None:
@@ -168,7 +154,7 @@ def _save(run: TrainingRun, step: int, best: Best | None, last: bool) -> None:
         run.saver.save(step, {**state, "best": None if best is None else asdict(best)}, last)
 
 
-def _tell_saved(run: TrainingRun) -> None:
+def _report_saved(run: TrainingRun) -> None:
     """Say which checkpoint is complete; record how long a save in the background took, and held the step up."""
     for news in run.saver.poll():
         run.progress.say(f"step {news['step']}  saved {news['folder']}")
@@ -176,8 +162,8 @@ def _tell_saved(run: TrainingRun) -> None:
 
 
 def _not_finite(run: TrainingRun, step: int, result: StepResult, batches: Sequence[Batch]) -> TrainingError:
-    own = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
-    everyone = [sample for ids in run.runtime.ranks.gather(own) for sample in ids]
+    local = [sample for batch in batches for sample in batch.sample_ids_B.tolist()]
+    everyone = [sample for ids in run.runtime.ranks.gather(local) for sample in ids]
     run.saver.wait_briefly()  # which may be about to complete the last good checkpoint
     run.metrics.write("stopped", step=step, reason="not finite")  # NaN has no place in JSON, so no value
     return TrainingError(
@@ -254,8 +240,7 @@ class StopRequest:
 
     def agreed(self, ranks: Ranks) -> str | None:
         """Return the signal that any rank has received, the same on all of them; a collective."""
-        own = 0 if self.name is None else int(signal.Signals[self.name])
-        number = ranks.largest(own)
+        number = ranks.largest(0 if self.name is None else int(signal.Signals[self.name]))
         return None if number == 0 else signal.Signals(number).name
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

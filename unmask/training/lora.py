@@ -18,13 +18,7 @@ from unmask.models.registry import family_of
 
 @dataclass(frozen=True)
 class Targets:
-    """Full names that a section's patterns mean.
-
-    Attributes:
-        modules: linear layers.
-        parameters: stacked expert matrices.
-        whole: modules that are trained whole.
-    """
+    """Full names that a section's patterns mean: linear layers, stacked expert matrices, modules trained whole."""
 
     modules: list[str]
     parameters: list[str]
@@ -42,14 +36,14 @@ def resolve_targets(section: PeftConfig, model: nn.Module) -> Targets:
     modules = target_names(section, model)
     stacks = _stacked_matrices(model)
     parameters = _match("target_parameters", section.target_parameters or [], stacks, stacks, model, lora)
-    whole_kinds = [
+    wholes = [
         name
         for name, module in model.named_modules()
         if any(fnmatchcase(name, pattern) for pattern in lora.whole)
         and next(module.parameters(), None) is not None
         and not (isinstance(module, nn.Embedding) and module.weight is head.weight)  # tied: it is also the head
     ]
-    whole = _match("modules_to_save", section.modules_to_save or [], whole_kinds, whole_kinds, model, lora)
+    whole = _match("modules_to_save", section.modules_to_save or [], wholes, wholes, model, lora)
     return Targets(modules, parameters, whole)
 
 
@@ -68,16 +62,16 @@ def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in lora.linears)
     ]
-    default = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in lora.default)]
-    chosen = default
-    if section.target_modules is not None:
+    if section.target_modules is None:
+        chosen = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in lora.default)]
+    else:
         chosen = _match("target_modules", section.target_modules, linears, linears, model, lora)
     excluded = section.exclude_modules or []
     _match("exclude_modules", excluded, chosen, linears, model, lora)
-    kept = [name for name in chosen if not any(_matches(name, pattern) for pattern in excluded)]
-    if chosen and not kept:
+    names = [name for name in chosen if not any(_matches(name, pattern) for pattern in excluded)]
+    if chosen and not names:
         raise ConfigError(f"peft.exclude_modules: {excluded} leaves no linear layer to adapt; exclude fewer")
-    return kept
+    return names
 
 
 def _stacked_matrices(model: nn.Module) -> list[str]:
@@ -94,7 +88,7 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-_KINDS = {
+_MATCHED = {
     "target_modules": "linear layer that can be adapted",
     "exclude_modules": "linear layer that target_modules takes",
     "target_parameters": "stack of experts",
@@ -106,7 +100,8 @@ def _match(
     field: str, patterns: list[str], names: list[str], listed: list[str], model: nn.Module, lora: LoraTargets
 ) -> list[str]:
     """Return the names that the patterns match, in their order; ConfigError for a pattern without any."""
-    found: list[str] = []
+    matched: list[str] = []
+    parts = 2 if field == "target_parameters" else 1
     for pattern in patterns:
         hits = [name for name in names if _matches(name, pattern)]
         if not hits:
@@ -114,26 +109,19 @@ def _match(
             named = next((name for name in others if name and _matches(name, pattern)), None)
             reason = lora.why_frozen(named or pattern)
             why = "" if reason is None else f" ({reason})"
-            kinds = ", ".join(sorted({"*." + ".".join(name.rsplit(".", 2)[-_parts(field) :]) for name in listed}))
+            choices = ", ".join(sorted({"*." + ".".join(name.rsplit(".", 2)[-parts:]) for name in listed}))
             raise ConfigError(
-                f"peft.{field}: {pattern!r} matches no {_KINDS[field]}{why}; "
-                + (f"there are {kinds}" if kinds else "this model has none")
+                f"peft.{field}: {pattern!r} matches no {_MATCHED[field]}{why}; "
+                + (f"there are {choices}" if choices else "this model has none")
             )
-        found += hits
-    return list(dict.fromkeys(found))
-
-
-def _parts(field: str) -> int:
-    return 2 if field == "target_parameters" else 1
+        matched += hits
+    return list(dict.fromkeys(matched))
 
 
 def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
-    """Attach fresh adapters and freeze the rest; return the peft.LoraConfig that belongs into the adapter's folder.
+    """Attach fresh adapters and freeze the rest, in place; return the peft.LoraConfig that belongs into their folder.
 
-    Args:
-        model: the network, changed in place.
-        section: the `peft` section.
-        base: name or folder of the base model, recorded in adapter_config.json.
+    `base` is the name or folder of the base model, recorded in adapter_config.json.
     """
     from peft import LoraConfig  # takes seconds, and only adapters need it
 

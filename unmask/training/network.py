@@ -40,10 +40,8 @@ class NetworkSettings:
     """What a run's network is made from.
 
     Attributes:
-        plan, dtype: the model and its master weights' dtype.
+        dtype: of the master weights.
         peft: the adapter to train; None trains the network.
-        freeze_router: do not train routers of mixtures of experts.
-        distributed, optimizer: those sections.
         seed: of fresh weights and adapters, the same on any number of ranks.
     """
 
@@ -62,7 +60,6 @@ class Network:
 
     Attributes:
         model, optimizer: whole, or this rank's shards.
-        plan, dtype: as in `NetworkSettings`.
         meshes: the arrangement of ranks; None on one process.
         adapter: a network with the whole adapter: on one process `model`, on several a copy on the host whose other
             tensors are on the meta device; None when the network itself is trained.
@@ -213,10 +210,8 @@ def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]
 def other_files(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
     """Return path → content of the files other than tensors in each checkpoint of a run.
 
-    Args:
-        network: the run's.
-        tokenizer: saved with `template`, Jinja source of the chat template, so that inference prompts as training did.
-        run_config: YAML of the run.
+    `template`, the source of the chat template, goes into the tokenizer, so that inference prompts as training did;
+    `run_config` is the run's YAML.
     """
     with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
         folder = Path(name)

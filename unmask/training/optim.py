@@ -19,9 +19,9 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            matrix = parameter.dim() >= 2
+            matrix, mesh = parameter.dim() >= 2, getattr(parameter, "device_mesh", None)
             decay = section.weight_decay if matrix else 0.0
-            group = groups.setdefault((not matrix, _mesh(parameter)), {"params": [], "weight_decay": decay})
+            group = groups.setdefault((not matrix, mesh), {"params": [], "weight_decay": decay})
             group["params"].append(parameter)
     return torch.optim.AdamW(
         [group for _, group in sorted(groups.items(), key=lambda item: item[0][0])],
@@ -32,32 +32,24 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
     )
 
 
-def _mesh(tensor: Tensor) -> Any:
-    return getattr(tensor, "device_mesh", None)
-
-
 def squared_norm(optimizer: Optimizer, copies: int) -> Tensor:
     """Return this rank's share of the squared 2-norm of all gradients, float32 scalar; the ranks' shares add up to it.
 
-    Args:
-        optimizer: its parameters are shards and hold the gradients.
-        copies: how many ranks hold the same shard (HSDP), and share its part of the norm.
+    `copies` ranks hold the same shard (HSDP), and share its part of the norm.
     """
     return torch.nn.utils.get_total_norm(_gradients(optimizer)).float().square() / copies
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     """Return all gradients; of sharded ones this rank's part, sharing their memory."""
-    found: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in found]
+    gradients: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None, norm: Tensor | None = None) -> Tensor:
-    """Scale all gradients in place so that their global 2-norm is at most `max_norm`.
+    """Scale all gradients in place so that their global 2-norm is at most `max_norm`; None = any.
 
     Args:
-        optimizer: its parameters hold the gradients.
-        max_norm: the largest norm to leave; None = any.
         norm: the global norm, where ranks have summed their shares of it; None = all gradients are here.
 
     Returns:
@@ -77,10 +69,7 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None, norm: Tensor | 
 def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Multiply gradients in place by min(1, max_norm / norm), by 1 when the norm is not finite, without a branch.
 
-    Args:
-        gradients: tensors on the norm's device.
-        norm: their global 2-norm, float32 scalar.
-        max_norm: the largest norm to leave.
+    `norm` is their global 2-norm, a float32 scalar on their device.
     """
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), coefficient, 1.0))

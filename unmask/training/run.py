@@ -56,7 +56,7 @@ class Validator:
     Attributes:
         event: the kind of event that it is recorded as.
         every: how often, in steps; None = at the end of the run only.
-        measure: takes the network and the steps made, returns the event's fields; the same on every rank.
+        measure: (network, steps made) → the event's fields, the same on every rank.
     """
 
     event: str
@@ -70,15 +70,10 @@ class TrainingRun:
 
     Attributes:
         root: the run directory.
-        model, objective, loader, optimizer, noise, runtime: the parts of a step.
-        steps: sizes and intervals; `total_steps` is the length they resolve to.
-        schedule, peak_lr, max_norm: the optimizer's settings that change or limit a step.
-        checkpoint: what is kept, under which identity (a checkpoint of another identity is foreign).
-        saver: writes checkpoints.
-        validators: what is measured, and how often.
-        metrics, progress: where numbers go.
+        total_steps: the length that `steps` resolves to.
+        identity: a checkpoint of another identity is foreign.
         name_rows: names rows by their sample ids, for an error message.
-        is_good_enough: told what was measured at a step; True ends the run.
+        is_good_enough: called with what was measured at a step; True ends the run.
         defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
     """
 
@@ -114,7 +109,6 @@ class TrainingOutcome:
         reason: `finished`, `good enough`, the name of the signal that stopped it, or `already finished` when there was
             nothing left to do.
         checkpoint: the folder saved last; None when checkpoints are off.
-        best: the best evaluation by `checkpoint.best_metric`; None without one.
     """
 
     step: int

@@ -34,14 +34,7 @@ from unmask.distributed.ranks import Ranks, from_first
 from unmask.errors import CheckpointError
 from unmask.models.folders import ADAPTER_WEIGHTS, SHARDED
 from unmask.models.weights import passthrough_tensors, read_tensors, save_weights, write_tensors
-from unmask.training.checkpoint import (
-    begin_checkpoint,
-    cannot_save,
-    commit_checkpoint,
-    list_files,
-    prune,
-    write_state,
-)
+from unmask.training.checkpoint import begin_checkpoint, cannot_save, commit_checkpoint, list_files, prune, write_state
 from unmask.training.network import OPTIMIZER, Network, gather_adapter, moments, weights
 
 _LAST_WAIT = 60.0  # seconds that a failed run waits for a save under way
@@ -53,14 +46,10 @@ class _Save:
     """A save under way.
 
     Attributes:
-        step: steps made.
         temporary: the folder that becomes the checkpoint.
-        state: content of state.json.
         consolidate: write the weights as a plain Hugging Face folder.
         tensors: `weights` and `moments`, sharing the run's memory.
-        adapter: a copy of the adapter, by the keys of its file.
         ready: waits until the device has computed `tensors`.
-        began: start, by `time.perf_counter`.
         pause: seconds that training was held up.
         released: set when `tensors` may change.
         seconds: from start to commit.
@@ -83,10 +72,7 @@ class Saver:
     """Saves a run's network, optimizer and state as checkpoints, in the background.
 
     Args:
-        root: the run directory, the same for all ranks.
-        section: the `checkpoint` section.
         network: what is saved; with an adapter, the adapter alone.
-        ranks: all of them.
         files: content of each checkpoint's files other than tensors, by path in it, on rank 0 (`network.other_files`).
         newest: the checkpoint that the run resumes from; updated to the newest complete one.
     """
@@ -119,7 +105,6 @@ class Saver:
         The model may be used as soon as this returns, and may change in the optimizer's step.
 
         Args:
-            step: steps made.
             state: data position and identity, JSON-able.
             last: this is the run's last step.
 
@@ -132,8 +117,8 @@ class Saver:
         when = self._section.save_consolidated
         consolidate = self._ranks.size == 1 or when == "every" or (when == "final" and last)
         tensors = {"weights": weights(self._network), "moments": moments(self._network)}
-        adapter, own_state = gather_adapter(self._network), copy.deepcopy(dict(state))
-        save = _Save(step, temporary, own_state, consolidate, tensors, adapter, _device_is_ready(), began)
+        adapter, state = gather_adapter(self._network), copy.deepcopy(dict(state))
+        save = _Save(step, temporary, state, consolidate, tensors, adapter, _device_is_ready(), began)
         self._underway = save
         self._thread = threading.Thread(target=self._finish, args=(save,), name="unmask-save", daemon=True)
         self._thread.start()

@@ -56,10 +56,7 @@ def train_step(
 
     Args:
         model, optimizer: shards of them where there are several ranks.
-        objective: corruption and loss.
         batches: this rank's micro-batches.
-        noise: the run's noise.
-        runtime: device and ranks.
         max_norm: gradients are scaled down to this global 2-norm; None = never.
         defer_grad_sync: with several ranks, sum gradients over them after the last micro-batch alone.
     """

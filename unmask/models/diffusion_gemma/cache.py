@@ -25,9 +25,7 @@ def select(encoded: Encoded, rows_K: Tensor) -> Encoded:
 def truncate(encoded: Encoded, lengths: Sequence[int]) -> Encoded:
     """Return the first `lengths[b]` tokens of each row b, what follows them as padding; columns that none has go.
 
-    Args:
-        encoded: column s must hold position s up to there.
-        lengths: one a row, on the host.
+    Column s must hold position s up to there; `lengths` lie on the host.
     """
     columns = max(lengths)
     lengths_B = torch.tensor(lengths, device=encoded.lengths_B.device)
@@ -67,7 +65,6 @@ def append(encoded: Encoded, rows: Sequence[int], more: Encoded, tokens: int, le
         encoded: what is there; column s must hold position s up to each row's length.
         rows: the rows that grow.
         more: their encoding, row k of it for `rows[k]`; its last `tokens` columns are the further tokens.
-        tokens: how many further tokens each of them has.
         lengths: tokens of every row before, on the host.
     """
     device = encoded.lengths_B.device

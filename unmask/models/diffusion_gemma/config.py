@@ -115,11 +115,7 @@ class DiffusionGemmaConfig:
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
-    """Read the keys of a config.json.
-
-    Args:
-        values: the parsed JSON object, or the inline `model.config` of a run.
-        where: that file or section, for messages.
+    """Read the keys of a config.json, or of a run's inline `model.config`; `where` is what messages call it.
 
     Raises:
         ModelError: a key that is not known, a value that this network does not implement, or sizes that do not fit.

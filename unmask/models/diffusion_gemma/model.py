@@ -80,10 +80,7 @@ class AttentionInputs:
 def causal_mask(queries_BL: Tensor, keys_BS: Tensor, window: int | None) -> Tensor:
     """Return which keys each encoder query sees, bool (B or 1, 1, L, S); the queries are the last L of the keys.
 
-    Args:
-        queries_BL: position of each query; any value at padding.
-        keys_BS: position of each key, `PADDING_POSITION` at padding.
-        window: W, a query sees keys with q − k < W; None = all before it.
+    A query sees keys with q − k < `window`, None = all before it; at padding its position may be any.
     """
     # Comparing needs one byte a pair; an int64 difference would need eight.
     seen_BLS = keys_BS[:, None, :] <= queries_BL[:, :, None]
@@ -290,7 +287,6 @@ class Stack(nn.Module):
 
         Args:
             hidden_BLD: embeddings.
-            inputs: what attention needs, by type of layer.
             past: keys and values that come before the own ones.
             rows: int64 (B,), row of `past` that each row continues; None = its own.
             scalars: each layer's scalar in this role.

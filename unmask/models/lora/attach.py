@@ -204,14 +204,11 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Add every update to its weight and take the adapters out again, in place.
+    """Add every update to its weight and take the adapters out again, in place; the base is not quantized.
 
     Linear layers become W + s · B A (with DoRA scaled to its magnitudes), experts likewise, and modules that were
-    trained whole replace the frozen ones. Sums are taken in fp32, a layer at a time, and rounded once.
-
-    Args:
-        model: the adapted network, its base not quantized.
-        dtype: dtype of the merged weights; None = the base's own.
+    trained whole replace the frozen ones. Sums are taken in fp32, a layer at a time, and rounded once to `dtype`, None
+    being the base's own.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedExperts):

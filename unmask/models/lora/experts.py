@@ -22,14 +22,7 @@ from unmask.models.experts import Experts, gated_mlps, grouped_linear
 
 
 class AdaptedExperts(nn.Module):
-    """`Experts` with low-rank updates on one or both of its stacked matrices.
-
-    Args:
-        base_layer: the frozen experts.
-        targets: of `gate_up_proj`, `down_proj`.
-        rank: R.
-        scaling: s.
-    """
+    """Frozen `Experts` with low-rank updates on `targets`, of `gate_up_proj` and `down_proj`."""
 
     def __init__(self, base_layer: Experts, targets: Sequence[str], rank: int, scaling: float) -> None:
         super().__init__()
@@ -67,8 +60,7 @@ class AdaptedExperts(nn.Module):
     def merged(self, dtype: torch.dtype | None = None) -> Experts:
         """Return the base with W_e + s · B_e A_e in place of W_e, summed in fp32 and rounded once, an expert at a time.
 
-        Args:
-            dtype: dtype of the adapted matrices; None = their own.
+        `dtype` is that of the adapted matrices; None = their own.
         """
         for name in self.lora_A:
             weight_EOI: nn.Parameter = getattr(self.base_layer, name)

@@ -154,10 +154,7 @@ def _one_tensor(file: Any, names: list[str], slot: Slot, folder: Path) -> Tensor
 def write_adapter(model: nn.Module, config: Any, folder: Path) -> None:
     """Write the attached adapter as PEFT does, under every name of the reference class, with a card.
 
-    Args:
-        model: the adapted network.
-        config: peft.LoraConfig with our names.
-        folder: an existing folder.
+    `config` is a peft.LoraConfig with our names.
     """
     write_tensors(adapter_state(model), folder / ADAPTER_WEIGHTS)
     write_adapter_config(model, config, folder)
