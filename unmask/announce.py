@@ -47,7 +47,7 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
     for line in changed:
         say(f"changed since step {start.step}: {line}")
-    for line in (*_validation_lines(prepared.validation_rows, validation), *_sampling_notes(prepared)):
+    for line in _validation_notes(prepared, validation):
         say(f"validation: {line}")
     say(
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
@@ -68,14 +68,6 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         environment=_environment(run),
     )
-
-
-def _sampling_notes(prepared: Prepared) -> list[str]:
-    """Say what is approximate in how validation questions will be answered."""
-    if prepared.validation_settings is None or prepared.validation_rows is None:
-        return []
-    note = prepared.validation_settings.note
-    return [note] if note else []
 
 
 def _environment(run: TrainingRun) -> dict[str, Any]:
@@ -138,10 +130,13 @@ def name_rows(rows: Rows, ids: Sequence[int]) -> str:
     return shown + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
 
 
-def _validation_lines(rows: Rows | None, validation: ValidationSet | None) -> list[str]:
+def _validation_notes(prepared: Prepared, validation: ValidationSet | None) -> list[str]:
+    """Say which validation rows are left out, and what is approximate in how their questions will be answered."""
+    rows, settings = prepared.validation_rows, prepared.validation_settings
     if rows is None or validation is None:
         return []
-    return [*skipped(rows), *left_out(validation.dropped, validation.examples)]
+    notes = [*skipped(rows), *left_out(validation.dropped, validation.examples)]
+    return [*notes, settings.note] if settings is not None and settings.note else notes
 
 
 def _validation_counts(rows: Rows | None, validation: ValidationSet | None) -> dict[str, Any]:

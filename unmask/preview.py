@@ -74,23 +74,19 @@ def show_plan(prepared: Prepared, console: Console) -> None:
 def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> list[str]:
     steps = prepared.config.step_scheduler
     length = prepared.config.dataset.seq_length
-    gib = 2**30
-    skipped = len(prepared.rows.skipped)
+    gib, world = 2**30, prepared.degrees.world
+    skipped, processes = len(prepared.rows.skipped), "" if world == 1 else f" on {world} processes"
     return [
         f"parameters        {estimate.parameters:,} ({estimate.trainable:,} trained)",
         f"rows              {len(prepared.rows):,}" + (f" ({skipped} malformed skipped)" if skipped else ""),
         f"steps             {total:,} ({parts.loader.steps_per_epoch:,} an epoch)",
         f"a step            {steps.global_batch_size} rows = {steps.local_batch_size} rows × "
-        f"{steps.global_batch_size // steps.local_batch_size} micro-batches{_on(prepared.degrees.world)}, at most "
+        f"{steps.global_batch_size // steps.local_batch_size} micro-batches{processes}, at most "
         f"{steps.global_batch_size * length:,} tokens",
         f"estimated memory  {estimate.total / gib:.2f} GiB = weights {estimate.weights / gib:.2f} + gradients "
         f"{estimate.gradients / gib:.2f} + the loss's of the head {estimate.head / gib:.2f} + AdamW "
         f"{estimate.optimizer / gib:.2f} + activations at {length} tokens {estimate.activations / gib:.2f}",
     ]
-
-
-def _on(processes: int) -> str:
-    return "" if processes == 1 else f" on {processes} processes"
 
 
 def _shared(prepared: Prepared, one: SharedEstimate) -> list[str]:

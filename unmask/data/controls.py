@@ -100,9 +100,8 @@ def _as_read(
         if not isinstance(content, str) or not controls.search(content):
             continue
         whole = render(read, False)
-        start, _, end = render([*read[:number], {**turn, "content": PROBE}, *read[number + 1 :]], False).partition(
-            PROBE
-        )
+        probed = render([*read[:number], {**turn, "content": PROBE}, *read[number + 1 :]], False)
+        start, _, end = probed.partition(PROBE)
         if not (whole.startswith(start) and whole[len(start) :].endswith(end)):
             raise DataError(_unclear(turns, controls, name))
         text = whole[len(start) : len(whole) - len(end)]

@@ -96,7 +96,7 @@ class RowEncoder:
     where: str = "dataset"
 
     def __call__(self, index: int) -> EncodedRow | Dropped:
-        """Return row `index`; DataError when it is malformed or refused by the template and `on_malformed` is "error"."""
+        """Return row `index`; DataError when it is malformed or refused, and `on_malformed` is "error"."""
         try:
             conversation = self.rows[index]
         except DataError as error:  # it names its place already

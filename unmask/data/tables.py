@@ -72,11 +72,8 @@ class TableRows:
 def read_table(path: Path) -> Any:
     """Open a Parquet or Arrow file; DataError when it cannot be read as one."""
     try:
-        return (
-            _datasets().Dataset.from_file(str(path))
-            if path.suffix == ".arrow"
-            else _datasets().Dataset.from_parquet(str(path))
-        )
+        dataset = _datasets().Dataset
+        return dataset.from_file(str(path)) if path.suffix == ".arrow" else dataset.from_parquet(str(path))
     except Exception as error:  # datasets, pyarrow and the file system each raise their own
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
 

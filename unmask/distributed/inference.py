@@ -68,8 +68,7 @@ def load_shared(
         ModelError, TrainingError: as loading does; no memory for a part.
     """
     # FSDP2 and what belongs to it take seconds to import, which one process need not wait for.
-    from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
-    from unmask.distributed.shard import pieces, shard_model
+    from unmask.distributed.shard import adapter_tensors, allocate, load_tensors, pieces, shard_model, whole_adapter
 
     assert plan.folder is not None
     with torch.device("meta"):

@@ -5,6 +5,9 @@ Each block of a network is one group: gathered right before it runs, freed right
 backward pass, so that a loss may read the head as a matrix. Gradients are summed over ranks, not averaged: the loss is
 divided by a count over all ranks already.
 
+A network is built and sharded on the meta device, so that memory is taken for shards only; then each rank reads the
+slices that it keeps (`models.weights.fill` of `pieces`). A checkpoint has the parts that each rank has (`write_parts`).
+
 Expert parallelism: each rank of an `ep` group holds some experts, and a token travels to every expert that the router
 chose, however unevenly that falls out; nothing is dropped or padded. Per layer and pass there are two exchanges of
 tokens and one of counts; the counts are the only thing that the host waits for, because it has to know how much comes
@@ -16,15 +19,20 @@ experts a token, M = N · T pairs sent, R pairs received.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -37,17 +45,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
-from unmask.distributed.ranks import Meshes
+from unmask.distributed.ranks import Meshes, Ranks
+from unmask.errors import TrainingError
 from unmask.models.experts import Dispatch, sort_by_expert
+from unmask.models.lora.files import is_trained
 from unmask.models.registry import family_of
-from unmask.models.weights import Piece, whole_piece
+from unmask.models.weights import SHARD_BYTES, Piece, whole_piece
 from unmask.ops.rows import inverse, take_rows
 
 
 def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
     """Shard a whole network, adapters attached, in place; its parameters may be on the meta device."""
     plan = family_of(model.config).shard
-    options = {"mp_policy": _precision(section.mp_policy), "offload_policy": _offload(section)}
+    offload = OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
+    options = {"mp_policy": _precision(section.mp_policy), "offload_policy": offload}
     for block in model.get_submodule(plan.blocks).children():
         if meshes.experts is not None and plan.experts is not None:
             experts = block.get_submodule(plan.experts)
@@ -59,7 +70,7 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
     fully_shard(model, mesh=meshes.model, reshard_after_forward=False, **options)
     for method in plan.methods:
         _hook_method(model, method)
-    for module in sharded_modules(model):
+    for module in (each for each in model.modules() if isinstance(each, FSDPModule)):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         if hasattr(module, "set_reduce_scatter_unused_params"):
@@ -87,11 +98,6 @@ def _hook_method(model: nn.Module, name: str) -> None:
     setattr(model, name, lambda *args, **kwargs: run(_Call(lambda: method(*args, **kwargs))))
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """Return the modules that FSDP2 manages; none for a network that is not sharded."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 def _precision(section: MixedPrecisionConfig | None) -> MixedPrecisionPolicy:
     section = section or MixedPrecisionConfig()
     param, reduce, output = (
@@ -100,10 +106,6 @@ def _precision(section: MixedPrecisionConfig | None) -> MixedPrecisionPolicy:
     )
     # Inputs are not cast: rotary tables are among them, and stay fp32.
     return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, output_dtype=output, cast_forward_inputs=False)
-
-
-def _offload(section: DistributedConfig) -> OffloadPolicy:
-    return OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
 
 
 def pieces(model: nn.Module, meshes: Meshes | None) -> Iterator[tuple[str, Piece]]:
@@ -179,3 +181,73 @@ def _by_expert(counts_PH: Tensor, rows: int) -> Tensor:
     expert_PH = torch.arange(held, device=counts_PH.device).expand(ranks, held)
     # With the length given, the device is not asked for it.
     return expert_PH.flatten().repeat_interleave(counts_PH.flatten(), output_size=rows).argsort(stable=True)
+
+
+def allocate(model: nn.Module, device: torch.device, ranks: Ranks, remedy: str) -> None:
+    """Give the shards of a network on the meta device memory, its values undefined.
+
+    Raises:
+        TrainingError: the device has not enough memory; the message ends in `remedy`.
+    """
+    try:
+        model.to_empty(device=device)
+    except torch.OutOfMemoryError:
+        raise TrainingError(f"rank {ranks.rank}: the shards of the model do not fit on {device}; {remedy}") from None
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, meshes: Meshes, whole: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill shards from whole tensors by name, for example freshly drawn ones; others stay as they are."""
+    held = dict(pieces(model, meshes))
+    for name, tensor in whole:
+        part = held[name]
+        if part.local.numel():
+            part.local.copy_(tensor[part.place] if part.place else tensor)
+
+
+def whole_adapter(model: nn.Module) -> nn.Module:
+    """Return a copy of an adapted network on the meta device whose adapter alone is there, on the host, all zeros.
+
+    An adapter is small beside its network: this is the go-between of files, which hold whole matrices, and shards.
+    """
+    adapter = copy.deepcopy(model)
+    for name, parameter in list(adapter.named_parameters()):
+        if is_trained(name):
+            owner, _, attribute = name.rpartition(".")
+            value = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+            setattr(adapter.get_submodule(owner), attribute, value)
+    return adapter
+
+
+def adapter_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (state-dict key, tensor) of what an adapter trains."""
+    return ((name, parameter) for name, parameter in adapter.named_parameters() if is_trained(name))
+
+
+def write_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> str | None:
+    """Write named tensors over all ranks, each its parts, in safetensors files of its own; all ranks call it.
+
+    Returns:
+        what the disk said against it, on every rank if on one; None when all is written.
+    """
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():  # a file is put together in memory, so that none may be large
+        nbytes = tensor.numel() * tensor.element_size()
+        if size and size + nbytes > SHARD_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + nbytes
+    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        return disk_problem(ranks, rank, cause)
+    return None
+
+
+def disk_problem(ranks: Ranks, rank: int, error: BaseException) -> str:
+    """Return what a failed write says, and on which rank where there are several."""
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return reason if ranks.size == 1 else f"rank {rank}: {reason}"

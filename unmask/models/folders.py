@@ -46,17 +46,13 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
             if (candidate / "config.json").is_file():
                 return candidate
         _refuse_adapter(path, name, where)
-        inside = _run_inside(path)
-        remedy = (
-            f"did you mean {Path(name) / inside.name}?"
-            if inside
-            else (f"give a folder with config.json and {WEIGHTS}, or a run directory with a checkpoint")
-        )
+        remedy = f"give a folder with config.json and {WEIGHTS}, or a run directory with a checkpoint"
+        if inside := _run_inside(path):
+            remedy = f"did you mean {Path(name) / inside.name}?"
         raise ModelError(f"{where}: {name} is not a checkpoint: it has no config.json; {remedy}")
     if path.exists():
         raise ModelError(f"{where}: {name} is a file; give the folder that holds config.json and {WEIGHTS}")
-    looks_local = name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or path.parent.is_dir()
-    if looks_local:
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or path.parent.is_dir():
         raise ModelError(f"{where}: no such folder: {path.absolute()} (a hub id has the form owner/name)")
     return _download(name, where, [*_LIGHT, *(_WEIGHTS if weights else ())])
 

@@ -114,10 +114,7 @@ def check_against_model(section: DllmConfig, family: Any, model_config: Any) -> 
     """
     entry = OBJECTIVES[section.mode]
     if (family.noise, family.attention) != (entry.noise, entry.attention):
-        if entry.noise != family.noise:
-            lacks = _NOISES[entry.noise]
-        else:
-            lacks = f"{entry.attention} attention"
+        lacks = f"{entry.attention} attention" if entry.noise == family.noise else _NOISES[entry.noise]
         modes = [mode for mode, o in OBJECTIVES.items() if (o.noise, o.attention) == (family.noise, family.attention)]
         remedy = f"use dllm.mode: {' or '.join(modes)}" if modes else "no objective trains it"
         raise ConfigError(f"dllm.mode: {section.mode}: {family.model_type} has no {lacks}; {remedy}")
@@ -126,7 +123,7 @@ def check_against_model(section: DllmConfig, family: Any, model_config: Any) -> 
             f"dllm.mask_token_id: {section.mask_token_id} is outside the model's vocabulary of {model_config.rows}; "
             f"the model says {model_config.mask_token_id}, leave the field out to use it"
         )
-    for name, known_as in OBJECTIVES[section.mode].from_model.items():
+    for name, known_as in entry.from_model.items():
         value, known = getattr(section, name, None), getattr(model_config, known_as)
         if value is not None and value != known:
             raise ConfigError(

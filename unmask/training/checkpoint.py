@@ -137,7 +137,10 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Checkpoint | Non
         try:
             verify(folder)
             state = _read_state(folder)
-            _check_identity(folder, state["identity"], identity)
+            for name, value in identity.items():
+                if (stored := state["identity"].get(name)) != value:
+                    what = f"its {name} is {_short(stored)}, this run's is {_short(value)}"
+                    raise CheckpointError(f"{folder.name} is foreign: {what}")
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -187,14 +190,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{folder.name} is torn: its {STATE} is missing or unreadable") from None
-
-
-def _check_identity(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name, value in wanted.items():
-        if stored.get(name) != value:
-            raise CheckpointError(
-                f"{folder.name} is foreign: its {name} is {_short(stored.get(name))}, this run's is {_short(value)}"
-            )
 
 
 def _short(value: Any) -> str:

@@ -34,7 +34,12 @@ def resolve_targets(section: PeftConfig, model: nn.Module) -> Targets:
     """
     lora, head = family_of(model.config).lora, cast(Any, model.head)
     modules = target_names(section, model)
-    stacks = _stacked_matrices(model)
+    stacks = [
+        f"{owner}.{name}"
+        for owner, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters()
+    ]
     parameters = _match("target_parameters", section.target_parameters or [], stacks, stacks, model, lora)
     wholes = [
         name
@@ -72,15 +77,6 @@ def target_names(section: PeftConfig, model: nn.Module) -> list[str]:
     if chosen and not names:
         raise ConfigError(f"peft.exclude_modules: {excluded} leaves no linear layer to adapt; exclude fewer")
     return names
-
-
-def _stacked_matrices(model: nn.Module) -> list[str]:
-    return [
-        f"{owner}.{name}"
-        for owner, module in model.named_modules()
-        if isinstance(module, Experts)
-        for name, _ in module.named_parameters()
-    ]
 
 
 def _matches(name: str, pattern: str) -> bool:

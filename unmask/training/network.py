@@ -17,10 +17,18 @@ from torch.optim import Optimizer
 from unmask.config.distributed import DistributedConfig
 from unmask.config.model import PeftConfig
 from unmask.config.training import OptimizerConfig
-from unmask.distributed.load import adapter_tensors, allocate, load_tensors, whole_adapter
 from unmask.distributed.ranks import Meshes
 from unmask.distributed.runtime import Runtime, set_switches
-from unmask.distributed.shard import piece, pieces, shard_model, whole_view
+from unmask.distributed.shard import (
+    adapter_tensors,
+    allocate,
+    load_tensors,
+    piece,
+    pieces,
+    shard_model,
+    whole_adapter,
+    whole_view,
+)
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.experts import freeze_routers
 from unmask.models.folders import stored_tensors
@@ -30,7 +38,7 @@ from unmask.models.registry import ModelPlan
 from unmask.models.weights import Piece, base_tensors, fill
 from unmask.rng import key
 from unmask.training.lora import attach, resolve_targets
-from unmask.training.optim import build_optimizer
+from unmask.training.step import build_optimizer
 
 OPTIMIZER = "optimizer"  # folder in a checkpoint: safetensors of `<parameter>/<moment>`
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from unmask.config.results import CheckpointConfig
-from unmask.distributed.load import disk_problem, write_parts
 from unmask.distributed.ranks import Ranks, from_first
+from unmask.distributed.shard import disk_problem, write_parts
 from unmask.errors import CheckpointError
 from unmask.models.folders import ADAPTER_WEIGHTS, SHARDED
 from unmask.models.weights import passthrough_tensors, read_tensors, save_weights, write_tensors

@@ -176,7 +176,7 @@ def write_adapter_config(model: nn.Module, config: Any, folder: Path) -> None:
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         names = getattr(config, field)
         if names is not None:
-            setattr(written, field, sorted({twin for name in names for twin in targets.reference_names(name)}))
+            setattr(written, field, sorted({theirs for name in names for theirs in targets.reference_names(name)}))
     written.inference_mode = True
     written.save_pretrained(str(folder))
     (folder / "README.md").write_text(_card(config, several=bool(targets.aliases)), encoding="utf-8")
