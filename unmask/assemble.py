@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,22 +180,22 @@ def _validators(
     prepared: Prepared, parts: Parts, runtime: Runtime, root: Path, measures: Sequence[Measure]
 ) -> list[Validator]:
     """Return what is measured during the run: losses at each validation, answers as often as `validation` says."""
-    config, found = prepared.config, []
+    config, validators = prepared.config, []
     section, settings = config.validation, prepared.validation_settings
     if measures:
         every = config.step_scheduler.val_every_steps
-        found.append(Validator("validation", every, lambda model, _: _merged(measure(model) for measure in measures)))
+
+        def measure_losses(model: nn.Module, _: int) -> dict[str, Any]:
+            return {name: value for measure in measures for name, value in measure(model).items()}
+
+        validators.append(Validator("validation", every, measure_losses))
     if section is not None and settings is not None and prepared.validation_rows is not None:
         questions = questions_of(prepared.validation_rows, section.max_samples)
         measure = answer_validator(
             questions, section, settings, parts.tokenizer, prepared.plan.config, runtime, config.seed, root
         )
-        found.append(Validator("exact_match", section.generate_every_steps, measure))
-    return found
-
-
-def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for part in parts for name, value in part.items()}
+        validators.append(Validator("exact_match", section.generate_every_steps, measure))
+    return validators
 
 
 def _measure_loss(prepared: Prepared, validation: ValidationSet, runtime: Runtime) -> Measure:

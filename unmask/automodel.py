@@ -136,10 +136,10 @@ def _pop(values: dict[str, Any], key: str, default: Any) -> Any:
         places.append(inner)
     if name not in places[-1]:
         return default
-    found = places[-1].pop(name)
+    value = places[-1].pop(name)
     if len(sections) == 2 and not places[-1]:
         del places[-2][sections[-1]]
-    return found
+    return value
 
 
 def _nothing(value: Any) -> Any:

@@ -61,8 +61,8 @@ class TrainingError(UnmaskError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the choice spelt most like `word`, or "" when none is close."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def choice_problem(value: object, choices: Iterable[object]) -> str:

@@ -111,8 +111,8 @@ def _clean(batch: Batch, row: int, tokenizer: Any) -> Text:
 def _pieces(ids: list[int], styles: list[str], attended: list[bool], tokenizer: Any) -> Text:
     """Decode runs of equally styled tokens together, since a character may be spread over several tokens."""
     text = Text()
-    kept = [(token, style) for token, style, seen in zip(ids, styles, attended, strict=True) if seen]
-    for style, run in groupby(kept, key=lambda item: item[1]):
+    shown = [(token, style) for token, style, seen in zip(ids, styles, attended, strict=True) if seen]
+    for style, run in groupby(shown, key=lambda item: item[1]):
         ids_of_run = [token for token, _ in run]
         text.append("░" * len(ids_of_run) if style == HIDDEN else tokenizer.decode(ids_of_run), style=style)
     return text

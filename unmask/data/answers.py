@@ -53,10 +53,10 @@ def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_rea
     """
     spans: list[Span | None] = []
     for run in assistant_runs(turns):
-        found = [_turn(render, text, turns, range(number, number + 1), supervise_reasoning) for number in run]
-        if None in found and len(run) > 1:
-            found = [_turn(render, text, turns, run, supervise_reasoning)]
-        spans += found
+        located = [_turn(render, text, turns, range(number, number + 1), supervise_reasoning) for number in run]
+        if None in located and len(run) > 1:
+            located = [_turn(render, text, turns, run, supervise_reasoning)]
+        spans += located
     return spans
 
 

@@ -90,35 +90,35 @@ def validation_set(
     Raises:
         DataError: a malformed row, or no row that can be scored.
     """
-    found: list[tuple[int, EncodedRow]] = []
+    encoded: list[tuple[int, EncodedRow]] = []
     dropped: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for index in range(len(rows)):
         row = encode(index)
         if isinstance(row, EncodedRow):
-            found.append((index, row))
+            encoded.append((index, row))
         else:
             dropped[row.reason] += 1
             examples.setdefault(row.reason, row.detail or rows.describe(index))
-    if not found:
+    if not encoded:
         raise DataError(
             f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"
         )
-    found.sort(key=lambda item: (len(item[1]), item[0]))
-    slots = generator(0, "data/slots/validation").permutation(len(found)).tolist()
+    encoded.sort(key=lambda item: (len(item[1]), item[0]))
+    slots = generator(0, "data/slots/validation").permutation(len(encoded)).tolist()
     batches = [
         collate(
             [row for _, row in some],
             [sample_id for sample_id, _ in some],
             slots[first : first + local_batch_size],
             epoch=0,
-            global_rows=len(found),
-            length=len(found[-1][1]) if supervise_padding else rounded(len(some[-1][1]), seq_length),
+            global_rows=len(encoded),
+            length=len(encoded[-1][1]) if supervise_padding else rounded(len(some[-1][1]), seq_length),
             pad_token_id=pad_token_id,
             supervise_padding=supervise_padding,
             peers=[sample_id for sample_id, _ in some],
         )
-        for first in range(0, len(found), local_batch_size)
-        for some in [found[first : first + local_batch_size]]
+        for first in range(0, len(encoded), local_batch_size)
+        for some in [encoded[first : first + local_batch_size]]
     ]
     return ValidationSet(batches, dropped, examples)

@@ -206,8 +206,8 @@ class ChatTemplate:
         """Refuse tags that take reasoning in or leave it out against what is asked for."""
         probed = [with_reasoning(turn, PROBE) if reasoning_of(turn) else turn for turn in turns]
         text, spans = self._render(probed, supervise_reasoning=supervise_reasoning)
-        for found in re.finditer(PROBE, text):
-            inside = any(start <= found.start() < end for start, end in filter(None, spans))
+        for match in re.finditer(PROBE, text):
+            inside = any(start <= match.start() < end for start, end in filter(None, spans))
             if inside and not supervise_reasoning:
                 raise DataError(
                     f"dataset.supervise_reasoning: {self.name} has reasoning inside its {{% generation %}} tags; set "

@@ -30,7 +30,7 @@ class Marked:
 
     def restored(self, text: str) -> str:
         """Return rendered text with each marker replaced by what it stands for."""
-        return re.sub(_MARKER, lambda found: self.spelt[int(found.group()[1:-1])], text)
+        return re.sub(_MARKER, lambda match: self.spelt[int(match.group()[1:-1])], text)
 
     def pieces(self, text: str) -> Iterator[str]:
         """Yield rendered text in pieces that spell no control token: one is split after its first character."""
@@ -77,8 +77,8 @@ def mark_controls(
 def _with_markers(turns: Sequence[Turn], controls: re.Pattern[str]) -> Marked:
     numbers: dict[str, int] = {}  # equal texts stay equal: reasoning is given to the template under several names
 
-    def mark(found: re.Match[str]) -> str:
-        return f"{_OPEN}{numbers.setdefault(found.group(), len(numbers))}{_CLOSE}"
+    def mark(match: re.Match[str]) -> str:
+        return f"{_OPEN}{numbers.setdefault(match.group(), len(numbers))}{_CLOSE}"
 
     def marked(value: Any) -> Any:
         if isinstance(value, str):
@@ -115,8 +115,8 @@ def _as_read(
 
 
 def _unclear(turns: Sequence[Turn], controls: re.Pattern[str], name: str) -> str:
-    found = next(filter(None, (controls.search(str(turn["content"])) for turn in turns)), None)
-    example = f", such as {found.group()!r}" if found else ""
+    match = next(filter(None, (controls.search(str(turn["content"])) for turn in turns)), None)
+    example = f", such as {match.group()!r}" if match else ""
     return (
         f"dataset.chat_template: {name} acts on control tokens that the text of a turn spells{example}; "
         "take them out of the row"

@@ -182,7 +182,7 @@ class TrainLoader:
 
     def _global_batches(self) -> Iterator[_GlobalBatch]:
         epoch, start = self.epoch, self.cursor
-        found: list[tuple[int, EncodedRow]] = []
+        encoded: list[tuple[int, EncodedRow]] = []
         passed_over: list[tuple[int, int, Dropped]] = []
         any_in_epoch = start > 0
         stream = encoded_ahead(
@@ -191,24 +191,24 @@ class TrainLoader:
         for (row_epoch, place), index, row in stream:
             if row_epoch != epoch:
                 if not any_in_epoch:
-                    raise DataError(self._no_batch(found, passed_over))
-                epoch, start, found, any_in_epoch = row_epoch, 0, [], False
+                    raise DataError(self._no_batch(encoded, passed_over))
+                epoch, start, encoded, any_in_epoch = row_epoch, 0, [], False
             if isinstance(row, Dropped):
                 passed_over.append((epoch, index, row))
                 continue
-            found.append((index, row))
-            if len(found) == self.global_batch_size:
+            encoded.append((index, row))
+            if len(encoded) == self.global_batch_size:
                 # Micro-batches of like length need less padding, and the longest comes first: if memory is too small
                 # for it, that shows at once. The loss does not depend on this order.
-                found.sort(key=lambda item: (-len(item[1]), item[0]))
-                yield _GlobalBatch(found, epoch, start, place + 1, passed_over)
-                start, found, passed_over, any_in_epoch = place + 1, [], [], True
+                encoded.sort(key=lambda item: (-len(item[1]), item[0]))
+                yield _GlobalBatch(encoded, epoch, start, place + 1, passed_over)
+                start, encoded, passed_over, any_in_epoch = place + 1, [], [], True
 
-    def _no_batch(self, found: Sequence[object], passed_over: Sequence[tuple[int, int, Dropped]]) -> str:
+    def _no_batch(self, encoded: Sequence[object], passed_over: Sequence[tuple[int, int, Dropped]]) -> str:
         reasons = Counter(row.reason for _, _, row in passed_over)
         counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         return (
-            f"dataset: a whole pass over {len(self.rows)} rows gives {len(found)} to train on, fewer than one "
+            f"dataset: a whole pass over {len(self.rows)} rows gives {len(encoded)} to train on, fewer than one "
             f"global batch of {self.global_batch_size} (dropped: {counted}); raise dataset.seq_length, lower "
             "step_scheduler.global_batch_size or give more rows"
         )

@@ -149,8 +149,8 @@ def _split_files(path: Path, split: str | None, where: str) -> list[Path]:
             )
         return files
     if split not in names:
-        found = ", ".join(names) or "no splits"
-        raise DataError(f"{where}.split: {path} has {found}, not {split!r}{nearest(split, names)}")
+        existing = ", ".join(names) or "no splits"
+        raise DataError(f"{where}.split: {path} has {existing}, not {split!r}{nearest(split, names)}")
     return [file for file in files if splits[file] == split]
 
 

@@ -23,9 +23,9 @@ class TableRows:
 
     def __init__(self, table: Any, label: str, columns: Columns, where: str, max_rows: int | None = None) -> None:
         wanted = columns if columns.prompt is not None else ("messages", "conversations")
-        found = [name for name in wanted if name in table.column_names]
-        if len(found) < (2 if columns.prompt is not None else 1):
-            missing = " or ".join(repr(name) for name in wanted if name not in found)
+        present = [name for name in wanted if name in table.column_names]
+        if len(present) < (2 if columns.prompt is not None else 1):
+            missing = " or ".join(repr(name) for name in wanted if name not in present)
             raise DataError(
                 f"{label}: no column {missing} among {', '.join(table.column_names) or 'none'}; "
                 f"name the ones that hold the text in {where}.prompt_column and {where}.completion_column"

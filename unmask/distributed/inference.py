@@ -46,10 +46,10 @@ def divide_rows(
         function: gives a picklable result for each of some rows; not called for none.
         together: a context for `function` that all ranks enter, those without rows too (`JointCalls`).
     """
-    own = own_rows(rows, ranks)
+    mine = own_rows(rows, ranks)
     with together:
-        found = list(zip(own, function([rows[index] for index in own]), strict=True)) if own else []
-    results = {index: result for part in ranks.gather(found) for index, result in part}
+        pairs = list(zip(mine, function([rows[index] for index in mine]), strict=True)) if mine else []
+    results = {index: result for part in ranks.gather(pairs) for index, result in part}
     return [results[index] for index in range(len(rows))]
 
 
@@ -114,9 +114,9 @@ class JointCalls:
         self._hook = self._first.register_forward_pre_hook(self._say, prepend=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self._hook.remove()
-        if kind is not None:
+        if error_type is not None:
             return
         while self._any_works(False):
             self._help()
@@ -124,8 +124,8 @@ class JointCalls:
     def _say(self, *_: object) -> None:
         self._any_works(True)
 
-    def _any_works(self, own: bool) -> bool:
-        return self._ranks.sum([float(own)])[0] > 0
+    def _any_works(self, works: bool) -> bool:
+        return self._ranks.sum([float(works)])[0] > 0
 
     @torch.no_grad()
     def _help(self) -> None:

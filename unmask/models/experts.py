@@ -86,8 +86,8 @@ def grouped_linear(rows_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Ten
 
     `counts_E` has the rows of each expert, which come in the order of experts and add up to M.
     """
-    kind = rows_MI.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows_MI.dtype
+    device_type = rows_MI.device.type
+    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else rows_MI.dtype
     rows_MI, weight_EOI = rows_MI.to(compute), weight_EOI.to(compute)
     if grouped_kernel(rows_MI, weight_EOI):
         ends_E = counts_E.cumsum(dim=0).to(torch.int32)

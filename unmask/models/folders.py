@@ -1,4 +1,4 @@
-"""Where a model or a LoRA adapter lives, and what its files promise. Needs no torch: a wrong path is told at once."""
+"""Where a model or a LoRA adapter lives, and what its files promise. No torch: a wrong path is refused at once."""
 
 from __future__ import annotations
 

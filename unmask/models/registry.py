@@ -137,12 +137,12 @@ def _portable(values: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:
 
     def elsewhere(target: Any) -> Any:
         if isinstance(target, (list, tuple)):  # a slow and a fast tokenizer
-            found = [elsewhere(item) for item in target]
-            return found if any(found) else None
+            targets = [elsewhere(item) for item in target]
+            return targets if any(targets) else None
         if not isinstance(target, str) or "--" in target:
             return target
         return None if hub_id is None else f"{hub_id}--{target}"
 
-    kept = {auto: target for auto, entry in auto_map.items() if (target := elsewhere(entry))}
+    portable = {auto: target for auto, entry in auto_map.items() if (target := elsewhere(entry))}
     others = {key: value for key, value in values.items() if key != "auto_map"}
-    return {**others, "auto_map": kept} if kept else others
+    return {**others, "auto_map": portable} if portable else others

@@ -65,9 +65,9 @@ def read_slices(
             tied to another and not equal to it. The first one is named.
     """
     stored = stored_tensors(folder)
-    own = _check(shapes, stored, folder, layout)
-    tied = {key: layout.tied_to(key) for key in stored if key not in own and not layout.passthrough(key)}
-    wanted = {key: places[owner or key] for key, owner in {**dict.fromkeys(own), **tied}.items()}
+    keys = _check(shapes, stored, folder, layout)
+    tied = {key: layout.tied_to(key) for key in stored if key not in keys and not layout.passthrough(key)}
+    wanted = {key: places[owner or key] for key, owner in {**dict.fromkeys(keys), **tied}.items()}
     wanted = {key: place for key, place in wanted.items() if all(side.stop > side.start for side in place)}
     for key, part in _read({key: stored[key] for key in wanted}, wanted):
         owner = tied.get(key)
@@ -117,7 +117,7 @@ def _check(
     shapes: Mapping[str, torch.Size], stored: Mapping[str, StoredTensor], folder: Path, layout: FileLayout
 ) -> list[str]:
     """Return the keys of a network that a folder holds, in the folder's order: all of them, or ModelError."""
-    own: list[str] = []
+    keys: list[str] = []
     for key, entry in stored.items():
         if layout.passthrough(key) or layout.tied_to(key) in shapes:
             continue
@@ -127,14 +127,14 @@ def _check(
             )
         if entry.shape != tuple(shapes[key]):
             raise ModelError(f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[key])}")
-        own.append(key)
+        keys.append(key)
     missing = [key for key in shapes if key not in stored]
     if missing:
         raise ModelError(
             f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all); copy the checkpoint again, or take "
             "what is missing from the one that it was made from"
         )
-    return own
+    return keys
 
 
 def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
@@ -178,12 +178,12 @@ def set_dtypes(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> nn.
     """Return a network on the meta device with every tensor in a dtype; None = in that of its file."""
     if dtype is not None:
         return model.to(dtype)
-    own = model.state_dict()
+    state = model.state_dict()
     for key, stored in stored_tensors(folder).items():
-        if key in own:
+        if key in state:
             if stored.dtype not in _DTYPES:
                 raise ModelError(f"{folder}: {key} has dtype {stored.dtype}, which no network here computes with")
-            model.load_state_dict({key: own[key].to(_DTYPES[stored.dtype])}, strict=False, assign=True)
+            model.load_state_dict({key: state[key].to(_DTYPES[stored.dtype])}, strict=False, assign=True)
     return model
 
 

@@ -135,7 +135,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
     numbers = {name: _positive(text.get(name, default), name, where) for name, default in _NUMBERS.items()}
     layer_types = _layer_types(text.get("layer_types"), numbers.pop("num_hidden_layers"), where)
     full_heads, full_dim = _full_heads(text, layer_types, numbers, where)
-    rope = {kind: _rope(text.get("rope_parameters"), kind, where) for kind in _ROPE}
+    rope = {layer_type: _rope(text.get("rope_parameters"), layer_type, where) for layer_type in _ROPE}
     canvas = values.get("canvas_length")
     eos = text.get("eos_token_id", 1)
     ends = values.get("eos_token_id", eos)
@@ -182,7 +182,7 @@ def _number(value: Any, name: str, where: str) -> float:
 def _layer_types(given: Any, layers: int, where: str) -> tuple[str, ...]:
     if given is None:
         given = [SLIDING if (number + 1) % _PATTERN else FULL for number in range(layers - 1)] + [FULL]
-    known = isinstance(given, (list, tuple)) and all(kind in (SLIDING, FULL) for kind in given)
+    known = isinstance(given, (list, tuple)) and all(layer_type in (SLIDING, FULL) for layer_type in given)
     if not known or len(given) != layers:
         raise ModelError(f"{where}: layer_types must name {layers} layers, each {SLIDING} or {FULL}, got {given!r}")
     if given[-1] != FULL:
@@ -200,10 +200,10 @@ def _full_heads(
         heads = numbers["num_key_value_heads"] if heads is None else heads
         dim = text.get("global_head_dim", 512)
     else:
-        found = _by_layer(per_layer, where)
-        full = [number for number, kind in enumerate(layer_types) if kind == FULL]
-        values = [found.get(number, {}) for number in full]
-        if set(found) - set(full) or any(value != values[0] for value in values):
+        overrides = _by_layer(per_layer, where)
+        full = [number for number, layer_type in enumerate(layer_types) if layer_type == FULL]
+        values = [overrides.get(number, {}) for number in full]
+        if set(overrides) - set(full) or any(value != values[0] for value in values):
             raise ModelError(
                 f"{where}: per_layer_config is not supported unless all full layers, and no others, share it"
             )
@@ -222,32 +222,33 @@ def _by_layer(given: Any, where: str) -> dict[int, dict[str, Any]]:
         raise ModelError(f"{where}: per_layer_config must map layer numbers to fields, got {given!r}") from None
 
 
-def _rope(given: Any, kind: str, where: str) -> tuple[float, float]:
-    """Return (theta, share of pairs that turn) of a kind of layer."""
+def _rope(given: Any, layer_type: str, where: str) -> tuple[float, float]:
+    """Return (theta, share of pairs that turn) of a type of layer."""
     given = {} if given is None else given
-    if not isinstance(given, Mapping) or not isinstance(given.get(kind, {}), Mapping):
+    if not isinstance(given, Mapping) or not isinstance(given.get(layer_type, {}), Mapping):
         raise ModelError(f"{where}: rope_parameters must map {SLIDING} and {FULL} to their fields, got {given!r}")
-    values = dict(given.get(kind, _ROPE[kind]))
+    values = dict(given.get(layer_type, _ROPE[layer_type]))
     odd = set(values) - {"rope_type", "rope_theta", "partial_rotary_factor"}
-    if odd or values.get("rope_type", "default") != _ROPE[kind]["rope_type"]:
+    if odd or values.get("rope_type", "default") != _ROPE[layer_type]["rope_type"]:
+        refused = min(odd) if odd else values.get("rope_type")
         raise ModelError(
-            f"{where}: rope_parameters of {kind}: {min(odd) if odd else values.get('rope_type')!r} is not supported; "
-            f"this network implements rope_type {_ROPE[kind]['rope_type']!r} with rope_theta"
+            f"{where}: rope_parameters of {layer_type}: {refused!r} is not supported; this network "
+            f"implements rope_type {_ROPE[layer_type]['rope_type']!r} with rope_theta"
         )
     factor = _number(values.get("partial_rotary_factor", 1.0), "partial_rotary_factor", where)
     if factor > 1.0:
         raise ModelError(f"{where}: partial_rotary_factor must be at most 1, got {factor}")
-    if kind == SLIDING and factor != 1.0:
-        raise ModelError(f"{where}: partial_rotary_factor={factor} of {kind} is not supported; leave it out")
+    if layer_type == SLIDING and factor != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor={factor} of {layer_type} is not supported; leave it out")
     return _number(values.get("rope_theta"), "rope_theta", where), factor
 
 
 def _check_fit(config: DiffusionGemmaConfig, where: str) -> None:
-    for kind in (SLIDING, FULL):
-        heads, dim = config.heads(kind)
+    for layer_type in (SLIDING, FULL):
+        heads, dim = config.heads(layer_type)
         if config.num_attention_heads % heads or dim % 2:
             raise ModelError(
-                f"{where}: {kind}: num_attention_heads={config.num_attention_heads} must be a multiple of the "
+                f"{where}: {layer_type}: num_attention_heads={config.num_attention_heads} must be a multiple of the "
                 f"{heads} key/value heads, and the head size {dim} even"
             )
     if config.top_k_experts > config.num_experts:

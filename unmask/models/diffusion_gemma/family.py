@@ -6,7 +6,7 @@ from unmask.models.diffusion_gemma.config import DiffusionGemmaConfig, parse_con
 from unmask.models.family import ControlTokens, Family, FileLayout, LoraTargets, SamplerDefaults, ShardPlan
 
 _STACK, _ENCODER = "model.decoder.", "model.encoder.language_model."
-# What the released file holds beside the text network; it belongs to images and is carried through unread.
+# What the released file holds beside the text network; it belongs to images and is passed through unread.
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 
 
@@ -37,18 +37,18 @@ def activation_bytes(
     and its values, and one layer at a time the rest.
     """
     width, top = config.hidden_size, config.top_k_experts
-    kept, whole = 0, 0
-    for kind in config.layer_types:
-        kv_heads, dim = config.heads(kind)
+    largest, whole = 0, 0
+    for layer_type in config.layer_types:
+        kv_heads, dim = config.heads(layer_type)
         kv = 2 * kv_heads * dim
         q = config.num_attention_heads * dim
         mlp = 4 * config.intermediate_size + top * (4 * config.moe_intermediate_size + 2 * width)
         layer = 8 * width * residual + (3 * width + 3 * q + 2 * kv + mlp) * compute
         whole += layer
-        kept = max(kept, layer)
+        largest = max(largest, layer)
         if checkpointing:
             whole += width * residual + kv * compute - layer
-    return (tokens + tokens // 4) * (whole + (kept if checkpointing else 0))
+    return (tokens + tokens // 4) * (whole + (largest if checkpointing else 0))
 
 
 FAMILY = Family(

@@ -148,12 +148,12 @@ def parse_config(values: Mapping[str, Any], where: str) -> LLaDAConfig:
     return config
 
 
-def _check_type(name: str, value: Any, kind: str, where: str) -> None:
-    if value is None and "None" in kind:
+def _check_type(name: str, value: Any, annotation: str, where: str) -> None:
+    if value is None and "None" in annotation:
         return
-    expected = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind.split(" ")[0]]
+    expected = {"int": int, "float": (int, float), "bool": bool, "str": str}[annotation.split(" ")[0]]
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ModelError(f"{where}: {name} should be {kind.split(' ')[0]}, got {value!r}")
+        raise ModelError(f"{where}: {name} should be {annotation.split(' ')[0]}, got {value!r}")
 
 
 def _check_sizes(config: LLaDAConfig, where: str) -> None:

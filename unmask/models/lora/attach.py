@@ -45,9 +45,9 @@ def attach_adapter(model: nn.Module, config: Any) -> None:
     _attach_experts(model, config)
     if config.target_modules:
         # PEFT shortens long lists in place, to suffixes that are unambiguous in this network only.
-        own = copy.deepcopy(config)
-        own.target_parameters = own.modules_to_save = None
-        inject_adapter_in_model(own, model)
+        linear_config = copy.deepcopy(config)
+        linear_config.target_parameters = linear_config.modules_to_save = None
+        inject_adapter_in_model(linear_config, model)
     for name in config.modules_to_save or []:
         _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name), "default"))
     for name, parameter in model.named_parameters():
@@ -97,18 +97,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         ModelError: no adapter in the folder, one made for another network, or one that asks for what is not supported.
     """
     folder = find_adapter(folder)
-    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"adapter: {folder} is of peft_type {kind!r}; only LORA adapters can be applied")
+    peft_type = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    if peft_type != "LORA":
+        raise ModelError(f"adapter: {folder} is of peft_type {peft_type!r}; only LORA adapters can be applied")
     config: Any = PeftConfig.from_pretrained(str(folder))
     targets = family_of(model.config).lora
     _refuse_unsupported(folder, config)
     modules, parameters, whole = _adapted(model, targets, folder, config)
-    own = dataclasses.replace(
+    exact = dataclasses.replace(
         config, target_modules=modules, target_parameters=parameters, modules_to_save=whole, exclude_modules=None
     )
     try:
-        attach_adapter(model, own)
+        attach_adapter(model, exact)
     except ValueError as error:
         reason = str(error).split("\n")[0]
         raise ModelError(f"adapter: {folder} was made for another network ({reason[:200]})") from None
@@ -167,13 +167,13 @@ def _stacked_names(
     names = []
     for owner, depth in stacks.items():
         every = [f"{owner}.{weight}" for weight, _ in model.get_submodule(owner).named_parameters()]
-        found = [name for name in every if _is_listed(name, listed)]
-        if len(found) != depth:
+        adapted = [name for name in every if _is_listed(name, listed)]
+        if len(adapted) != depth:
             raise ModelError(
                 f"adapter: {folder}: its tensors adapt {depth} matrices of {owner}, its target_parameters name "
-                f"{len(found)}"
+                f"{len(adapted)}"
             )
-        names += found
+        names += adapted
     return names
 
 
@@ -214,14 +214,14 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if isinstance(module, AdaptedExperts):
             _replace(model, name, module.merged(dtype))
         elif isinstance(module, ModulesToSaveWrapper):
-            kept = next(module.original_module.parameters()).dtype
-            _replace(model, name, module.modules_to_save["default"].to(dtype or kept))
+            stored = next(module.original_module.parameters()).dtype
+            _replace(model, name, module.modules_to_save["default"].to(dtype or stored))
         elif isinstance(module, LoraLayer):
             base: Any = module.get_base_layer()
-            kept = base.weight.dtype
+            stored = base.weight.dtype
             base.weight.data = base.weight.data.float()
             module.merge()  # pyright: ignore[reportCallIssue]
-            base.weight.data = base.weight.data.to(dtype or kept)
+            base.weight.data = base.weight.data.to(dtype or stored)
             _replace(model, name, base)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
