@@ -45,8 +45,7 @@ def _seconds(words: list[str]) -> float:
 
 def _first_step(folder: Path, number: int) -> float:
     """Return the seconds from starting the command to the time that the log gives for step 1."""
-    from unmask.data.arithmetic import make_problems
-    from unmask.quickstart import configuration, write_run
+    from unmask.quickstart import configuration, make_problems, write_run
     from unmask.report.metrics import read_metrics
 
     root = folder / str(number)

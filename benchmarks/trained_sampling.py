@@ -66,11 +66,10 @@ def train_on_problems(
 
     from unmask.assemble import run_training
     from unmask.config import load_config
-    from unmask.data.arithmetic import make_problems
     from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer
     from unmask.prepare import prepare
-    from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, write_run
+    from unmask.quickstart import CONFIG, RUN, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, make_problems, write_run
 
     began = time.monotonic()
     problems, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, values["seed"])

@@ -12,8 +12,7 @@ import pytest
 
 from unmask.cli import main
 from unmask.config import load_config
-from unmask.data.arithmetic import make_problems
-from unmask.quickstart import CONFIG, RUN, clear, configuration, learned, write_run
+from unmask.quickstart import CONFIG, RUN, clear, configuration, learned, make_problems, write_run
 
 
 def test_its_configuration_is_one_that_train_takes(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`unmask quickstart`: train, evaluate and sample a small network from scratch, on a CPU, in minutes, offline.
 
-The same configuration, training, evaluation and generation code as everything else; only the problems are made here.
+The same configuration, training, evaluation and generation code as everything else; only the problems are made here:
+arithmetic word problems in GSM8K's answer format. A held-out problem shares its operands and operator (23 + 4, say)
+with no training problem, whatever names and things.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -22,7 +26,6 @@ from torch import nn
 from unmask.assemble import run_training
 from unmask.config import load_config
 from unmask.config.sampler import SamplerConfig
-from unmask.data.arithmetic import Problem, make_problems
 from unmask.data.chat import read_template
 from unmask.data.conversation import Message
 from unmask.errors import CheckpointError
@@ -32,6 +35,7 @@ from unmask.models.loading import build_model, load_model
 from unmask.models.registry import family_named
 from unmask.models.tokenizer import load_tokenizer, train_tokenizer
 from unmask.prepare import prepare
+from unmask.rng import generator
 from unmask.sampling.view import watch
 
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 20_000, 80, 120
@@ -40,6 +44,22 @@ PROMISED = 0.90  # exact match on the test problems after training
 # the test problems have to be right as well.
 GOOD_ENOUGH, IN_A_ROW = 0.975, 3
 CONFIG, RUN, TOKENIZER = "quickstart.yaml", "run", "tokenizer"
+
+_NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Ida")
+_THINGS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps")
+# operator → stories; {n}ame, {t}hings, operands {a} and {b}
+_STORIES: dict[str, tuple[str, ...]] = {
+    "+": (
+        "{n} has {a} {t} and buys {b}. How many now?",
+        "{n} finds {a} {t}, then {b} more. How many now?",
+    ),
+    "-": (
+        "{n} has {a} {t} and loses {b}. How many now?",
+        "{n} had {a} {t} but sold {b} of them. How many now?",
+    ),
+}
+# First and second operands: every result has two digits, with and without a carry.
+FIRST, SECOND = range(20, 91), range(2, 7)
 
 
 def learned() -> Callable[[Mapping[str, Any]], bool]:
@@ -188,3 +208,49 @@ def _command() -> str:
     """Return how this program was called, so that the commands shown work as they stand."""
     name = Path(sys.argv[0]).name
     return sys.argv[0] if name == "unmask" else f"{Path(sys.executable).name} -m unmask"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and its worked answer, `… a+b = <<a+b=c>>c …` and the result after `####`.
+
+    `key` is (operand, operator, operand): what held-out problems have to themselves.
+    """
+
+    key: tuple[int, str, int]
+    question: str
+    answer: str
+
+    def row(self) -> dict[str, Any]:
+        """Return the problem as a chat row."""
+        return {
+            "messages": [
+                {"role": "user", "content": self.question},
+                {"role": "assistant", "content": self.answer},
+            ]
+        }
+
+
+def make_problems(train: int, held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Return training problems, whose keys repeat in other stories, and held-out ones, each with a key of its own."""
+    random = generator(seed, "quickstart/problems")
+    keys = [(a, operator, b) for a in FIRST for operator in _STORIES for b in SECOND]
+    order = random.permutation(len(keys))
+    held, rest = [keys[i] for i in order[:held_out]], [keys[i] for i in order[held_out:]]
+    return (
+        [_tell(rest[int(i)], random) for i in random.integers(len(rest), size=train)],
+        [_tell(key, random) for key in held],
+    )
+
+
+def _tell(key: tuple[int, str, int], random: np.random.Generator) -> Problem:
+    a, operator, b = key
+    question = _pick(_STORIES[operator], random)
+    words = {"n": _pick(_NAMES, random), "t": _pick(_THINGS, random), "a": a, "b": b}
+    result = a + b if operator == "+" else a - b
+    sum_ = f"{a}{operator}{b}"
+    return Problem(key, question.format(**words), f"{sum_} = <<{sum_}={result}>>{result} {words['t']}\n#### {result}")
+
+
+def _pick(choices: Sequence[Any], random: np.random.Generator) -> Any:
+    return choices[int(random.integers(len(choices)))]

@@ -39,16 +39,11 @@ class NoiseStream:
     scope: str = "train"
 
     def uniform(self, stream: str, epoch: int, sample_ids_B: Tensor, length: int) -> Tensor:
-        """Draw U[0, 1) for each row from its own generator.
+        """Draw U[0, 1) for each row from its own generator, float32 (B, length) on the CPU.
 
         Args:
             stream: name of the draw; different names are independent.
-            epoch: pass over the data.
-            sample_ids_B: int64 (B,), the rows' indices in their dataset.
-            length: numbers a row.
-
-        Returns:
-            float32 (B, length) on the CPU.
+            sample_ids_B: int64, the rows' indices in their dataset.
         """
         name = f"{self.scope}/{stream}"
         rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unmask.data.answers import assistant_runs, find_answers
+from unmask.data.renderings import assistant_runs, find_answers
 
 USER, PLAIN = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 THOUGHT = {**PLAIN, "reasoning": "r"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from unmask.data.arithmetic import make_problems
+from unmask.quickstart import make_problems
 
 
 def test_no_training_problem_shares_operands_and_operator_with_a_held_out_one() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import trained_canvases
 from unmask import quickstart
-from unmask.data.arithmetic import make_problems
 from unmask.models.diffusion_gemma.family import FAMILY
+from unmask.quickstart import make_problems
 
 
 def test_the_released_settings_are_the_familys_defaults() -> None:

@@ -1,7 +1,7 @@
 """The chat template: how a conversation becomes tokens, and which of them training supervises.
 
 Supervision belongs to the template. Where it has `{% generation %}` tags, the tagged text is supervised. Where it has
-none, each assistant turn is found by comparing renderings (`unmask/data/answers.py`): its closing token is supervised,
+none, each assistant turn is found by comparing renderings (`renderings.py`): its closing token is supervised,
 its header never, its reasoning if asked for.
 
 An answer is tokenised apart from the text before it, as at inference, where the prompt is tokens before the answer is
@@ -24,9 +24,19 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from unmask.data.answers import Span, Turn, assistant_runs, find_answers, reasoning_of, with_reasoning
-from unmask.data.controls import PROBE, Marked, control_pattern, mark_controls
 from unmask.data.conversation import Message
+from unmask.data.renderings import (
+    PROBE,
+    Marked,
+    Span,
+    Turn,
+    assistant_runs,
+    control_pattern,
+    find_answers,
+    mark_controls,
+    reasoning_of,
+    with_reasoning,
+)
 from unmask.data.template_source import read_template, template_names, with_variables
 from unmask.errors import DataError
 

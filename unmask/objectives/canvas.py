@@ -133,14 +133,11 @@ class CanvasDiffusion:
         conditioned_K: Tensor,
         conditioning: bool,
     ) -> CanvasBatch:
-        """Assemble what the loss needs from given noise.
+        """Assemble what the loss needs from given noise; tensors as in `CanvasBatch`.
 
         Args:
-            batch: the clean rows.
             encoder_ids_BL, attended_BL: what the encoder reads, padded on the right, and where it is text.
-            rows_K, starts_K: row and first position of each canvas.
-            canvas_ids_KC, targets_KC, scored_KC: noisy and clean tokens, and which of them are there and scored.
-            levels_K: chance of each canvas's tokens to be replaced, in (0, 1].
+            starts_K: first position of each canvas.
             conditioned_K: bool, canvases that see their own first prediction.
             conditioning: whether a canvas on any rank does.
         """

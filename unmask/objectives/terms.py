@@ -25,9 +25,7 @@ class ScoredTerm(NamedTuple):
     Attributes:
         hidden_ND: final hidden states.
         targets_N: int64, the clean tokens.
-        weights_N: float, of each position's cross-entropy; 0 = not scored.
-        levels_N: float32, the noise level at each position, in (0, 1]; None for a term without noise.
-        weight: factor of the term in the total loss.
+        weights_N, levels_N, weight: as in `TokenLosses`.
     """
 
     hidden_ND: Tensor

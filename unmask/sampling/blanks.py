@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from unmask.data.controls import PROBE, control_pattern
+from unmask.data.renderings import PROBE, control_pattern
 from unmask.errors import DataError, SamplingError
 from unmask.models.registry import family_of
 from unmask.sampling.engine.state import Template

@@ -34,9 +34,7 @@ class Slot:
 
     Attributes:
         key: PEFT's key under our own module names, without `PREFIX`.
-        parameter: the tensor in the network.
-        pack: parameter → matrix of the file.
-        unpack: matrix of the file → parameter.
+        pack, unpack: parameter → matrix of the file, and back.
     """
 
     key: str
