@@ -148,7 +148,7 @@ def count_groups(model: nn.Module, plan: ShardPlan) -> Groups:
         counts[group] += parameter.numel()
         trained[group] += parameter.numel() if parameter.requires_grad else 0
     layers = len(list(model.get_submodule(plan.blocks).children()))
-    return Groups(*counts.values(), *trained.values(), layers)
+    return Groups(**counts, **{f"trained_{group}": number for group, number in trained.items()}, layers=layers)
 
 
 def estimate_shared(
