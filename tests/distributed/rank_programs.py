@@ -258,14 +258,14 @@ def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
 
     from unmask.config.distributed import DistributedConfig
     from unmask.config.results import CheckpointConfig
-    from unmask.distributed import load
+    from unmask.distributed import shard
     from unmask.distributed.processes import Degrees
     from unmask.distributed.runtime import build_runtime
     from unmask.models.registry import plan_folder
     from unmask.training import saver
     from unmask.training.network import build_network
 
-    load.SHARD_BYTES, saver.save_weights = 20_000, partial(saver.save_weights, shard_bytes=20_000)
+    shard.SHARD_BYTES, saver.save_weights = 20_000, partial(saver.save_weights, shard_bytes=20_000)
     section = DistributedConfig(device="cpu", ep_size=experts)
     runtime = build_runtime(section, Degrees(int(os.environ["WORLD_SIZE"]), 1, experts))
     network = build_network(network_settings(plan_folder(source, "x"), section), runtime)
