@@ -65,7 +65,7 @@ def load_shared(
         adapter: folder of a LoRA adapter, or None.
 
     Raises:
-        ModelError, TrainingError: as loading does; no memory for a part.
+        ModelError, TrainingError: weights that cannot be loaded; too little memory for a part.
     """
     # FSDP2 and what belongs to it take seconds to import, which one process need not wait for.
     from unmask.distributed.shard import adapter_tensors, allocate, load_tensors, pieces, shard_model, whole_adapter
@@ -91,14 +91,13 @@ def load_shared(
 
 
 class JointCalls:
-    """A context for passes through a sharded network without gradients; all ranks enter and leave it together.
+    """A context in which ranks run a sharded network without gradients, each as often as its own rows need.
 
-    Such a pass gathers every block from all ranks, so all must make the same number of passes, and rows need different
-    ones. Before each pass of its own a rank says that it works; a rank that is through with its rows waits for that
-    word and gathers along, with a pass over one token, until no rank works any more.
+    A pass gathers every block from all ranks, so all must make equally many. Before each pass a rank announces it; a
+    rank that has finished its rows joins every announced pass with one over a single token, until no rank has any left.
 
-    The context may be entered any number of times, one after another. Passes may be made by any method of the network
-    that runs each block once, in their order. A rank that leaves with an exception helps nobody: the run has failed.
+    All ranks enter and leave together, any number of times. Any method that runs each block once, in order, counts as a
+    pass. A rank that leaves with an exception joins no further pass: the run has failed.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
@@ -109,24 +108,24 @@ class JointCalls:
         self._hook: Any = None
 
     def __enter__(self) -> JointCalls:
-        # The embedding and the head are gathered by the first pass and stay: that is behind all ranks from here on.
-        self._help()
-        self._hook = self._first.register_forward_pre_hook(self._say, prepend=True)
+        # The first pass also gathers the embedding and the head, which stay gathered.
+        self._join_pass()
+        self._hook = self._first.register_forward_pre_hook(self._announce, prepend=True)
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self._hook.remove()
         if error_type is not None:
             return
-        while self._any_works(False):
-            self._help()
+        while self._any_running(False):
+            self._join_pass()
 
-    def _say(self, *_: object) -> None:
-        self._any_works(True)
+    def _announce(self, *_: object) -> None:
+        self._any_running(True)
 
-    def _any_works(self, works: bool) -> bool:
-        return self._ranks.sum([float(works)])[0] > 0
+    def _any_running(self, running: bool) -> bool:
+        return self._ranks.sum([float(running)])[0] > 0
 
     @torch.no_grad()
-    def _help(self) -> None:
+    def _join_pass(self) -> None:
         self._pass(torch.zeros(1, 1, dtype=torch.long, device=next(self._model.parameters()).device))

@@ -1,4 +1,4 @@
-"""Canvas attention in the denoising loop: prompts and finished canvases are encoded once, a call runs canvases alone.
+"""The sampling backend of networks with canvases: encodes prompts and finished canvases once, then only decodes.
 
 Shapes: B rows, K rows that completed a canvas, S canvas positions, M scored positions, D width, V vocabulary rows.
 """
@@ -22,13 +22,13 @@ from unmask.sampling.settings import SamplerSettings
 
 @dataclass(frozen=True)
 class Canvases:
-    """What the canvases of a batch see beside themselves.
+    """The backend's context: what the canvases of a batch see beside themselves.
 
     Attributes:
         encoded: keys and values of each row's prompt and finished canvases, padded on the right.
         ids: the tokens of each row that are encoded; on the host, so that cutting columns never waits for a device.
-        conditioning_BSD: what the network said in the call before; zeros, which is nothing, where a canvas begins.
-        scored: rows and canvas positions that the next `conditioned` is about; None = all.
+        conditioning_BSD: self-conditioning of the previous call's predictions; zeros where a canvas begins.
+        scored: rows and canvas positions that the next `conditioned` gives values for; None = all.
     """
 
     encoded: Any
@@ -57,7 +57,7 @@ class Canvases:
         return Canvases(concat(self.encoded, more.encoded), self.ids + more.ids, conditioning_BSD)
 
     def conditioned(self, conditioning_MD: Tensor) -> Canvases:
-        """Return the same with what the network said of the scored positions."""
+        """Return this with self-conditioning (M, D) of the scored positions."""
         if self.scored is None:
             return replace(self, conditioning_BSD=conditioning_MD.view_as(self.conditioning_BSD))
         return replace(
@@ -66,9 +66,9 @@ class Canvases:
 
 
 class CanvasBackend:
-    """A causal encoder, whose clean tokens never change what they are, so that their keys and values are kept.
+    """Calls an encoder-decoder with canvases; keys and values of clean tokens are exact for good, so they are kept.
 
-    `cache: none` encodes a row anew after each of its canvases.
+    With `cache: none` a row is encoded anew after each of its canvases.
     """
 
     def __init__(self, model: Any, settings: SamplerSettings) -> None:
@@ -91,7 +91,7 @@ class CanvasBackend:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Canvases:
-        """Encode the prompts, padded on the right, where causal attention lets no token see the padding."""
+        """Encode the prompts, right-padded: causal attention never sees that padding."""
         encoded = self._encode(prompts)
         config, dtype = self.model.config, encoded.hidden_BLD.dtype
         zeros_BSD = torch.zeros(len(prompts), config.canvas_length, config.hidden_size, dtype=dtype, device=self.device)
@@ -101,8 +101,7 @@ class CanvasBackend:
     def denoise(self, context: Canvases, call: Call) -> tuple[Tensor, Canvases]:
         """Run each row's canvas; return hidden states (M, D).
 
-        Given positions of a canvas are not scored. What the network is shown of them in the next call is what is known:
-        their own embedding.
+        Given positions of a canvas are not scored; their self-conditioning is their own embedding.
         """
         rows, length = context.conditioning_BSD.shape[:2]
         columns_BS = call.first_B[:, None] + torch.arange(length)
@@ -112,7 +111,7 @@ class CanvasBackend:
         def decode(canvas_BS: Tensor, conditioning_BSD: Tensor) -> Tensor:
             return model.decode(canvas_BS, encoded, conditioning_BSD, starts=starts)
 
-        # Unequal starts have to be brought to the device, which cannot be recorded.
+        # Unequal starts are copied to the device, which cannot be recorded.
         network = self._replays if len(set(starts)) == 1 else Replays(None)
         hidden_BSD = network(encoded, starts, decode, canvas_BS, context.conditioning_BSD)
         if len(call.rows_M) == rows * length:
@@ -135,7 +134,7 @@ class CanvasBackend:
     def commit(
         self, context: Canvases, answer_BC: Tensor, first_B: Tensor, end_B: Tensor, completed_B: Tensor
     ) -> Canvases:
-        """Encode finished canvases behind what their rows have; those rows' next canvases begin unconditioned."""
+        """Append finished canvases to their rows' encoded tokens; the next canvases begin unconditioned."""
         length = context.conditioning_BSD.shape[1]
         spans = zip(first_B.tolist(), end_B.tolist(), completed_B.tolist(), strict=True)
         more = [answer_BC[row, first:end].tolist() if done else [] for row, (first, end, done) in enumerate(spans)]
@@ -149,7 +148,7 @@ class CanvasBackend:
         return context
 
     def _append(self, context: Canvases, more: list[list[int]]) -> Canvases:
-        """Return the context with one canvas more in the rows that have one."""
+        """Append one canvas to each row with a non-empty list in `more`."""
         done = [row for row, new in enumerate(more) if new]
         lengths = context.lengths
         canvas_KS = torch.tensor([more[row] for row in done]).to(self.device)
@@ -167,7 +166,7 @@ def _joined(ids: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> tupl
 
 
 def _experts_are_grouped(model: Any) -> bool:
-    """Whether all experts' matmuls are one kernel each, for which the host need not know how tokens are divided."""
+    """Whether all experts run as grouped kernels, for which the host need not know each expert's token count."""
     held = [layer.experts for layer in model.stack.layers]
     return all(
         type(experts) is Experts and all(grouped_kernel(weight[0], weight) for weight in experts.parameters())

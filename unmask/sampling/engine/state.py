@@ -60,8 +60,8 @@ class Request:
         prompt_ids: given tokens before the answer.
         key: int64 that all its random numbers derive from (`draws.row_keys`).
         template: the answer where parts of it are given; None = `max_new_tokens` masked positions.
-        target_ids: an answer that is asked for token by token, one a position of the template: the row is over as soon
-            as a token of another is committed, and no stop token ends it. None = whatever the model writes.
+        target_ids: expected token of each template position: the row ends as soon as a committed token differs, and no
+            stop token ends it. None = the model writes freely.
     """
 
     index: int
@@ -75,10 +75,10 @@ class Request:
 class Tokens:
     """Tokens with a meaning to the loop."""
 
-    stop: tuple[int, ...]  # an answer ends before the first of these that the sampler wrote
+    stop: tuple[int, ...]  # an answer ends before the first one that the sampler committed
     banned: tuple[int, ...]  # never written
     deferred: tuple[int, ...]  # written only when a block has nothing else to commit
-    mask: int | None  # what stands at masked positions; None where that is noise
+    mask: int | None  # held by masked positions; None for uniform noise
     vocab_size: int  # ids from here on are padding of the vocabulary, and never written
 
 
