@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -146,12 +147,11 @@ def divide(prompts: Sequence[tuple[int, ...]], size: int) -> list[Chunk]:
     Prompts of like length come together, which saves padding, and long ones first, so that one that is too long for the
     memory shows at once.
     """
-    times: dict[tuple[int, ...], int] = {}
+    times: Counter[tuple[int, ...]] = Counter()
     rounds: dict[int, list[int]] = {}
     for row, ids in enumerate(prompts):
-        repeat = times.get(ids, 0)
-        times[ids] = repeat + 1
-        rounds.setdefault(repeat, []).append(row)
+        rounds.setdefault(times[ids], []).append(row)
+        times[ids] += 1
     chunks = []
     for repeat, rows in sorted(rounds.items()):
         rows.sort(key=lambda row: (-len(prompts[row]), row))

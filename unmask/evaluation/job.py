@@ -35,13 +35,7 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Checkpoints to be measured on tasks. A field that is not below is the flag of its name (`unmask eval --help`).
-
-    Attributes:
-        checkpoints: (folder, run directory or hub id; LoRA adapter on top or None).
-        tasks: keys of TASKS, or names of the harness's.
-        sampler: settings that were given.
-        few_shot: None = none, or as many as a task of the harness says.
+    """Checkpoints, each with an adapter or None, to be measured on tasks; the fields are `unmask eval`'s flags.
 
     Raises:
         ConfigError: a value out of range, a folder that is not there, or a field that means nothing for these tasks.

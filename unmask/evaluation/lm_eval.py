@@ -76,8 +76,6 @@ class UnmaskLM(LM):
 
     Args:
         pretrained: a folder, run directory or hub id; a network in memory, with its `tokenizer`; or a LoadedModel.
-        tokenizer: of a network in memory.
-        batch_size: rows that the network sees at once; None = 16.
         max_batch_size: the harness's; there is no search for a batch size, so it must be None.
         arguments: fields of `ModelArguments` and of `SamplerConfig`.
 
@@ -227,9 +225,7 @@ class UnmaskLM(LM):
             wanted["max_new_tokens"] = int(options["max_gen_toks"])
         if options.get("do_sample") and options.get("temperature") and self.loaded.settings.temperature is not None:
             wanted["temperature"] = float(options["temperature"])
-        return dataclasses.replace(
-            self.sampler, **{name: value for name, value in wanted.items() if getattr(self.sampler, name) is None}
-        )
+        return dataclasses.replace(self.sampler, **(wanted | self.sampler.given))
 
     def _scored(self, pairs: Sequence[tuple[Ids, Ids]], greedy: bool) -> Scores:
         def scored(rows: list[int]) -> Scores:
@@ -290,7 +286,7 @@ def _load(name: str, arguments: ModelArguments, sampler: SamplerConfig) -> Loade
 
 @dataclass(frozen=True)
 class Continuations:
-    """How models of one kind of noise and attention score continuations, and whether a context must not be empty."""
+    """How models of one noise and attention score continuations, and whether a context must not be empty."""
 
     score: Callable[[UnmaskLM, Sequence[tuple[Ids, Ids]], bool], Scores]
     needs_context: bool

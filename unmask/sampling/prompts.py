@@ -226,12 +226,9 @@ def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
     """Return the prompts of a file by their labels, `FILE:LINE`, each as `generate` or `infill` takes it.
 
     A line holds one of `prompt`, `messages` and `prompt_ids`, or `messages` beside a `prompt`, which is then not looked
-    at; neither are other fields. `prompt` is a text, or as the other two: `messages` is a chat whose turns have the
-    texts `role` and `content`, and `prompt_ids` token ids. So a record of answers is a prompt, and a training row is
-    one that has such `messages` or such a `prompt`. A chat that ends in an assistant's turn is asked for that turn
-    again.
-
-    With `infill` the prompts are texts or chats with blanks, the last turn of a chat included.
+    at; neither are other fields. So records of answers and training rows are prompts. `prompt` is a text, or as the
+    other two: a chat, or token ids. A chat that ends in an assistant's turn is asked for that turn again, unless it has
+    blanks to fill (`infill`).
 
     Raises:
         DataError: no such file, an empty one, or a line that is no prompt; names the file and the line.

@@ -130,10 +130,10 @@ class Trace:
 
     def _tokens(self) -> dict[str, str | list[int]]:
         """Return what every token that occurs stands for."""
-        shown = {token for row in self._rows.values() for run in row.start for token in run[1:]}
-        shown |= {
-            t for row in self._rows.values() for call in row.calls for run in call.get("ids", ()) for t in run[1:]
-        }
+        shown: set[int] = set()
+        for row in self._rows.values():
+            for runs in (row.start, *(call.get("ids", ()) for call in row.calls)):
+                shown.update(token for run in runs for token in run[1:])
         return {str(token): token_text(self.tokenizer, token) for token in sorted(shown)}
 
 
