@@ -33,20 +33,13 @@ END_OF_TURN = "<|eot_id|>"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network that can be sampled from, on one rank or several.
-
-    Attributes:
-        model: the network.
-        tokenizer: its tokenizer; None where prompts are token ids.
-        settings: how it is sampled.
-        ranks: the processes that prompts are divided among.
-        joint_calls: context in which ranks call a network that they share (`distributed.inference.divide_rows`).
-    """
+    """A network that can be sampled from, on one rank or several."""
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase | None  # None where prompts are token ids
     settings: SamplerSettings
-    ranks: Ranks = ALONE
+    ranks: Ranks = ALONE  # the processes that prompts are divided among
+    # Context in which ranks call a network that they share (`distributed.inference.divide_rows`).
     joint_calls: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
 
     @property

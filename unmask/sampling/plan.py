@@ -29,25 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A checkpoint and the settings that it is sampled with, nothing loaded yet; `jobs.load` makes a LoadedModel of it.
+    """A checkpoint and the settings that it is sampled with, nothing loaded yet; `jobs.load` loads it."""
 
-    Attributes:
-        name: as the user wrote it.
-        model: its family, configuration and folder.
-        adapter: folder of the LoRA adapter on top, or None.
-        generation: the values of its generation_config.json.
-        settings: resolved.
-        tokenizer_folder: the adapter's where it has a tokenizer, else the checkpoint's.
-        where: the flag that named the checkpoint, for messages.
-    """
-
-    name: str
-    model: ModelPlan
-    adapter: Path | None
-    generation: Mapping[str, Any]
+    name: str  # as the user wrote it
+    model: ModelPlan  # its family, configuration and folder
+    adapter: Path | None  # folder of the LoRA adapter on top
+    generation: Mapping[str, Any]  # the values of its generation_config.json
     settings: SamplerSettings
-    tokenizer_folder: Path
-    where: str = "--checkpoint"
+    tokenizer_folder: Path  # the adapter's where it has a tokenizer, else the checkpoint's
+    where: str = "--checkpoint"  # the flag that named the checkpoint, for messages
 
     @property
     def config(self) -> Any:
@@ -87,10 +77,7 @@ def plan_job(
 ) -> JobPlan:
     """Find a checkpoint with its adapter and tokenizer, and resolve the settings that it is sampled with.
 
-    Args:
-        checkpoint: a folder, run directory or hub id; `where` is the flag that named it, for messages.
-        sampler: settings that a caller wants; None = the checkpoint's own.
-        adapter: folder of a LoRA adapter.
+    `checkpoint` is a folder, run directory or hub id, and `where` the flag that named it, for messages.
 
     Raises:
         ModelError: no such checkpoint, adapter or tokenizer, or a file cut short.
@@ -109,13 +96,7 @@ def plan_job(
 class GenerateRequest:
     """What `unmask generate` is to answer, and where the answers go.
 
-    Attributes:
-        prompts: label for messages → prompt, as `generate` or `infill` takes it.
-        infill: fill blanks.
-        raw, seed, batch_size: as in `generate`.
-        output: JSONL file, one record per answer; None prints the texts.
-        watch: draw the answers while they are denoised.
-        trace: HTML file that replays the run.
+    The fields are the command's flags, but `prompts`: label for messages → prompt, as `generate` or `infill` takes it.
 
     Raises:
         SamplingError: a batch size below 1.

@@ -20,17 +20,11 @@ SETTINGS = tuple(field.name for field in fields(SamplerConfig) if field.name != 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The settings that the sampler for one kind of noise and attention has.
-
-    Attributes:
-        fields: their names.
-        choices: setting → the values allowed, where not all are.
-        reasons: setting → why no other is, as a clause that continues "sampler has no VALUE, …".
-    """
+    """The settings that the sampler for one kind of noise and attention has."""
 
     fields: tuple[str, ...]
-    choices: Mapping[str, tuple[str, ...]]
-    reasons: Mapping[str, str]
+    choices: Mapping[str, tuple[str, ...]]  # setting → the values allowed, where not all are
+    reasons: Mapping[str, str]  # setting → why no other is: continues "sampler has no VALUE, …"
 
 
 SCHEMES: dict[tuple[Noise, Attention], Scheme] = {
@@ -65,15 +59,11 @@ class SamplerSettings:
     A setting that the sampler of this noise and attention does not have is None, and so is the rule that is not chosen
     (`threshold`, `factor`, `entropy_bound`).
 
-    Attributes:
-        family: what messages call the model.
-        noise, attention: the family's.
-
     Raises:
         SamplingError: values that exclude each other, or that the sampler does not take.
     """
 
-    family: str
+    family: str  # what messages call the model
     noise: Noise
     attention: Attention
     steps: int

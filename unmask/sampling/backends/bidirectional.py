@@ -91,9 +91,7 @@ class BidirectionalBackend:
     store (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, section 3.2). What is kept is out of date from the first token
     that is committed. Rows of one batch may be at different calls of different blocks.
 
-    Args:
-        model: the network.
-        settings: `cache`, `refresh_interval` and `cfg_scale` are read; guidance doubles the rows of a call.
+    Of the settings `cache`, `refresh_interval` and `cfg_scale` are read; guidance doubles the rows of a call.
     """
 
     self_conditioning = None

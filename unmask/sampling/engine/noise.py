@@ -34,27 +34,16 @@ SelfConditioning = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the logits predict at some positions, on their device.
+    """What the logits predict at some positions, on their device; tokens are int64, probabilities float32."""
 
-    Attributes:
-        finite_M: bool, whether all logits are finite; where not, the rest is meaningless.
-        sample_M: int64, the token that each would take.
-        argmax_M: int64, the most likely token.
-        score_M: float32, by which rules rank positions, highest first.
-        confidence_M: float32, probability of the sample; of a canvas, of the most likely token.
-        current_M: float32, probability of the current token; 0 unless the reviser rereads committed tokens.
-        highest_M: float32, probability of the most likely token; 0 likewise.
-        conditioning_MD: the network's self-conditioning input in its next call; None where it has none.
-    """
-
-    finite_M: Tensor
-    sample_M: Tensor
-    argmax_M: Tensor
-    score_M: Tensor
-    confidence_M: Tensor
-    current_M: Tensor
-    highest_M: Tensor
-    conditioning_MD: Tensor | None = None
+    finite_M: Tensor  # bool, whether all logits are finite; where not, the rest is meaningless
+    sample_M: Tensor  # the token that each would take
+    argmax_M: Tensor  # the most likely token
+    score_M: Tensor  # float32, by which rules rank positions, highest first
+    confidence_M: Tensor  # probability of the sample; of a canvas, of the most likely token
+    current_M: Tensor  # probability of the current token; 0 unless the reviser rereads committed tokens
+    highest_M: Tensor  # probability of the most likely token; 0 likewise
+    conditioning_MD: Tensor | None = None  # the network's self-conditioning input in its next call
 
     @staticmethod
     def concat(parts: Sequence[Predictions]) -> Predictions:
