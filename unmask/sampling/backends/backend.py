@@ -35,23 +35,14 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """What one network call is about. All tensors are on the CPU.
+    """What one network call is about. All tensors are int64, on the CPU."""
 
-    Attributes:
-        answer_BC: int64, the answers so far, right-padded; at masked positions the noise that the network is shown.
-        lengths: answer columns in use, a row. Columns from there on are padding and never seen; a row's length may
-            shrink from one call to the next, and never grows.
-        first_B, end_B: int64, the current block's columns in the answer, [first, end).
-        step_B: int64, calls made in this block so far; 0 is its first call.
-        rows_M, columns_M: int64, the scored positions, row by row: rows, and answer columns within the current block.
-    """
-
-    answer_BC: Tensor
-    lengths: tuple[int, ...]
-    first_B: Tensor
+    answer_BC: Tensor  # the answers so far, right-padded; at masked positions the noise that the network is shown
+    lengths: tuple[int, ...]  # answer columns in use, the rest is never seen; from call to call a row's never grows
+    first_B: Tensor  # the current block's columns in the answer are [first, end)
     end_B: Tensor
-    step_B: Tensor
-    rows_M: Tensor
+    step_B: Tensor  # calls made in this block so far; 0 is its first call
+    rows_M: Tensor  # the scored positions, row by row: rows, and answer columns within the current block
     columns_M: Tensor
 
 

@@ -31,13 +31,10 @@ _FORWARD_COST = 128
 class Prompts:
     """The backend's context: the prompts of a batch, and the cache of keys and values.
 
-    Attributes:
-        ids_BP: int64 (B, P), on the CPU, right-padded with 0; padding is never attended to.
-        lengths: tokens of each prompt.
-        store: keys and values of R rows, written in place by calls. None without a cache, and before the first call.
+    The store has R rows and is written in place by calls; it is None without a cache, and before the first call.
     """
 
-    ids_BP: Tensor
+    ids_BP: Tensor  # int64, on the CPU, right-padded with 0; padding is never attended to
     lengths: tuple[int, ...]
     store: KeyValueStore | None = None
 

@@ -22,18 +22,12 @@ from unmask.sampling.settings import SamplerSettings
 
 @dataclass(frozen=True)
 class Canvases:
-    """The backend's context: what the canvases of a batch see beside themselves.
+    """The backend's context: what the canvases of a batch see beside themselves."""
 
-    Attributes:
-        encoded: keys and values of each row's prompt and finished canvases, padded on the right.
-        ids: the tokens of each row that are encoded; on the host, so that cutting columns never waits for a device.
-        conditioning_BSD: self-conditioning of the previous call's predictions; zeros where a canvas begins.
-        scored: rows and canvas positions that the next `conditioned` gives values for; None = all.
-    """
-
-    encoded: Any
-    ids: tuple[tuple[int, ...], ...]
-    conditioning_BSD: Tensor
+    encoded: Any  # keys and values of each row's prompt and finished canvases, padded on the right
+    ids: tuple[tuple[int, ...], ...]  # the tokens encoded; on the host, so that cutting never waits for a device
+    conditioning_BSD: Tensor  # self-conditioning of the previous call's predictions; zeros where a canvas begins
+    # Rows and canvas positions that the next `conditioned` gives values for; None = all.
     scored: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -31,16 +31,12 @@ _PADDING = {
 class Template:
     """An answer of which parts are given. A mask among the given tokens is text: only `masked` says what is not.
 
-    Attributes:
-        answer_ids: its tokens; at masked positions any.
-        masked: for each, whether it is to be filled; at least one.
-        block_of: for each, the block that it is denoised in; rising, in steps of one. Where the model fixes the size of
-            a block (DiffusionGemma's canvas), blocks must be whole.
+    Where the model fixes the size of a block (DiffusionGemma's canvas), blocks must be whole.
     """
 
-    answer_ids: Sequence[int]
-    masked: Sequence[bool]
-    block_of: Sequence[int]
+    answer_ids: Sequence[int]  # at masked positions any
+    masked: Sequence[bool]  # for each position, whether it is to be filled; at least one
+    block_of: Sequence[int]  # for each, the block that it is denoised in; rising, in steps of one
 
     def __post_init__(self) -> None:
         if not len(self.answer_ids) == len(self.masked) == len(self.block_of):
@@ -55,19 +51,14 @@ class Template:
 class Request:
     """One answer to sample.
 
-    Attributes:
-        index: the caller's number for it, found again in the events.
-        prompt_ids: given tokens before the answer.
-        key: int64 that all its random numbers derive from (`draws.row_keys`).
-        template: the answer where parts of it are given; None = `max_new_tokens` masked positions.
-        target_ids: expected token of each template position: the row ends as soon as a committed token differs, and no
-            stop token ends it. None = the model writes freely.
+    With `target_ids`, the expected token of each template position, the row ends as soon as a committed token differs,
+    and no stop token ends it.
     """
 
-    index: int
+    index: int  # the caller's number for it, found again in the events
     prompt_ids: Sequence[int]
-    key: int
-    template: Template | None = None
+    key: int  # int64 that all its random numbers derive from (`draws.row_keys`)
+    template: Template | None = None  # where parts are given; None = `max_new_tokens` masked positions
     target_ids: Sequence[int] | None = None
 
 
@@ -103,37 +94,22 @@ class Positions:
 
 @dataclass(frozen=True)
 class State:
-    """The rows still being denoised; each call makes a new one.
-
-    Attributes:
-        rows, answer_BC, masked_BC: as in `StepEvent`.
-        target_BC: int64, the tokens that a row must commit to go on; -1 = any.
-        given_BC: bool, positions that were never masked, and padding.
-        block_of_BC: int64, the block that each position belongs to, rising from left to right; -1 at padding.
-        calls_BC: int64, calls that the schedule plans for that block; 0 where nothing was masked.
-        length_B: int64, columns of each row that are in use.
-        shown_B: int64, columns of each row that the caller asked for; a last canvas may have more.
-        step_B: int64, calls made in the current block.
-        nfe_B: int64, calls made for the row.
-        key_B: int64, where each row's random numbers come from.
-        argmax_BC: int64, the most likely tokens of the call before; -1 where the current block has had none.
-        stable_B: int64, for how many calls on end the current block's most likely tokens have not changed.
-    """
+    """The rows still being denoised; each call makes a new one. What is not described here is as in `StepEvent`."""
 
     rows: tuple[int, ...]
     answer_BC: Tensor
-    target_BC: Tensor
+    target_BC: Tensor  # int64, the tokens that a row must commit to go on; -1 = any
     masked_BC: Tensor
-    given_BC: Tensor
-    block_of_BC: Tensor
-    calls_BC: Tensor
-    length_B: Tensor
-    shown_B: Tensor
-    step_B: Tensor
-    nfe_B: Tensor
-    key_B: Tensor
-    argmax_BC: Tensor
-    stable_B: Tensor
+    given_BC: Tensor  # bool, positions that were never masked, and padding
+    block_of_BC: Tensor  # int64, the block that each position belongs to, rising from left to right; -1 at padding
+    calls_BC: Tensor  # int64, calls that the schedule plans for that block; 0 where nothing was masked
+    length_B: Tensor  # int64, columns of each row that are in use
+    shown_B: Tensor  # int64, columns of each row that the caller asked for; a last canvas may have more
+    step_B: Tensor  # int64, calls made in the current block
+    nfe_B: Tensor  # int64, calls made for the row
+    key_B: Tensor  # int64, where each row's random numbers come from
+    argmax_BC: Tensor  # int64, the most likely tokens of the call before; -1 where the current block has had none
+    stable_B: Tensor  # int64, calls on end in which the current block's most likely tokens have not changed
 
     @cached_property
     def block_B(self) -> Tensor:
