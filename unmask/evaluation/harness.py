@@ -10,14 +10,6 @@ from unmask.errors import ConfigError, MissingDependencyError, choice_problem, n
 from unmask.evaluation.tasks import HARNESS, TASKS, near_miss
 
 
-def check_harness(what: str) -> None:
-    """Raise MissingDependencyError when the harness is not installed; the message begins with `what` needs it."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError(
-            f"{what} needs lm-evaluation-harness, which is not installed; run: pip install 'unmask[eval]'"
-        )
-
-
 def check_names(names: Sequence[str], include_path: str | None) -> None:
     """Refuse names that are not ours without the list of the harness's tasks, which takes long to read.
 
@@ -27,7 +19,7 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(
-            f"--tasks: {choice_problem(without_prefix(names[0]), TASKS)}; lm-evaluation-harness has more: "
+            f"--tasks: {choice_problem(names[0].removeprefix(HARNESS), TASKS)}; lm-evaluation-harness has more: "
             "pip install 'unmask[eval]'"
         )
     for name in names:
@@ -41,7 +33,11 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
 
 def register_model() -> None:
     """Put the model `unmask` into the harness's table; its class, and with it torch, loads when it is asked for."""
-    check_harness("the model `unmask` of lm_eval")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            "the model `unmask` of lm_eval needs lm-evaluation-harness, which is not installed; run: "
+            "pip install 'unmask[eval]'"
+        )
     import lm_eval.models  # noqa: F401 - the harness imports its own models only where the table is still empty
     from lm_eval.api.registry import model_registry
 
@@ -50,13 +46,14 @@ def register_model() -> None:
 
 
 def task_manager(names: Sequence[str], include_path: str | None = None) -> Any:
-    """Return the harness's task manager for some tasks, groups or tags, named without the prefix.
+    """Return the harness's task manager for some tasks, groups or tags, with or without the prefix.
 
     Raises:
         ConfigError: a task that neither the harness nor we have, with the nearest name.
     """
     from lm_eval.tasks import TaskManager
 
+    names = [name.removeprefix(HARNESS) for name in names]
     manager = None
     if include_path is not None:
         # The harness reads some 14,000 files of its own otherwise.
@@ -94,7 +91,7 @@ def run_harness(
 
     found = simple_evaluate(
         model=lm,
-        tasks=list(names),
+        tasks=[name.removeprefix(HARNESS) for name in names],
         num_fewshot=few_shot,
         limit=limit,
         task_manager=manager,
@@ -119,8 +116,3 @@ def metrics(result: dict[str, Any]) -> list[tuple[str, float, float | None]]:
         shown = metric if variant == "none" else f"{metric} ({variant})"
         rows.append((shown, float(value), float(error) if isinstance(error, (int, float)) else None))
     return rows
-
-
-def without_prefix(name: str) -> str:
-    """Return the harness's name of a task that we call by our prefix."""
-    return name.removeprefix(HARNESS)

@@ -12,7 +12,7 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Columns
 from unmask.errors import ConfigError, DataError
 from unmask.evaluation.grade import check_grader, expected_answer
-from unmask.evaluation.harness import check_names, task_manager, without_prefix
+from unmask.evaluation.harness import check_names, task_manager
 from unmask.evaluation.tasks import HARNESS, TASKS, Question, as_text, read_questions, refuse_leaks, with_shots
 from unmask.sampling.plan import JobPlan, plan_job
 
@@ -162,7 +162,7 @@ def plan_evaluation(job: EvalJob) -> EvalPlan:
     ]
     manager = None
     if job.harness_tasks:  # the last check, since the harness reads thousands of files for it
-        manager = task_manager([without_prefix(name) for name in job.harness_tasks], job.include_path)
+        manager = task_manager(job.harness_tasks, job.include_path)
     against = None if job.against is None else Path(job.against).expanduser()
     return EvalPlan(job, checkpoints, questions, manager, Path(job.output).expanduser(), against)
 

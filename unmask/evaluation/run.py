@@ -17,7 +17,7 @@ from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
 from unmask.evaluation.exact_match import TaskRun, encode_questions
-from unmask.evaluation.harness import metrics, run_harness, without_prefix
+from unmask.evaluation.harness import metrics, run_harness
 from unmask.evaluation.job import Checkpoint, EvalJob, EvalPlan
 from unmask.evaluation.measure import (
     answers_identity,
@@ -202,7 +202,7 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
     found = run_harness(
         lm,
         plan.manager,
-        [without_prefix(name) for name in job.harness_tasks],
+        job.harness_tasks,
         limit=job.limit,
         few_shot=job.few_shot,
         chat=job.apply_chat_template,
