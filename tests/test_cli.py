@@ -55,7 +55,7 @@ def test_an_unexpected_failure_of_the_system_is_one_line(
     def fail(_: object) -> None:
         raise PermissionError(13, "Permission denied", "/locked/file")
 
-    monkeypatch.setattr("unmask.commands.report.plot", fail)
+    monkeypatch.setattr("unmask.commands.plot.run", fail)
     assert main(["plot", "run"]) == 2
     assert capsys.readouterr().err == "unmask: error: /locked/file: Permission denied\n"
 
@@ -64,7 +64,7 @@ def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unmask.commands.report.plot", interrupt)
+    monkeypatch.setattr("unmask.commands.plot.run", interrupt)
     assert main(["plot", "run"]) == 130
     assert capsys.readouterr().err == "unmask: interrupted\n"
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import unmask
-from unmask.commands import chat, eval, files, generate, quickstart, report, train
+from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.config.flags import spellings
 from unmask.distributed.processes import leave_status, several_processes
 from unmask.errors import ConfigError, UnmaskError, nearest
 
 # In the order of `unmask --help`.
-COMMANDS = (quickstart, train, generate, chat, eval, report, files)
+COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

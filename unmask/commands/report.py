@@ -1,4 +1,4 @@
-"""`unmask plot` and `unmask report`: loss curves of runs as an image, and runs side by side on one HTML page."""
+"""`unmask report`: show runs side by side on one HTML page."""
 
 from __future__ import annotations
 
@@ -16,30 +16,15 @@ Evaluations that lie inside a run directory are found; --evaluation names others
 
 
 def add(commands: Any) -> None:
-    """Declare both commands."""
-    parser = command(commands, "plot", plot, "draw the loss curves of runs")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories; several are drawn together")
-    flag(parser, "output", metavar="FILE.png", help="image to write (default: loss.png in the first run directory)")
-    parser = command(commands, "report", report, "show runs side by side on one HTML page", _REPORT_HELP)
+    """Declare the command."""
+    parser = command(commands, "report", run, "show runs side by side on one HTML page", _REPORT_HELP)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
     parser.add_argument("-o", "--output", metavar="FILE.html", help="default: report.html in the first run")
     flag(parser, "evaluation", action="append", metavar="DIR", help="output of `unmask eval`; repeat for several")
 
 
-def plot(arguments: argparse.Namespace) -> int | None:
-    """Draw the curves; return the exit status."""
-    from unmask.report.plots import find_log, plot_runs
-
-    runs = [Path(folder) for folder in arguments.runs]
-    for folder in runs:
-        find_log(folder)
-    output = Path(arguments.output) if arguments.output else runs[0] / "loss.png"
-    print(f"wrote {plot_runs(runs, output)}")
-    return 0
-
-
-def report(arguments: argparse.Namespace) -> int | None:
-    """Write the page; return the exit status."""
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command; return its exit status."""
     from unmask.report.plots import find_log
     from unmask.report.report import write_report
 

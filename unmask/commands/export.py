@@ -1,0 +1,29 @@
+"""`unmask export`: write a checkpoint as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from unmask.config.flags import command, flag
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "export", run, "write a plain Hugging Face folder, with the adapter merged")
+    flag(parser, "checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="folder, run directory or hub id")
+    flag(parser, "output", required=True, metavar="DIR", help="new or empty folder")
+    flag(parser, "adapter", metavar="DIR", help="LoRA adapter to merge")
+    flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command; return its exit status."""
+    from unmask.training.export import export
+
+    for warning in export(arguments.checkpoint, Path(arguments.output), arguments.adapter, arguments.dtype):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"wrote {arguments.output}")
+    return 0

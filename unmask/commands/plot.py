@@ -1,0 +1,28 @@
+"""`unmask plot`: draw the loss curves of runs as an image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unmask.config.flags import command, flag
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "plot", run, "draw the loss curves of runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories; several are drawn together")
+    flag(parser, "output", metavar="FILE.png", help="image to write (default: loss.png in the first run directory)")
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command; return its exit status."""
+    from unmask.report.plots import find_log, plot_runs
+
+    runs = [Path(folder) for folder in arguments.runs]
+    for folder in runs:
+        find_log(folder)
+    output = Path(arguments.output) if arguments.output else runs[0] / "loss.png"
+    print(f"wrote {plot_runs(runs, output)}")
+    return 0
