@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def test_the_memory_estimate_is_near_what_is_measured(tiny, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("family", ["llada", "diffusion_gemma"])
 def test_the_heads_gradient_that_a_loss_holds_is_counted(tiny, gemma_values, tmp_path: Path, family: str) -> None:
-    """One, however many terms the loss has."""
+    """One, however many terms the loss has; and a lookup's beside it, where the head is the embedding."""
     import torch
     from rich.console import Console
 
@@ -222,7 +223,13 @@ def test_the_heads_gradient_that_a_loss_holds_is_counted(tiny, gemma_values, tmp
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = run.objective.loss(run.model, noisy)
+    loss.total.backward()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run.objective.loss(run.model, noisy).total.backward()
     run.metrics.close()
     assert len(held) == 1
     assert len(loss.terms) == (1 if family == "llada" else 2)
-    assert sum(held) == estimate_memory(prepared.config, prepared.plan, run.model).head
+    counted = estimate_memory(prepared.config, prepared.plan, run.model).head
+    assert counted == held[0] * (1 if family == "llada" else 2)
+    blocks = [e for e in profile.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) == held[0]]
+    assert max(accumulate(e.nbytes() for e in sorted(blocks, key=lambda e: e.start_ns()))) == counted

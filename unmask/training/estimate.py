@@ -26,7 +26,7 @@ class Estimate:
 
     Attributes:
         weights: the master weights, adapters among them.
-        head: the head's gradient that the loss holds until the backward pass.
+        head: the head's gradient that the loss holds until the backward pass; see `head_gradients`.
         optimizer: AdamW's two moments.
         activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
     """
@@ -56,7 +56,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     activations = plan.family.activation_bytes(
         plan.config, tokens, width, compute, config.distributed.activation_checkpointing
     )
-    head = head_gradients(model, width)
+    accumulated = config.step_scheduler.global_batch_size > config.step_scheduler.local_batch_size
     on_cpu = pick_device(config.distributed.device).type == "cpu"
     chunks = 1 if on_cpu or model.head.softcap is None else 2  # pyright: ignore[reportAttributeAccessIssue]
     return Estimate(
@@ -64,20 +64,22 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         trainable=sum(p.numel() for p in trainable),
         weights=_bytes(parameters),
         gradients=trained_bytes,
-        head=head,
+        head=head_gradients(model, width, accumulated),
         optimizer=2 * trained_bytes,
         activations=activations + working_bytes(tokens, plan.config.rows, compute, chunks),
     )
 
 
-def head_gradients(model: nn.Module, width: int) -> int:
-    """Return the bytes of the head's gradients that a micro-batch's loss holds beside those of the ones before it.
+def head_gradients(model: nn.Module, width: int, accumulated: bool) -> int:
+    """Return the bytes of the head's gradients that a micro-batch holds, without those of the ones before it.
 
-    The loss computes it in its forward pass, in fp32, and keeps it in the head's dtype, of `width` bytes a number.
+    The loss computes it in its forward pass, in fp32, and keeps it in the head's dtype, of `width` bytes a number. Of a
+    head that is the embedding, the lookup's gradient is made beside it before both are added to what is `accumulated`.
     """
     head: Head = model.head  # pyright: ignore[reportAssignmentType]
     elements = sum(p.numel() for p in (head.weight, head.bias) if p is not None and p.requires_grad)
-    return elements * (width + (4 if width < 4 else 0))
+    tied = any(isinstance(module, nn.Embedding) and module.weight is head.weight for module in model.modules())
+    return elements * (width + (4 if width < 4 or (tied and accumulated) else 0))
 
 
 def _packed(parameter: nn.Parameter) -> int:
@@ -186,7 +188,7 @@ def estimate_shared(
     return SharedEstimate(
         weights=whole.weights // shard,
         gradients=whole.gradients // shard + (reduce * trained if deferred else 0),
-        head=head_gradients(model, travel),
+        head=head_gradients(model, travel, deferred),
         optimizer=whole.optimizer // shard,
         gathered=int(travel * (groups.root + min(2, groups.layers) * block)),
         activations=whole.activations,
