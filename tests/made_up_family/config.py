@@ -13,7 +13,7 @@ from unmask.errors import ModelError
 class MadeUpConfig:
     """What defines a made-up network."""
 
-    model_type: ClassVar[str] = "made_up"
+    family: ClassVar[str] = "made_up"
 
     width: int
     layers: int

@@ -131,12 +131,14 @@ def test_a_family_is_found_by_its_architecture_where_two_share_a_model_type(monk
     with pytest.raises(ModelError, match=r"config.json: architectures \['LLaDAMoEModelLM'\] is not .* LLaDAModelLM"):
         family_named(values, "config.json")
     llada = family_named({"model_type": "llada"}, "x")
-    other = SimpleNamespace(FAMILY=dataclasses.replace(llada, architectures=("LLaDAMoEModelLM",)))
+    moe_config = type("MoEConfig", (LLaDAConfig,), {"family": "LLaDAMoEModelLM"})()
+    moe = dataclasses.replace(llada, architectures=("LLaDAMoEModelLM",), parse_config=lambda values, where: moe_config)
+    other = SimpleNamespace(FAMILY=moe)
     monkeypatch.setitem(sys.modules, "moe_family", other)  # type: ignore[arg-type]
     monkeypatch.setitem(FAMILIES, "LLaDAMoEModelLM", "moe_family")
-    assert family_named(values, "x") is other.FAMILY
+    assert family_named(values, "x") is moe and family_of(moe.parse_config(values, "x")) is moe
     assert family_named({"model_type": "llada", "architectures": ["LLaDAModelLM"]}, "x") is llada
-    assert family_of(LLaDAConfig()) is llada
+    assert family_of(llada.parse_config({"model_type": "llada"}, "x")) is llada
 
 
 REPOSITORY = [

@@ -121,7 +121,7 @@ def method_for(methods: Mapping[tuple[str, str], Method], model: Any, what: str,
     Raises:
         ModelError: no known family, or no such entry; the message says `what` asks, and what to do `otherwise`.
     """
-    if not hasattr(getattr(model, "config", None), "model_type"):
+    if not hasattr(getattr(model, "config", None), "family"):
         raise ModelError(f"{what}: {type(model).__name__} is of no known family; load it with unmask.load_model")
     family = family_of(model.config)
     if (family.noise, family.attention) not in methods:

@@ -13,8 +13,9 @@ from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
 from unmask.models.folders import find_folder, read_json, stored_tensors
 
-# model_type of a config.json → the module whose FAMILY describes it. A new family is a folder and a line here. Where
-# two families share a model_type, the one that came later stands under the name of its architecture.
+# Key of a family → the module whose FAMILY describes it. A new family is a folder and a line here. The key is the
+# model_type of its config.json, or its architecture where an earlier family has that model_type; its parsed
+# configuration says it as `family`.
 FAMILIES: dict[str, str] = {
     "llada": "unmask.models.llada.family",
     "diffusion_gemma": "unmask.models.diffusion_gemma.family",
@@ -70,8 +71,8 @@ def family_named(values: Mapping[str, Any], where: str) -> Family:
 
 
 def family_of(config: Any) -> Family:
-    """Return the family of a parsed configuration, such as a network's `config`; it is found by its `model_type`."""
-    return resolve(f"{FAMILIES[config.model_type]}:FAMILY")
+    """Return the family of a parsed configuration, such as a network's `config`, by its key."""
+    return resolve(f"{FAMILIES[config.family]}:FAMILY")
 
 
 def register_configs() -> None:

@@ -185,7 +185,7 @@ def family_settings(family: Family, **values: Any) -> SamplerSettings:
 def settings_for(model: Any, sampler: SamplerConfig | None = None) -> SamplerSettings:
     """`resolve_settings` of a network in memory; raises SamplingError for no known family, too."""
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in FAMILIES:
+    if getattr(config, "family", None) not in FAMILIES:
         raise SamplingError(
             f"cannot sample from a {type(model).__name__}; load one of {', '.join(sorted(FAMILIES))} with "
             "unmask.load_model"

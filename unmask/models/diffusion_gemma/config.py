@@ -69,7 +69,7 @@ class DiffusionGemmaConfig:
         initializer_range: standard deviation of a fresh model's weights.
     """
 
-    model_type: ClassVar[str] = "diffusion_gemma"
+    family: ClassVar[str] = "diffusion_gemma"
     mask_token_id: ClassVar[None] = None  # noise is drawn from the vocabulary
 
     vocab_size: int

@@ -67,7 +67,7 @@ class LLaDAConfig:
         mask_token_id, eos_token_id, pad_token_id: ids with a meaning to corruption and sampling.
     """
 
-    model_type: ClassVar[str] = "llada"
+    family: ClassVar[str] = "llada"
 
     d_model: int = 4096
     n_heads: int = 32
@@ -199,6 +199,6 @@ def _check_ids(config: LLaDAConfig, where: str) -> None:
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(config, name) == config.mask_token_id:
             raise ModelError(
-                f"{where}: mask_token_id={config.mask_token_id} is also the {name}; corruption could not be told from "
-                "text, so set mask_token_id to an id of its own"
+                f"{where}: mask_token_id={config.mask_token_id} is also the {name}; corruption could not be "
+                "distinguished from text, so set mask_token_id to an id of its own"
             )
