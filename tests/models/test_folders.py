@@ -19,7 +19,7 @@ from unmask.config.model import ModelConfig
 from unmask.config.reader import read_section
 from unmask.errors import ConfigError, ModelError
 from unmask.models import folders
-from unmask.models.folders import find_folder, weights_fingerprint
+from unmask.models.folders import find_folder, stored_tensors, weights_fingerprint
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.loading import load_model
 from unmask.models.registry import FAMILIES, ModelPlan, family_named, family_of, plan_folder, plan_model, resolve
@@ -91,6 +91,14 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, reference_folder: Path) 
     assert "model_type None is not one of llada" in refused(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "lladda"}')
     assert "did you mean 'llada'?" in refused(tmp_path)
+    for values, said in (
+        ({"architectures": 5}, "architectures must be a list of names, got 5"),
+        ({"architectures": "LLaDAModelLM"}, "architectures must be a list of names, got 'LLaDAModelLM'"),
+        ({"architectures": [["x"]]}, "architectures must be a list of names, got [['x']]"),
+        ({"model_type": ["x"]}, "model_type must be text, got ['x']"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llada"} | values))
+        assert refused(tmp_path) == f"{tmp_path / 'config.json'}: {said}"
 
 
 def test_a_file_is_no_folder(reference_folder: Path) -> None:
@@ -225,6 +233,65 @@ def test_a_change_of_any_tensor_changes_the_fingerprint_and_the_place_does_not(t
     assert weights_fingerprint(tmp_path / "two") == whole
     (tmp_path / "two" / "config.json").write_text('{"rope_theta": 1}')
     assert weights_fingerprint(tmp_path / "two") != whole
+
+
+def save_parts(folder: Path, weights: dict[str, np.ndarray], rows: list[tuple[int, int]]) -> None:
+    """Write each rank's rows of every tensor as a sharded run does."""
+    shutil.rmtree(folder / "sharded", ignore_errors=True)
+    (folder / "sharded").mkdir()
+    for rank, (begin, end) in enumerate(rows):
+        offsets = {name: {"saved_offsets": [begin] + [0] * (whole.ndim - 1)} for name, whole in weights.items()}
+        part = {name: np.ascontiguousarray(whole[begin:end]) for name, whole in weights.items()}
+        save_file(part, folder / "sharded" / f"shard-{rank}.safetensors", {"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+
+def test_shards_of_ranks_are_sampled_throughout(tmp_path: Path) -> None:
+    weights = {f"layer.{n}": np.zeros((64, 512), dtype=np.float32) for n in range(4)}
+    rows = [(0, 32), (32, 64)]
+    save_parts(tmp_path, weights, rows)
+    whole = weights_fingerprint(tmp_path)
+    for name in weights:
+        for begin, end in rows:
+            changed = weights[name].copy()
+            changed[begin:end] = 1
+            save_parts(tmp_path, {**weights, name: changed}, rows)
+            assert weights_fingerprint(tmp_path) != whole, (name, begin)
+    save_parts(tmp_path, weights, rows)
+    assert weights_fingerprint(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, 2), (2, 4), (2, 4), (6, 8)],  # a file copied over another
+        [(0, 4), (2, 4), (6, 8)],
+        [(0, 2), (2, 4), (6, 8)],
+        [(0, 2), (2, 4), (4, 8), (6, 8)],
+    ],
+)
+def test_parts_that_leave_a_hole_or_overlap_are_refused(tmp_path: Path, rows: list[tuple[int, int]]) -> None:
+    weights = {"norm": np.ones(8, dtype=np.float32), "layer": np.ones((8, 4), dtype=np.float32)}
+    save_parts(tmp_path, weights, [(0, 2), (2, 2), (2, 5), (5, 8)])
+    assert {name: stored.shape for name, stored in stored_tensors(tmp_path).items()} == {"norm": (8,), "layer": (8, 4)}
+    save_parts(tmp_path, weights, rows)
+    with pytest.raises(ModelError, match=r"the parts of '\w+' do not make a whole: a rank's file is missing") as caught:
+        stored_tensors(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_tiles_of_two_dimensions_make_a_whole_unless_they_overlap(tmp_path: Path) -> None:
+    (tmp_path / "sharded").mkdir()
+
+    def stored(*offsets: tuple[int, int]) -> tuple[int, ...]:
+        for number, offset in enumerate(offsets):
+            info = json.dumps({"a": {"saved_offsets": offset}})
+            part = {"a": np.ones((2, 2), dtype=np.float32)}
+            save_file(part, tmp_path / "sharded" / f"{number}.safetensors", {"DCP_SHARDING_INFO": info})
+        return stored_tensors(tmp_path)["a"].shape
+
+    assert stored((0, 0), (0, 2), (2, 0), (2, 2)) == (4, 4)
+    with pytest.raises(ModelError, match="do not make a whole"):
+        stored((0, 0), (1, 0), (0, 2), (2, 2))
 
 
 def test_the_same_adapter_of_another_scale_is_another_model(tmp_path: Path) -> None:

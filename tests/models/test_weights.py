@@ -160,6 +160,17 @@ def test_tensors_missing_extra_or_misshapen_are_named(
         assert (QUERY if "place" not in problem else "blocks.7") in message
 
 
+def test_a_missing_file_of_the_last_rank_is_suspected(state: dict[str, Tensor], folder: Path) -> None:
+    (folder / "sharded").mkdir()
+    info = json.dumps({key: {"saved_offsets": [0] * tensor.dim()} for key, tensor in state.items()})
+    first = {key: tensor[: len(tensor) // 2].contiguous() for key, tensor in state.items()}
+    save_file(first, folder / "sharded" / "shard-1.safetensors", {"DCP_SHARDING_INFO": info})
+    with pytest.raises(
+        ModelError, match=r"has shape .*, config.json says .*; is the file of a rank missing in sharded/"
+    ):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 300, 0.5, 0.999])
 def test_a_file_cut_short_is_named_before_torch_loads_it(keep: float, state: dict[str, Tensor], folder: Path) -> None:
     save_weights(state.items(), folder)

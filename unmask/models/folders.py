@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -207,10 +208,27 @@ def _joined(folder: Path, key: str, parts: list[tuple[str, Chunk]]) -> StoredTen
     chunks = [chunk for _, chunk in parts]
     ends = [tuple(map(sum, zip(chunk.offset, chunk.shape, strict=True))) for chunk in chunks]
     shape = tuple(map(max, *ends)) if len(ends) > 1 else ends[0]
-    if len(dtypes) > 1 or len({len(end) for end in ends}) > 1 or sum(prod(c.shape) for c in chunks) != prod(shape):
-        raise ModelError(f"{folder}: the parts of {key!r} do not make a whole; is a file of a rank missing?")
     filled = tuple(chunk for chunk in chunks if prod(chunk.shape)) or tuple(chunks[:1])
+    alike = len(dtypes) == 1 and len({len(end) for end in ends}) == 1
+    # Parts that do not overlap and are as large as the whole together leave no hole.
+    if not alike or sum(prod(chunk.shape) for chunk in chunks) != prod(shape) or _overlap(filled):
+        raise ModelError(
+            f"{folder}: the parts of {key!r} do not make a whole: a rank's file is missing or there twice; copy the "
+            "checkpoint again"
+        )
     return StoredTensor(shape, dtypes.pop(), filled)
+
+
+def _overlap(chunks: tuple[Chunk, ...]) -> bool:
+    ordered = sorted(chunks, key=lambda chunk: chunk.offset)
+    for number, one in enumerate(ordered[:-1], start=1):
+        for other in itertools.islice(ordered, number, None):
+            if other.offset[0] >= one.offset[0] + one.shape[0]:
+                break
+            sides = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
+            if all(start < begin + width and begin < start + length for start, length, begin, width in sides):
+                return True
+    return False
 
 
 def weights_fingerprint(folder: Path) -> str:

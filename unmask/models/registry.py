@@ -55,9 +55,14 @@ def family_named(values: Mapping[str, Any], where: str) -> Family:
     """Return the family that a config.json names by `architectures` and `model_type`.
 
     Raises:
-        ModelError: no `model_type`, one that no family here has, or an architecture that its family has not.
+        ModelError: a field of a wrong type, no `model_type`, one that no family here has, or an architecture that its
+            family has not.
     """
     model_type, architectures = values.get("model_type"), values.get("architectures") or ()
+    if not isinstance(model_type, str | None):
+        raise ModelError(f"{where}: model_type must be text, got {model_type!r}")
+    if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
+        raise ModelError(f"{where}: architectures must be a list of names, got {architectures!r}")
     key = next((name for name in architectures if name in FAMILIES), model_type)
     if key not in FAMILIES:
         raise ModelError(f"{where}: model_type {choice_problem(model_type, FAMILIES)}")

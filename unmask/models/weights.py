@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unmask.errors import ModelError
 from unmask.models.family import PLAIN_LAYOUT, FileLayout
-from unmask.models.folders import INDEX, WEIGHTS, StoredTensor, stored_tensors
+from unmask.models.folders import INDEX, SHARDED, WEIGHTS, StoredTensor, stored_tensors
 
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -126,7 +126,11 @@ def _check(
                 f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
             )
         if entry.shape != tuple(shapes[key]):
-            raise ModelError(f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[key])}")
+            in_parts = entry.chunks[0].file.parent.name == SHARDED
+            raise ModelError(
+                f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[key])}"
+                + f"; is the file of a rank missing in {SHARDED}/?" * in_parts
+            )
         keys.append(key)
     missing = [key for key in shapes if key not in stored]
     if missing:
