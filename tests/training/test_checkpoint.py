@@ -95,12 +95,16 @@ def test_a_foreign_one_is_refused_by_name(tmp_path: Path) -> None:
     assert found.refused == ('step_4 is foreign: its data is "other", this run\'s is "abc"',)
 
 
-def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path, 1)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
-        verify(folder)
+def test_an_unknown_format_is_refused_and_what_to_do_said_once(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = save(tmp_path, step)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+        with pytest.raises(CheckpointError, match="format 99.*; resume it with the version that wrote it"):
+            verify(folder)
+    with pytest.raises(CheckpointError, match="step_2 has format 99.*step_1 has format 99") as caught:
+        find_checkpoint(tmp_path, IDENTITY)
+    assert str(caught.value).count("the version that wrote it") == 1
 
 
 def test_the_new_names_are_on_disk_before_a_save_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

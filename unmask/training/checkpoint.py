@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP = re.compile(r"step_(\d+)")
 _FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of several ranks
+_OTHER_VERSION = (
+    "; resume it with the version that wrote it, or train on from its weights (model.pretrained_model_name_or_path)"
+)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,10 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Checkpoint | Non
             continue
         return Checkpoint(folder, state, tuple(refused))
     if refused:
+        reasons = "; ".join(refused)
         raise CheckpointError(
-            f"{root} holds no checkpoint that this run can resume from: {'; '.join(refused)}. "
+            f"{root} holds no checkpoint that this run can resume from: "
+            f"{reasons.replace(_OTHER_VERSION, '', reasons.count(_OTHER_VERSION) - 1)}. "
             "Set checkpoint.checkpoint_dir to a new folder, or move these away to start from the beginning"
         )
     return None
@@ -166,8 +171,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{folder.name} has format {manifest.get('format')}, this version reads {_FORMAT}; resume it with the "
-            "version that wrote it, or train on from its weights (model.pretrained_model_name_or_path)"
+            f"{folder.name} has format {manifest.get('format')}, this version reads {_FORMAT}{_OTHER_VERSION}"
         )
     for name, (size, crc) in files.items():
         path = folder / name

@@ -31,9 +31,16 @@ from unmask.models.registry import family_of
 # What a peft.LoraConfig may ask for beyond what this package writes: the value that means "no".
 _PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "layers_to_transform": None, "layer_replication": None,
-    "trainable_token_indices": None, "alora_invocation_tokens": None, "megatron_config": None,
+    "trainable_token_indices": None, "alora_invocation_tokens": None, "megatron_config": None, "arrow_config": None,
+    "kasa_config": None, "velora_config": None, "monteclora_config": None, "use_bdlora": None,
 }  # fmt: skip
 _STACKED_PLAIN = {"use_dora": False, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+# Types that PEFT relies on without a check.
+_TYPES: dict[str, Any] = {
+    "r": int, "lora_alpha": int | float, "lora_dropout": int | float, "bias": str, "rank_pattern": dict,
+    "alpha_pattern": dict, "target_modules": str | list | None, "target_parameters": list | None,
+    "init_lora_weights": bool | str,
+}  # fmt: skip
 
 
 def attach_adapter(model: nn.Module, config: Any) -> None:
@@ -94,13 +101,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     hit more here than they did there.
 
     Raises:
-        ModelError: no adapter in the folder, one made for another network, or one that asks for what is not supported.
+        ModelError: no adapter in the folder, a damaged one, one made for another network, or one that asks for what is
+            not supported.
     """
     folder = find_adapter(folder)
-    peft_type = read_json(folder / ADAPTER_CONFIG).get("peft_type")
-    if peft_type != "LORA":
-        raise ModelError(f"adapter: {folder} is of peft_type {peft_type!r}; only LORA adapters can be applied")
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config = _read_config(folder)
     targets = family_of(model.config).lora
     _refuse_unsupported(folder, config)
     modules, parameters, whole = _adapted(model, targets, folder, config)
@@ -113,6 +118,21 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         reason = str(error).split("\n")[0]
         raise ModelError(f"adapter: {folder} was made for another network ({reason[:200]})") from None
     read_adapter(model, folder)
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / ADAPTER_CONFIG
+    values = read_json(path)
+    if (peft_type := values.get("peft_type")) != "LORA":
+        raise ModelError(f"adapter: {folder} is of peft_type {peft_type!r}; only LORA adapters can be applied")
+    for name, kind in _TYPES.items():
+        if name in values and (not isinstance(values[name], kind) or (kind is int and values[name] is True)):
+            raise ModelError(f"{path}: {name} cannot be {values[name]!r}; copy the adapter again")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{path}: PEFT cannot read it ({reason[:200]}); copy the adapter again") from None
 
 
 def _refuse_unsupported(folder: Path, config: Any) -> None:
