@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: run benchmarks, print their tables, write JSON into benchmarks/results/."""
+"""`python -m benchmarks [NAME ...]`: run benchmarks, print their tables, write JSON into benchmarks/results/.
+
+`python -m benchmarks.structure` and `python -m benchmarks.gpu` are commands of their own.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def main() -> None:
     names = parser.parse_args().names or list(BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(BENCHMARKS)}")
+        own = f"; run python -m benchmarks.{unknown[0]}" if unknown[0] in ("structure", "gpu") else ""
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(BENCHMARKS)}{own}")
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     for name in names:

@@ -1,7 +1,7 @@
 """The released sizes on one CUDA device, weights random: LoRA steps and generation. `python -m benchmarks.gpu`.
 
 A network of the released shape runs as fast as the released one; only what depends on the text (how many tokens a call
-settles, where an answer ends) is then not what a real checkpoint gives, so generation is timed for a fixed number of
+commits, where an answer ends) is then not what a real checkpoint gives, so generation is timed for a fixed number of
 network calls. The dense variants are the same network with logits for every position, as the field's trainers compute
 them. One process a case; each prints JSON.
 """

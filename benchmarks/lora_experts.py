@@ -1,7 +1,7 @@
 """Peak memory of a DiffusionGemma training step with LoRA on experts, beside LoRA on attention alone.
 
 One process a variant, because peak memory is a process's own. Peak memory is the maximum resident set minus that after
-imports. In the second case the layers' activations weigh more than the embedding and the logits.
+imports. In the second case the layers' activations take more memory than the embedding and the logits.
 """
 
 from __future__ import annotations

@@ -37,12 +37,12 @@ def published(model: Any, prompt_BP: Tensor, new_tokens: int, block_size: int, s
             masked_BL = ids_BL == mask
             logits_BLV = model.logits(model(ids_BL))
             calls += 1
-            likely_BL = logits_BLV.argmax(dim=-1)
+            argmax_BL = logits_BLV.argmax(dim=-1)
             probability_BLV = torch.softmax(logits_BLV, dim=-1)
-            confidence_BL = probability_BLV.gather(-1, likely_BL[..., None])[..., 0]
+            confidence_BL = probability_BLV.gather(-1, argmax_BL[..., None])[..., 0]
             confidence_BL = torch.where(masked_BL, confidence_BL, -torch.inf)
             confidence_BL[:, end:] = -torch.inf
             for row, confidence_L in enumerate(confidence_BL):
-                settled = confidence_L.topk(each + (step < more)).indices
-                ids_BL[row, settled] = likely_BL[row, settled]
+                committed = confidence_L.topk(each + (step < more)).indices
+                ids_BL[row, committed] = argmax_BL[row, committed]
     return ids_BL[:, start:], calls

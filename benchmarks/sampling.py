@@ -1,7 +1,7 @@
 """LLaDA's sampler against the algorithm as published: tokens a second, network calls, tokens a call, in one process.
 
 Three parts. Speed: one random network of a real vocabulary, one prompt; random weights are sure of nothing, so a
-threshold settles one token a call there, and what it saves shows in the third part. Batch: prompts of unequal length
+threshold commits one token a call there, and what it saves shows in the third part. Batch: prompts of unequal length
 together and one at a time. Trained: `trained_sampling`, speed beside exact match.
 
 Both sides compute in the dtype that this machine is faster with. Variants alternate, and ratios come from rounds.
@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Speed over the published algorithm that the project promises; the preset `reference` is `exact`.
 BOUNDS = {"exact": 2.0, "dual": 6.0}
 BATCH, BATCH_NEW = 16, 32
-# With every variant of the batch part the sampler settles one token a call.
+# With every variant of the batch part the sampler commits one token a call.
 BATCH_CASES: dict[str, dict[str, Any]] = {"dual": {"cache": "dual"}, "exact": {}}
 
 

@@ -5,7 +5,7 @@ Exact match is measured over all test problems with the network as it was traine
 over a few of them, with the same network's vocabulary widened to LLaDA's 126,464 rows. The bias of those rows forbids
 them, so no answer changes, and logits cost what LLaDA's cost.
 
-The network is surer of its answers than a language model is of free text: it settles nearly a block a call. So the
+The network is surer of its answers than a language model is of free text: it commits nearly a block a call. So the
 speed-up is that of an easy task, and the tokens a call say how much of it comes from fewer calls.
 """
 
@@ -60,7 +60,7 @@ def train_on_problems(
     Args:
         root: folder for everything.
         values: the configuration, whose seed the problems go by, too.
-        is_good_enough: may end training, told what a validation measured.
+        is_good_enough: whether training may end, from what a validation measured.
     """
     from rich.console import Console
 

@@ -5,7 +5,7 @@ python examples/blank_lengths.py CHECKPOINT "The capital of" " is Paris." [MOST]
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 import torch
@@ -43,7 +43,11 @@ def try_lengths(model: Any, tokenizer: Any, before: str, behind: str, most: int)
 
 
 if __name__ == "__main__":
-    checkpoint, before, behind, *rest = sys.argv[1:]
-    model, tokenizer = unmask.load_model(checkpoint), unmask.load_tokenizer(checkpoint)
-    for value, filled in try_lengths(model, tokenizer, before, behind, int(rest[0]) if rest else 6):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in (("checkpoint", "folder or hub id"), ("before", "text before it"), ("behind", "text behind it")):
+        parser.add_argument(name, help=text)
+    parser.add_argument("most", type=int, nargs="?", default=6, help="most tokens of the blank; default: %(default)s")
+    given = parser.parse_args()
+    model, tokenizer = unmask.load_model(given.checkpoint), unmask.load_tokenizer(given.checkpoint)
+    for value, filled in try_lengths(model, tokenizer, given.before, given.behind, given.most):
         print(f"{value:8.3f}  {len(filled.fill_ids[0])} tokens  {filled.text}")

@@ -112,9 +112,9 @@ def test_canvas_and_vocabulary_must_be_the_models() -> None:
 
 
 def test_a_family_that_cannot_serve_the_objective_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dllm.mode: mdlm: .*gemma has no mask token; use .*: block_diffusion"):
+    with pytest.raises(ConfigError, match="dllm.mode: mdlm: .*gemma is not trained with mask noise; use .*_diffusion"):
         check_against_model(DllmConfig(), CANVAS, MODEL)
-    with pytest.raises(ConfigError, match="dllm.mode: block_diffusion: llada has no noise drawn .*; use .*: mdlm"):
+    with pytest.raises(ConfigError, match="block_diffusion: llada is not trained with uniform noise; use .*: mdlm"):
         check_against_model(DllmConfig(mode="block_diffusion"), MASK, MODEL)
     other = SimpleNamespace(model_type="other", noise="mask", attention="block_causal")
     with pytest.raises(ConfigError, match="dllm.mode: mdlm: other has no bidirectional attention; no objective trains"):

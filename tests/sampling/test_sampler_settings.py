@@ -108,7 +108,7 @@ def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made(
         (
             {"cache": "block"},
             LLADA,
-            "cache: LLaDA's .* no block, .* both ways, .*; use none or prefix or dual",
+            "cache: LLaDA's .* no block, .* both ways, .*; use none, prefix or dual",
         ),
         (
             {"cache": "prefix"},
@@ -116,7 +116,7 @@ def test_an_entropy_bound_with_another_score_is_refused_where_settings_are_made(
             "cache: DiffusionGemma's .* no prefix, which is approxi.*; use block or none",
         ),
         ({"cache": "dual"}, DIFFUSION_GEMMA, "cache: DiffusionGemma's sampler has no dual"),
-        ({"revise": "redraw"}, LLADA, "revise: LLaDA's sampler has no redraw; use none or remask or edit"),
+        ({"revise": "redraw"}, LLADA, "revise: LLaDA's sampler has no redraw; use none, remask or edit"),
         ({"revise": "none"}, DIFFUSION_GEMMA, "revise: DiffusionGemma's sampler has no none; use redraw"),
         ({"refresh_interval": 4}, LLADA, "refresh_interval: there is no cache"),
         ({"revise_threshold": 0.5}, LLADA, "revise_threshold: nothing is revised"),

@@ -43,7 +43,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration and what its reader should be told.
+    """A configuration and which keys of it have no effect.
 
     Attributes:
         config: the checked configuration.

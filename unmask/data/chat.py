@@ -203,7 +203,7 @@ class ChatTemplate:
         self.encode(thoughtful, supervise_reasoning=True)
 
     def _check_one_span_each(self, turns: list[Turn], spans: int) -> None:
-        """Refuse tags of which it cannot be told which belong to the last assistant turn."""
+        """Refuse tags where it is unknown which belong to the last assistant turn."""
         runs = assistant_runs(turns)
         answers = sum(map(len, runs))
         if spans not in (answers, len(runs)):
@@ -254,7 +254,7 @@ class ChatTemplate:
     def _answers(
         self, turns: list[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False
     ) -> Rendered:
-        """Return the rendered text and where the answers lie in it, None for one that cannot be told."""
+        """Return the rendered text and where the answers lie in it, None for one whose place is unknown."""
         text, spans = self._render(turns, add_generation_prompt, supervise_reasoning)
         if self.tagged:
             return text, spans

@@ -56,7 +56,7 @@ def with_reasoning(turn: Turn, reasoning: str) -> Turn:
 
 
 def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_reasoning: bool) -> list[Span | None]:
-    """Return where the answers lie in `text`, in order, None for one that cannot be told.
+    """Return where the answers lie in `text`, in order, None for one whose place is unknown.
 
     Args:
         render: the template.
@@ -141,7 +141,7 @@ def mark_controls(
         supervise_reasoning: refuse an answer from which the template removes text, for it may be its reasoning.
 
     Raises:
-        DataError: the template acts on such text in a way that cannot be told from its renderings.
+        DataError: the template acts on such text in a way that its renderings do not show.
     """
     marked = _with_markers(turns, controls)
     if not marked.spelt:

@@ -163,8 +163,8 @@ def _our_task(name: str, checkpoint: Checkpoint, plan: EvalPlan, run: TaskRun, c
     if not run.loaded.ranks.first:
         return Outcome(name, checkpoint.label, kind, {}, {}, path.name, size)
     if not computed:
-        said = f"{name}, {checkpoint.label}: all {len(records)} were there already; nothing was computed"
-        console.print(said, highlight=False)
+        note = f"{name}, {checkpoint.label}: all {len(records)} were there already; nothing was computed"
+        console.print(note, highlight=False)
     settings = {key: value for key, value in read_records(path)[0].items() if key not in ("task", "weights", "adapter")}
     if kind == "answers":
         sizes = sorted({record["batch_size"] for record in records})
@@ -199,7 +199,7 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
     identity = {**checkpoint.plan.fingerprint(), "dtype": job.dtype, "seed": job.seed, **options,
                 "antithetic": job.likelihoods.antithetic, "sampler": job.sampler.given}  # fmt: skip
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-    found = run_harness(
+    answered = run_harness(
         lm,
         plan.manager,
         job.harness_tasks,
@@ -209,12 +209,12 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
         seed=job.seed,
         cache=str(plan.output / f"lm_eval-{label}-{key}") if ranks.size == 1 else None,
     )
-    from_first(ranks, lambda: _write_samples(plan, label, found["samples"]))
+    from_first(ranks, lambda: _write_samples(plan, label, answered["samples"]))
     seconds = time.perf_counter() - began
-    results = found["results"]
+    results = answered["results"]
     if results:
-        said = f"lm-evaluation-harness, {label}: {len(results)} results in {_duration(seconds)}"
-        console.print(said, highlight=False)
+        note = f"lm-evaluation-harness, {label}: {len(results)} results in {_duration(seconds)}"
+        console.print(note, highlight=False)
     settings = {
         "dtype": job.dtype or "as stored",
         "seed": job.seed,
@@ -234,7 +234,7 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
             "harness",
             {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)},
             settings,
-            answers_file(plan.output, HARNESS + task, label).name if task in found["samples"] else None,
+            answers_file(plan.output, HARNESS + task, label).name if task in answered["samples"] else None,
             job.batch_size or DEFAULT_BATCH_SIZE,
             # The harness answers all of its tasks together.
             seconds=seconds if len(results) == 1 else None,

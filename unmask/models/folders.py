@@ -232,7 +232,7 @@ def _overlap(chunks: tuple[Chunk, ...]) -> bool:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Return a hash that tells one model's weights from another's in little time, wherever the folder lies.
+    """Return a hash that distinguishes one model's weights from another's, in little time, wherever the folder lies.
 
     It covers config.json, the name, shape and type of every tensor, and 4 KiB at the start, middle and end of each:
     what training or merging an adapter changes shows there, whichever tensors it touches.

@@ -102,10 +102,6 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
 }
 
 
-# How a message calls what a model family lacks.
-_NOISES = {"mask": "mask token", "uniform": "noise drawn from the vocabulary"}
-
-
 def check_against_model(section: DllmConfig, family: Any, model_config: Any) -> None:
     """Refuse an objective for another noise or attention than the model's, or a field that contradicts the model.
 
@@ -114,10 +110,11 @@ def check_against_model(section: DllmConfig, family: Any, model_config: Any) -> 
     """
     entry = OBJECTIVES[section.mode]
     if (family.noise, family.attention) != (entry.noise, entry.attention):
-        lacks = f"{entry.attention} attention" if entry.noise == family.noise else _NOISES[entry.noise]
+        other_noise = entry.noise != family.noise
+        lacks = f"is not trained with {entry.noise} noise" if other_noise else f"has no {entry.attention} attention"
         modes = [mode for mode, o in OBJECTIVES.items() if (o.noise, o.attention) == (family.noise, family.attention)]
         remedy = f"use dllm.mode: {' or '.join(modes)}" if modes else "no objective trains it"
-        raise ConfigError(f"dllm.mode: {section.mode}: {family.model_type} has no {lacks}; {remedy}")
+        raise ConfigError(f"dllm.mode: {section.mode}: {family.model_type} {lacks}; {remedy}")
     if section.mask_token_id is not None and section.mask_token_id >= model_config.rows:
         raise ConfigError(
             f"dllm.mask_token_id: {section.mask_token_id} is outside the model's vocabulary of {model_config.rows}; "

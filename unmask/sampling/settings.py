@@ -101,7 +101,8 @@ class SamplerSettings:
             value, reason = getattr(self, name), self._scheme.reasons.get(name)
             if value not in choices:
                 why = "" if reason is None else f", {reason}"
-                raise SamplingError(f"{name}: {self.family}'s sampler has no {value}{why}; use {' or '.join(choices)}")
+                use = " or ".join(", ".join(choices).rsplit(", ", 1))
+                raise SamplingError(f"{name}: {self.family}'s sampler has no {value}{why}; use {use}")
 
     @property
     def _scheme(self) -> Scheme:

@@ -220,8 +220,8 @@ def remask(state: State, accept_BC: Tensor, proposal: Proposal, settings: Sample
     """Commit what is accepted, and mask tokens of the current block again that have become improbable.
 
     Improbable: p(token | this call) < `revise_threshold`, the least probable first. A row takes back fewer than it
-    commits in the same call, so it never needs more calls than one token a call would. A committed token is judged with
-    itself in sight, where WINO (arXiv 2507.18578) judges it from a masked copy of the block beside it.
+    commits in the same call, so it never needs more calls than one token a call would. A committed token is judged
+    while the network sees it, where WINO (arXiv 2507.18578) judges it from a masked copy of the block beside it.
     """
     doubtful_BC = state.revisable_BC & (proposal.current_BC < _threshold(settings))
     most_B = accept_BC.sum(dim=1) - 1
