@@ -109,13 +109,13 @@ def test_a_window_may_read_the_tensors_of_another_of_its_layout(network: Make) -
     ):
         lengths = [11, 10, 10][: len(spans_[0])]
         store, _ = filled(model, ids_BL, [11, 10, 10] if rows is None else [10, 11, 11])
-        twin = copied(store)
+        other_store = copied(store)
         first, other = window_of(store, *spans_, lengths, rows), window_of(store, *others, lengths, rows)
         assert first.layout == other.layout
         ids_KS = tokens(len(lengths), 4, seed=3)
         found = forward_window(model, ids_KS, first.with_tensors(other.tensors))
-        assert torch.equal(found, forward_window(model, ids_KS, window_of(twin, *others, lengths, rows)))
-        assert_same(store, twin)
+        assert torch.equal(found, forward_window(model, ids_KS, window_of(other_store, *others, lengths, rows)))
+        assert_same(store, other_store)
     # A mask, a row's choice and a pass over everything are other kernels.
     layouts = [
         window_of(store, *given).layout

@@ -66,6 +66,7 @@ def cross_entropies(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk_logi
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, weight_VD, bias_V, softcap, targets_N, weights_N, compute, chunk_logits):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the weighted sum and each loss (N,), and save the finished gradients, in the inputs' dtypes."""
         loss_dtype = torch.promote_types(compute, torch.float32)
         product_dtype = sum_dtype(compute)
         leaves = (hidden_ND, weight_VD, bias_V)
