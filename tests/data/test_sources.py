@@ -186,12 +186,13 @@ def test_a_json_lines_file_is_read_by_offsets(tmp_path):
     assert answers(pickle.loads(pickle.dumps(rows))) == answers(rows)
 
 
-@pytest.mark.parametrize("form", ["list", "object", "pretty", "one_line", "single_row", "lines"])
+@pytest.mark.parametrize("form", ["list", "object", "row_a_line", "pretty", "one_line", "single_row", "lines"])
 def test_json_in_every_usual_shape(tmp_path, form):
     rows_in = [chat("ä"), chat("b")]
     text = {
         "list": json.dumps(rows_in, ensure_ascii=False),
         "object": json.dumps({"version": "é", "rows": rows_in}, indent=1, ensure_ascii=False),
+        "row_a_line": '{"version": 1, "rows": [\n' + ",\n".join(map(json.dumps, rows_in)) + "\n]}",
         "pretty": json.dumps(rows_in, indent=2),
         "one_line": json.dumps({"data": rows_in}),
         "single_row": json.dumps(rows_in[0]),
@@ -201,6 +202,11 @@ def test_json_in_every_usual_shape(tmp_path, form):
     path.write_text(text, "utf-8")
     rows = open_rows(DatasetConfig(str(path)))
     assert answers(rows) == (["ä"] if form == "single_row" else ["ä", "b"])
+
+
+def test_json_lines_whose_first_is_malformed_are_lines(tmp_path):
+    path = write(tmp_path / "rows.json", b'{"messages": [', chat("a"), chat("b"))
+    assert answers(open_rows(DatasetConfig(path, on_malformed="skip"))) == ["a", "b"]
 
 
 def test_a_malformed_row_in_a_json_list_is_named_by_its_line(tmp_path):
@@ -353,7 +359,7 @@ def test_fields_that_would_be_ignored_are_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD)
     with pytest.raises(DataError, match="dataset.split: .* has no splits; delete it"):
         open_rows(DatasetConfig(path, split="train"))
-    with pytest.raises(DataError, match="validation_dataset.name: .* only hub datasets"):
+    with pytest.raises(DataError, match="validation_dataset.name: .* is one file and has no configurations"):
         open_rows(DatasetConfig(path, name="main"), "validation_dataset")
 
 
@@ -389,3 +395,61 @@ def test_opening_a_file_imports_nothing_heavy(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("name, key", [("dup_list_same.json", "rows"), ("outer_duplicate.json", "version")])
+def test_a_document_with_a_key_given_twice_is_refused_by_file_and_key(fixtures, name, key):
+    with pytest.raises(DataError, match=f"{name}: the key '{key}' is given twice in one object"):
+        open_rows(DatasetConfig(str(fixtures / "reports" / name)))
+
+
+TWICE = {
+    "of_the_row": (b'{"messages": [], "messages": [{"role": "assistant", "content": "a"}]}', "messages"),
+    "of_a_turn": (b'{"messages": [{"role": "assistant", "content": "a", "content": "b"}]}', "content"),
+    "of_a_part": (
+        b'{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a", "text": "b"}]}]}', "text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lines.jsonl", "lines.json", "list.json", "object.json"])
+@pytest.mark.parametrize("row, key", TWICE.values(), ids=TWICE)
+def test_a_key_given_twice_makes_a_row_malformed(tmp_path, form, row, key):
+    good = json.dumps(GOOD).encode()
+    path = tmp_path / form
+    if form.startswith("lines"):
+        path.write_bytes(good + b"\n" + row + b"\n" + good)
+    else:
+        rows = b"[" + good + b",\n" + row + b",\n" + good + b"]"
+        path.write_bytes(rows if form == "list.json" else b'{"about": {"a": [1]}, "rows":' + rows + b', "n": 3}')
+    with pytest.raises(DataError, match=f"{form}:2: the key '{key}' is given twice in one object.*fix the row"):
+        open_rows(DatasetConfig(str(path)))
+    rows = open_rows(DatasetConfig(str(path), on_malformed="skip"))
+    assert answers(rows) == ["fine", "fine"] and len(rows.skipped) == 1
+
+
+def test_texts_that_a_parquet_file_stores_as_bytes_are_decoded(fixtures, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = open_rows(DatasetConfig(str(fixtures / "reports" / "binary_content.parquet")))
+    assert all(isinstance(turn.content, str) and turn.content for i in range(len(rows)) for turn in rows[i].messages)
+
+
+def test_bytes_that_are_not_text_are_refused_by_row_where_text_must_be(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    turns = pa.list_(pa.struct([("role", pa.large_binary()), ("content", pa.binary())]))
+    answers_in = ["Grüße".encode(), b"\xff"]
+    messages = [[{"role": b"user", "content": b"q"}, {"role": b"assistant", "content": a}] for a in answers_in]
+    columns = {"messages": pa.array(messages, turns), "checksum": pa.array([b"\xfe", b"\xfd"], pa.binary())}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    rows = open_rows(DatasetConfig(str(tmp_path / "rows.parquet")))
+    assert rows[0].messages[1].content == "Grüße" and rows.text_length(0) == 6
+    with pytest.raises(
+        DataError, match=r"rows.parquet row 1: messages\[1\].content must be text, got bytes that are not UTF-8"
+    ):
+        rows[1]

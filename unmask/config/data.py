@@ -24,10 +24,10 @@ class DatasetConfig:
     A path, or a name in a folder that exists here, is never sent to the hub.
 
     Attributes:
-        path_or_dataset_id: a .jsonl, .json, .parquet or .arrow file, a folder of them, a folder that `datasets` saved,
-            or a hub id `owner/name`
-        name: the hub dataset's configuration
-        split: which split of a hub dataset, a saved folder, or a folder of files named after their splits
+        path_or_dataset_id: a .jsonl, .json, .parquet or .arrow file, a folder of them, laid out as on the hub, a folder
+            that `datasets` saved, or a hub id `owner/name`
+        name: configuration of a hub dataset, or of a folder whose README.md lists some
+        split: which split of a hub dataset, a saved folder, or a folder of files
         shuffle_seed: seed of the row order; null takes the run's `seed`
         seq_length: longest row, in tokens; at least 2 and at most the model's `max_sequence_length`
         truncation: cut rows that are longer; false drops and counts them

@@ -181,6 +181,7 @@ def _message(turn: Mapping[str, Any], role_key: str, text_key: str) -> Message:
 
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    names[bytes] = "bytes that are not UTF-8"  # others were decoded
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 

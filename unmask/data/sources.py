@@ -13,11 +13,10 @@ from typing import Protocol
 from unmask.config.data import DatasetConfig
 from unmask.data.conversation import Columns, Conversation
 from unmask.data.files import FileRows
+from unmask.data.layout import SUFFIXES, split_files
 from unmask.data.tables import TableRows, read_hub, read_saved, read_table
 from unmask.errors import DataError, nearest
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
-_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -100,10 +99,10 @@ def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
             )
         table = read_hub(text, config.name, config.split, where)
         return TableRows(table, text, _columns(config), where, config.max_samples)
-    if config.name is not None:
-        raise DataError(f"{where}.name: {text} is local, and only hub datasets have configurations; delete it")
     if path.is_dir():
         return _open_folder(path, config, where)
+    if config.name is not None:
+        raise DataError(f"{where}.name: {text} is one file and has no configurations; delete it")
     if config.split is not None:
         raise DataError(f"{where}.split: {text} is one file and has no splits; delete it ({where}.max_samples cuts it)")
     return _open_file(path, config, where, config.max_samples)
@@ -123,35 +122,17 @@ def _open_file(path: Path, config: DatasetConfig, where: str, max_rows: int | No
 
 def _open_folder(path: Path, config: DatasetConfig, where: str) -> Rows:
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        if config.name is not None:
+            raise DataError(f"{where}.name: {path} is a saved dataset and has no configurations; delete it")
         table = read_saved(path, config.split, where)
         return TableRows(table, str(path), _columns(config), where, config.max_samples)
     parts: list[Rows] = []
     left = config.max_samples
-    for file in _split_files(path, config.split, where):
+    for file in split_files(path, config.name, config.split, where):
         if left is None or left > 0:
             parts.append(_open_file(file, config, where, left))
             left = None if left is None else left - len(parts[-1])
     return parts[0] if len(parts) == 1 else ConcatRows(parts)
-
-
-def _split_files(path: Path, split: str | None, where: str) -> list[Path]:
-    """Return the data files of a folder, of one split if its files are named after splits."""
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise DataError(f"{where}.path_or_dataset_id: {path} holds no {', '.join(SUFFIXES)} file and no saved dataset")
-    splits = {file: next((word for word in re.split(r"[-_.]", file.stem) if word in _SPLITS), None) for file in files}
-    names = sorted({name for name in splits.values() if name is not None})
-    if split is None:
-        if len(set(splits.values())) > 1:
-            raise DataError(
-                f"{where}.split: the files of {path} belong to several splits ({', '.join(names)}); set {where}.split, "
-                "or name one file"
-            )
-        return files
-    if split not in names:
-        existing = ", ".join(names) or "no splits"
-        raise DataError(f"{where}.split: {path} has {existing}, not {split!r}{nearest(split, names)}")
-    return [file for file in files if splits[file] == split]
 
 
 def _looks_local(text: str) -> bool:

@@ -37,6 +37,7 @@ class TableRows:
         self.columns = columns
         self.where = where
         self.skipped: list[str] = []
+        self._has_bytes = "binary" in str(table.features)
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -44,7 +45,7 @@ class TableRows:
 
     def __getitem__(self, index: int) -> Conversation:
         try:
-            return read_conversation(self.table[index], self.columns)
+            return read_conversation(self._row(index), self.columns)
         except RowProblem as error:
             raise DataError(
                 f"{self.describe(index)}: {error}; fix the row or set {self.where}.on_malformed: skip"
@@ -53,7 +54,7 @@ class TableRows:
     def text_length(self, index: int) -> int:
         """Return the characters of the row's turns; 0 for a malformed row."""
         try:
-            turns = read_conversation(self.table[index], self.columns).messages
+            turns = read_conversation(self._row(index), self.columns).messages
             return sum(len(turn.content) + len(turn.reasoning) for turn in turns)
         except RowProblem:
             return 0
@@ -62,11 +63,27 @@ class TableRows:
         """Return `label row n`, rows counted from 0 as `datasets` does."""
         return f"{self.label} row {index}"
 
+    def _row(self, index: int) -> Any:
+        row = self.table[index]
+        return _as_text(row) if self._has_bytes else row
+
     def _fingerprint(self) -> str:
         # Not the fingerprint of `datasets`, which changes with the cache's file times.
         edges = [self.table[index] for index in sorted({0, len(self.table) // 2, len(self.table) - 1})]
         identity = json.dumps([self.label.rsplit("/", 1)[-1], len(self.table), edges], default=str, sort_keys=True)
         return blake2b(identity.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _as_text(value: Any) -> Any:
+    """Return a value in which texts that are stored as bytes are text; bytes that are not UTF-8 stay what they are."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # refused where text must be
+    if isinstance(value, dict):
+        return {name: _as_text(item) for name, item in value.items()}
+    return [_as_text(item) for item in value] if isinstance(value, list) else value
 
 
 def read_table(path: Path) -> Any:
