@@ -53,6 +53,9 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
         f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {_place(run)}"
     )
+    never_seen = run.loader.never_seen(run.total_steps)
+    if never_seen is not None:
+        say(never_seen)
     run.metrics.write(
         "run",
         step=start.step,

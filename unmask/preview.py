@@ -51,6 +51,9 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     lines = _sizes(prepared, parts, estimate, total)
     if prepared.degrees.world > 1:
         lines += _shared(prepared, estimate_shared(config, plan, model, estimate, prepared.degrees))
+    never_seen = parts.loader.never_seen(total)
+    if never_seen is not None:
+        lines.append(never_seen)
     for line in lines:
         console.print(line, markup=False, highlight=False)
     first = next(iter(parts.loader))

@@ -306,3 +306,31 @@ def test_validation_batches_are_fixed_and_their_content_is_independent_of_their_
     with pytest.raises(DataError, match="none of its 3 rows has a supervised token"):
         empty = Numbered(3, hole=1)
         validation_set(empty, empty.encode, local_batch_size=1, pad_token_id=PAD, supervise_padding=False)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+@pytest.mark.parametrize("hole", [0, 5])
+def test_without_shuffling_rows_that_fill_no_batch_come_first_in_the_next_epoch(group_by_length, hole):
+    rows = Numbered(45, hole)
+    usable = {index for index in range(45) if not hole or index % hole}
+    source = loader(rows, shuffle=False, group_by_length=group_by_length)
+    epochs: dict[int, list[int]] = {}
+    for step in islice(source, 16):
+        epochs.setdefault(step[0].epoch, []).extend(ids(step))
+    for epoch in (0, 1):
+        assert len(set(epochs[epoch])) == len(epochs[epoch])
+        left = usable - set(epochs[epoch])
+        assert 0 < len(left) < 8 and left <= set(epochs[epoch + 1][:8])
+    if not group_by_length and not hole:
+        assert sorted(epochs[0]) == list(range(40))
+        assert sorted(epochs[1][:8]) == [0, 1, 2, *range(40, 45)] and sorted(epochs[1][8:16]) == list(range(3, 11))
+
+
+def test_the_rows_that_a_short_run_never_reaches_are_named():
+    assert loader(Numbered(45), shuffle=False).never_seen(5) == (
+        "5 of 45 rows, from row 40 on, are never seen: dataloader.shuffle is false, and 5 steps of 8 rows end before "
+        "them"
+    )
+    assert loader(Numbered(45), shuffle=False, group_by_length=True).never_seen(2).startswith("29 of 45 rows are never")
+    assert loader(Numbered(45), shuffle=False).never_seen(6) is None
+    assert loader(Numbered(45)).never_seen(2) is None

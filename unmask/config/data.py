@@ -100,7 +100,8 @@ class DataloaderConfig:
     """Section `dataloader`: the order of rows, and encoding ahead.
 
     Attributes:
-        shuffle: visit the rows in a new random order each epoch; false takes them as they lie in the source
+        shuffle: visit the rows in a new random order each epoch; false takes them as they lie in the source, after
+            those that the epoch before left over
         group_by_length: batch rows of like length, for less padding; the batches still come in random order
         num_workers: processes that encode rows ahead, on each rank; 0 encodes in the training process, which remembers
             up to 64 MiB of rows for later epochs; the result is the same

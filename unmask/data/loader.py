@@ -2,7 +2,8 @@
 
 Every rank composes the same global batch and takes its own rows from it; which rows it holds depends on the seed, the
 epoch and the position, never on ranks, micro-batches or workers. A row that gives nothing to train on is passed over
-and the next one of the order takes its place. Rows at the end of an epoch that do not fill a batch are left out.
+and the next one of the order takes its place. Rows at the end of an epoch that do not fill a batch are left out of it;
+without shuffling they would be the same ones each time, so there they come first in the next epoch.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class _GlobalBatch:
         rows: (sample id, tokens) of each, the longest first.
         start: place in the epoch's order at which the search for its rows began.
         end: place after its last row.
+        carried: rows that the epoch before had left over and that came first in this one.
         passed_over: (epoch, sample id, reason) of the rows passed over since the batch before it, an ended epoch's
             included.
     """
@@ -41,6 +43,7 @@ class _GlobalBatch:
     epoch: int
     start: int
     end: int
+    carried: frozenset[int]
     passed_over: list[tuple[int, int, Dropped]]
 
 
@@ -104,6 +107,7 @@ class TrainLoader:
         self.seq_length = seq_length
         self.epoch = 0
         self.cursor = 0
+        self.carried: frozenset[int] = frozenset()
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
@@ -112,6 +116,17 @@ class TrainLoader:
         """Global batches in an epoch in which no row is passed over."""
         return len(self.rows) // self.global_batch_size
 
+    def never_seen(self, total_steps: int) -> str | None:
+        """Say which rows a run of so many steps ends before; None where a random order chooses them, or none are."""
+        rows, seen = len(self.rows), total_steps * self.global_batch_size
+        if self.config.shuffle or seen >= rows:
+            return None
+        which = "" if self.config.group_by_length else f", from {self.rows.describe(seen)} on,"
+        return (
+            f"{rows - seen} of {rows} rows{which} are never seen: dataloader.shuffle is false, and {total_steps} steps "
+            f"of {self.global_batch_size} rows end before them"
+        )
+
     def __iter__(self) -> Generator[list[Batch]]:
         """Yield steps from the current position on, without end.
 
@@ -119,7 +134,7 @@ class TrainLoader:
             DataError: a malformed row, or an epoch without a single full batch.
         """
         for batch in self._global_batches():
-            self.epoch, self.cursor = batch.epoch, batch.end
+            self.epoch, self.cursor, self.carried = batch.epoch, batch.end, batch.carried
             for epoch, index, row in batch.passed_over:
                 if epoch == 0:
                     self.dropped[row.reason] += 1
@@ -131,6 +146,7 @@ class TrainLoader:
         return {
             "epoch": self.epoch,
             "cursor": self.cursor,
+            "carried": sorted(self.carried),
             "dropped": dict(self.dropped),
             "examples": dict(self.examples),
             "order": self._order_identity(),
@@ -150,6 +166,7 @@ class TrainLoader:
                     "resume with the data and settings it was made with, or start in a new checkpoint_dir"
                 )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.carried = frozenset(state.get("carried", ()))
         self.dropped = Counter(state["dropped"])
         self.examples = dict(state["examples"])
 
@@ -181,7 +198,7 @@ class TrainLoader:
             epoch, cursor = epoch + 1, 0
 
     def _global_batches(self) -> Iterator[_GlobalBatch]:
-        epoch, start = self.epoch, self.cursor
+        epoch, start, carried = self.epoch, self.cursor, self.carried
         encoded: list[tuple[int, EncodedRow]] = []
         passed_over: list[tuple[int, int, Dropped]] = []
         any_in_epoch = start > 0
@@ -189,19 +206,23 @@ class TrainLoader:
             self.encode, self._candidates(epoch, start), self.config.num_workers, 2 * self.global_batch_size
         )
         for (row_epoch, place), index, row in stream:
+            first: list[tuple[int, EncodedRow | Dropped]] = []
             if row_epoch != epoch:
                 if not any_in_epoch:
                     raise DataError(self._no_batch(encoded, passed_over))
-                epoch, start, encoded, any_in_epoch = row_epoch, 0, [], False
-            if isinstance(row, Dropped):
-                passed_over.append((epoch, index, row))
-                continue
-            encoded.append((index, row))
+                left = [] if self.config.shuffle else [sample_id for sample_id, _ in encoded]
+                epoch, start, encoded, any_in_epoch, carried = row_epoch, 0, [], False, frozenset(left)
+                first = [(sample_id, self.encode(sample_id)) for sample_id in left]
+            for sample_id, visited in first if index in carried else [*first, (index, row)]:
+                if isinstance(visited, Dropped):
+                    passed_over.append((epoch, sample_id, visited))
+                else:
+                    encoded.append((sample_id, visited))
             if len(encoded) == self.global_batch_size:
                 # Micro-batches of like length need less padding, and the longest comes first: if memory is too small
                 # for it, that shows at once. The loss does not depend on this order.
                 encoded.sort(key=lambda item: (-len(item[1]), item[0]))
-                yield _GlobalBatch(encoded, epoch, start, place + 1, passed_over)
+                yield _GlobalBatch(encoded, epoch, start, place + 1, carried, passed_over)
                 start, encoded, passed_over, any_in_epoch = place + 1, [], [], True
 
     def _no_batch(self, encoded: Sequence[object], passed_over: Sequence[tuple[int, int, Dropped]]) -> str:

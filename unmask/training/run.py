@@ -48,6 +48,10 @@ class Loader(Protocol):
         """Go on from a position."""
         ...
 
+    def never_seen(self, total_steps: int) -> str | None:
+        """Say which rows a run of so many steps never reaches, where that is known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Validator:
