@@ -11,7 +11,8 @@ import pytest
 from unmask.automodel import translate
 from unmask.config import RunConfig, config_from_mapping, load_config
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
-from unmask.errors import ConfigError
+from unmask.config.objective import AUTOMODEL_MODES, MODES, DllmConfig
+from unmask.errors import ConfigError, FieldError
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "dllm_sft"
 CHAT = "nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset"
@@ -157,7 +158,7 @@ def test_each_key_without_influence_is_listed_once() -> None:
         ({"peft": {**PEFT, "match_all_linear": True}}, "peft.match_all_linear"),
         ({"peft": {**PEFT, "lora_A_init": "xavier"}}, "peft.lora_A_init"),
         ({"peft": {**PEFT, "r": 4}}, "peft.dim"),
-        ({"dllm__mode": "hybrid"}, "dllm.mode"),
+        ({"dllm__mode": "hybrid", "dllm__half_life_ratio": 0.25}, "dllm.mode"),
         ({"dllm__block_size": 32}, "dllm.block_size"),
         ({"dllm__pad_block_size": 32}, "dllm.pad_block_size"),
         ({"dllm__pad_seq_len_divisible": 64}, "dllm.pad_seq_len_divisible"),
@@ -391,3 +392,18 @@ def test_a_template_of_theirs_that_is_here_is_used(tmp_path: Path) -> None:
 def test_a_template_that_is_missing_stays_missing_in_a_file_of_ours() -> None:
     path = "examples/dllm_sft/diffusion_gemma_chat_template.jinja"
     assert translate({"dataset": {"chat_template": path}}).values == {"dataset": {"chat_template": path}}
+
+
+@pytest.mark.parametrize("mode", sorted(set(AUTOMODEL_MODES) - set(MODES)))
+def test_a_mode_of_theirs_that_is_not_here_is_named_as_theirs_before_its_own_keys(mode: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_mapping(theirs(dllm__mode=mode, dllm__scdd={"uniform_ratio": 0.1}))
+    assert str(caught.value) == (
+        f"dllm.mode: {mode!r} is a mode of NeMo AutoModel that is not implemented here; set mdlm or block_diffusion"
+    )
+    with pytest.raises(FieldError, match="a mode of NeMo AutoModel that is not implemented here"):
+        DllmConfig(mode=mode.upper())
+
+
+def test_their_modes_that_are_here_are_ours() -> None:
+    assert {"mdlm", "block_diffusion"} <= set(AUTOMODEL_MODES) & set(MODES)

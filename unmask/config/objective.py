@@ -30,6 +30,18 @@ MODES: dict[str, Mapping[str, Any]] = {
     },
 }
 
+# The values of dllm.mode in NeMo AutoModel 0.7.0.
+AUTOMODEL_MODES = ("mdlm", "scdd", "hybrid", "idlm", "dflash", "block_diffusion")
+
+
+def mode_problem(mode: object) -> str | None:
+    """Say why a value of dllm.mode names no objective of ours, and which are; None where it names one."""
+    if mode in MODES:
+        return None
+    if str(mode).lower() in AUTOMODEL_MODES and str(mode).lower() not in MODES:
+        return f"{mode!r} is a mode of NeMo AutoModel that is not implemented here; set {' or '.join(MODES)}"
+    return choice_problem(mode, MODES)
+
 
 @dataclass(frozen=True)
 class DllmConfig:
@@ -68,8 +80,9 @@ class DllmConfig:
     stop_gradient_to_encoder: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise FieldError("mode", choice_problem(self.mode, MODES))
+        problem = mode_problem(self.mode)
+        if problem is not None:
+            raise FieldError("mode", problem)
         defaults = MODES[self.mode]
         for item in fields(self):
             value = getattr(self, item.name)

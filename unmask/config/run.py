@@ -13,7 +13,7 @@ from unmask.automodel import translate
 from unmask.config.data import DataloaderConfig, DatasetConfig
 from unmask.config.distributed import DistributedConfig
 from unmask.config.model import ModelConfig, PeftConfig
-from unmask.config.objective import DllmConfig
+from unmask.config.objective import DllmConfig, mode_problem
 from unmask.config.reader import read_section, to_mapping
 from unmask.config.results import METRICS, CheckpointConfig, ValidationConfig, WandbConfig
 from unmask.config.training import ClipConfig, LRSchedulerConfig, OptimizerConfig, StepSchedulerConfig
@@ -72,6 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
     """Check the plain mapping of a configuration; raises ConfigError."""
+    _check_mode(values.get("dllm"))
     translated = translate(values)
     config = read_section(RunConfig, translated.values, "")
     steps = config.step_scheduler
@@ -89,6 +90,14 @@ def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
     _check_best(config)
     _check_rates(config)
     return LoadedConfig(config, translated.not_needed)
+
+
+def _check_mode(section: Any) -> None:
+    """Refuse an objective that is not here, before the keys that only it has."""
+    mode = section.get("mode") if isinstance(section, dict) else None
+    problem = mode_problem(mode) if isinstance(mode, str) else None
+    if problem is not None:
+        raise ConfigError(f"dllm.mode: {problem}")
 
 
 def _check_validation(config: RunConfig) -> None:
