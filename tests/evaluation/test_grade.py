@@ -43,6 +43,58 @@ def test_without_the_mark_the_last_number_counts(text: str, number: str | None) 
 
 
 @pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        ("−5", "-5"),  # U+2212
+        ("－5", "-5"),  # full-width hyphen-minus
+        ("﹣5", "-5"),  # small hyphen-minus
+        ("–5", "-5"),  # en dash
+        ("‑5", "-5"),  # non-breaking hyphen
+        ("−$1,250.50", "-1250.50"),
+        ("$−3", "-3"),
+        ("€−3", "-3"),
+        ("１８", "18"),
+        ("１，２３４", "1234"),
+        ("３．５", "3.5"),
+        ("١٨", "18"),
+        ("१८", "18"),
+        ("١٬٢٣٤٫٥", "1234.5"),
+        ("12\u202f345\u202f678", "12345678"),
+        ("1\u00a0234", "1234"),
+        ("1\u2009234.5", "1234.5"),
+        ("1’234", "1234"),
+        ("1'234", "1234"),
+        (r"10{,}000", "10000"),
+        (r"10,\!000", "10000"),
+        (r"10\,000", "10000"),
+    ],
+)
+def test_a_number_is_read_as_people_write_it(written: str, number: str) -> None:
+    for text in (f"so it is {written}.", f"#### {written}", f"7 + 8 = {written}"):
+        assert number_answer(text) == number
+    assert grade(f"it makes {written}", f"#### {number}").correct
+    assert grade(number, f"#### {written}").correct
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("7−3", "3"),
+        ("pages 10–15", "15"),
+        ("between $5–$10", "10"),
+        ("the total–18", "18"),
+        ("it is 12\u00a0345 6", "6"),
+        ("in 2024\u00a0500 came", "500"),
+        ("有3，4个", "4"),
+        ("5 m²", "5"),
+        ("1½ of 4", "4"),
+    ],
+)
+def test_what_is_no_sign_and_no_group_of_a_number_is_none(text: str, number: str) -> None:
+    assert number_answer(text) == number
+
+
+@pytest.mark.parametrize(
     ("text", "reference", "grader", "correct"),
     [
         ("It is 18.", "9 + 9 = 18\n#### 18", "number", True),
@@ -71,6 +123,10 @@ def test_without_the_mark_the_last_number_counts(text: str, number: str | None) 
         (r"it costs \boxed{32}", r"\$32", "expression", True),
         ("It is $18$.", "9 + 9 = 18\n#### 18", "expression", True),
         (r"\boxed{18}", "That makes 18 dollars", "expression", True),
+        ("$x = −3$", "$-3$", "expression", True),
+        (r"\boxed{−3}", "-3", "expression", True),
+        (r"\boxed{-3}", "−3", "expression", True),
+        (r"\boxed{1{,}234}", "1234", "expression", True),
     ],
 )
 def test_an_answer_is_judged_as_its_task_does(text: str, reference: str, grader: str, correct: bool) -> None:

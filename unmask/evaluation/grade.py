@@ -9,15 +9,25 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from unmask.errors import MissingDependencyError
 
+# Numbers are looked for in what `_folded` returns.
 _RESULT = re.compile(r"####\s*(-?[0-9.,]+)")
+_CURRENCY = "[$€£¥₹\uff04\uffe5]?"
 # A sign counts where no digit stands before it: the last number of "7-3" is 3.
-_NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(rf"(?:(?<![0-9])-)?{_CURRENCY}([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+# The minus sign, small and full-width; and a hyphen or short dash before a number that no word or number joins it to.
+_MINUS = re.compile(rf"[\u2212\ufe63\uff0d]|(?<!\w)[\u2010-\u2013](?={_CURRENCY}\.?[0-9])")
+# Groups of three digits that are parted by a narrow or unbreakable space, an apostrophe, the comma of another script,
+# or as LaTeX parts them: 1{,}000, 1\,000, 1,\!000. A comma of ASCII may stand anywhere, as in the benchmark.
+_PARTED = re.compile(
+    r"(?<![0-9.,])[0-9]{1,3}(?:(?:[\u00a0\u2007-\u2009\u202f'\u2019\u066c\uff0c]|\{,\}|,?\\[,!])[0-9]{3})+(?![0-9])"
+)
 # How mathematics is set apart from prose; an escaped dollar is one of currency.
 _DELIMITERS = (r"\boxed", r"\fbox", r"\(", r"\[", "$")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
@@ -27,15 +37,23 @@ _ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
 _Z = 1.959963984540054
 
 
+def _folded(text: str) -> str:
+    """Return a text with its numbers as ASCII writes them: digits of any script, minus signs, points, groups joined."""
+    if not text.isascii():
+        text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
+        text = _MINUS.sub("-", text.translate({0x066B: ".", 0xFF0E: "."}))
+    return _PARTED.sub(lambda number: "".join(filter(str.isdigit, number[0])), text)
+
+
 def final_answer(text: str) -> str | None:
     """Return the number after the first `####` without commas and trailing dots, or None when there is none."""
-    result = _RESULT.search(text)
+    result = _RESULT.search(_folded(text))
     return (result[1].replace(",", "").rstrip(".") or None) if result else None
 
 
 def last_number(text: str) -> str | None:
     """Return the last number of a text without commas and currency, or None when it has none."""
-    numbers = list(_NUMBER.finditer(text))
+    numbers = list(_NUMBER.finditer(_folded(text)))
     if not numbers:
         return None
     sign = "-" if numbers[-1][0].startswith("-") else ""
@@ -108,7 +126,7 @@ def _closing(text: str) -> int:
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    return parse(text)
+    return parse(_folded(text))
 
 
 @dataclass(frozen=True)
