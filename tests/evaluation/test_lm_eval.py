@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from unmask.cli import main
 from unmask.config.model import ModelConfig
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import ConfigError
+from unmask.evaluation import lm_eval as evaluation
 from unmask.evaluation.exact_match import encode_questions, greedily_written
 from unmask.evaluation.lm_eval import UnmaskLM
 from unmask.evaluation.tasks import Question
@@ -102,14 +104,6 @@ def test_what_is_generated_is_what_the_sampler_writes_up_to_a_stop(make, tiny_ba
     assert cut == [found[0].split(stop)[0]]
 
 
-def test_a_task_sets_the_answers_length_unless_model_args_do(make) -> None:
-    task = {"until": [], "max_gen_toks": 24, "do_sample": True, "temperature": 0.5}
-    wanted = make(max_new_tokens=None, block_size=None, steps=None)._sampler(task)
-    assert (wanted.max_new_tokens, wanted.temperature) == (24, 0.5)
-    assert make()._sampler(task).max_new_tokens == 8
-    assert make()._sampler({"temperature": 0.5}).temperature is None
-
-
 def test_the_likelihood_of_a_continuation_is_the_bound_of_its_tokens(make, tiny_base: Path) -> None:
     lm = make(num_samples=16)
     found = lm.loglikelihood(
@@ -174,16 +168,16 @@ def test_a_canvas_model_is_read_by_its_encoder(gemma_values, tiny) -> None:
 def test_a_start_of_text_that_the_tokenizer_puts_by_itself_stands_before_every_context(gemma_values, tiny) -> None:
     model = build_model(plan_model(ModelConfig(config=gemma_values(vocab_size=264))), None).eval()
     tokenizer: Any = load_tokenizer(str(tiny.folder / "tokenizer"))
-    plain = UnmaskLM(model, tokenizer=tokenizer)._pair("2 plus 2?", " 4")
+    plain = UnmaskLM(model, tokenizer=tokenizer).encoder.pair("2 plus 2?", " 4")
     bos, text = tokenizer.bos_token_id, tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    assert UnmaskLM(model, tokenizer=tokenizer)._pair("2 plus 2?", " 4") == plain
+    assert UnmaskLM(model, tokenizer=tokenizer).encoder.pair("2 plus 2?", " 4") == plain
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
     lm = UnmaskLM(model, tokenizer=tokenizer)
-    assert lm._pair("2 plus 2?", " 4") == ((bos, *plain[0]), plain[1])
-    assert lm._pair(f"{text}2 plus 2?", " 4") == ((bos, *plain[0]), plain[1])
-    assert lm._pair("", "4") == ((bos,), tuple(lm._encode("4")))
-    long, _ = lm._pair("x" * (2 * lm.max_length), "4")
+    assert lm.encoder.pair("2 plus 2?", " 4") == ([bos, *plain[0]], plain[1])
+    assert lm.encoder.pair(f"{text}2 plus 2?", " 4") == ([bos, *plain[0]], plain[1])
+    assert lm.encoder.pair("", "4") == ([bos], lm.encoder.text("4"))
+    long = lm.encoder.cut(lm.encoder.pair("x" * (2 * lm.max_length), "4")[0], lm.max_length - 1)
     assert len(long) == lm.max_length - 1 and long[0] == bos and long[1] != bos
     questions = [Question("2 plus 2?", "4", "f:1")]
     assert encode_questions(questions, tokenizer, model.config) == [(bos, *plain[0])]
@@ -252,6 +246,44 @@ def test_unmask_eval_runs_tasks_of_every_kind_and_goes_on_from_what_it_has(
     said = f"results.json: holds lm_eval/toy_write, {results[0]['model']}, of 3 documents, not 2"
     assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
+
+
+def test_what_the_reported_tasks_ask_for_is_what_they_get(
+    fixtures: Path, tiny_base: Path, tmp_path: Path, monkeypatch
+) -> None:
+    asked, sample = [], evaluation.answer
+    monkeypatch.setattr(
+        evaluation, "answer", lambda loaded, *rest: asked.append(loaded.settings) or sample(loaded, *rest)
+    )
+    monkeypatch.chdir(fixtures / "reports")  # they name their data from there
+    words = ["eval", "--checkpoint", str(tiny_base), "--tasks", "t_maxnew,t_temp,t_mc", "--include-path", "tasks",
+             "--output", str(tmp_path), "--num-samples", "8", "--steps", "4"]  # fmt: skip
+    assert main(words) == 0
+    assert {(each.max_new_tokens, each.temperature) for each in asked} == {(5, 0.0), (24, 1.5)}
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [each["settings"]["unscored"] for each in results] == [0, 0, 0]
+    rows = [
+        json.loads(line) for path in tmp_path.glob("lm_eval-t_mc-*.jsonl") for line in path.read_text().splitlines()
+    ]
+    scores = [score for row in rows for ((score, _),) in row["resps"]]
+    assert len(scores) == 4 and all(math.isfinite(score) and score < 0 for score in scores)
+
+
+def test_choices_that_cannot_be_scored_are_counted_in_the_results(tiny_base: Path, tmp_path: Path, capsys) -> None:
+    rows = [
+        {"question": "3?", "choices": ["a", "b"], "gold": 0},
+        {"question": "2 plus 2?", "choices": ["", "4"], "gold": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = TASK.format(name="odd", data=tmp_path / "rows.jsonl", metric="acc", aggregation="mean")
+    (tmp_path / "odd.yaml").write_text(head + KINDS["toy_choose"][2].replace("}} ", "}}") + 'target_delimiter: ""\n')
+    words = ["eval", "--checkpoint", str(tiny_base), "--tasks", "odd", "--include-path", str(tmp_path), "--output",
+             str(tmp_path / "out"), "--num-samples", "8"]  # fmt: skip
+    for _ in range(2):  # the second time all is read from the cache of answers
+        assert main(words) == 0
+        assert "-step_1: 1 request could not be scored" in capsys.readouterr().out
+        (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+        assert result["settings"]["unscored"] == 1 and result["metrics"]["acc"]["value"] >= 0.5
 
 
 def test_a_task_of_the_harness_with_the_name_of_ours_leaves_ours_alone(

@@ -33,6 +33,7 @@ from unmask.data.renderings import (
     assistant_runs,
     control_pattern,
     find_answers,
+    literal_pieces,
     mark_controls,
     reasoning_of,
     with_reasoning,
@@ -174,10 +175,17 @@ class ChatTemplate:
 
     def encode_prompt(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
         """Return the tokens up to where the assistant's next answer starts; DataError when the template refuses."""
+        return [token for piece in self.prompt_pieces(messages) for token in self._ids(piece)]
+
+    def prompt_pieces(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[str]:
+        """Return what `encode_prompt` encodes, in the pieces that are tokenised apart."""
         marked = self._marked(messages)
         text, spans = self._answers(marked.turns, add_generation_prompt=True)
-        pieces = _pieces(len(text), spans)
-        return [token for start, end in pieces for token in self._tokenize(text[start:end], marked)]
+        return [piece for start, end in _pieces(len(text), spans) for piece in marked.pieces(text[start:end])]
+
+    def literal_pieces(self, text: str) -> list[str]:
+        """Return the text of a turn in pieces that spell no control token, to be tokenised apart."""
+        return literal_pieces(text, self.controls)
 
     def check(self, supervise_reasoning: bool = False) -> None:
         """Raise DataError if a plain conversation of two exchanges does not show which tokens are answers.

@@ -155,6 +155,12 @@ def mark_controls(
     return marked
 
 
+def literal_pieces(text: str, controls: re.Pattern[str]) -> list[str]:
+    """Return a text in pieces that spell no control token: each of these is split after its first character."""
+    marked = _with_markers([{"content": text}], controls)
+    return list(marked.pieces(marked.turns[0]["content"]))
+
+
 def _with_markers(turns: Sequence[Turn], controls: re.Pattern[str]) -> Marked:
     numbers: dict[str, int] = {}  # equal texts stay equal: reasoning is given to the template under several names
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unmask.errors import ConfigError, MissingDependencyError, choice_problem, nearest
@@ -116,3 +117,14 @@ def metrics(result: dict[str, Any]) -> list[tuple[str, float, float | None]]:
         shown = metric if variant == "none" else f"{metric} ({variant})"
         rows.append((shown, float(value), float(error) if isinstance(error, (int, float)) else None))
     return rows
+
+
+def unscored(samples: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many requests of a task could not be scored, given its samples."""
+    responses = {
+        (sample["doc_id"], number): response
+        for sample in samples
+        for number, answers in enumerate(sample["resps"])
+        for response in answers
+    }
+    return sum(isinstance(each, (tuple, list)) and each[0] == -math.inf for each in responses.values())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,21 +25,25 @@ from unmask.config.sampler import SamplerConfig
 from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import join
 from unmask.distributed.runtime import own_device, pick_device
-from unmask.errors import ConfigError, FieldError, choice_problem
+from unmask.errors import ConfigError, FieldError, SamplingError, choice_problem
 from unmask.evaluation.canvas_likelihood import ar_log_likelihood
 from unmask.evaluation.exact_match import cut_at, divide, greedily_written, rows_between_saves
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, log_likelihoods, method_for
-from unmask.sampling.generate import answer
+from unmask.evaluation.requests import Ids, RequestEncoder, UnscorableError, label_of, read_options
+from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, as_loaded, load
 from unmask.sampling.plan import plan_job
-from unmask.sampling.prompts import as_document, start_of_text
+from unmask.sampling.text import split_reasoning
 
 # Requests between two steps of the progress bar, and of the harness's own cache.
 _PAIRS_AT_ONCE = 64
 _MODEL_ARGS = "--model_args"
 
-Ids = tuple[int, ...]
+_LOG = logging.getLogger(__name__)
+
 Scores = list[tuple[float, bool]]  # log-likelihood in nats, and whether greedy decoding writes the continuation
+# Of a continuation that cannot be scored: it is never the most likely one.
+UNSCORED: tuple[float, bool] = (-math.inf, False)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class UnmaskLM(LM):
             self.name, self.loaded = type(pretrained).__name__, as_loaded(pretrained, tokenizer, self.sampler)
         self._continuations = method_for(CONTINUATIONS, self.loaded.model, "loglikelihood", "leave the task out")
         self._tokenizer: Any = self.loaded.tokenizer
-        self._start = start_of_text(self._tokenizer)
+        self.encoder = RequestEncoder(self._tokenizer, self.loaded.mask_id, self._continuations.needs_context)
         self._device = next(self.loaded.model.parameters()).device
 
     @property
@@ -138,30 +144,29 @@ class UnmaskLM(LM):
         return self.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the source of the chat template, "" when none is asked for."""
+        """Return the source of the chat template, "" when none is asked for; one that is named is used from then on."""
         if not chat_template:
             return ""
-        if self._tokenizer.chat_template is None:
-            raise ConfigError("--apply_chat_template: the checkpoint's tokenizer has no chat template; leave it out")
-        return self._tokenizer.get_chat_template(chat_template if isinstance(chat_template, str) else None)
+        if isinstance(chat_template, str):
+            self.encoder = dataclasses.replace(self.encoder, template_name=chat_template)
+        return self.encoder.template.source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the text of a conversation."""
-        return self._tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """Return a conversation as a context whose tokens are those of `unmask.generate` (`RequestEncoder.chat`)."""
+        return self.encoder.chat(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Scores:
-        """Return (log-likelihood in nats, whether greedy decoding writes it) of each (context, continuation)."""
-        pairs = [self._pair(*request.args) for request in requests]
-        scores: Scores = []
-        for part in self._parts(len(pairs), disable_tqdm, "loglikelihood"):
-            scores += self._scored(pairs[part], self.arguments.check_greedy)
-            for request, score in zip(requests[part], scores[part], strict=True):
-                self.cache_hook.add_partial("loglikelihood", request.args, score)
+        """Return (log-likelihood in nats, whether greedy decoding writes it) of each (context, continuation).
+
+        A continuation that cannot be scored is named and has UNSCORED; the others are scored.
+        """
+        pairs = self._pairs(requests)
+        numbers, scores = list(pairs), [UNSCORED] * len(requests)
+        for part in self._parts(len(numbers), disable_tqdm, "loglikelihood"):
+            found = self._scored([pairs[number] for number in numbers[part]], self.arguments.check_greedy)
+            for number, score in zip(numbers[part], found, strict=True):
+                scores[number] = score
+                self.cache_hook.add_partial("loglikelihood", requests[number].args, score)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -170,7 +175,10 @@ class UnmaskLM(LM):
         for part in self._parts(len(requests), disable_tqdm, "loglikelihood_rolling", 1):
             for request in requests[part]:
                 windows = get_rolling_token_windows(
-                    self._encode(request.args[0]), self._prefix(), max_seq_len=self.max_length - 1, context_len=1
+                    self.encoder.text(request.args[0]),
+                    self.encoder.prefix,
+                    max_seq_len=self.max_length - 1,
+                    context_len=1,
                 )
                 pairs = [(tuple(context), tuple(tokens)) for context, tokens in map(make_disjoint_window, windows)]
                 totals.append(sum(value for value, _ in self._scored(pairs, False)))
@@ -184,32 +192,44 @@ class UnmaskLM(LM):
             # The harness declares arguments without a type.
             options = tuple(request.args)[1]  # pyright: ignore[reportGeneralTypeIssues]
             groups.setdefault(json.dumps(options, sort_keys=True), []).append(index)
+        # Options are refused before anything is answered.
+        plans = {key: self._plan(requests[indices[0]], json.loads(key)) for key, indices in groups.items()}
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=self._silent(disable_tqdm), desc="generate_until") as bar:
             for key, indices in groups.items():
-                written = self._generate([requests[index] for index in indices], json.loads(key), bar)
+                written = self._generate([requests[index] for index in indices], *plans[key], bar)
                 for index, text in zip(indices, written, strict=True):
                     texts[index] = text
         return texts
 
-    def _generate(self, requests: Sequence[Instance], options: dict[str, Any], bar: tqdm) -> list[str]:
-        loaded, until = self.loaded.with_sampler(self._sampler(options)), options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+    def _plan(self, request: Instance, options: dict[str, Any]) -> tuple[LoadedModel, tuple[str, ...]]:
+        """Return the model with the sampler of a task's requests, and their stop strings; raises ConfigError."""
+        task = request.task_name
+        read = read_options(task, options, self.sampler, self.loaded.settings, self.max_length)
+        try:
+            loaded = self.loaded.with_sampler(read.sampler)
+        except SamplingError as error:
+            raise ConfigError(f"{task}: generation_kwargs: {error}") from None
         length = loaded.settings.length
         if length >= self.max_length:
             raise ConfigError(
-                f"max_gen_toks: an answer of {length} tokens leaves no room for the prompt in the model's "
+                f"{task}: generation_kwargs: an answer of {length} tokens leaves no room for the prompt in the model's "
                 f"{self.max_length} positions; give max_new_tokens in {_MODEL_ARGS}"
             )
-        documents = [as_document(self._encode(request.args[0]), self._tokenizer) for request in requests]
-        prompts = [tuple(self._cut(document, self.max_length - length)) for document in documents]
+        return loaded, read.stops
+
+    def _generate(
+        self, requests: Sequence[Instance], loaded: LoadedModel, stops: Sequence[str], bar: tqdm
+    ) -> list[str]:
+        room = self.max_length - loaded.settings.length
+        prompts = self._fitted([(self.encoder.context(request.args[0]), room) for request in requests])
         texts = [""] * len(prompts)
         for chunk in divide(prompts, loaded.ranks.size * rows_between_saves(self.batch_size)):
 
             def written(rows: list[int], seed: int = chunk.seed(self.arguments.seed)) -> list[str]:
-                labels = [f"request {row}" for row in rows]
+                labels = [label_of(requests[row]) for row in rows]
                 answers = answer(loaded, [list(prompts[row]) for row in rows], labels, seed, self.batch_size)
-                return [cut_at(each.text or "", stops) for each in answers]
+                return [self._said(each, stops) for each in answers]
 
             rows = list(chunk.rows)
             for row, text in zip(rows, divide_rows(rows, loaded.ranks, written, loaded.joint_calls), strict=True):
@@ -218,14 +238,41 @@ class UnmaskLM(LM):
             bar.update(len(rows))
         return texts
 
-    def _sampler(self, options: dict[str, Any]) -> SamplerConfig:
-        """Return the settings of a task's requests; what --model_args set wins over the task."""
-        wanted: dict[str, Any] = {}
-        if options.get("max_gen_toks") is not None:
-            wanted["max_new_tokens"] = int(options["max_gen_toks"])
-        if options.get("do_sample") and options.get("temperature") and self.loaded.settings.temperature is not None:
-            wanted["temperature"] = float(options["temperature"])
-        return dataclasses.replace(self.sampler, **(wanted | self.sampler.given))
+    def _said(self, written: Generation, stops: Sequence[str]) -> str:
+        """Return an answer's text up to the first stop string; control tokens, which no text has, are stops too."""
+        known, text = self._tokenizer.get_added_vocab(), written.text
+        ends = {known[stop] for stop in stops if stop in known}
+        place = next((place for place, token in enumerate(written.token_ids) if token in ends), None)
+        if place is not None:
+            text = split_reasoning(written.token_ids[:place], self._tokenizer)[0]
+        return cut_at(text or "", stops)
+
+    def _pairs(self, requests: Sequence[Instance]) -> dict[int, tuple[Ids, Ids]]:
+        """Return tokens of context and continuation by the request's number, of those that can be scored."""
+        pairs: dict[int, tuple[list[int], Ids]] = {}
+        for number, request in enumerate(requests):
+            try:
+                context, tokens = self.encoder.pair(*request.args)
+                if len(tokens) >= self.max_length:
+                    raise UnscorableError(f"{len(tokens)} tokens do not fit the model's {self.max_length} positions")
+                pairs[number] = context, tuple(tokens)
+            except UnscorableError as error:
+                self._warn(f"{label_of(request)}: {error}; it is not scored")
+        if len(pairs) < len(requests):
+            left = len(requests) - len(pairs)
+            self._warn(f"{left} of {len(requests)} requests could not be scored; their log-likelihood is given as -inf")
+        fitted = self._fitted([(context, self.max_length - len(tokens)) for context, tokens in pairs.values()])
+        return {number: (context, pairs[number][1]) for number, context in zip(pairs, fitted, strict=True)}
+
+    def _fitted(self, contexts: Sequence[tuple[list[int], int]]) -> list[Ids]:
+        """Return contexts cut on the left, each to the room that it has."""
+        long = sum(len(ids) > room for ids, room in contexts)
+        if long:
+            self._warn(
+                f"{long} of {len(contexts)} contexts do not fit the model's {self.max_length} positions beside what "
+                "follows them; they lose their beginnings"
+            )
+        return [self.encoder.cut(ids, room) for ids, room in contexts]
 
     def _scored(self, pairs: Sequence[tuple[Ids, Ids]], greedy: bool) -> Scores:
         def scored(rows: list[int]) -> Scores:
@@ -233,38 +280,9 @@ class UnmaskLM(LM):
 
         return divide_rows(list(range(len(pairs))), self.loaded.ranks, scored, self.loaded.joint_calls)
 
-    def _pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Return the tokens of a context and its continuation, the context cut on the left where both are too long.
-
-        Blanks at the context's end belong to the continuation's first token, as in the harness's own models.
-        """
-        blanks = len(context) - len(context.rstrip())
-        if blanks:
-            context, continuation = context[:-blanks], context[-blanks:] + continuation
-        whole = self._encode(context + continuation)
-        start = len(self._encode(context)) if context else 0
-        prompt, tokens = as_document(whole[:start], self._tokenizer), whole[start:]
-        if not prompt and self._continuations.needs_context:
-            prompt = [self._prefix()]
-        if len(tokens) >= self.max_length:
-            raise ConfigError(
-                f"a continuation of {len(tokens)} tokens does not fit the model's {self.max_length} positions; leave "
-                "the task out"
-            )
-        return tuple(self._cut(prompt, self.max_length - len(tokens))), tuple(tokens)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _cut(self, ids: list[int], room: int) -> list[int]:
-        """Return a context cut on the left to `room` tokens, at least one; the start of text stays before the rest."""
-        kept = len(self._start) if ids[: len(self._start)] == self._start and room > len(self._start) else 0
-        return ids if len(ids) <= room else ids[:kept] + ids[kept - room :]
-
-    def _prefix(self) -> int:
-        """Return the token that stands before a text without context."""
-        bos = self._tokenizer.bos_token_id
-        return bos if bos is not None else self._tokenizer.eos_token_id
+    def _warn(self, text: str) -> None:
+        if self.loaded.ranks.first:
+            _LOG.warning(text)
 
     def _silent(self, disabled: bool) -> bool:
         return disabled or not self.loaded.ranks.first

@@ -17,7 +17,7 @@ from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
 from unmask.evaluation.exact_match import TaskRun, encode_questions
-from unmask.evaluation.harness import metrics, run_harness
+from unmask.evaluation.harness import metrics, run_harness, unscored
 from unmask.evaluation.job import Checkpoint, EvalJob, EvalPlan
 from unmask.evaluation.measure import (
     answers_identity,
@@ -215,6 +215,12 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
     if results:
         note = f"lm-evaluation-harness, {label}: {len(results)} results in {_duration(seconds)}"
         console.print(note, highlight=False)
+    lost = {task: unscored(each) for task, each in answered["samples"].items()}
+    for task, count in lost.items():
+        if count:
+            what = "request" if count == 1 else "requests"
+            note = f"warning: {HARNESS}{task}, {label}: {count} {what} could not be scored and have likelihood 0"
+            console.print(note, highlight=False, soft_wrap=True)
     settings = {
         "dtype": job.dtype or "as stored",
         "seed": job.seed,
@@ -233,7 +239,7 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
             label,
             "harness",
             {metric: {"value": value, "standard_error": error} for metric, value, error in metrics(result)},
-            settings,
+            settings | ({"unscored": lost[task]} if task in lost else {}),
             answers_file(plan.output, HARNESS + task, label).name if task in answered["samples"] else None,
             job.batch_size or DEFAULT_BATCH_SIZE,
             # The harness answers all of its tasks together.

@@ -1,0 +1,229 @@
+"""lm-evaluation-harness's requests as tokens and settings: contexts, continuations and the options of generation.
+
+The harness keeps a rendered chat as one text, in which a control token that the template writes looks like one that a
+question spells. So a chat is given to it in the pieces that are tokenised apart, each behind a private-use character,
+a spelt control token cut in two: its tokens are those of `unmask generate`. Any other context is literal text, in which
+control tokens count, as in the harness's own models.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from unmask.config.sampler import SamplerConfig
+from unmask.data.chat import ChatTemplate
+from unmask.errors import ConfigError, DataError, SamplingError, nearest
+from unmask.sampling.prompts import as_document, start_of_text, template_of, template_problem
+from unmask.sampling.settings import SamplerSettings
+
+Ids = tuple[int, ...]
+
+# Answers' length in tokens where neither the task nor --model_args says one: the harness's own default.
+DEFAULT_LENGTH = 256
+# Options of other samplers, with the values that leave every token as likely as it is.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (None, 1),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1),
+}
+# Begins each piece of a chat; and what a piece itself has of the two is written as.
+_PIECE, _ESCAPE = "\ue0f2", "\ue0f3"
+_ESCAPED = {_ESCAPE: f"{_ESCAPE}0", _PIECE: f"{_ESCAPE}1"}
+
+
+class UnscorableError(ValueError):
+    """A continuation that has no likelihood; the text says why."""
+
+
+def label_of(request: Instance) -> str:
+    """Return what messages call a request."""
+    return f"{request.task_name or request.request_type}, document {request.doc_id}, request {request.idx}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the requests of a task are sampled, and the strings at which an answer is cut."""
+
+    sampler: SamplerConfig
+    stops: tuple[str, ...]
+
+
+def read_options(
+    task: str | None, given: Mapping[str, Any], asked: SamplerConfig, settings: SamplerSettings, longest: int
+) -> Options:
+    """Return what a task's `generation_kwargs` say, in any of the harness's spellings.
+
+    Settings of our own sampler may be among them. A sampler without a temperature of its own keeps its schedule.
+
+    Args:
+        task: its name, for messages.
+        given: its `generation_kwargs`.
+        asked: the settings of --model_args, which win over the task's.
+        settings: those in force where the task says nothing.
+        longest: the positions that the model takes.
+
+    Raises:
+        ConfigError: an option that the sampler does not have, or a value out of range; names task and option.
+    """
+    where = f"{task}: generation_kwargs"
+    try:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), min(DEFAULT_LENGTH, max(1, longest // 2))))
+        temperature = float(options.pop("temperature", 0.0))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}; give numbers for length and temperature") from None
+    stops = [stop for stop in options.pop("until") if stop is not None]
+    sampled = options.pop("do_sample")
+    if not all(isinstance(stop, str) for stop in stops) or not isinstance(sampled, bool):
+        raise ConfigError(f"{where}: until must be a text or a list of them and do_sample true or false, got {given}")
+    wanted: dict[str, Any] = {"max_new_tokens": options.pop("max_gen_toks")}
+    if settings.temperature is not None:
+        if sampled and temperature == 0 and asked.temperature is None:
+            raise ConfigError(f"{where}.do_sample: true needs a temperature above 0; add one, or set do_sample: false")
+        wanted["temperature"] = temperature if sampled or temperature < 0 else 0.0
+    elif sampled and temperature and asked.t_min is None and asked.t_max is None:
+        raise ConfigError(
+            f"{where}.temperature: {settings.family}'s sampler goes from t_max to t_min and takes no {temperature}; "
+            "give t_min and t_max in --model_args, or take it out"
+        )
+    ours = [field.name for field in fields(SamplerConfig)]
+    for name, value in options.items():
+        if name in ours:
+            wanted[name] = value
+        elif value not in _NEUTRAL.get(name, ()):
+            known = ["until", "max_gen_toks", "do_sample", *ours]
+            raise ConfigError(
+                f"{where}.{name}: {value!r} is for a sampler that has it, and this one does not{nearest(name, known)}; "
+                "take it out of the task"
+            )
+    try:
+        return Options(SamplerConfig(**(wanted | asked.given)), tuple(stops))
+    except SamplingError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class RequestEncoder:
+    """Turns the texts of requests into tokens.
+
+    Attributes:
+        tokenizer: the model's.
+        mask_id: the model's mask, which no text of a chat can spell.
+        needs_context: whether a continuation without a context is put behind one token (`prefix`).
+        template_name: which chat template: one that the tokenizer or we have by that name, a path, or None for its own.
+    """
+
+    tokenizer: Any
+    mask_id: int | None
+    needs_context: bool
+    template_name: str | None = None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template; raises ConfigError where there is none."""
+        tokenizer, name = self.tokenizer, self.template_name
+        if isinstance(tokenizer.chat_template, dict) and name in tokenizer.chat_template:
+            tokenizer, name = copy.copy(tokenizer), None
+            tokenizer.chat_template = self.tokenizer.chat_template[self.template_name]
+        try:
+            return template_of(tokenizer, self.mask_id, name)
+        except DataError as error:
+            raise ConfigError(f"--apply_chat_template: {template_problem(error)}; leave it out") from None
+
+    @cached_property
+    def start(self) -> list[int]:
+        """What stands before every literal text."""
+        return start_of_text(self.tokenizer)
+
+    @property
+    def prefix(self) -> int:
+        """The token that stands before a text without a context."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None else self.tokenizer.eos_token_id
+
+    def chat(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the text of a context.
+
+        Without a generation prompt its last turn is the beginning of the answer.
+
+        Raises:
+            ConfigError: the template refuses the conversation, or there is none.
+        """
+        begun = [] if add_generation_prompt else [turns[-1]]
+        try:
+            pieces = self.template.prompt_pieces(turns[: len(turns) - len(begun)])
+        except DataError as error:
+            raise ConfigError(
+                f"--apply_chat_template: {template_problem(error)}; leave it out, or change the task's description, "
+                "--system_instruction or --fewshot_as_multiturn"
+            ) from None
+        pieces += self.template.literal_pieces(begun[0]["content"]) if begun else [""]
+        return "".join(
+            _PIECE + re.sub(f"[{_PIECE}{_ESCAPE}]", lambda found: _ESCAPED[found[0]], each) for each in pieces
+        )
+
+    def context(self, text: str) -> list[int]:
+        """Return the tokens of a context that an answer is written behind; at least one."""
+        before, literal = _pieces(text)
+        if before:
+            return self._encode([*before, literal])
+        return as_document(self._encode([literal]), self.tokenizer) or [self.prefix]
+
+    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a context and of its continuation.
+
+        Blanks at the context's end belong to the continuation's first token, as in the harness's own models. Where the
+        tokens of the two would join, the continuation is encoded apart.
+
+        Raises:
+            UnscorableError: nothing to score.
+        """
+        if not continuation:
+            raise UnscorableError("its continuation is empty")
+        before, text = _pieces(context)
+        blanks = len(text) - len(text.rstrip())
+        if blanks:
+            text, continuation = text[:-blanks], text[-blanks:] + continuation
+        first, whole, apart = (
+            self._encode(self.template.literal_pieces(each) if before else [each])
+            for each in (text, text + continuation, continuation)
+        )
+        tokens = whole[len(first) :] if whole[: len(first)] == first else apart
+        if not tokens:
+            raise UnscorableError(f"the tokenizer makes no tokens of its continuation {continuation!r}")
+        if before:
+            return self._encode(before) + first, tokens
+        prompt = as_document(first, self.tokenizer)
+        return prompt if prompt or not self.needs_context else [self.prefix], tokens
+
+    def text(self, text: str) -> list[int]:
+        """Return the tokens of a literal text, without what stands before a document."""
+        return self._encode([text])
+
+    def cut(self, ids: Sequence[int], room: int) -> Ids:
+        """Return a context cut on the left to `room` tokens, at least one; the start of text stays before the rest."""
+        if len(ids) <= room:
+            return tuple(ids)
+        kept = len(self.start) if list(ids[: len(self.start)]) == self.start and room > len(self.start) else 0
+        return (*ids[:kept], *ids[kept - room :])
+
+    def _encode(self, pieces: Sequence[str]) -> list[int]:
+        return [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def _pieces(context: str) -> tuple[list[str], str]:
+    """Return the pieces of a chat but the last, none for another context; and the text that an answer continues."""
+    if not context.startswith(_PIECE):
+        return [], context
+    written = {escaped: character for character, escaped in _ESCAPED.items()}
+    pieces = [re.sub(f"{_ESCAPE}[01]", lambda found: written[found[0]], piece) for piece in context[1:].split(_PIECE)]
+    return pieces[:-1], pieces[-1]
