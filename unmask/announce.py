@@ -127,6 +127,11 @@ def left_out(dropped: Mapping[str, int], examples: Mapping[str, str]) -> list[st
     return [f"left out {count} rows: {reason} (first: {examples[reason]})" for reason, count in dropped.items()]
 
 
+def noted(counts: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
+    """Return a line for each thing that rows say and nothing learns: how many, what, and the first one."""
+    return [f"{count} of the rows read have {note} (first: {examples[note]})" for note, count in counts.items()]
+
+
 def name_rows(rows: Rows, ids: Sequence[int]) -> str:
     """Return the places of the first 16 rows of a step, and how many more there are."""
     shown = ", ".join(rows.describe(sample) for sample in ids[:16])
@@ -139,6 +144,7 @@ def _validation_notes(prepared: Prepared, validation: ValidationSet | None) -> l
     if rows is None or validation is None:
         return []
     notes = [*skipped(rows), *left_out(validation.dropped, validation.examples)]
+    notes += noted(validation.noted, validation.examples)
     return [*notes, settings.note] if settings is not None and settings.note else notes
 
 

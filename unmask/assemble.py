@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from unmask.announce import agreement, announce, left_out, name_rows, run_identity
+from unmask.announce import agreement, announce, left_out, name_rows, noted, run_identity
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import to_mapping
 from unmask.data.batches import ValidationSet, validation_set
@@ -151,7 +151,8 @@ def run_training(
                 _draw_curve(root)
         finally:
             run.metrics.close()
-    for line in left_out(run.loader.dropped, run.loader.examples):
+    loader = run.loader
+    for line in (*left_out(loader.dropped, loader.examples), *noted(loader.noted, loader.examples)):
         console.print(line, markup=False)
     return outcome
 
@@ -190,7 +191,8 @@ def _validators(
 
         validators.append(Validator("validation", every, measure_losses))
     if section is not None and settings is not None and prepared.validation_rows is not None:
-        questions = questions_of(prepared.validation_rows, section.max_samples)
+        skip = config.validation_dataset is not None and config.validation_dataset.on_malformed == "skip"
+        questions = questions_of(prepared.validation_rows, section.max_samples, skip)
         measure = answer_validator(
             questions, section, settings, parts.tokenizer, prepared.plan.config, runtime, config.seed, root
         )

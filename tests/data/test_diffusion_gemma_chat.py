@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate, Encoded, load_template, read_template
-from unmask.data.conversation import Columns, Message, read_conversation
+from unmask.data.conversation import Message
 from unmask.data.encode import EncodedRow, RowEncoder
+from unmask.data.formats import Columns, read_conversation
 from unmask.data.prep import prep_gsm8k
 from unmask.data.sources import open_rows
 from unmask.errors import DataError

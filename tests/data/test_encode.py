@@ -77,13 +77,13 @@ def test_a_row_that_the_template_refuses_is_named_or_skipped(tmp_path, tokenizer
 def test_a_malformed_table_row_is_named_or_skipped(monkeypatch, template):
     import datasets
 
-    turns = [[{"role": "assistant", "content": "a"}], [{"role": "tool", "content": "x"}]]
+    turns = [[{"role": "assistant", "content": "a"}], [{"role": "bot", "content": "x"}]]
     table = datasets.Dataset.from_dict({"messages": turns})
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: table)
     config = DatasetConfig("someone/rows", split="train")
     encode = RowEncoder(open_rows(config), template, config)
     assert isinstance(encode(0), EncodedRow)
-    with pytest.raises(DataError, match="someone/rows row 1: .*'tool'"):
+    with pytest.raises(DataError, match="someone/rows row 1: .*'bot'"):
         encode(1)
     dropped = dataclasses.replace(encode, config=dataclasses.replace(config, on_malformed="skip"))(1)
     assert isinstance(dropped, Dropped) and dropped.reason == "malformed" and "row 1" in dropped.detail

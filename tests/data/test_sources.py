@@ -39,13 +39,16 @@ MALFORMED = {
     "more_than_json": (b'{"messages": []} x', "not JSON (Extra data"),
     "not_utf8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8 (byte 0xff"),
     "not_an_object": ([1], "a row must be an object, got a list"),
-    "no_messages": ({"text": "x"}, "no messages: neither 'messages' nor 'conversations' among its keys ('text')"),
+    "no_messages": (
+        {"text": "x"},
+        "no messages: among its keys ('text') are none of messages | conversations | prompt, completion",
+    ),
     "messages_no_list": ({"messages": "x"}, "'messages' must be a list, got text"),
     "empty_messages": ({"messages": []}, "'messages' is empty"),
     "turn_no_object": ({"messages": ["x"]}, "messages[0] must be an object, got text"),
     "unknown_role": (
-        {"messages": [GOOD["messages"][0], {"role": "tool", "content": "x"}]},
-        "messages[1].role is 'tool', known are system, user, assistant",
+        {"messages": [GOOD["messages"][0], {"role": "Assistant", "content": "x"}]},
+        "messages[1].role is 'Assistant', known are system, developer, user, human, assistant, gpt, tool",
     ),
     "no_role": ({"messages": [{"content": "x"}]}, "messages[0].role is missing"),
     "role_no_text": ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role is [], known are"),
@@ -56,7 +59,7 @@ MALFORMED = {
     ),
     "an_image_beside_text": (
         said([{"type": "text", "text": "x", "image": "x.png"}]),
-        "messages[1].content[0] has 'image' beside its text, and training takes text alone",
+        "messages[1].content[0] has 'image', and training takes text alone",
     ),
     "a_part_without_type": (said([{"text": "x"}]), "messages[1].content[0] is of type missing"),
     "a_part_no_object": (said(["x"]), "messages[1].content[0] must be an object with a type, got text"),
@@ -83,7 +86,7 @@ MALFORMED = {
     "no_assistant": ({"messages": [{"role": "user", "content": "x"}]}, "has no assistant turn"),
     "unknown_speaker": (
         {"conversations": [{"from": "bot", "value": "x"}]},
-        "conversations[0].from is 'bot', known are system, human, user, gpt, assistant",
+        "conversations[0].from is 'bot', known are system, developer, user, human, assistant, gpt",
     ),
 }
 
@@ -290,7 +293,7 @@ def test_an_unreachable_hub_id_is_said_in_one_line(monkeypatch):
 def test_a_hub_dataset_is_read_and_its_rows_are_named(monkeypatch):
     import datasets
 
-    table = datasets.Dataset.from_list([chat("a"), {"messages": [{"role": "tool", "content": "x"}]}])
+    table = datasets.Dataset.from_list([chat("a"), {"messages": [{"role": "bot", "content": "x"}]}])
     asked = []
 
     def load(dataset_id, name, split):
@@ -302,7 +305,7 @@ def test_a_hub_dataset_is_read_and_its_rows_are_named(monkeypatch):
     assert asked == [("someone/rows", "main", "train[:2]")]
     assert rows[0].messages == (Message("user", "q"), Message("assistant", "a"))
     assert rows.text_length(0) == 2 and rows.text_length(1) == 0
-    with pytest.raises(DataError, match="someone/rows row 1: .*'tool', known are"):
+    with pytest.raises(DataError, match="someone/rows row 1: .*'bot', known are"):
         rows[1]
     with pytest.raises(DataError, match="dataset.split: someone/rows has the splits train, test"):
         open_rows(DatasetConfig("someone/rows"))
@@ -325,7 +328,7 @@ def test_tables_on_disk(tmp_path, monkeypatch):
     assert answers(open_rows(DatasetConfig(str(arrow)))) == ["a", "b", "c"]
     with pytest.raises(DataError, match="'tset' is none of them .did you mean 'test'"):
         open_rows(DatasetConfig(str(tmp_path / "splits"), split="tset"))
-    with pytest.raises(DataError, match="no column 'in' or 'out' among messages"):
+    with pytest.raises(DataError, match="no column 'in' and 'out' among messages"):
         open_rows(DatasetConfig(str(arrow), prompt_column="in", completion_column="out"))
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from unmask.data.conversation import Columns, Message
+from unmask.data.conversation import Message
+from unmask.data.formats import Columns
 from unmask.errors import DataError
 from unmask.evaluation.tasks import as_text, read_questions, refuse_leaks, with_shots
 
@@ -45,7 +46,7 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
     [
         (({"question": "1+1?", "answer": "2"}, {"query": "x"}), r"rows.jsonl:2: neither messages nor .* has 'query'"),
         (({"question": "1+1?", "answer": 2},), r"rows.jsonl:1: column 'answer' must be text"),
-        (({"question": "1+1?", "answer": " "},), r"rows.jsonl:1: its answer is empty"),
+        (({"question": "1+1?", "answer": " "},), r"rows.jsonl:1: column 'answer' is empty"),
         (({"messages": [{"role": "assistant", "content": "2"}]},), "nothing is asked before"),
         ((), "has no rows"),
     ],

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.config.sampler import SamplerConfig
-from unmask.data.conversation import Columns
 from unmask.data.files import FileRows
+from unmask.data.formats import Columns
 from unmask.errors import SamplingError
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.models.llada.family import FAMILY as LLADA

@@ -11,7 +11,7 @@ from unmask.errors import ConfigError
 from unmask.evaluation.tasks import TASKS, split_names
 
 _HELP = """\
-Tasks on --data, a JSONL file of chats (messages) or of question/answer, prompt/completion or problem/answer columns:
+Tasks on --data, a JSONL file in a format of training rows, or with question/answer or problem/answer columns:
 {tasks}
 Any other name is a task of lm-evaluation-harness (pip install 'unmask[eval]'); lm_eval/NAME forces the harness's.
 
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     flag(parser, "data", metavar="FILE.jsonl", help="questions and answers for the tasks below")
     flag(parser, "prompt_column", metavar="NAME", help="column of the questions, if rows are not chats")
     flag(parser, "completion_column", metavar="NAME", help="column of the answers")
+    flag(parser, "ignore_keys", nargs="+", default=(), metavar="KEY", help="keys of rows and turns that are left out")
     flag(parser, "limit", type=int, metavar="N", help="the first N rows of each task; each N is another evaluation")
     flag(parser, "few_shot", type=int, metavar="N", help="worked examples before each question (0)")
     flag(parser, "shots_file", metavar="FILE.jsonl", help="the first rows of this file are the worked examples")
@@ -65,11 +66,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.evaluation.job import EvalJob, Likelihoods, plan_evaluation
 
     given = vars(arguments) | {
-        "checkpoints": arguments.checkpoint,
-        "tasks": split_names(arguments.tasks),
-        "sampler": sampler_from(arguments),
+        "checkpoints": arguments.checkpoint, "tasks": split_names(arguments.tasks), "sampler": sampler_from(arguments),
         "likelihoods": Likelihoods(arguments.num_samples, arguments.antithetic),
-    }
+    }  # fmt: skip
     plan = plan_evaluation(EvalJob(**{field.name: given[field.name] for field in fields(EvalJob)}))
     if arguments.nproc_per_node not in (None, 1):
         from unmask.distributed.launch import relaunch

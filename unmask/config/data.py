@@ -41,6 +41,7 @@ class DatasetConfig:
         supervise_reasoning: supervise the assistant's reasoning where the template renders it, as part of the answer
         prompt_column: with `completion_column`, the columns of one-turn rows; null for chat rows
         completion_column: see `prompt_column`
+        ignore_keys: keys of rows, turns and parts of a text that are left out, though they change what a row teaches
         max_samples: use the first rows only; null for all
         on_malformed: `error` stops at a malformed row, `skip` leaves it out and counts it
     """
@@ -59,6 +60,7 @@ class DatasetConfig:
     supervise_reasoning: bool = False
     prompt_column: str | None = None
     completion_column: str | None = None
+    ignore_keys: list[str] | None = None
     max_samples: int | None = None
     on_malformed: OnMalformed = "error"
 
@@ -79,6 +81,11 @@ class DatasetConfig:
             raise FieldError(other, f"must be set too, since {given} is; or delete both")
         if self.prompt_column is not None and self.prompt_column == self.completion_column:
             raise FieldError("completion_column", f"is the prompt column, {self.prompt_column!r}, too")
+        for key in self.ignore_keys or ():
+            if not key.strip():
+                raise FieldError("ignore_keys", "has an empty name; remove it")
+            if key in (self.prompt_column, self.completion_column):
+                raise FieldError("ignore_keys", f"has {key!r}, the column of the rows' text; remove it")
         if self.on_malformed not in get_args(OnMalformed):
             raise FieldError("on_malformed", choice_problem(self.on_malformed, get_args(OnMalformed)))
 

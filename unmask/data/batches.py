@@ -17,7 +17,7 @@ import torch
 
 from unmask.batch import Batch
 from unmask.config.data import rounded_up
-from unmask.data.encode import Encode, EncodedRow
+from unmask.data.encode import Encode, EncodedRow, count_notes
 from unmask.data.sources import Rows
 from unmask.errors import DataError
 from unmask.ops.padding import padded
@@ -66,10 +66,11 @@ def collate(
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A validation set, encoded once; `dropped` and `examples` as in `TrainLoader`."""
+    """A validation set, encoded once; `dropped`, `noted` and `examples` as in `TrainLoader`."""
 
     batches: Sequence[Batch]
     dropped: Mapping[str, int]
+    noted: Mapping[str, int]
     examples: Mapping[str, str]
 
 
@@ -92,6 +93,7 @@ def validation_set(
     """
     encoded: list[tuple[int, EncodedRow]] = []
     dropped: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for index in range(len(rows)):
         row = encode(index)
@@ -104,6 +106,7 @@ def validation_set(
         raise DataError(
             f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"
         )
+    count_notes(encoded, rows, noted, examples)
     encoded.sort(key=lambda item: (len(item[1]), item[0]))
     slots = generator(0, "data/slots/validation").permutation(len(encoded)).tolist()
     batches = [
@@ -121,4 +124,4 @@ def validation_set(
         for first in range(0, len(encoded), local_batch_size)
         for some in [encoded[first : first + local_batch_size]]
     ]
-    return ValidationSet(batches, dropped, examples)
+    return ValidationSet(batches, dropped, noted, examples)

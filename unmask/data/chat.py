@@ -15,9 +15,10 @@ template that itself removes such text from a turn (reasoning spelt within an an
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,8 @@ from unmask.data.renderings import (
     reasoning_of,
     with_reasoning,
 )
-from unmask.data.template_source import read_template, template_names, with_variables
+from unmask.data.shown import Shape, check_shown, shape_of, with_probes
+from unmask.data.template_source import read_template, template_names, with_variables, words_of
 from unmask.errors import DataError
 
 __all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "template_names"]
@@ -51,10 +53,14 @@ _PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") *
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as token ids, and for each whether it is part of an answer that training supervises."""
+    """A conversation as token ids, for each whether it is part of an answer that training supervises, and notes.
+
+    A note says what the text lacks of the conversation, in the same words for every conversation.
+    """
 
     ids: list[int]
     supervised: list[bool]
+    notes: tuple[str, ...] = ()
 
 
 def _remedy() -> str:
@@ -127,6 +133,8 @@ class ChatTemplate:
         name: what messages call it.
         tagged: whether it has `{% generation %}` tags.
         controls: matches every control token that text may spell.
+        tools: what the assistant may call, for templates that show it.
+        shapes: what the text lacks of conversations of each shape that was met.
     """
 
     tokenizer: Any
@@ -134,6 +142,25 @@ class ChatTemplate:
     name: str
     tagged: bool
     controls: re.Pattern[str]
+    tools: Sequence[Mapping[str, Any]] = ()
+    shapes: dict[Shape, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
+        """Return the template for conversations in which the assistant may call these tools.
+
+        Raises:
+            DataError: their text spells a control token.
+        """
+        if not tools:
+            return self
+        spelt = self.controls.search(json.dumps(tools, ensure_ascii=False, default=str))
+        if spelt:
+            raise DataError(f"dataset.chat_template: the row's tools spell {spelt.group()!r}, a control token")
+        return replace(self, tools=tools)
+
+    def knows(self, key: str) -> bool:
+        """Say whether the template can know a key of a turn, since it has the word."""
+        return key in words_of(self.source)
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation; DataError when the template refuses it."""
@@ -148,6 +175,7 @@ class ChatTemplate:
         """Return the tokens of a conversation and which of them are supervised.
 
         Args:
+            messages: a turn whose `supervised` is False is context.
             mask_history: supervise the last assistant turn only.
             supervise_reasoning: supervise the reasoning that is rendered, too.
 
@@ -157,7 +185,9 @@ class ChatTemplate:
         marked = self._marked(messages, supervise_reasoning)
         turns = marked.turns
         text, spans = self._answers(turns, supervise_reasoning=supervise_reasoning)
-        supervised = spans[-1:] if mask_history else spans
+        notes = self._check_shown(turns, False, supervise_reasoning)
+        supervised = self._learned(messages, turns, spans)
+        supervised = supervised[-1:] if mask_history else supervised
         if mask_history and self.tagged:
             self._check_one_span_each(turns, len(spans))
         if None in supervised:
@@ -171,7 +201,7 @@ class ChatTemplate:
             piece_ids = self._tokenize(text[start:end], marked)
             ids += piece_ids
             flags += [any(span and span[0] <= start and end <= span[1] for span in supervised)] * len(piece_ids)
-        return Encoded(ids, flags)
+        return Encoded(ids, flags, notes)
 
     def encode_prompt(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
         """Return the tokens up to where the assistant's next answer starts; DataError when the template refuses."""
@@ -181,6 +211,7 @@ class ChatTemplate:
         """Return what `encode_prompt` encodes, in the pieces that are tokenised apart."""
         marked = self._marked(messages)
         text, spans = self._answers(marked.turns, add_generation_prompt=True)
+        self._check_shown(marked.turns, True)
         return [piece for start, end in _pieces(len(text), spans) for piece in marked.pieces(text[start:end])]
 
     def literal_pieces(self, text: str) -> list[str]:
@@ -209,6 +240,40 @@ class ChatTemplate:
                 "renders reasoning_content in dataset.chat_template, or set dataset.supervise_reasoning: false"
             )
         self.encode(thoughtful, supervise_reasoning=True)
+
+    def _check_shown(
+        self, turns: list[Turn], add_generation_prompt: bool, supervise_reasoning: bool = False
+    ) -> tuple[str, ...]:
+        """Return what the text lacks of the conversation; DataError where that is something it must have."""
+        shape = (add_generation_prompt, bool(self.tools), supervise_reasoning, shape_of(turns))
+        if shape not in self.shapes:
+            probed = with_probes(turns)
+            text, spans = self._answers(probed, add_generation_prompt, supervise_reasoning)
+            if self.tools and text == replace(self, tools=())._render(probed, add_generation_prompt)[0]:
+                raise DataError(
+                    f"dataset.chat_template: {self.name} does not show the row's tools; name a template that renders "
+                    "them, or set dataset.ignore_keys: [tools]"
+                )
+            self.shapes[shape] = check_shown(turns, text, None if add_generation_prompt else spans, self.name)
+        return self.shapes[shape]
+
+    def _learned(
+        self, messages: Sequence[Message | Mapping[str, Any]], turns: list[Turn], spans: list[Span | None]
+    ) -> list[Span | None]:
+        """Return the stretches of the assistant turns that do not say that they are context."""
+        learned = [not isinstance(message, Message) or message.supervised is not False for message in messages]
+        runs = assistant_runs(turns)
+        if all(learned[number] for run in runs for number in run):
+            return spans
+        if len(spans) == sum(map(len, runs)):
+            runs = [[number] for run in runs for number in run]
+        flags = [{learned[number] for number in run} for run in runs]
+        if len(flags) != len(spans) or any(len(flag) > 1 for flag in flags):
+            raise DataError(
+                f"dataset.chat_template: {self.name} joins assistant turns in a row, of which some are learned and "
+                "some are not, or tags a turn several times; give such turns as one, or name another template"
+            )
+        return [span for span, flag in zip(spans, flags, strict=True) if True in flag]
 
     def _check_one_span_each(self, turns: list[Turn], spans: int) -> None:
         """Refuse tags where it is unknown which belong to the last assistant turn."""
@@ -277,6 +342,7 @@ class ChatTemplate:
                 [list(turns)],
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.tagged,
+                tools=list(self.tools) or None,
                 add_generation_prompt=add_generation_prompt,
                 supervise_reasoning=supervise_reasoning,
                 **self.tokenizer.special_tokens_map,

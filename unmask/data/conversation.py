@@ -1,27 +1,32 @@
-"""What one training row is once read: a conversation of text turns; and the check that a raw row is one.
+"""What one training row is once read, a conversation of text turns; and how a list of raw turns is read and checked.
 
-Three raw forms are understood: `{"messages": [{"role", "content"}, …]}`, `{"conversations": [{"from", "value"}, …]}`,
-and a prompt and a completion column named by the configuration. Nothing is repaired or guessed: a row that is not one
-of these raises `RowProblem`, whose text is the end of a sentence that starts with the row's place. So does a row with
-an image, sound or video: a model that learnt its text alone would learn to make up what it shows.
+A turn has a role and a text: `role` and `content`, or `from` and `value`. Nothing is repaired or guessed: a turn that
+is not read whole raises `RowProblem`. So does one with an image, sound or video: a model that learnt its text alone
+would learn to make up what it shows. Which keys of a row hold its turns is `formats.py`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-ROLES = ("system", "user", "assistant")
-_MESSAGE_ROLES = {role: role for role in ROLES}
-FROM_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-# The names under which data sets and chat templates know the reasoning of a turn.
-REASONING = ("reasoning_content", "reasoning", "thinking")
-_MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+from unmask.data.keys import FLAGS, REASONING, RowProblem, is_blank, is_given, kind_of, unread_keys
+from unmask.errors import nearest
 
+__all__ = ["REASONING", "Conversation", "Message", "RowProblem", "read_content", "read_tools", "read_turns"]
 
-class RowProblem(ValueError):
-    """A raw row that is no conversation; the text says why."""
+# How rows spell who speaks → how chat templates do.
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
+    "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles of turns whose text is a call, in JSON
+_CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
+_EMPTY = {"user": "nothing is asked", "assistant": "there is nothing to learn"}
+_READ = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *FLAGS, *REASONING))
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,20 @@ class Message:
     """One turn.
 
     Attributes:
-        role: system, user or assistant.
+        role: system, user, assistant or tool.
         content: its text, as written in the row; the texts of several parts one after the other.
-        extra: further keys of the turn, for chat templates that know them; None values are left out.
+        extra: what else chat templates may know: an assistant's `tool_calls`, and keys that are not read here.
         reasoning: what the assistant thought before it answered, "" for nothing.
+        supervised: whether training learns the turn, where the row says so; None = it does not.
+        unread: keys of its parts that nothing reads.
     """
 
     role: str
     content: str
     extra: Mapping[str, Any] = field(default_factory=dict)
     reasoning: str = ""
+    supervised: bool | None = None
+    unread: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the turn as chat templates take it; reasoning under each name that they may look for."""
@@ -48,146 +57,215 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row: at least one turn, at least one of them the assistant's."""
+    """One row: at least one turn, at least one of them an answer to be learned.
+
+    Attributes:
+        tools: what the assistant may call, as chat templates take it: `{"type": "function", "function": {…}}`.
+        unread: keys of the row that say something which nothing reads.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    unread: tuple[str, ...] = ()
 
 
-class Columns(NamedTuple):
-    """The prompt and completion columns, or (None, None) for rows of messages or conversations."""
+def read_turns(turns: object, name: str, *, prompt: bool = False, ignore: Collection[str] = ()) -> tuple[Message, ...]:
+    """Return the turns of a raw list.
 
-    prompt: str | None = None
-    completion: str | None = None
-
-
-def read_conversation(row: object, columns: Columns) -> Conversation:
-    """Return the conversation that a raw row holds; RowProblem when it holds none."""
-    turns = check_row(row, columns)
-    if columns.prompt is not None:
-        return Conversation((Message("user", turns[0]), Message("assistant", turns[1])))
-    if "messages" in row:  # pyright: ignore[reportOperatorIssue]
-        return Conversation(tuple(_message(turn, "role", "content") for turn in turns))
-    return Conversation(tuple(_message(turn, "from", "value") for turn in turns))
-
-
-def check_row(row: object, columns: Columns) -> list[Any]:
-    """Return the raw turns of a row (for prompt and completion columns: the two texts), each one checked.
+    Args:
+        name: what messages call the list.
+        prompt: the turns ask; otherwise one of them must be an answer to be learned.
+        ignore: keys of turns and of their parts that are left out.
 
     Raises:
-        RowProblem: not an object, no messages, an unknown role, content that is not text, no assistant turn, media.
+        RowProblem: no list, an unknown role, a content that is no text, an empty question or answer, a key that
+            changes what the turn says and is not read, contradictions, nothing to learn.
     """
-    if not isinstance(row, dict):
-        raise RowProblem(f"a row must be an object, got {_kind(row)}")
-    if columns.prompt is not None:
-        texts = []
-        for column in columns:
-            if column not in row:
-                raise RowProblem(f"no column {column!r}, the row has {_names(row)}")
-            _check_text(row[column], f"column {column!r}")
-            texts.append(row[column])
-        return texts
-    _refuse_media(row, "the row")
-    if "messages" in row:
-        return _check_turns(row["messages"], "messages", "role", "content", _MESSAGE_ROLES)
-    if "conversations" in row:
-        return _check_turns(row["conversations"], "conversations", "from", "value", FROM_ROLES)
-    raise RowProblem(f"no messages: neither 'messages' nor 'conversations' among its keys ({_names(row)})")
-
-
-def _check_turns(turns: object, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[Any]:
-    if not isinstance(turns, list):
-        raise RowProblem(f"{name!r} must be a list, got {_kind(turns)}")
+    if not isinstance(turns, (list, tuple)):
+        raise RowProblem(f"{name!r} must be a list, got {kind_of(turns)}")
     if not turns:
         raise RowProblem(f"{name!r} is empty")
-    found = set()
-    for turn in turns:
-        try:  # this runs for every row of a file before training starts, so the good case is one line
-            found.add(roles[turn[role_key]])
-            if turn[text_key].isascii() and len(turn) == 2:
-                continue
-        except (TypeError, KeyError, AttributeError):
-            pass
-        _check_turn(turn, f"{name}[{turns.index(turn)}]", role_key, text_key, roles)
-    if "assistant" not in found:
-        raise RowProblem(f"{name!r} has no assistant turn, so there is nothing to learn from")
-    return turns
+    messages = []
+    for number, turn in enumerate(turns):
+        try:
+            messages.append(_read_turn(turn, ignore))
+        except RowProblem as problem:
+            raise RowProblem(f"{name}[{number}]{problem}", problem.key) from None
+    if not prompt:
+        answers = [message.supervised for message in messages if message.role == "assistant"]
+        if not answers:
+            raise RowProblem(f"{name!r} has no assistant turn, so there is nothing to learn from")
+        if answers.count(False) == len(answers):
+            raise RowProblem(f"{name!r} leaves every answer out of training, so there is nothing to learn from")
+    return tuple(messages)
 
 
-def _check_turn(turn: object, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> None:
-    """Say what is wrong with a turn, if anything is."""
-    if not isinstance(turn, dict):
-        raise RowProblem(f"{place} must be an object, got {_kind(turn)}")
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in roles:
-        raise RowProblem(f"{place}.{role_key} is {_shown(role)}, known are {', '.join(roles)}")
-    _refuse_media(turn, place)
-    _check_reasoning(turn, role, place)
-    content = turn.get(text_key)
+def read_content(content: object, place: str, ignore: Collection[str] = ()) -> tuple[str, tuple[str, ...]]:
+    """Return the text of a content, which may come in parts, and the keys of its parts that nothing reads.
+
+    Raises:
+        RowProblem: it is not text, or a part is not.
+    """
+    if isinstance(content, str):
+        _check_characters(content, place)
+        return content, ()
     if not isinstance(content, list):
-        return _check_text(content, f"{place}.{text_key}")
+        raise RowProblem(f"{place} must be text, got {kind_of(content)}")
+    texts, unread = [], {}
     for number, part in enumerate(content):
-        _check_part(part, f"{place}.{text_key}[{number}]")
+        here = f"{place}[{number}]"
+        if not isinstance(part, dict):
+            raise RowProblem(f"{here} must be an object with a type, got {kind_of(part)}")
+        if part.get("type") != "text":
+            raise RowProblem(f"{here} is of type {_shown(part.get('type'))}, and training takes text alone")
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise RowProblem(f"{here}.text must be text, got {kind_of(text)}")
+        _check_characters(text, f"{here}.text")
+        texts.append(text)
+        unread.update(dict.fromkeys(unread_keys(part, ("type", "text", *ignore), here)))
+    return "".join(texts), tuple(unread)
 
 
-def _check_part(part: object, place: str) -> None:
-    """Refuse a part of a turn that is no text, as `{"type": "text", "text": …}` is."""
-    if not isinstance(part, dict):
-        raise RowProblem(f"{place} must be an object with a type, got {_kind(part)}")
-    if part.get("type") != "text":
-        raise RowProblem(f"{place} is of type {_shown(part.get('type'))}, and training takes text alone")
-    _check_text(part.get("text"), f"{place}.text")
-    for key, value in part.items():
-        if key not in ("type", "text") and _given(value):
-            raise RowProblem(f"{place} has {key!r} beside its text, and training takes text alone")
+def read_tools(tools: object, place: str) -> tuple[dict[str, Any], ...]:
+    """Return the tools of a row, a list or its JSON text, each as chat templates take it.
+
+    Raises:
+        RowProblem: no list of objects, or no JSON.
+    """
+    listed = _parsed(tools, place)
+    if listed is None:
+        return ()
+    if not isinstance(listed, list):
+        raise RowProblem(f"{place} must be a list, got {kind_of(listed)}", place)
+    read = []
+    for number, tool in enumerate(listed):
+        tool = _parsed(tool, f"{place}[{number}]")
+        if not isinstance(tool, dict) or not is_given(tool.get("function", tool.get("name"))):
+            raise RowProblem(f"{place}[{number}] is no object with a function or a name", place)
+        read.append(tool if "function" in tool else {"type": "function", "function": tool})
+    _check_characters(read, place)
+    return tuple(read)
 
 
-def _check_reasoning(turn: Mapping[str, Any], role: str, place: str) -> None:
-    given = [name for name in REASONING if turn.get(name) is not None]
-    for name in given:
-        _check_text(turn[name], f"{place}.{name}")
-        if turn[name] and FROM_ROLES[role] != "assistant":
-            raise RowProblem(f"{place}.{name} is given, and only the assistant's turns have reasoning")
-        if turn[name] != turn[given[0]]:
-            raise RowProblem(f"{place}.{name} differs from its {given[0]}, and both mean the same")
+def _read_turn(turn: object, ignore: Collection[str]) -> Message:
+    """Return one turn; the text of a RowProblem goes on from the turn's place."""
+    if not isinstance(turn, dict):
+        raise RowProblem(f" must be an object, got {kind_of(turn)}")
+    given = {key: value for key, value in turn.items() if value is not None and key not in ignore}
+    speaker = _either(given, "role", "from")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        key = "from" if "from" in given else "role"
+        near = nearest(speaker, ROLES) if isinstance(speaker, str) else ""
+        raise RowProblem(f".{key} is {_shown(speaker)}, known are {', '.join(ROLES)}{near}")
+    role, content = ROLES[speaker], _either(given, "content", "value")
+    key = ".content" if "content" in given or "value" not in given else ".value"
+    calls = _read_calls(given, speaker, content) if len(given) > 2 or content is None or speaker in _CALLS else []
+    if calls and (content is None or speaker in _CALLS):
+        content = ""
+    text, unread = read_content(content, key, ignore)
+    if role in _EMPTY and not calls and is_blank(text):
+        raise RowProblem(f"{key} is empty, so {_EMPTY[role]}")
+    if len(given) == 2 and not calls:
+        return Message(role, text, unread=unread)
+    extra = {name: given[name] for name in unread_keys(given, _READ)}
+    _check_characters(extra, "")
+    if calls:
+        extra["tool_calls"] = calls
+    return Message(role, text, extra, _reasoning(given, role), _supervised(given, role), unread)
 
 
-def _refuse_media(holder: Mapping[Any, Any], place: str) -> None:
-    for key in sorted(_MEDIA & holder.keys()):
-        if _given(holder[key]):
-            raise RowProblem(f"{place} has {key!r}, and training takes text alone")
+def _either(given: Mapping[str, Any], one: str, other: str) -> Any:
+    """Return what a turn says under one of two names; RowProblem where they differ."""
+    if one not in given:
+        return given.get(other)
+    values = [ROLES.get(v, v) if isinstance(v, str) and one == "role" else v for v in (given[one], given.get(other))]
+    if other in given and values[0] != values[1]:
+        raise RowProblem(f" has {one!r} and {other!r}, which differ", other)
+    return given[one]
 
 
-def _given(value: object) -> bool:
-    return value is not None and not (isinstance(value, (str, list, dict)) and not value)
+def _reasoning(given: Mapping[str, Any], role: str) -> str:
+    names = [name for name in REASONING if name in given]
+    for name in names:
+        if not isinstance(given[name], str):
+            raise RowProblem(f".{name} must be text, got {kind_of(given[name])}")
+        _check_characters(given[name], f".{name}")
+        if given[name] and role != "assistant":
+            raise RowProblem(f".{name} is given, and only the assistant's turns have reasoning")
+        if given[name] != given[names[0]]:
+            raise RowProblem(f".{name} differs from its {names[0]}, and both mean the same")
+    return given[names[0]] if names else ""
 
 
-def _check_text(value: object, place: str) -> None:
+def _supervised(given: Mapping[str, Any], role: str) -> bool | None:
+    """Return whether the turn says that it is trained on; None where it does not say."""
+    said: dict[str, bool] = {}
+    for key in FLAGS:
+        if key not in given:
+            continue
+        value = given[key]
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowProblem(f".{key} is {_shown(value)}, and a turn is learned or not: 0 or 1, false or true", key)
+        said[key] = bool(value) is FLAGS[key]
+        if said[key] and role != "assistant":
+            raise RowProblem(f".{key} is {value!r}, and of a conversation only the assistant's turns are learned", key)
+        first = next(iter(said))
+        if said[key] is not said[first]:
+            raise RowProblem(f" has {first!r} and {key!r}, which contradict each other", key)
+    return next(iter(said.values()), None)
+
+
+def _read_calls(given: Mapping[str, Any], speaker: str, content: object) -> list[dict[str, Any]]:
+    """Return the tool calls of a turn, as chat templates take them, however they are written; [] for none."""
+    written = {key: given[key] for key in ("tool_calls", "function_call") if is_given(given.get(key))}
+    if speaker in _CALLS:
+        written["value" if "value" in given else "content"] = content
+    if not written:
+        return []
+    key, value = written.popitem()
+    if written or ROLES[speaker] != "assistant":
+        why = f"and {next(iter(written))!r}, which are two ways to call" if written else "and only the assistant calls"
+        raise RowProblem(f" has {key!r} {why} a tool", key)
+    listed = _parsed(value, f".{key}")
+    calls = []
+    for number, call in enumerate(listed if isinstance(listed, list) else [listed]):
+        place = f".{key}[{number}]" if isinstance(listed, list) else f".{key}"
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+            raise RowProblem(f"{place} is no call of a function with a name", key)
+        for name in {**call, **function}:
+            if name not in _CALL_KEYS and is_given(function.get(name, call.get(name))):
+                raise RowProblem(f"{place} has {name!r} beside the function's name and arguments", key)
+        if call.get("type", "function") != "function":
+            raise RowProblem(f"{place}.type is {_shown(call['type'])}, known is function", key)
+        arguments = function.get("arguments")
+        arguments = _parsed(arguments, f"{place}.arguments") if is_given(arguments) else {}
+        if not isinstance(arguments, dict):
+            raise RowProblem(f"{place}.arguments must be an object, got {kind_of(arguments)}", key)
+        about = {k: v for k, v in call.items() if v is not None} if "function" in call else {}
+        calls.append({"type": "function", **about, "function": {**function, "arguments": arguments}})
+    _check_characters(calls, f".{key}")
+    return calls
+
+
+def _parsed(value: object, place: str) -> Any:
+    """Return what JSON text says; what is no text as it is."""
     if not isinstance(value, str):
-        raise RowProblem(f"{place} must be text, got {_kind(value)}")
+        return value
     try:
-        value.encode()
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowProblem(f"{place} is not JSON ({error})") from None
+
+
+def _check_characters(value: object, place: str) -> None:
+    """Refuse half a surrogate pair, which no tokenizer takes, in a text or anywhere in a value."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) if value else ""
+    try:
+        text.isascii() or text.encode()
     except UnicodeEncodeError:
         raise RowProblem(f"{place} holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-
-
-def _message(turn: Mapping[str, Any], role_key: str, text_key: str) -> Message:
-    known = (role_key, text_key, *REASONING, *_MEDIA)  # no medium is left: the check was passed
-    extra = {k: v for k, v in turn.items() if k not in known and v is not None}
-    reasoning = next((turn[name] for name in REASONING if turn.get(name)), "")
-    content = turn[text_key]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return Message(FROM_ROLES[turn[role_key]], text, extra, reasoning)
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    names[bytes] = "bytes that are not UTF-8"  # others were decoded
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
-
-
-def _names(row: Mapping[Any, Any]) -> str:
-    names = ", ".join(repr(name) for name in list(row)[:8])
-    return names or "it is empty"
 
 
 def _shown(value: object) -> str:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import ChatTemplate
+from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Conversation
 from unmask.data.sources import Rows
 from unmask.errors import DataError
@@ -43,11 +43,13 @@ class EncodedRow:
         input_ids: int64 (n,).
         supervised: bool (n,), True where the loss may look.
         cut: whether it lost its end to `seq_length`.
+        notes: what of the row is not in the tokens, though it trains; the same texts for all rows of a kind.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
     cut: bool = False
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -76,6 +78,7 @@ def encode_row(
     Raises:
         DataError: the template refuses the conversation.
     """
+    template = template.with_tools(conversation.tools)
     encoded = template.encode(conversation.messages, config.mask_history, config.supervise_reasoning)
     too_long = len(encoded.ids) > seq_length
     if too_long and not config.truncation:
@@ -83,7 +86,33 @@ def encode_row(
     supervised = np.array(encoded.supervised[:seq_length], dtype=bool)
     if not supervised.any():
         return Dropped(NOTHING_LEFT)
-    return EncodedRow(np.array(encoded.ids[:seq_length], dtype=np.int64), supervised, cut=too_long)
+    return EncodedRow(
+        np.array(encoded.ids[:seq_length], dtype=np.int64),
+        supervised,
+        too_long,
+        _notes(conversation, template, encoded),
+    )
+
+
+def _notes(conversation: Conversation, template: ChatTemplate, encoded: Encoded) -> tuple[str, ...]:
+    """Return a line for each thing that the row says and the tokens do not."""
+    unread = [f"key {key!r}" for key in conversation.unread]
+    for turn in conversation.messages:
+        unread += (f"key {key!r} of a part" for key in turn.unread)
+        unread += (f"key {key!r} of a turn" for key in turn.extra if not template.knows(key))
+    if not unread and not encoded.notes:
+        return ()
+    return (*encoded.notes, *(f"{key} that nothing reads" for key in dict.fromkeys(unread)))
+
+
+def count_notes(
+    encoded: Iterable[tuple[int, EncodedRow]], rows: Rows, noted: Counter[str], examples: dict[str, str]
+) -> None:
+    """Add the notes of rows, each given with its index, to counts, and the first place of each to the examples."""
+    for index, row in encoded:
+        for note in row.notes:
+            noted[note] += 1
+            examples.setdefault(note, rows.describe(index))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data.conversation import Columns, Conversation, RowProblem, check_row, read_conversation
+from unmask.data.conversation import Conversation, RowProblem
+from unmask.data.formats import Columns, check_row, read_conversation
 from unmask.errors import DataError
 
 _BLANK = " \t\r\n"
@@ -52,7 +53,7 @@ class FileRows:
                 elif skip_malformed:
                     self.skipped.append(f"{path}:{line}: {problem}")
                 else:
-                    raise DataError(f"{path}:{line}: {problem}; fix the row or set {where}.on_malformed: skip")
+                    raise DataError(f"{path}:{line}: {problem}; {problem.remedy(where)}")
             self.fingerprint = _fingerprint(path, len(places) // 3)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -85,7 +86,7 @@ class FileRows:
         return f"{self.path}:{self.places[index][2]}"
 
 
-def _scan(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, str | None]]:
+def _scan(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, RowProblem | None]]:
     """Yield each row's start byte, end byte, line number (from 1) and what is wrong with it, None for nothing."""
     if path.suffix != ".json":
         return _scan_lines(path, columns)
@@ -118,7 +119,7 @@ def _is_row(line: bytes, columns: Columns) -> bool:
     return True
 
 
-def _scan_lines(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, str | None]]:
+def _scan_lines(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, RowProblem | None]]:
     end = 0
     decode = _DECODER.raw_decode  # half the time of json.loads on short rows
     with open(path, "rb") as file:
@@ -136,11 +137,11 @@ def _scan_lines(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, s
                     raise json.JSONDecodeError("Extra data", text, length)
                 check_row(row, columns)
             except RowProblem as error:
-                problem = str(error)
+                problem = error
             except ValueError as error:
-                problem = _json_problem(error, torn=not raw.endswith(b"\n"))
+                problem = RowProblem(_json_problem(error, torn=not raw.endswith(b"\n")))
             except RecursionError:
-                problem = "nested too deeply"
+                problem = RowProblem("nested too deeply")
             yield start, end, line, problem
 
 
@@ -154,7 +155,7 @@ def _json_problem(error: ValueError, torn: bool = False) -> str:
     return f"{problem}; the file ends inside this row, so it may have been cut short" if torn else problem
 
 
-def _scan_document(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, str | None]]:
+def _scan_document(path: Path, columns: Columns) -> Iterator[tuple[int, int, int, RowProblem | None]]:
     """Yield the rows of a file that is one JSON document: a list of rows, or an object with a single list."""
     raw = path.read_bytes()
     start = len(_BOM) if raw.startswith(_BOM) else 0
@@ -186,7 +187,7 @@ def _scan_document(path: Path, columns: Columns) -> Iterator[tuple[int, int, int
             _DECODER.raw_decode(text, begin)
             check_row(row, columns)
         except RowProblem as error:
-            problem = str(error)
+            problem = error
         yield byte, byte + size, line, problem
         byte, line, place = byte + size, line + text.count("\n", begin, end), end
 

@@ -18,7 +18,7 @@ import numpy as np
 from unmask.batch import Batch
 from unmask.config.data import DataloaderConfig
 from unmask.data.batches import collate, rounded
-from unmask.data.encode import Dropped, Encode, EncodedRow, encoded_ahead
+from unmask.data.encode import Dropped, Encode, EncodedRow, count_notes, encoded_ahead
 from unmask.data.sources import Rows
 from unmask.errors import ConfigError, DataError
 from unmask.rng import generator
@@ -62,6 +62,7 @@ class TrainLoader:
 
     Attributes:
         dropped: rows passed over, by reason, each row once (a later epoch passes over the same ones).
+        noted: rows that train without something they say, by what that is, each row once.
         examples: for each reason, the first such row: its place, or what was wrong with it where that differs.
 
     Raises:
@@ -109,6 +110,7 @@ class TrainLoader:
         self.cursor = 0
         self.carried: frozenset[int] = frozenset()
         self.dropped: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     @property
@@ -139,6 +141,8 @@ class TrainLoader:
                 if epoch == 0:
                     self.dropped[row.reason] += 1
                     self.examples.setdefault(row.reason, row.detail or self.rows.describe(index))
+            if batch.epoch == 0:
+                count_notes(batch.rows, self.rows, self.noted, self.examples)
             yield self._micro_batches(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,6 +152,7 @@ class TrainLoader:
             "cursor": self.cursor,
             "carried": sorted(self.carried),
             "dropped": dict(self.dropped),
+            "noted": dict(self.noted),
             "examples": dict(self.examples),
             "order": self._order_identity(),
         }
@@ -168,6 +173,7 @@ class TrainLoader:
         self.epoch, self.cursor = state["epoch"], state["cursor"]
         self.carried = frozenset(state.get("carried", ()))
         self.dropped = Counter(state["dropped"])
+        self.noted = Counter(state.get("noted", {}))
         self.examples = dict(state["examples"])
 
     def _order_identity(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unmask.data.conversation import Columns, RowProblem, check_row
+from unmask.data.conversation import RowProblem
+from unmask.data.formats import Columns, read_conversation
 from unmask.data.tables import read_hub
 from unmask.errors import DataError, choice_problem
 
@@ -47,10 +48,10 @@ PREPARERS: dict[str, Callable[..., list[Path]]] = {"gsm8k": prep_gsm8k}
 
 def _chat(row: object, place: str) -> dict[str, Any]:
     try:
-        question, answer = check_row(row, _GSM8K_COLUMNS)
+        messages = read_conversation(row, _GSM8K_COLUMNS).messages
     except RowProblem as error:
         raise DataError(f"{place}: {error}; a GSM8K row has a question and an answer") from None
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": message.role, "content": message.content} for message in messages]}
 
 
 def _gsm8k_rows(source: str | None, split: str) -> Iterable[tuple[str, object]]:

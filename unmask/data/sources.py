@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from unmask.config.data import DatasetConfig
-from unmask.data.conversation import Columns, Conversation
+from unmask.data.conversation import Conversation
 from unmask.data.files import FileRows
+from unmask.data.formats import Columns
 from unmask.data.layout import SUFFIXES, split_files
 from unmask.data.tables import TableRows, read_hub, read_saved, read_table
 from unmask.errors import DataError, nearest
@@ -109,7 +110,7 @@ def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
 
 
 def _columns(config: DatasetConfig) -> Columns:
-    return Columns(config.prompt_column, config.completion_column)
+    return Columns(config.prompt_column, config.completion_column, frozenset(config.ignore_keys or ()))
 
 
 def _open_file(path: Path, config: DatasetConfig, where: str, max_rows: int | None) -> Rows:

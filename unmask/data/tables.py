@@ -10,7 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from unmask.data.conversation import Columns, Conversation, RowProblem, read_conversation
+from unmask.data.conversation import Conversation, RowProblem
+from unmask.data.formats import FORMATS, Columns, read_conversation
 from unmask.errors import DataError, nearest
 
 
@@ -22,12 +23,11 @@ class TableRows:
     """
 
     def __init__(self, table: Any, label: str, columns: Columns, where: str, max_rows: int | None = None) -> None:
-        wanted = columns if columns.prompt is not None else ("messages", "conversations")
-        present = [name for name in wanted if name in table.column_names]
-        if len(present) < (2 if columns.prompt is not None else 1):
-            missing = " or ".join(repr(name) for name in wanted if name not in present)
+        if columns.format_of(table.column_names) is None:
+            formats = [columns[:2]] if columns.prompt is not None else [format.keys for format in FORMATS]
+            wanted = " or ".join(" and ".join(map(repr, keys)) for keys in formats)
             raise DataError(
-                f"{label}: no column {missing} among {', '.join(table.column_names) or 'none'}; "
+                f"{label}: no column {wanted} among {', '.join(table.column_names) or 'none'}; "
                 f"name the ones that hold the text in {where}.prompt_column and {where}.completion_column"
             )
         if len(table) == 0:
@@ -47,9 +47,7 @@ class TableRows:
         try:
             return read_conversation(self._row(index), self.columns)
         except RowProblem as error:
-            raise DataError(
-                f"{self.describe(index)}: {error}; fix the row or set {self.where}.on_malformed: skip"
-            ) from None
+            raise DataError(f"{self.describe(index)}: {error}; {error.remedy(self.where)}") from None
 
     def text_length(self, index: int) -> int:
         """Return the characters of the row's turns; 0 for a malformed row."""

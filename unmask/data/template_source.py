@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def read_template(chat_template: str) -> str:
         ) from None
 
 
+@cache
+def words_of(source: str) -> frozenset[str]:
+    """Return the words of a template, outside its comments: what is not among them it cannot know."""
+    return frozenset(re.findall(r"\w+", _COMMENT.sub("", source)))
+
+
 def with_variables(source: str, variables: Mapping[str, Any], name: str) -> str:
     """Return a template that starts by setting variables which its caller has not set.
 
@@ -43,7 +50,7 @@ def with_variables(source: str, variables: Mapping[str, Any], name: str) -> str:
     Raises:
         DataError: a variable that the template never mentions.
     """
-    words = set(re.findall(r"\w+", _COMMENT.sub("", source)))
+    words = words_of(source)
     for variable in variables:
         if variable not in words:
             raise DataError(

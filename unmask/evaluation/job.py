@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.config.sampler import SamplerConfig
-from unmask.data.conversation import Columns
+from unmask.data.formats import Columns
 from unmask.errors import ConfigError, DataError
 from unmask.evaluation.grade import check_grader, expected_answer
 from unmask.evaluation.harness import check_names, task_manager
@@ -48,6 +48,7 @@ class EvalJob:
     data: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    ignore_keys: Sequence[str] = ()
     limit: int | None = None
     few_shot: int | None = None
     shots_file: str | None = None
@@ -121,7 +122,7 @@ class EvalJob:
             refuse(
                 f"is of {', '.join(TASKS)}, and --tasks names none of them",
                 data=self.data, prompt_column=self.prompt_column, completion_column=self.completion_column,
-                shots_file=self.shots_file, raw=self.raw, against=self.against,
+                ignore_keys=self.ignore_keys, shots_file=self.shots_file, raw=self.raw, against=self.against,
             )  # fmt: skip
         if not theirs:
             refuse(
@@ -170,7 +171,7 @@ def plan_evaluation(job: EvalJob) -> EvalPlan:
 def _questions(job: EvalJob) -> dict[str, list[Question]]:
     """Read each task's questions, put worked examples before them, and refuse answers that no model could match."""
     assert job.data is not None
-    columns = None if job.prompt_column is None else Columns(job.prompt_column, job.completion_column)
+    columns = Columns(job.prompt_column, job.completion_column, job.ignore_keys)
     questions = read_questions(job.data, job.limit, columns)
     for name in job.our_tasks:
         grader = TASKS[name].grader

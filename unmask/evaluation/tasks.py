@@ -1,7 +1,7 @@
 """What `unmask eval` measures on a file: the table of tasks, and the questions read from the rows. Needs no torch.
 
-A row is a chat (`messages` or `conversations`; its last assistant turn is the reference answer) or a pair of columns,
-recognised by their names or named by the caller.
+A row has one of the formats that training reads, or a pair of columns, recognised by their names or named by the
+caller. The last answer that may be learned is the reference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from unmask.data.conversation import Columns, Message, RowProblem, read_conversation
+from unmask.data.conversation import Conversation, Message, RowProblem
+from unmask.data.formats import FORMATS, NO_COLUMNS, Columns, read_conversation
+from unmask.data.keys import is_blank
 from unmask.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,12 +82,12 @@ class Question:
 
 
 def read_questions(
-    path: str | Path, limit: int | None = None, columns: Columns | None = None, where: str = "--data"
+    path: str | Path, limit: int | None = None, columns: Columns = NO_COLUMNS, where: str = "--data"
 ) -> list[Question]:
     """Read the questions of a JSONL file, or the first `limit` of them.
 
-    Without `columns` a row has messages, or the first of COLUMN_PAIRS that it holds. `where` is the flag that named the
-    file, for messages.
+    Where `columns` names no pair, a row has one of training's formats, or the first of COLUMN_PAIRS that it holds.
+    `where` is the flag that named the file, for messages.
 
     Raises:
         DataError: no such file, no rows, or a row without a question and an answer, with its file and line.
@@ -97,14 +99,13 @@ def read_questions(
             if limit is not None and len(questions) >= limit:
                 break
             try:
-                turns = read_conversation(row, columns or _columns_of(row)).messages
-                question = _question(turns, label)
-                if not question.reference.strip():
-                    raise RowProblem("its answer is empty")
-                questions.append(question)
+                found = columns if columns.prompt is not None else _columns_of(row, columns)
+                questions.append(_question(read_conversation(row, found), label))
             except RowProblem as error:
-                other = "its" if columns is None else "other"
+                other = "its" if columns.prompt is None else "other"
                 remedy = f"fix the row, or name {other} columns with --prompt-column and --completion-column"
+                if error.key is not None:
+                    remedy = f"fix the row, or leave the key out with --ignore-keys {error.key}"
                 raise DataError(f"{label}: {error}; {remedy}") from None
     except OSError as error:
         raise DataError(f"{where}: {path.absolute()} cannot be read ({error.strerror or error})") from None
@@ -113,15 +114,17 @@ def read_questions(
     return questions
 
 
-def questions_of(rows: Rows, limit: int | None) -> list[Question]:
-    """Return the questions of the first rows of a data set; DataError for a row that asks nothing."""
+def questions_of(rows: Rows, limit: int | None, skip_malformed: bool = False) -> list[Question]:
+    """Return the questions of the first rows of a data set; one that asks nothing is a DataError, or left out."""
     questions = []
     for index in range(len(rows) if limit is None else min(limit, len(rows))):
         label = rows.describe(index)
         try:
-            questions.append(_question(rows[index].messages, label))
-        except RowProblem as error:
-            raise DataError(f"{label}: {error}; remove the row") from None
+            questions.append(_question(rows[index], label))
+        except (RowProblem, DataError) as error:
+            if skip_malformed:
+                continue
+            raise error if isinstance(error, DataError) else DataError(f"{label}: {error}; remove the row") from None
     return questions
 
 
@@ -157,12 +160,16 @@ def as_text(questions: Sequence[Question], shots: Sequence[Question], asks: str,
     return [replace(question, prompt=f"{before}{asks}{_asked(question)}{answers}") for question in questions]
 
 
-def _question(messages: Sequence[Message], label: str) -> Question:
-    turns = list(messages)
-    while turns and turns[-1].role != "assistant":
+def _question(conversation: Conversation, label: str) -> Question:
+    if conversation.tools:
+        raise RowProblem("the row has 'tools', and questions are asked without any", "tools")
+    turns = list(conversation.messages)
+    while turns and (turns[-1].role != "assistant" or turns[-1].supervised is False):
         turns.pop()
     if len(turns) < 2:
         raise RowProblem("nothing is asked before the assistant's turn")
+    if is_blank(turns[-1].content):
+        raise RowProblem("its answer is a call of a tool, without text")
     return Question(tuple(turns[:-1]), turns[-1].content, label)
 
 
@@ -175,15 +182,16 @@ def _asked(question: Question) -> str:
     return "\n".join(turn.content for turn in _turns(question, systems=True))
 
 
-def _columns_of(row: object) -> Columns:
-    if not isinstance(row, dict) or "messages" in row or "conversations" in row:
-        return Columns()
+def _columns_of(row: object, columns: Columns) -> Columns:
+    if not isinstance(row, dict) or columns.format_of(row) is not None:
+        return columns
     for pair in COLUMN_PAIRS:
         if pair.prompt in row and pair.completion in row:
-            return pair
-    pairs = ", ".join(f"{pair.prompt}/{pair.completion}" for pair in COLUMN_PAIRS)
+            return pair._replace(ignore=columns.ignore)
+    pairs = [*COLUMN_PAIRS, *(Columns(*format.keys) for format in FORMATS if len(format.keys) == 2)]
+    shown = ", ".join(dict.fromkeys(f"{pair.prompt}/{pair.completion}" for pair in pairs))
     names = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
-    raise RowProblem(f"neither messages nor a pair of columns {pairs}, the row has {names}")
+    raise RowProblem(f"neither messages nor conversations nor a pair of columns {shown}, the row has {names}")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:

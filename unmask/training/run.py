@@ -32,8 +32,13 @@ class Loader(Protocol):
         ...
 
     @property
+    def noted(self) -> Mapping[str, int]:
+        """How many rows say something that nothing learns, by what it is."""
+        ...
+
+    @property
     def examples(self) -> Mapping[str, str]:
-        """For each reason, the first such row."""
+        """For each of these, the first such row."""
         ...
 
     def __iter__(self) -> Generator[list[Batch]]:

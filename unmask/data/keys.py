@@ -1,0 +1,120 @@
+"""Which keys of a row, a turn or a part of a text change what it teaches: those that nobody reads are refused by name.
+
+The names are those of the formats that people have: OpenAI's fine-tuning, TRL, LLaMA-Factory, axolotl, ms-swift,
+ShareGPT, LLaVA. A key that is in none of these lists changes nothing that we know of (`id`, `source`, …): it is left
+out, and whoever reads many rows says once how many had it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+class RowProblem(ValueError):
+    """A raw row that is no conversation; the text says why, as the end of a sentence that starts with the row's place.
+
+    Attributes:
+        key: the key without which the row could be read; None where leaving out a key is no remedy.
+    """
+
+    def __init__(self, text: str, key: str | None = None) -> None:
+        super().__init__(text)
+        self.key = key
+
+    def remedy(self, where: str) -> str:
+        """Return what a user can do; `where` names the section that the row comes from."""
+        leave_out = f"set {where}.ignore_keys: [{self.key}] to leave the key out, " if self.key else ""
+        return f"{leave_out}fix the row or set {where}.on_malformed: skip"
+
+
+# The names under which data sets and chat templates know the reasoning of a turn.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# Keys of a turn that say whether its answer is trained on, each with what 1 or true means.
+FLAGS = {
+    "weight": True, "loss_weight": True, "train": True, "training": True, "trainable": True, "loss": True,
+    "loss_mask": True, "masked": False,
+}  # fmt: skip
+# Keys of a row that hold the text of a system turn.
+SYSTEM = ("system", "system_prompt", "system_message")
+
+_MEDIA = (
+    "image", "images", "image_url", "image_urls", "image_path", "image_paths", "video", "videos", "video_url",
+    "video_path", "audio", "audios", "audio_url", "audio_path", "input_audio", "pixel_values", "objects", "file",
+    "files",
+)  # fmt: skip
+_WHY = {
+    "and training takes text alone": _MEDIA,
+    "which compares or judges answers, and training takes every answer as right": (
+        "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "preferred_output",
+        "non_preferred_output", "label", "labels", "kto_tag", "completions", "positive_messages", "negative_messages",
+    ),
+    "which weights or masks what is learned; turns can say so of themselves, with weight: 0 or 1": (
+        *FLAGS, "sample_weight", "loss_scale", "mask", "train_on_inputs", "train_on_input", "train_detail",
+        "training_detail",
+    ),
+    "and the text would lack it; write it into a turn": (
+        "context", "contexts", "documents", "choices", "options", "passage", "suffix", "prefix", "history", "channel",
+        "recipient", "refusal",
+    ),
+    "which is about tools; give `tools` of the row and `tool_calls` of a turn": (
+        "tools", "functions", "function", "tool_choice", "tool_calls", "function_call",
+    ),
+    "which sets the chat template; set it for all rows, with chat_template_kwargs": (
+        "chat_template_kwargs", "chat_template", "enable_thinking", "add_generation_prompt", "continue_final_message",
+    ),
+    "which is reasoning; give it as reasoning_content of the answer's turn": (
+        *REASONING, "thinking_blocks", "reasoning_details", "thought", "thoughts", "rationale", "chain_of_thought",
+        "cot",
+    ),
+    "which are tokens, and the run's own tokenizer makes them from text": (
+        "input_ids", "attention_mask", "token_ids", "prompt_ids", "completion_ids", "completion_mask",
+        "assistant_masks", "position_ids", "special_tokens_mask",
+    ),
+    "which is a conversation of another format": (
+        "messages", "conversations", "conversation", "dialog", "dialogue", "turns", "segments", "prompt", "completion",
+        "instruction", "input", "output", "query", "response", "text", *SYSTEM,
+    ),
+}  # fmt: skip
+# key → why a row, a turn or a part that says it cannot be read
+REASONS = {key: why for why, keys in reversed(_WHY.items()) for key in keys}
+
+
+def is_given(value: object) -> bool:
+    """Say whether a value says anything: not null, blank text, nor a container of such. False and 0 are said."""
+    if isinstance(value, str):
+        return not is_blank(value)
+    if isinstance(value, dict):
+        return any(map(is_given, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(is_given, value))
+    return value is not None
+
+
+def is_blank(text: str) -> bool:
+    """Say whether nothing of a text can be seen: no character but spaces, controls and formats such as U+200B."""
+    visible = text.strip()
+    return not visible or (
+        not visible[0].isprintable() and all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in visible)
+    )
+
+
+def unread_keys(holder: Mapping[str, Any], read: Collection[str], place: str = "") -> tuple[str, ...]:
+    """Return the keys of a row, a turn or a part that are given and not among those that are `read`.
+
+    Raises:
+        RowProblem: one of them is known to change what the row teaches.
+    """
+    unread = tuple(key for key, value in holder.items() if key not in read and is_given(value))
+    for key in unread:
+        if key in REASONS:
+            raise RowProblem(f"{place} has {key!r}, {REASONS[key]}", key)
+    return unread
+
+
+def kind_of(value: object) -> str:
+    """Return what a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    names[bytes] = "bytes that are not UTF-8"  # others were decoded
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -1,0 +1,89 @@
+"""What of a conversation a chat template leaves out of the text, found by rendering it with probes.
+
+A probe stands in the place of each text, reasoning, call's name and call's argument. Templates look at roles and at
+which turns have reasoning or calls, hardly at texts, so conversations of one shape are probed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from unmask.data.renderings import Span, Turn, reasoning_of, with_reasoning
+from unmask.errors import DataError
+
+UNSHOWN_REASONING = "reasoning that the chat template does not show, so nothing learns from it"
+_TEXT, _REASONING, _NAME, _ARGUMENTS = "text", "reasoning", "name", "arguments"
+Shape = tuple[Any, ...]
+
+
+def shape_of(turns: Sequence[Turn]) -> Shape:
+    """Return what a template may go by: each turn's role, and what it has."""
+    return tuple((turn["role"], bool(turn["content"]), bool(reasoning_of(turn)), _calls(turn)) for turn in turns)
+
+
+def with_probes(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns with a probe in the place of each text that a template may show."""
+    probed = []
+    for number, turn in enumerate(turns):
+        if reasoning_of(turn):
+            turn = with_reasoning(turn, _probe(_REASONING, number))
+        if isinstance(turn["content"], str) and turn["content"]:
+            turn = {**turn, "content": _probe(_TEXT, number)}
+        if turn.get("tool_calls"):
+            calls = [{**call, "function": _probed_call(call["function"], number)} for call in turn["tool_calls"]]
+            turn = {**turn, "tool_calls": calls}
+        probed.append(turn)
+    return probed
+
+
+def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None] | None, name: str) -> tuple[str, ...]:
+    """Refuse a template that leaves a turn's text or calls out; return what else it leaves out, in words.
+
+    Args:
+        turns: as given to `with_probes`.
+        text: its turns as the template renders them.
+        answers: where the answers lie in it, which calls must be part of; None where nothing is learned.
+        name: what messages call the template.
+
+    Raises:
+        DataError: of what is missing from the text or from its answers.
+    """
+    for number, turn in enumerate(turns):
+        where = f"turn {number}, of the {turn['role']}"
+        if isinstance(turn["content"], str) and turn["content"] and _probe(_TEXT, number) not in text:
+            raise DataError(
+                f"dataset.chat_template: {name} does not show the text of {where}, so it would be lost; name a "
+                "template that shows it, or take the turn out of the row"
+            )
+        if not turn.get("tool_calls"):
+            continue
+        given = any(call["function"].get("arguments") for call in turn["tool_calls"])
+        for probe in (_probe(_NAME, number), *([_probe(_ARGUMENTS, number)] if given else [])):
+            at = text.find(probe)
+            if at < 0:
+                raise DataError(
+                    f"dataset.chat_template: {name} does not show the tool_calls of {where}, with their arguments as "
+                    "JSON; name a template that does, or leave them out with dataset.ignore_keys"
+                )
+            inside = answers is None or None in answers or any(s[0] <= at < s[1] for s in answers if s)
+            if not inside:
+                raise DataError(
+                    f"dataset.chat_template: {name} does not supervise the tool_calls of {where}, which are its "
+                    "answer; name a template that has them inside its {% generation %} tags"
+                )
+    hidden = (n for n, turn in enumerate(turns) if reasoning_of(turn) and _probe(_REASONING, n) not in text)
+    return (UNSHOWN_REASONING,) if any(True for _ in hidden) else ()
+
+
+def _probed_call(function: Turn, number: int) -> Turn:
+    arguments = dict.fromkeys(function.get("arguments") or {}, _probe(_ARGUMENTS, number))
+    return {**function, "name": _probe(_NAME, number), "arguments": arguments}
+
+
+def _probe(what: str, number: int) -> str:
+    return f"\ue0f0{what}{number}\ue0f1"  # private-use characters, as in renderings.py; no marker has letters
+
+
+def _calls(turn: Turn) -> Shape:
+    return tuple(bool(call["function"].get("arguments")) for call in turn.get("tool_calls") or ())
