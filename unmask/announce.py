@@ -47,6 +47,8 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         say(f"resuming from {start.folder} after step {start.step} of {run.total_steps}")
     for line in changed:
         say(f"changed since step {start.step}: {line}")
+    if start.changed_data is not None:
+        say(f"changed since step {start.step}: {start.changed_data}")
     for line in _validation_notes(prepared, validation):
         say(f"validation: {line}")
     say(
@@ -62,6 +64,7 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         resumed_from=None if start.folder is None else start.folder.name,
         refused=list(start.refused),
         changed=changed,
+        changed_data=start.changed_data,
         total_steps=run.total_steps,
         rows=len(prepared.rows),
         skipped_rows=len(prepared.rows.skipped),
@@ -184,7 +187,6 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "torch_dtype": config.model.torch_dtype,
         "peft": None if config.peft is None else to_mapping(config.peft),
         "base": None if config.peft is None or folder is None else weights_fingerprint(folder),
-        "data": prepared.rows.fingerprint,
         "global_batch_size": config.step_scheduler.global_batch_size,
         "seed": [config.seed, config.dataset.shuffle_seed],
         "order": [config.dataloader.shuffle, config.dataloader.group_by_length],

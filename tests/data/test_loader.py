@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -14,9 +15,11 @@ from unmask.config.data import DataloaderConfig, DatasetConfig
 from unmask.config.reader import read_section
 from unmask.data.batches import rounded, validation_set
 from unmask.data.chat import load_template
+from unmask.data.conversation import Conversation, Message
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.loader import TrainLoader, epoch_order
+from unmask.data.loader import TrainLoader, epoch_windows
 from unmask.data.sources import open_rows
+from unmask.data.visited import row_digest
 from unmask.errors import ConfigError, DataError
 
 PAD = 9999  # no row's token
@@ -204,6 +207,11 @@ def test_grouping_by_length_saves_padding_and_visits_each_row_once(monkeypatch):
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
+def order(rows: int, epoch: int, start: int = 0, **settings) -> Iterator[int]:
+    windows = epoch_windows(rows, epoch, 1, shuffle=True, batch_rows=2, start=start, **settings)
+    return islice((index for _, window in windows for index in window), start % 128, None)
+
+
 def test_grouping_measures_only_the_rows_it_reaches():
     measured = []
 
@@ -211,14 +219,16 @@ def test_grouping_measures_only_the_rows_it_reaches():
         measured.append(index)
         return index
 
-    order = epoch_order(100_000, 0, 1, shuffle=True, batch_rows=2, text_length=text_length)
+    some = order(100_000, 0, text_length=text_length)
     assert measured == []
-    assert len(set(islice(order, 3))) == 3 and len(measured) == 128
-    full = list(epoch_order(1000, 2, 1, shuffle=True, batch_rows=2, text_length=lambda i: i % 17))
+    assert len(set(islice(some, 3))) == 3 and len(measured) == 128
+    full = list(order(1000, 2, text_length=lambda i: i % 17))
     assert sorted(full) == list(range(1000))
     for start in (1, 127, 128, 999):
-        again = epoch_order(1000, 2, 1, shuffle=True, batch_rows=2, text_length=lambda i: i % 17, start=start)
-        assert list(again) == full[start:]
+        assert list(order(1000, 2, start, text_length=lambda i: i % 17)) == full[start:]
+    # A window that was begun keeps its order, whatever its rows measure now.
+    begun = full[128:256]
+    assert list(order(1000, 2, 150, text_length=lambda i: i % 5, begun=begun))[: 256 - 150] == full[150:256]
 
 
 def test_padding_is_lean_unless_it_is_supervised():
@@ -334,3 +344,115 @@ def test_the_rows_that_a_short_run_never_reaches_are_named():
     assert loader(Numbered(45), shuffle=False, group_by_length=True).never_seen(2).startswith("29 of 45 rows are never")
     assert loader(Numbered(45), shuffle=False).never_seen(6) is None
     assert loader(Numbered(45)).never_seen(2) is None
+
+
+@dataclass
+class Worded(Numbered):
+    """Rows with a text each, which the encoder digests; a row without one is malformed."""
+
+    texts: list[str | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, texts: list[str | None]) -> Worded:
+        return cls(len(texts), fingerprint=repr(texts), texts=list(texts))
+
+    def __getitem__(self, index):
+        if self.texts[index] is None:
+            raise DataError(f"row {index} is malformed")
+        return Conversation((Message("assistant", self.texts[index]),))
+
+    def text_length(self, index: int) -> int:
+        return len(self.texts[index] or "")
+
+    def encode(self, index: int) -> EncodedRow | Dropped:
+        if self.texts[index] is None:
+            return Dropped("malformed")
+        length = self.text_length(index)
+        tokens = np.full(length, index, dtype=np.int64)
+        return EncodedRow(tokens, np.ones(length, dtype=bool), digest=row_digest(self[index]))
+
+
+def words(count: int) -> list[str | None]:
+    return ["x" * (2 + index * 7 % 13) + str(index) for index in range(count)]
+
+
+def after(texts: list[str | None], steps: int, **settings) -> tuple[TrainLoader, dict, set[int]]:
+    """Return a loader after so many steps, its position, and the rows that lie behind it."""
+    source = loader(Worded.of(texts), **settings)
+    behind = {sample for step in islice(source, steps) for sample in ids(step)}
+    return source, json.loads(json.dumps(source.state_dict())), behind
+
+
+SETTINGS = [{}, {"shuffle": False}, {"group_by_length": True}]
+BEHIND = "the data, but none of the rows trained on so far"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_data_that_changed_ahead_of_a_position_are_accepted(settings, steps):
+    texts = words(60)
+    _, state, behind = after(texts, steps, **settings)
+    mended = sorted(set(range(60)) - behind)[:3]
+    changed = [text + "!" * 20 if index in mended else text for index, text in enumerate(texts)]
+    resumed = loader(Worded.of(changed), **settings)
+    position, note = resumed.fit(state, accept_changed=False)
+    assert note == BEHIND
+    resumed.load_state_dict(position)
+    rest = {sample for step in islice(resumed, 7 - steps) for sample in ids(step)}
+    assert len(rest) == 8 * (7 - steps) and not rest & behind  # no row twice in an epoch, whatever its length now
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_data_that_lie_elsewhere_now_are_accepted(settings):
+    source, state, _ = after(words(60), 9, **settings)
+    moved = loader(replace(Worded.of(words(60)), fingerprint="moved"), **settings)
+    position, note = moved.fit(state, accept_changed=False)
+    assert note == BEHIND
+    moved.load_state_dict(position)
+    assert ids(next(iter(moved))) == ids(next(iter(source)))
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_data_that_changed_under_what_was_trained_on_are_refused_unless_accepted(settings, steps):
+    texts = words(60)
+    _, state, behind = after(texts, steps, **settings)
+    one = min(behind)
+    changed = [text + "!" if index == one else text for index, text in enumerate(texts)]
+    resumed = loader(Worded.of(changed), **settings)
+    with pytest.raises(DataError, match="rows that it was trained on are no longer the same$"):
+        resumed.fit(state, accept_changed=False)
+    position, note = resumed.fit(state, accept_changed=True)
+    assert note == "rows that were trained on; checkpoint.accept_changed_data goes on with them as they are"
+    resumed.load_state_dict(position)
+    next(iter(resumed))
+    # From here on the rows as they are now are the ones that count.
+    again = loader(Worded.of(changed), **settings)
+    assert again.fit(resumed.state_dict(), accept_changed=False) == (resumed.state_dict(), None)
+    again = loader(replace(Worded.of(changed), fingerprint="moved"), **settings)
+    assert again.fit(resumed.state_dict(), accept_changed=False)[1] == BEHIND
+
+
+def test_rows_added_at_the_end_put_shuffled_rows_in_another_order():
+    texts = words(60)
+    for steps in (2, 9):
+        _, state, _ = after(texts, steps)
+        with pytest.raises(DataError, match=r"no longer the same \(60 rows then, 61 now\)"):
+            loader(Worded.of([*texts, "more"])).fit(state, accept_changed=False)
+        more = loader(Worded.of([*texts, "more"]))
+        more.load_state_dict(more.fit(state, accept_changed=True)[0])
+        assert len(ids(next(iter(more)))) == 8
+    _, state, _ = after(texts, 2, shuffle=False)
+    more = loader(Worded.of([*texts, "more"]), shuffle=False)
+    position, note = more.fit(state, accept_changed=False)
+    assert note == BEHIND
+    more.load_state_dict(position)
+    assert sorted(ids(next(iter(more)))) == list(range(16, 24))
+
+
+def test_a_row_that_was_left_out_and_is_mended_has_changed_too():
+    texts = words(60)
+    texts[0] = None
+    _, state, _ = after(texts, 1, shuffle=False)
+    with pytest.raises(DataError, match="no longer the same"):
+        loader(Worded.of(words(60)), shuffle=False).fit(state, accept_changed=False)

@@ -68,6 +68,8 @@ class CheckpointConfig:
             true); one process writes nothing else
         best_metric: `validation_loss` (least) or `exact_match` (most): the checkpoint of the best evaluation by it is
             saved, kept, and linked as `best`; null compares nothing
+        accept_changed_data: resume although rows that were trained on have changed since; rows to come may change
+            without it
     """
 
     enabled: bool = True
@@ -75,6 +77,7 @@ class CheckpointConfig:
     max_recent_checkpoints: int | None = 3
     save_consolidated: bool | Literal["final", "every"] = "final"
     best_metric: str | None = None
+    accept_changed_data: bool = False
 
     def __post_init__(self) -> None:
         if self.best_metric is not None and self.best_metric not in METRICS:

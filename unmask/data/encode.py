@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Conversation
 from unmask.data.sources import Rows
+from unmask.data.visited import row_digest
 from unmask.errors import DataError
 
 TOO_LONG = "longer than seq_length, and truncation is off"
@@ -44,12 +45,14 @@ class EncodedRow:
         supervised: bool (n,), True where the loss may look.
         cut: whether it lost its end to `seq_length`.
         notes: what of the row is not in the tokens, though it trains; the same texts for all rows of a kind.
+        digest: of the row as read (`visited.row_digest`).
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
     cut: bool = False
     notes: tuple[str, ...] = ()
+    digest: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -62,10 +65,12 @@ class Dropped:
     Attributes:
         reason: the same text for all rows of its kind, so that it can be counted.
         detail: what was wrong with this very row; "" when `reason` says all.
+        digest: as of an `EncodedRow`; 0 where the row cannot be read.
     """
 
     reason: str
     detail: str = ""
+    digest: int = field(default=0, compare=False)
 
 
 def encode_row(
@@ -132,13 +137,15 @@ class RowEncoder:
             if self.config.on_malformed == "error":
                 raise
             return Dropped(MALFORMED, str(error))
+        digest = row_digest(conversation)
         try:
-            return encode_row(conversation, self.template, self.config, self.config.seq_length)
+            row = encode_row(conversation, self.template, self.config, self.config.seq_length)
+            return replace(row, digest=digest)
         except DataError as error:
             place = self.rows.describe(index)
             if self.config.on_malformed == "error":
                 raise DataError(f"{place}: {error}; fix the row or set {self.where}.on_malformed: skip") from None
-            return Dropped(MALFORMED, f"{place}: {error}")
+            return Dropped(MALFORMED, f"{place}: {error}", digest)
 
 
 Encode = Callable[[int], EncodedRow | Dropped]

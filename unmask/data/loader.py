@@ -9,7 +9,7 @@ without shuffling they would be the same ones each time, so there they come firs
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from unmask.config.data import DataloaderConfig
 from unmask.data.batches import collate, rounded
 from unmask.data.encode import Dropped, Encode, EncodedRow, count_notes, encoded_ahead
 from unmask.data.sources import Rows
+from unmask.data.visited import MODULUS, rows_digest
 from unmask.errors import ConfigError, DataError
 from unmask.rng import generator
 
+Window = list[int] | np.ndarray  # row indices in their order; a list with grouping
 GROUP_BATCHES = 64  # global batches a window: long enough to find rows of one length, short enough to stay random
 
 
@@ -34,7 +36,9 @@ class _GlobalBatch:
         rows: (sample id, tokens) of each, the longest first.
         start: place in the epoch's order at which the search for its rows began.
         end: place after its last row.
+        window: the stretch of the order that its last row stands in (`epoch_windows`); None without grouping.
         carried: rows that the epoch before had left over and that came first in this one.
+        visited: digest of all rows of the first epoch up to here (`visited.rows_digest`).
         passed_over: (epoch, sample id, reason) of the rows passed over since the batch before it, an ended epoch's
             included.
     """
@@ -43,7 +47,9 @@ class _GlobalBatch:
     epoch: int
     start: int
     end: int
+    window: list[int] | None
     carried: frozenset[int]
+    visited: int
     passed_over: list[tuple[int, int, Dropped]]
 
 
@@ -108,7 +114,9 @@ class TrainLoader:
         self.seq_length = seq_length
         self.epoch = 0
         self.cursor = 0
+        self.window: list[int] | None = None
         self.carried: frozenset[int] = frozenset()
+        self.visited = 0
         self.dropped: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
@@ -136,7 +144,8 @@ class TrainLoader:
             DataError: a malformed row, or an epoch without a single full batch.
         """
         for batch in self._global_batches():
-            self.epoch, self.cursor, self.carried = batch.epoch, batch.end, batch.carried
+            self.epoch, self.cursor, self.window = batch.epoch, batch.end, batch.window
+            self.carried, self.visited = batch.carried, batch.visited
             for epoch, index, row in batch.passed_over:
                 if epoch == 0:
                     self.dropped[row.reason] += 1
@@ -150,12 +159,42 @@ class TrainLoader:
         return {
             "epoch": self.epoch,
             "cursor": self.cursor,
+            "window": self.window,
             "carried": sorted(self.carried),
+            "visited": f"{self.visited:016x}",
             "dropped": dict(self.dropped),
             "noted": dict(self.noted),
             "examples": dict(self.examples),
             "order": self._order_identity(),
         }
+
+    def fit(self, state: Mapping[str, Any], accept_changed: bool) -> tuple[dict[str, Any], str | None]:
+        """Return a position in the data as they are now, and how they have changed since it was saved.
+
+        Rows to come may be others than they were, rows that were trained on may not.
+
+        Args:
+            state: what `state_dict` returned.
+            accept_changed: rows that were trained on may, too.
+
+        Raises:
+            DataError: rows that were trained on have changed, and that is not accepted.
+        """
+        order, before = self._order_identity(), state["order"]
+        same_data = before["fingerprint"] == order["fingerprint"]
+        if same_data and "visited" in state:
+            return dict(state), None
+        visited = f"{rows_digest(self.rows, self._behind(state)):016x}"
+        note = None if same_data else "the data, but none of the rows trained on so far"
+        if not same_data and state.get("visited") != visited:
+            if not accept_changed:
+                counts = (
+                    "" if before["rows"] == order["rows"] else f" ({before['rows']} rows then, {order['rows']} now)"
+                )
+                raise DataError(f"rows that it was trained on are no longer the same{counts}")
+            note = "rows that were trained on; checkpoint.accept_changed_data goes on with them as they are"
+        renewed = {name: order[name] for name in ("fingerprint", "rows")}
+        return {**state, "visited": visited, "order": {**before, **renewed}}, note
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position; the next iteration starts there.
@@ -170,8 +209,8 @@ class TrainLoader:
                     f"dataset: the checkpoint's data position does not fit this run, {key} was {theirs} and is {ours}; "
                     "resume with the data and settings it was made with, or start in a new checkpoint_dir"
                 )
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self.carried = frozenset(state.get("carried", ()))
+        self.epoch, self.cursor, self.window = state["epoch"], state["cursor"], state.get("window")
+        self.carried, self.visited = frozenset(state.get("carried", ())), int(state["visited"], 16)
         self.dropped = Counter(state["dropped"])
         self.noted = Counter(state.get("noted", {}))
         self.examples = dict(state["examples"])
@@ -187,31 +226,44 @@ class TrainLoader:
             "grouped_by_batches_of": self.global_batch_size if self.config.group_by_length else None,
         }
 
-    def _candidates(self, epoch: int, cursor: int) -> Iterator[tuple[tuple[int, int], int]]:
-        """Yield ((epoch, place), row index) from a position on, epoch after epoch."""
+    def _behind(self, state: Mapping[str, Any]) -> Iterable[int]:
+        """Return the rows of the first epoch that lie behind a position, dropped ones among them."""
+        if state["epoch"] > 0:
+            return range(len(self.rows))
+        cursor = state["cursor"]
+        first, window = next(self._windows(0, cursor, state.get("window")), (cursor, []))
+        return [*source_order(len(self.rows), 0, self.seed, self.config.shuffle)[:first], *window[: cursor - first]]
+
+    def _windows(self, epoch: int, cursor: int, begun: Sequence[int] | None) -> Iterator[tuple[int, Window]]:
+        return epoch_windows(
+            len(self.rows),
+            epoch,
+            self.seed,
+            shuffle=self.config.shuffle,
+            batch_rows=self.global_batch_size,
+            text_length=self.rows.text_length if self.config.group_by_length else None,
+            start=cursor,
+            begun=begun,
+        )
+
+    def _candidates(self) -> Iterator[tuple[tuple[int, int, Window], int]]:
+        """Yield ((epoch, place, window), row index) from the current position on, epoch after epoch."""
+        epoch, cursor, begun = self.epoch, self.cursor, self.window
         while True:
-            order = epoch_order(
-                len(self.rows),
-                epoch,
-                self.seed,
-                shuffle=self.config.shuffle,
-                batch_rows=self.global_batch_size,
-                text_length=self.rows.text_length if self.config.group_by_length else None,
-                start=cursor,
-            )
-            for place, index in enumerate(order, start=cursor):
-                yield (epoch, place), index
-            epoch, cursor = epoch + 1, 0
+            for first, window in self._windows(epoch, cursor, begun):
+                for place in range(max(first, cursor), first + len(window)):
+                    yield (epoch, place, window), int(window[place - first])
+            epoch, cursor, begun = epoch + 1, 0, None
 
     def _global_batches(self) -> Iterator[_GlobalBatch]:
-        epoch, start, carried = self.epoch, self.cursor, self.carried
+        epoch, start, carried, digest = self.epoch, self.cursor, self.carried, self.visited
         encoded: list[tuple[int, EncodedRow]] = []
         passed_over: list[tuple[int, int, Dropped]] = []
         any_in_epoch = start > 0
-        stream = encoded_ahead(
-            self.encode, self._candidates(epoch, start), self.config.num_workers, 2 * self.global_batch_size
-        )
-        for (row_epoch, place), index, row in stream:
+        stream = encoded_ahead(self.encode, self._candidates(), self.config.num_workers, 2 * self.global_batch_size)
+        for (row_epoch, place, window), index, row in stream:
+            if row_epoch == 0:
+                digest = (digest + row.digest) % MODULUS
             first: list[tuple[int, EncodedRow | Dropped]] = []
             if row_epoch != epoch:
                 if not any_in_epoch:
@@ -228,7 +280,8 @@ class TrainLoader:
                 # Micro-batches of like length need less padding, and the longest comes first: if memory is too small
                 # for it, that shows at once. The loss does not depend on this order.
                 encoded.sort(key=lambda item: (-len(item[1]), item[0]))
-                yield _GlobalBatch(encoded, epoch, start, place + 1, carried, passed_over)
+                begun = window if isinstance(window, list) else None
+                yield _GlobalBatch(encoded, epoch, start, place + 1, begun, carried, digest, passed_over)
                 start, encoded, passed_over, any_in_epoch = place + 1, [], [], True
 
     def _no_batch(self, encoded: Sequence[object], passed_over: Sequence[tuple[int, int, Dropped]]) -> str:
@@ -264,7 +317,12 @@ class TrainLoader:
         return micro_batches
 
 
-def epoch_order(
+def source_order(rows: int, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
+    """Return the row indices of an epoch in the order that the source or the seed gives them."""
+    return generator(seed, "data/order", epoch).permutation(rows) if shuffle else np.arange(rows)
+
+
+def epoch_windows(
     rows: int,
     epoch: int,
     seed: int,
@@ -273,22 +331,33 @@ def epoch_order(
     batch_rows: int,
     text_length: Callable[[int], int] | None = None,
     start: int = 0,
-) -> Iterator[int]:
-    """Yield row indices from place `start` of an epoch's order; each row of 0..rows-1 has one place.
+    begun: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Window]]:
+    """Yield the order of an epoch by stretches: (place of the first row, row indices), from the one with `start` on.
 
-    Without `shuffle` that is the order of the source. With `text_length`, a row's length in any unit, each window of 64
-    global batches is sorted by length (ties by index), cut into global batches, and these are put in random order; an
-    incomplete one stays last. Only the windows that are reached are measured, so it costs nothing ahead, whatever the
-    source.
+    Each row of 0..rows-1 has one place. Without `shuffle` that is the order of the source. With `text_length`, a row's
+    length in any unit, each window of 64 global batches is sorted by length (ties by index), cut into global batches,
+    and these are put in random order; an incomplete one stays last. Only the windows that are reached are measured, so
+    it costs nothing ahead, whatever the source. Without it, the whole epoch is one stretch.
+
+    Args:
+        begun: the order of the first window, if it was reached before. Measured again it might be another: a row in it
+            that was mended since has another length.
     """
-    order = generator(seed, "data/order", epoch).permutation(rows) if shuffle else np.arange(rows)
+    order = source_order(rows, epoch, seed, shuffle)
     if text_length is None:
-        yield from map(int, order[start:])
+        yield 0, order
         return
     window_rows = GROUP_BATCHES * batch_rows
     for window in range(start // window_rows, -(-rows // window_rows)):
-        places = _grouped(order[window * window_rows :][:window_rows], seed, epoch, window, batch_rows, text_length)
-        yield from map(int, places[max(0, start - window * window_rows) :])
+        first = window * window_rows
+        indices = order[first:][:window_rows]
+        known = dict.fromkeys(begun or ())
+        if known and known.keys() <= set(indices.tolist()):
+            yield first, list(dict.fromkeys([*known, *indices.tolist()]))
+        else:
+            yield first, _grouped(indices, seed, epoch, window, batch_rows, text_length).tolist()
+        begun = None
 
 
 def _grouped(

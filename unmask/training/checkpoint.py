@@ -16,12 +16,12 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, DataError
 
 LATEST, BEST = "latest", "best"  # links to checkpoints
 MANIFEST = "manifest.json"
@@ -32,6 +32,17 @@ _OTHER_VERSION = (
     "; resume it with the version that wrote it, or train on from its weights (model.pretrained_model_name_or_path)"
 )
 
+_CHANGED_DATA = "; put them back, or set checkpoint.accept_changed_data: true to go on with them as they are"
+
+# A checkpoint's data position → that position in the data as they are now, and how they have changed since, if they
+# have; DataError when it means nothing in them.
+Fit = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]
+
+
+def as_saved(position: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return a data position as it is: a `Fit` that looks at no data."""
+    return dict(position), None
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -40,11 +51,13 @@ class Checkpoint:
     Attributes:
         state: the content of its state.json.
         refused: one line for each newer checkpoint that could not be used, naming it and why.
+        changed_data: how the data have changed since, where that does not matter or is accepted.
     """
 
     folder: Path
     state: dict[str, Any]
     refused: tuple[str, ...]
+    changed_data: str | None = None
 
 
 def begin_checkpoint(root: Path, step: int) -> Path:
@@ -129,8 +142,10 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
+def find_checkpoint(root: Path, identity: Mapping[str, Any], fit: Fit = as_saved) -> Checkpoint | None:
     """Return the newest checkpoint that is whole and has this `identity` in its state; None when the run has none yet.
+
+    `fit` looks at its data position.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; each is named with its reason.
@@ -144,15 +159,20 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any]) -> Checkpoint | Non
                 if (stored := state["identity"].get(name)) != value:
                     what = f"its {name} is {_short(stored)}, this run's is {_short(value)}"
                     raise CheckpointError(f"{folder.name} is foreign: {what}")
+            position, changed_data = fit(state["loader"])
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        return Checkpoint(folder, state, tuple(refused))
+        except DataError as error:
+            refused.append(f"{folder.name} is foreign: {error}{_CHANGED_DATA}")
+            continue
+        return Checkpoint(folder, {**state, "loader": position}, tuple(refused), changed_data)
     if refused:
         reasons = "; ".join(refused)
+        for remedy in (_OTHER_VERSION, _CHANGED_DATA):
+            reasons = reasons.replace(remedy, "", reasons.count(remedy) - 1)
         raise CheckpointError(
-            f"{root} holds no checkpoint that this run can resume from: "
-            f"{reasons.replace(_OTHER_VERSION, '', reasons.count(_OTHER_VERSION) - 1)}. "
+            f"{root} holds no checkpoint that this run can resume from: {reasons}. "
             "Set checkpoint.checkpoint_dir to a new folder, or move these away to start from the beginning"
         )
     return None

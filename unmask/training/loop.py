@@ -12,7 +12,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -35,6 +35,7 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     Raises:
         TrainingError: a loss or gradient that is not finite (the step, its rows and the last good checkpoint are
             named), or memory ran out in a step.
+        DataError: a row that cannot be trained on; the steps before it are saved.
         CheckpointError: a checkpoint could not be saved.
     """
     if start.step >= run.total_steps:
@@ -48,19 +49,20 @@ def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
 
 def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     step, ranks, reason, best = start.step, run.runtime.ranks, "finished", start.best
+    saved, problem, position = step, None, run.loader.state_dict()
     stream = iter(run.loader)
     with StopRequest() as stop, run.progress, contextlib.closing(stream):
         if run.steps.val_at_start and step == 0:
             _evaluate(run, step, run.validators, best)
         while step < run.total_steps:
             began = time.perf_counter()
-            try:
-                batches = next(stream)
-            except DataError:
-                if stop.name is None or ranks.size > 1:
-                    raise
-                reason = stop.name  # the signal reached the data workers too
+            batches, problem = _next_batches(run, stream)
+            if problem is not None:
+                stopped = stop.agreed(ranks)
+                if stopped is not None:  # the signal reached the data workers too
+                    reason, problem = stopped, None
                 break
+            position = run.loader.state_dict()
             step += 1
             rate = learning_rate(step, run.schedule, run.peak_lr, run.total_steps)
             set_learning_rate(run.optimizer, rate)
@@ -78,18 +80,43 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
                 reason = stopped or "good enough"
                 break
             if step < run.total_steps and (measured.is_best or due(step, run.steps.ckpt_every_steps)):
-                _save(run, step, best, last=False)
+                _save(run, step, position, best, last=False)
+                saved = step
             _report_saved(run)
-        if reason == "finished":
+        if reason == "finished" and problem is None:
             rest = [validator for validator in run.validators if not due(step, validator.every)]
             best = _evaluate(run, step, rest, best).best
-        if step > start.step:
-            _save(run, step, best, last=reason in ("finished", "good enough"))
+        if step > saved:
+            _save(run, step, position, best, last=problem is None and reason in ("finished", "good enough"))
         run.saver.wait()
         _report_saved(run)
+        if problem is not None:
+            run.metrics.write("stopped", step=step, reason="data")
+            raise DataError(f"{problem}. {_goes_on(run, step)}")
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
     return TrainingOutcome(step, reason, run.saver.newest, best)
+
+
+def _next_batches(run: TrainingRun, stream: Iterator[list[Batch]]) -> tuple[list[Batch], str | None]:
+    """Return the next step's micro-batches, or what is wrong with the data of some rank, the same on all."""
+    batches, problem = [], None
+    try:
+        batches = next(stream)
+    except DataError as error:
+        problem = str(error)
+    if run.runtime.ranks.largest(0 if problem is None else 1):
+        problem = next(filter(None, run.runtime.ranks.gather(problem)))
+    return batches, problem
+
+
+def _goes_on(run: TrainingRun, step: int) -> str:
+    """Say where the same command goes on once the data are mended."""
+    if not run.checkpoint.enabled:
+        return "Nothing was saved: checkpoint.enabled is false"
+    if run.saver.newest is None:
+        return "No step was made yet"
+    return f"Step {step} is saved in {run.saver.newest}: the same command goes on from there"
 
 
 def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -147,9 +174,9 @@ def _record(run: TrainingRun, step: int, rate: float, result: StepResult, second
     run.progress.step(step, result.loss, rate, result.grad_norm, speed)
 
 
-def _save(run: TrainingRun, step: int, best: Best | None, last: bool) -> None:
+def _save(run: TrainingRun, step: int, position: Mapping[str, Any], best: Best | None, last: bool) -> None:
     if run.checkpoint.enabled:
-        state = {"loader": run.loader.state_dict(), "identity": dict(run.identity)}
+        state = {"loader": position, "identity": dict(run.identity)}
         run.saver.save(step, {**state, "best": None if best is None else asdict(best)}, last)
 
 

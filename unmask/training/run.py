@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,10 @@ class Loader(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last step returned, JSON-able."""
+        ...
+
+    def fit(self, state: Mapping[str, Any], accept_changed: bool) -> tuple[dict[str, Any], str | None]:
+        """Return a position in the data as they are now, and how they have changed since it was saved."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,6 +156,7 @@ class ResumePoint:
         folder: the checkpoint that they came from; None for a new run.
         refused: newer checkpoints that could not be used.
         notes: what else a person should know.
+        changed_data: how the data have changed since; None = they have not.
     """
 
     step: int
@@ -158,6 +164,7 @@ class ResumePoint:
     refused: tuple[str, ...]
     best: Best | None = None
     notes: tuple[str, ...] = ()
+    changed_data: str | None = None
 
 
 def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], parts: ResumeParts) -> ResumePoint:
@@ -169,7 +176,8 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     Raises:
         CheckpointError: there are checkpoints, but none that can be used.
     """
-    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity) if section.enabled else None)
+    fit = partial(parts.loader.fit, accept_changed=section.accept_changed_data)
+    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity, fit) if section.enabled else None)
     if newest is None:
         _cut(parts, -1)
         return ResumePoint(0, None, ())
@@ -177,7 +185,7 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     parts.loader.load_state_dict(newest.state["loader"])
     _cut(parts, newest.state["step"])
     best, notes = from_first(parts.ranks, lambda: _restore_best(root, stored_best(newest.state, section.best_metric)))
-    return ResumePoint(newest.state["step"], newest.folder, newest.refused, best, notes)
+    return ResumePoint(newest.state["step"], newest.folder, newest.refused, best, notes, newest.changed_data)
 
 
 def _cut(parts: ResumeParts, step: int) -> None:
