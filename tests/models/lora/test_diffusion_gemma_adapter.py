@@ -204,6 +204,47 @@ def test_target_parameters_that_name_other_matrices_are_refused(base: Path, tmp_
         load_model(str(base), adapter=str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match any targeted module:RuntimeWarning")  # they do
+def test_ranks_and_alphas_of_their_own_are_pefts(base: Path, tmp_path: Path) -> None:
+    """Experts of one stack may have an alpha of their own, if both matrices have it."""
+    trained(base, tmp_path, **TARGETS["experts"])
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    patterns = {r"experts\.(gate_up|down)_proj": 3, r".*layers\.1\.self_attn\.q_proj": 30}
+    path.write_text(json.dumps(values | {"alpha_pattern": patterns}))
+    theirs = PeftModel.from_pretrained(Reference.from_pretrained(base), str(tmp_path)).eval()
+    found = logits(load_model(str(base), adapter=str(tmp_path)))
+    torch.testing.assert_close(found, reference_logits(theirs), atol=1e-4, rtol=1e-4)
+    path.write_text(json.dumps(values))
+    assert not torch.allclose(logits(load_model(str(base), adapter=str(tmp_path))), found, atol=1e-3)
+    path.write_text(json.dumps(values | {"alpha_pattern": {"experts.down_proj": 3}}))
+    with pytest.raises(ModelError, match="experts have ranks or alphas of their own, which is not supported"):
+        load_model(str(base), adapter=str(tmp_path))
+
+
+def test_patterns_that_tell_the_roles_apart_are_refused(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"alpha_pattern": {r"model\.decoder\..*q_proj": 3}}))
+    with pytest.raises(ModelError, match="alpha_pattern tells apart model.decoder.* and model.encoder") as caught:
+        load_model(str(base), adapter=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_other_networks_are_no_matter(base: Path, tmp_path: Path) -> None:
+    _, expected = trained(base, tmp_path, **TARGETS["experts"])
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    lists = {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "qkv", *DENSE],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "feed_forward.experts.w1"],
+        "exclude_modules": r".*(vision_tower|self_conditioning).*",
+    }
+    path.write_text(json.dumps(values | lists))
+    assert torch.equal(logits(load_model(str(base), adapter=str(tmp_path))), expected)
+
+
 def test_what_is_adapted_by_default(base: Path) -> None:
     names = target_names(PeftConfig(), load_model(str(base)))
     sliding = [f"{LAYERS}.0.self_attn.{kind}_proj" for kind in "qkvo"]

@@ -6,7 +6,6 @@ PEFT takes seconds to import: modules that do not always need it import this one
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import re
 from collections.abc import Collection
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -23,24 +22,11 @@ from torch import nn
 from unmask.errors import ModelError
 from unmask.models.experts import Experts
 from unmask.models.family import LoraTargets
-from unmask.models.folders import ADAPTER_CONFIG, find_adapter, read_json
+from unmask.models.folders import ADAPTER_CONFIG, find_adapter
+from unmask.models.lora.adapter_config import AdapterConfig, rank_and_alpha, read_adapter_config, valid_patterns
 from unmask.models.lora.experts import AdaptedExperts
 from unmask.models.lora.files import PREFIX, is_trained, read_adapter, stored_keys
 from unmask.models.registry import family_of
-
-# What a peft.LoraConfig may ask for beyond what this package writes: the value that means "no".
-_PLAIN = {
-    "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "layers_to_transform": None, "layer_replication": None,
-    "trainable_token_indices": None, "alora_invocation_tokens": None, "megatron_config": None, "arrow_config": None,
-    "kasa_config": None, "velora_config": None, "monteclora_config": None, "use_bdlora": None,
-}  # fmt: skip
-_STACKED_PLAIN = {"use_dora": False, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
-# Types that PEFT relies on without a check.
-_TYPES: dict[str, Any] = {
-    "r": int, "lora_alpha": int | float, "lora_dropout": int | float, "bias": str, "rank_pattern": dict,
-    "alpha_pattern": dict, "target_modules": str | list | None, "target_parameters": list | None,
-    "init_lora_weights": bool | str,
-}  # fmt: skip
 
 
 def attach_adapter(model: nn.Module, config: Any) -> None:
@@ -54,6 +40,9 @@ def attach_adapter(model: nn.Module, config: Any) -> None:
         # PEFT shortens long lists in place, to suffixes that are unambiguous in this network only.
         linear_config = copy.deepcopy(config)
         linear_config.target_parameters = linear_config.modules_to_save = None
+        for patterns in (linear_config.rank_pattern, linear_config.alpha_pattern):
+            for name in config.target_parameters or []:  # of which PEFT would say that they match nothing
+                patterns.pop(re.escape(name), None)
         inject_adapter_in_model(linear_config, model)
     for name in config.modules_to_save or []:
         _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name), "default"))
@@ -74,9 +63,15 @@ def _attach_experts(model: nn.Module, config: Any) -> None:
     for owner, weights in by_owner.items():
         experts = model.get_submodule(owner)
         assert isinstance(experts, Experts)
-        scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        sizes = {rank_and_alpha(config, f"{owner}.{weight}") for weight in weights}
+        if len(sizes) > 1:
+            raise ModelError(
+                f"adapter: the matrices of {owner} have ranks or alphas of their own, which is not supported"
+            )
+        rank, alpha = sizes.pop()
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         ordered = [name for name, _ in experts.named_parameters() if name in weights]
-        _replace(model, owner, AdaptedExperts(experts, ordered, config.r, scaling))
+        _replace(model, owner, AdaptedExperts(experts, ordered, rank, scaling))
 
 
 def restart_magnitudes(model: nn.Module) -> None:
@@ -97,20 +92,36 @@ def restart_magnitudes(model: nn.Module) -> None:
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Attach a saved adapter to a network.
 
-    What it adapts is read from its tensors' names, so that suffixes and patterns of other tools' configurations cannot
-    hit more here than they did there.
+    What it adapts is read from its tensors' names; adapter_config.json must say the same of this network.
 
     Raises:
         ModelError: no adapter in the folder, a damaged one, one made for another network, or one that asks for what is
             not supported.
     """
     folder = find_adapter(folder)
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
+    if config.changes_base and any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            f"adapter: {folder} takes its start ({config.init_lora_weights}) out of whole matrices of the base, which "
+            "several processes share; use one process, or merge it first with `unmask export`"
+        )
     targets = family_of(model.config).lora
-    _refuse_unsupported(folder, config)
-    modules, parameters, whole = _adapted(model, targets, folder, config)
-    exact = dataclasses.replace(
-        config, target_modules=modules, target_parameters=parameters, modules_to_save=whole, exclude_modules=None
+    with valid_patterns(folder):
+        modules, parameters, whole = _adapted(model, targets, folder, config)
+        ranks, alphas = _sizes(targets, folder, config, [*modules, *parameters])
+    if parameters and config.use_dora:
+        raise ModelError(f"adapter: {folder}: use_dora is not supported on stacked experts; train it without")
+    exact = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights,  # pyright: ignore[reportArgumentType]
+        target_modules=modules,
+        target_parameters=parameters,
+        modules_to_save=whole,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
     )
     try:
         attach_adapter(model, exact)
@@ -120,36 +131,35 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     read_adapter(model, folder)
 
 
-def _read_config(folder: Path) -> Any:
-    path = folder / ADAPTER_CONFIG
-    values = read_json(path)
-    if (peft_type := values.get("peft_type")) != "LORA":
-        raise ModelError(f"adapter: {folder} is of peft_type {peft_type!r}; only LORA adapters can be applied")
-    for name, kind in _TYPES.items():
-        if name in values and (not isinstance(values[name], kind) or (kind is int and values[name] is True)):
-            raise ModelError(f"{path}: {name} cannot be {values[name]!r}; copy the adapter again")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path}: PEFT cannot read it ({reason[:200]}); copy the adapter again") from None
-
-
-def _refuse_unsupported(folder: Path, config: Any) -> None:
-    plain = _PLAIN | (_STACKED_PLAIN if config.target_parameters else {})
-    for name, value in plain.items():
-        if getattr(config, name, value) not in (value, None):
-            where = " on stacked experts" if name in _STACKED_PLAIN else ""
-            raise ModelError(f"adapter: {folder}: {name}={getattr(config, name)!r} is not supported{where}")
+def _sizes(
+    targets: LoraTargets, folder: Path, config: AdapterConfig, names: list[str]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the patterns of our full names whose rank, and whose alpha, is not the adapter's."""
+    ranks, alphas = {}, {}
+    for name in names:
+        sizes = {rank_and_alpha(config, theirs) for theirs in targets.reference_names(name)}
+        if len(sizes) > 1:
+            raise ModelError(
+                f"adapter: {folder}: rank_pattern or alpha_pattern tells apart "
+                f"{' and '.join(targets.reference_names(name))}, and both are of one weight here; it cannot be "
+                "applied to the shared weight"
+            )
+        rank, alpha = sizes.pop()
+        if rank != config.r:
+            ranks[re.escape(name)] = rank
+        if alpha != config.lora_alpha:
+            alphas[re.escape(name)] = alpha
+    return ranks, alphas
 
 
 def _adapted(
-    model: nn.Module, targets: LoraTargets, folder: Path, config: Any
+    model: nn.Module, targets: LoraTargets, folder: Path, config: AdapterConfig
 ) -> tuple[list[str], list[str], list[str] | None]:
     """Return our names of the linear layers, stacked matrices and whole modules that an adapter's tensors belong to."""
     modules: dict[str, None] = {}
     stacks: dict[str, int] = {}
     whole: dict[str, None] = {}
+    theirs: set[str] = set()  # the reference class's names of what has tensors
     for key in stored_keys(folder):
         name, lora, _ = targets.own_name(key).rpartition(".lora_")
         if not lora:
@@ -162,7 +172,8 @@ def _adapted(
             stacks[owner] = max(stacks.get(owner, 0), name.count(".base_layer") + 1)
         else:
             modules[name] = None
-    _check_listed(folder, config, targets, list(modules))
+        theirs.add(key.rpartition(".lora_" if lora else ".")[0])
+    _check_listed(model, targets, folder, config, theirs)
     return list(modules), _stacked_names(model, targets, folder, config, stacks), list(whole) or None
 
 
@@ -176,11 +187,13 @@ def _check_place(model: nn.Module, targets: LoraTargets, folder: Path, key: str,
     if isinstance(module, Experts) or any(fnmatchcase(owner, pattern) for pattern in allowed):
         return
     reason = targets.why_frozen(owner) or "only linear layers of the network's layers can be adapted"
+    if key.endswith(".bias"):
+        reason = "biases stay frozen (bias: none)"
     raise ModelError(f"adapter: {folder} adapts {PREFIX + key!r}, but {reason}; train it without")
 
 
 def _stacked_names(
-    model: nn.Module, targets: LoraTargets, folder: Path, config: Any, stacks: dict[str, int]
+    model: nn.Module, targets: LoraTargets, folder: Path, config: AdapterConfig, stacks: dict[str, int]
 ) -> list[str]:
     """Return the full names of the adapted stacked matrices, which the tensors' names alone do not tell."""
     listed = [targets.own_name(name) for name in config.target_parameters or []]
@@ -197,17 +210,30 @@ def _stacked_names(
     return names
 
 
-def _check_listed(folder: Path, config: Any, targets: LoraTargets, modules: list[str]) -> None:
-    """Refuse a configuration that lists other modules than there are tensors of: one of the two files is foreign."""
-    if not isinstance(config.target_modules, (list, set)):
-        return  # a regular expression, which PEFT applies to names of a whole model
-    listed = {targets.own_name(name) for name in config.target_modules}
-    odd = [name for name in modules if not _is_listed(name, listed)]
-    odd += sorted(name for name in listed if not any(_is_listed(module, [name]) for module in modules))
+def _check_listed(
+    model: nn.Module, targets: LoraTargets, folder: Path, config: AdapterConfig, stored: set[str]
+) -> None:
+    """Refuse a configuration by which PEFT would adapt other layers than there are tensors of: one file is foreign.
+
+    Names that no module of this network has are no matter.
+    """
+    named = {theirs for name, _ in model.named_modules() for theirs in targets.reference_names(name)}
+    odd: list[str] = []
+    if config.target_modules is not None:  # else PEFT has a list for the class
+        adaptable = {
+            theirs
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in targets.linears)
+            for theirs in targets.reference_names(name)
+        }
+        odd += sorted(stored & adaptable ^ {name for name in adaptable if config.adapts(name)})
+    for ending in config.modules_to_save or []:  # PEFT takes the ends of names
+        if not any(name.endswith(ending) for name in stored):
+            odd += sorted(name for name in named if name.endswith(ending))[:1]
     if odd:
         raise ModelError(
-            f"adapter: {folder} was made for another network or other layers: its tensors and its target_modules "
-            f"disagree (first: {PREFIX + odd[0]})"
+            f"adapter: {folder} was made for another network or other layers: its tensors and its {ADAPTER_CONFIG} "
+            f"disagree (first: {PREFIX + odd[0]} is in one of them alone)"
         )
 
 

@@ -7,7 +7,7 @@ DiffusionGemma) is written under each of them, and the copies must agree when th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from unmask.models.folders import ADAPTER_WEIGHTS
 from unmask.models.lora.experts import AdaptedExperts, from_file, to_file
 from unmask.models.registry import family_of
 from unmask.models.weights import write_tensors
+from unmask.models.wrappers import without_parts
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
 _MAGNITUDE = ".lora_magnitude_vector.default.weight"
@@ -88,16 +89,26 @@ def _opened(folder: Path) -> Iterator[Any]:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
 
 
-def stored_keys(folder: Path) -> list[str]:
-    """Return the keys of a folder's tensors without `PREFIX`; ModelError when the file is not whole or not PEFT's."""
+def stored_keys(folder: Path) -> dict[str, str]:
+    """Return the keys of a folder's tensors, without `PREFIX` and names of wrappers → as they stand in the file.
+
+    Raises:
+        ModelError: the file is not whole or not PEFT's, or has one tensor twice.
+    """
     with _opened(folder) as file:
-        keys = list(file.keys())
-    for key in keys:
-        if not key.startswith(PREFIX):
+        stored = list(file.keys())
+    keys: dict[str, str] = {}
+    for key in stored:
+        name = without_parts(key)
+        if not name.startswith(PREFIX):
             raise ModelError(
                 f"adapter: {folder / ADAPTER_WEIGHTS} holds {key!r}, which is no tensor of PEFT's LoRA format"
             )
-    return [key.removeprefix(PREFIX) for key in keys]
+        while name.startswith(PREFIX):
+            name = name.removeprefix(PREFIX)
+        if (other := keys.setdefault(name, key)) != key:
+            raise ModelError(f"adapter: {folder / ADAPTER_WEIGHTS} holds {other!r} and {key!r}, which are one tensor")
+    return keys
 
 
 @torch.no_grad()
@@ -107,7 +118,8 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: tensors missing or too many, of other shapes, or copies of one weight that differ.
     """
-    targets, left = family_of(model.config).lora, set(stored_keys(folder))
+    targets, keys = family_of(model.config).lora, stored_keys(folder)
+    left = set(keys)
     with _opened(folder) as file:
         for slot in slots(model):
             expected = targets.reference_names(slot.key)
@@ -124,16 +136,17 @@ def read_adapter(model: nn.Module, folder: Path) -> None:
                     "here; it was trained on one role alone and cannot be applied to the shared weight"
                 )
             left.difference_update(names)
-            slot.parameter.copy_(slot.unpack(_one_tensor(file, names, slot, folder)))
+            slot.parameter.copy_(slot.unpack(_one_tensor(file, {name: keys[name] for name in names}, slot, folder)))
     if left:
         raise ModelError(
             f"adapter: {folder} was made for another network or other layers (first: {PREFIX + min(left)} has no place)"
         )
 
 
-def _one_tensor(file: Any, names: list[str], slot: Slot, folder: Path) -> Tensor:
-    """Return the tensor that is stored under each of the names, checked to be the same and to fit."""
-    tensor = file.get_tensor(PREFIX + names[0])
+def _one_tensor(file: Any, keys: Mapping[str, str], slot: Slot, folder: Path) -> Tensor:
+    """Return the tensor stored under each of the names, given with their keys; checked to be the same and to fit."""
+    names = list(keys)
+    tensor = file.get_tensor(keys[names[0]])
     wanted = slot.pack(slot.parameter).shape
     if tensor.shape != wanted:
         raise ModelError(
@@ -141,7 +154,7 @@ def _one_tensor(file: Any, names: list[str], slot: Slot, folder: Path) -> Tensor
             f"{tuple(wanted)}"
         )
     for name in names[1:]:
-        if not torch.equal(file.get_tensor(PREFIX + name), tensor):
+        if not torch.equal(file.get_tensor(keys[name]), tensor):
             raise ModelError(
                 f"adapter: {folder}: {PREFIX + name} differs from {PREFIX + names[0]}, and both are of one weight "
                 "here; it was trained with the two apart and cannot be applied to the shared weight"
