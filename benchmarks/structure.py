@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "unmask"
 NETWORKS = {
-    "LLaDA's network": ("unmask.models.llada.model", 5, 700),
-    "DiffusionGemma's network": ("unmask.models.diffusion_gemma.model", 8, 1200),
+    "LLaDA's network": ("unmask.models.llada.model", 6, 800),
+    "DiffusionGemma's network": ("unmask.models.diffusion_gemma.model", 8, 1300),
 }
 FAMILY_NAMES = re.compile(r"llada|diffusion_?gemma", re.IGNORECASE)
 # Where a family's name belongs: its own folder, the table's line, the translation of another project's files, backends.

@@ -35,6 +35,8 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
     say = run.progress.say
     for key in prepared.not_needed:
         say(f"not needed here: {key}")
+    for line in prepared.plan.notes:
+        say(f"warning: {line}")
     for line in start.refused:
         say(f"refused: {line}")
     for line in (*start.notes, *skipped(prepared.rows)):

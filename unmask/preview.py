@@ -44,6 +44,8 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     console.print(Syntax(dump_config(config), "yaml", background_color="default"))
     for key in prepared.not_needed:
         console.print(f"not needed here: {key}", markup=False)
+    for line in plan.notes:
+        console.print(f"warning: {line}", markup=False, highlight=False)
     console.print(Rule("size"))
     estimate = estimate_memory(config, plan, model)
     steps = config.step_scheduler

@@ -17,13 +17,16 @@ def add(commands: Any) -> None:
     flag(parser, "output", required=True, metavar="DIR", help="new or empty folder")
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to merge")
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
+    flag(parser, "strip_prefix", action="store_true", help="take a wrapper's prefix (_orig_mod., …) off the tensors")
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.training.export import export
 
-    for warning in export(arguments.checkpoint, Path(arguments.output), arguments.adapter, arguments.dtype):
+    for warning in export(
+        arguments.checkpoint, Path(arguments.output), arguments.adapter, arguments.dtype, arguments.strip_prefix
+    ):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {arguments.output}")
     return 0

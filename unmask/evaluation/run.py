@@ -125,9 +125,8 @@ def _evaluate_one(
     note = loaded.settings.note
     if note and (plan.manager is not None or any(TASKS[name].kind == "answers" for name in plan.questions)):
         console.print(f"{checkpoint.label}: {note}", highlight=False, soft_wrap=True)
-    base_note = checkpoint.plan.base_note()
-    if base_note:
-        console.print(f"warning: {checkpoint.label}: {base_note}", highlight=False, soft_wrap=True)
+    for line in checkpoint.plan.notes():
+        console.print(f"warning: {checkpoint.label}: {line}", highlight=False, soft_wrap=True)
     encoded: dict[int, list[tuple[int, ...]]] = {}  # by id of the questions, which tasks may share
     outcomes = []
     for name in job.our_tasks:

@@ -5,7 +5,7 @@ Code outside a family's folder asks a record for `noise`, `attention` or a capab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,10 @@ class FileLayout:
     passthrough: Callable[[str], bool] = _never
     tied_to: Callable[[str], str | None] = _untied
     passthrough_part: str = ""
+
+    def holds(self, key: str, network: Container[str]) -> bool:
+        """Say whether a tensor of that key may be in a file of a network with these keys."""
+        return key in network or self.passthrough(key) or self.tied_to(key) in network
 
 
 PLAIN_LAYOUT = FileLayout()  # the network's tensors and nothing else

@@ -28,6 +28,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIGHT = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.jinja",
           "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Names of weights that other tools pickle.
+_PICKLED = ("adapter_model*.bin", "pytorch_model*.bin", "model*.bin", "consolidated*.pth", "model*.pt", "model*.pth",
+            "*.ckpt")  # fmt: skip
 
 
 def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> Path:
@@ -64,7 +67,21 @@ def find_adapter(folder: str | Path) -> Path:
     for candidate in (path, path / "latest"):
         if (candidate / ADAPTER_CONFIG).is_file() and (candidate / ADAPTER_WEIGHTS).is_file():
             return candidate
-    raise ModelError(f"adapter: {path.absolute()} is no adapter: it needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    raise ModelError(
+        f"adapter: {path.absolute()} is no adapter: it needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+        + (_pickle_note(path) or _pickle_note(path / "latest"))
+    )
+
+
+def _pickle_note(folder: Path) -> str:
+    """Name pickled weights in a folder and what to do with them, as the end of a message; "" when there are none."""
+    found = next((file.name for pattern in _PICKLED for file in sorted(folder.glob(pattern))), None)
+    if found is None:
+        return ""
+    return (
+        f"; {found} is a pickle, which is not read, since it may run code: open it where you trust it and save it "
+        "again as safetensors (save_pretrained of transformers or PEFT does)"
+    )
 
 
 def _run_inside(path: Path) -> Path | None:
@@ -160,7 +177,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 "export the checkpoint with that version"
             )
     else:
-        raise ModelError(f"{folder}: not a checkpoint: neither {WEIGHTS} nor {INDEX} is there")
+        raise ModelError(f"{folder}: not a checkpoint: neither {WEIGHTS} nor {INDEX} is there{_pickle_note(folder)}")
     parts: dict[str, list[tuple[str, Chunk]]] = {}
     for file in files:
         for key, part in _header(file).items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from torch import nn
 from unmask import rng
 from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
-from unmask.models.folders import read_generation
+from unmask.models.folders import read_generation, stored_tensors
 from unmask.models.registry import ModelPlan, plan_folder, resolve
-from unmask.models.weights import load_weights, passthrough_tensors, save_weights
+from unmask.models.weights import load_weights, passthrough_tensors, read_tensors, save_weights
+from unmask.models.wrappers import misplaced, network_key
 
 # Files that go with every copy of a model: generation defaults, and how images are prepared for its vision part.
 _BESIDE = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
@@ -70,7 +73,10 @@ def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype {choice_problem(dtype, ('float32', 'bfloat16', 'float16'))}")
-    model = build_model(plan_folder(name, "checkpoint"), dtype, device)
+    plan = plan_folder(name, "checkpoint")
+    for note in plan.notes:
+        warnings.warn(note, stacklevel=2)
+    model = build_model(plan, dtype, device)
     if adapter is not None:
         apply_adapter(model, adapter)
     return model.eval()
@@ -98,6 +104,41 @@ def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
     passthrough = passthrough_tensors(plan.folder, plan.family.files)
     save_weights(chain(model.state_dict().items(), passthrough), folder)
     write_config(plan, str(next(model.parameters()).dtype).removeprefix("torch."), folder)
+
+
+def unwrap_weights(plan: ModelPlan, folder: Path) -> ModelPlan:
+    """Write a checkpoint whose tensors have a wrapper's names to an empty folder under the network's; return its plan.
+
+    Raises:
+        ModelError: there is nothing to take off, or two tensors would get one name.
+    """
+    assert plan.folder is not None
+    with torch.device("meta"):
+        network = empty_network(plan.family, plan.config).state_dict()
+    files = plan.family.files
+
+    def fits(key: str) -> bool:
+        return files.holds(key, network)
+
+    names: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for key in stored_tensors(plan.folder):
+        name = network_key(key, fits)
+        if name is None:
+            why = misplaced([key], fits) or f"tensor {key!r} has no place in this network, with or without a prefix"
+            raise ModelError(f"--strip-prefix: {plan.folder}: {why}")
+        if (other := sources.setdefault(name, key)) != key:
+            raise ModelError(
+                f"--strip-prefix: {plan.folder} has {name!r} twice, as {other!r} and as {key!r}; save one network alone"
+            )
+        names[key] = name
+    if all(key == name for key, name in names.items()):
+        raise ModelError(f"--strip-prefix: the tensors of {plan.folder} have no wrapper's prefix; leave it out")
+    save_weights(((names[key], tensor) for key, tensor in read_tensors(plan.folder)), folder)
+    for name in _BESIDE:
+        if (plan.folder / name).is_file():
+            (folder / name).write_bytes((plan.folder / name).read_bytes())
+    return replace(plan, folder=folder)
 
 
 def write_config(plan: ModelPlan, dtype: str, folder: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
-from unmask.models.folders import find_folder, read_json, stored_tensors
+from unmask.models.folders import INDEX, WEIGHTS, find_folder, read_generation, read_json, stored_tensors
+from unmask.models.pretrained_config import generation_note
 
 # Key of a family → the module whose FAMILY describes it. A new family is a folder and a line here. The key is the
 # model_type of its config.json, or its architecture where an earlier family has that model_type; its parsed
@@ -31,6 +32,7 @@ class ModelPlan:
         config_json: the raw values, as an exported config.json carries them on.
         folder: where its weights are; None for a fresh network.
         hub_id: `owner/name` when the model was named so; None for a local one.
+        notes: warnings for the user about its files, one line each.
     """
 
     family: Family
@@ -38,6 +40,7 @@ class ModelPlan:
     config_json: dict[str, Any]
     folder: Path | None
     hub_id: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -115,7 +118,7 @@ def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
         values, where = dict(section.config or {}), "model.config"
     family = family_named(values, where)
     written = {"architectures": [family.architectures[0]], "model_type": family.model_type, **_portable(values, None)}
-    return ModelPlan(family, family.parse_config(values, where), written, None)
+    return ModelPlan(family, family.parse_config(values, where), written, None, notes=_notes(family, values, None))
 
 
 def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
@@ -128,7 +131,20 @@ def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     config = family.parse_config(values, str(path))
     if weights or hub_id is None:
         stored_tensors(folder)
-    return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id)
+    return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id, _notes(family, values, folder))
+
+
+def _notes(family: Family, values: Mapping[str, Any], folder: Path | None) -> tuple[str, ...]:
+    """Return what a model's files bring that is not used: generation settings, the second of two sets of weights."""
+    generation = {} if folder is None else read_generation(folder)
+    read = {entry.partition(".")[0] for entry in family.sampler.from_generation}
+    notes = [generation_note(values, generation, read)]
+    if folder is not None and (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        notes.append(
+            f"{folder}: {WEIGHTS} is read, as transformers does, and the shards of {INDEX} beside it are not; remove "
+            "the older of the two"
+        )
+    return tuple(note for note in notes if note)
 
 
 def _portable(values: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unmask.errors import ModelError
 from unmask.models.family import PLAIN_LAYOUT, FileLayout
 from unmask.models.folders import INDEX, SHARDED, WEIGHTS, StoredTensor, stored_tensors
+from unmask.models.wrappers import misplaced
 
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -73,11 +74,16 @@ def read_slices(
         owner = tied.get(key)
         if owner is None:
             yield key, part
-        elif not torch.equal(next(_read({owner: stored[owner]}, {owner: wanted[key]}))[1], part):
+        elif not _same_values(next(_read({owner: stored[owner]}, {owner: wanted[key]}))[1], part):
             raise ModelError(
                 f"{folder}: {key} is not equal to {owner}, which it is tied to; this network holds one tensor for "
-                "both, so tie them (transformers: tie_weights) before saving"
+                "both, so tie them (transformers: tie_weights) before saving, or correct config.json"
             )
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(wide))
 
 
 def _read(stored: Mapping[str, StoredTensor], places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
@@ -119,19 +125,21 @@ def _check(
     """Return the keys of a network that a folder holds, in the folder's order: all of them, or ModelError."""
     keys: list[str] = []
     for key, entry in stored.items():
-        if layout.passthrough(key) or layout.tied_to(key) in shapes:
+        if not layout.holds(key, shapes):
+            where = misplaced(stored, lambda name: layout.holds(name, shapes))
+            where = where or f"tensor {key!r} has no place in this network; is config.json that of another model?"
+            raise ModelError(f"{folder}: {where}")
+        owner = key if key in shapes else layout.tied_to(key)
+        if owner not in shapes:  # passed through
             continue
-        if key not in shapes:
-            raise ModelError(
-                f"{folder}: tensor {key!r} has no place in this network; is config.json that of another model?"
-            )
-        if entry.shape != tuple(shapes[key]):
+        if entry.shape != tuple(shapes[owner]):
             in_parts = entry.chunks[0].file.parent.name == SHARDED
             raise ModelError(
-                f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[key])}"
+                f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[owner])}"
                 + f"; is the file of a rank missing in {SHARDED}/?" * in_parts
             )
-        keys.append(key)
+        if key == owner:
+            keys.append(key)
     missing = [key for key in shapes if key not in stored]
     if missing:
         raise ModelError(

@@ -79,13 +79,12 @@ def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, devic
 
 
 def _hint(plan: JobPlan, request: GenerateRequest) -> None:
-    """Say that a blank is sent as text where it probably was meant as one, and that an adapter is of another base."""
+    """Say that a blank is sent as text where it probably was meant as one, and what is odd about the files."""
     texts = [label for label, prompt in request.prompts.items() if isinstance(prompt, str) and has_blank(prompt)]
     if texts and not request.infill:
         print(f"{texts[0]}: its blank is text to the model; --infill fills blanks", file=sys.stderr)
-    note = plan.base_note()
-    if note:
-        print(f"warning: --adapter: {note}", file=sys.stderr)
+    for note in plan.notes():
+        print(f"warning: {note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

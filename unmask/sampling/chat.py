@@ -236,7 +236,8 @@ def converse(
     if talk.interactive:
         talk.note(f"{plan.name}: /help lists the commands, Ctrl-D leaves")
     talk.note(plan.settings.note)
-    talk.note(plan.base_note())
+    for line in plan.notes():
+        talk.note(line)
     return talk.run(conversation)
 
 

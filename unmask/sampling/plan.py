@@ -67,9 +67,10 @@ class JobPlan:
             adapter = blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
         return {"weights": weights_fingerprint(self.folder), "adapter": adapter}
 
-    def base_note(self) -> str:
-        """Return a warning if the adapter was trained on a different base model; else an empty string."""
-        return "" if self.adapter is None else base_note(self.adapter, self.folder)
+    def notes(self) -> list[str]:
+        """Return warnings about the files: what of them is not used, an adapter that was trained over another base."""
+        other_base = "" if self.adapter is None else base_note(self.adapter, self.folder)
+        return [*self.model.notes, *([f"--adapter: {other_base}"] if other_base else [])]
 
 
 def plan_job(

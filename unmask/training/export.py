@@ -19,7 +19,13 @@ from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 _LAYER = re.compile(r"(?P<stack>.*\.(?:layers|blocks))\.(?P<layer>\d+)\.(?P<name>.+)")
 
 
-def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str | None = None) -> list[str]:
+def export(
+    checkpoint: str,
+    output: Path,
+    adapter: str | None = None,
+    dtype: str | None = None,
+    strip_prefix: bool = False,
+) -> list[str]:
     """Write model, config, tokenizer and chat template; written beside `output` and renamed when complete.
 
     Args:
@@ -27,6 +33,7 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
         output: a folder that does not exist yet, or an empty one.
         adapter: LoRA adapter to merge into the weights.
         dtype: dtype of the written weights; None = as stored.
+        strip_prefix: whether the tensors have a wrapper's names, such as `_orig_mod.`, which are taken off.
 
     Returns:
         warnings for the user, one line each.
@@ -50,12 +57,18 @@ def export(checkpoint: str, output: Path, adapter: str | None = None, dtype: str
             f"--output: {output} cannot be written ({error.strerror}); choose another place"
         ) from None
     try:
-        from unmask.models.loading import build_model, merged_model, save_model  # torch, as nothing is refused now
+        # torch, as nothing is refused now
+        from unmask.models.loading import build_model, merged_model, save_model, unwrap_weights
 
+        unwrapped = temporary / "unwrapped"
+        if strip_prefix:
+            unwrapped.mkdir()
+            plan = unwrap_weights(plan, unwrapped)
         model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
         save_model(model, plan, temporary)
-        warnings = [f"--adapter: {other_base}"] if other_base else []
+        warnings = [*plan.notes, *([f"--adapter: {other_base}"] if other_base else [])]
         warnings += [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
+        shutil.rmtree(unwrapped, ignore_errors=True)
         if output.exists():
             output.rmdir()
         temporary.rename(output)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from unmask.errors import ModelError, nearest
+from unmask.errors import ModelError
+from unmask.models.pretrained_config import check_fields
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _PATTERN = 6  # without layer_types every sixth layer is a full one
@@ -20,36 +21,27 @@ _ROPE = {
     FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
 }
 
-# Values of text_config that this network implements; anything else would need other code.
+# Values that this network implements, at the top and in text_config; anything else would need other code.
 _ONLY = {
     "attention_bias": (False,),
     "attention_dropout": (0.0,),
     "hidden_activation": ("gelu_pytorch_tanh",),
     "tie_word_embeddings": (True,),
     "use_bidirectional_attention": ("vision", None),
-    "is_encoder_decoder": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "return_dict": (True,),
-    "chunk_size_feed_forward": (0,),
 }
-_HARMLESS = frozenset(
-    "_name_or_path architectures dtype torch_dtype model_type transformers_version use_cache id2label label2id "
-    "problem_type bos_token_id initializer_range".split()
-)
 _NUMBERS = {  # text_config's sizes, with transformers' defaults; None = must be given
     "vocab_size": 262_144, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
     "sliding_window": 512, "num_experts": None, "top_k_experts": None, "moe_intermediate_size": None,
 }  # fmt: skip
-_OTHER = (
-    "layer_types rope_parameters rms_norm_eps final_logit_softcapping pad_token_id eos_token_id global_head_dim "
-    "num_global_key_value_heads per_layer_config"
+_TEXT = (
+    *_NUMBERS, "layer_types", "rope_parameters", "rms_norm_eps", "final_logit_softcapping", "pad_token_id",
+    "eos_token_id", "global_head_dim", "num_global_key_value_heads", "per_layer_config", "initializer_range",
+)  # fmt: skip
+_TOP = (
+    "text_config vision_config canvas_length eos_token_id pad_token_id boi_token_id eoi_token_id image_token_id "
+    "initializer_range vision_soft_tokens_per_image"
 ).split()
-_TOP = frozenset(
-    "text_config vision_config canvas_length eos_token_id boi_token_id eoi_token_id image_token_id "
-    "tie_word_embeddings initializer_range vision_soft_tokens_per_image".split()
-)
 
 
 @dataclass(frozen=True)
@@ -123,22 +115,17 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
     text = values.get("text_config")
     if not isinstance(text, Mapping):
         raise ModelError(f"{where}: text_config is missing; a DiffusionGemma config.json has its sizes there")
-    _check_names(values, [*_TOP, *_ONLY, *_HARMLESS], where)
-    _check_names(text, [*_NUMBERS, *_OTHER, *_ONLY, *_HARMLESS], f"{where}: text_config")
-    for source in (values, text):
-        for name, allowed in _ONLY.items():
-            if name in source and source[name] not in allowed:
-                raise ModelError(
-                    f"{where}: {name}={source[name]!r} is not supported; this network implements "
-                    f"{name}={allowed[0]!r} only"
-                )
+    text_fields = {f"text_config.{name}": value for name, value in text.items()}
+    known = [*_TOP, *(f"text_config.{name}" for name in _TEXT)]
+    only = _ONLY | {f"text_config.{name}": allowed for name, allowed in _ONLY.items()}
+    check_fields({**values, **text_fields}, known, only, "DiffusionGemma", where)
     numbers = {name: _positive(text.get(name, default), name, where) for name, default in _NUMBERS.items()}
     layer_types = _layer_types(text.get("layer_types"), numbers.pop("num_hidden_layers"), where)
     full_heads, full_dim = _full_heads(text, layer_types, numbers, where)
     rope = {layer_type: _rope(text.get("rope_parameters"), layer_type, where) for layer_type in _ROPE}
     canvas = values.get("canvas_length")
     eos = text.get("eos_token_id", 1)
-    ends = values.get("eos_token_id", eos)
+    ends = eos if values.get("eos_token_id") is None else values["eos_token_id"]
     fill: Any = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
     pad = text.get("pad_token_id", 0)
     config = DiffusionGemmaConfig(
@@ -159,12 +146,6 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
     )
     _check_fit(config, where)
     return config
-
-
-def _check_names(values: Mapping[str, Any], known: list[str], where: str) -> None:
-    for name in values:
-        if name not in known:
-            raise ModelError(f"{where}: unknown DiffusionGemma field {name!r}{nearest(name, known)}")
 
 
 def _positive(value: Any, name: str, where: str) -> int:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from unmask.errors import ModelError, nearest
+from unmask.errors import ModelError
+from unmask.models.pretrained_config import check_fields
 
 # Values that this network implements; anything else in a config.json would need other code.
 _ONLY = {
@@ -22,14 +23,6 @@ _ONLY = {
     "block_group_size": (1,),
     "block_type": ("llama",),
     "embedding_dropout": (0.0,),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "chunk_size_feed_forward": (0,),
-    "pruned_heads": ({}, None),
-    "is_encoder_decoder": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "return_dict": (True,),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
     "residual_dropout": (0.0,),
@@ -37,13 +30,8 @@ _ONLY = {
     "rope_full_precision": (True,),
 }
 
-# Keys of released files that cannot change a result: library bookkeeping, and settings of features refused above.
-_HARMLESS = frozenset(
-    "_name_or_path alibi_bias_max architectures attention_layer_norm_with_affine auto_map dtype flash_attention "
-    "init_device model_type precision torch_dtype transformers_version use_cache cross_attention_hidden_size "
-    "finetuning_task id2label label2id task_specific_params problem_type bos_token_id sep_token_id "
-    "decoder_start_token_id tokenizer_class prefix tie_encoder_decoder torchscript".split()
-)
+# Fields of released files that cannot change a result: settings of features that are refused above.
+_HARMLESS = ("alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "init_device", "precision")
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,8 @@ class LLaDAConfig:
         embedding_size: rows of the embedding and the head, at least `vocab_size`; None = `vocab_size`.
         max_sequence_length: positions the model was trained for; longer inputs are refused.
         weight_tying: the head is the embedding.
-        tie_word_embeddings: transformers' name for `weight_tying`; may be left out, may not contradict it.
+        tie_word_embeddings: transformers' name for `weight_tying`, which decides where both are given: transformers 4
+            dumps `true` whatever the network does.
         include_bias: biases on every linear layer; norms have none, so the file must say `bias_for_layer_norm: false`.
         include_qkv_bias: biases on the query, key and value projections.
         scale_logits: logits are divided by √d_model.
@@ -124,15 +113,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> LLaDAConfig:
         ModelError: a key that is not known, a value that this network does not implement, or sizes that do not fit.
     """
     known = {field.name: field for field in fields(LLaDAConfig)}
-    every = [*known, *_ONLY, *_HARMLESS]
-    for name, allowed in _ONLY.items():
-        if name in values and values[name] not in allowed:
-            raise ModelError(
-                f"{where}: {name}={values[name]!r} is not supported; this network implements {name}={allowed[0]!r} only"
-            )
-    for name in values:
-        if name not in every:
-            raise ModelError(f"{where}: unknown LLaDA field {name!r}{nearest(name, every)}")
+    check_fields(values, [*known, *_HARMLESS], _ONLY, "LLaDA", where)
     given = {name: values[name] for name in known if name in values}
     for name, value in given.items():
         _check_type(name, value, str(known[name].type), where)
@@ -143,6 +124,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> LLaDAConfig:
             f"{where}: include_bias=True would give the norms biases, which are not supported; "
             "add bias_for_layer_norm=False"
         )
+    if config.tie_word_embeddings and "weight_tying" in values:
+        config = replace(config, tie_word_embeddings=None)
     _check_sizes(config, where)
     _check_ids(config, where)
     return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unmask.models.family import ControlTokens, Family, LoraTargets, SamplerDefaults, ShardPlan
+from unmask.models.family import ControlTokens, Family, FileLayout, LoraTargets, SamplerDefaults, ShardPlan
 from unmask.models.llada.config import LLaDAConfig, parse_config
 
 
@@ -20,6 +20,11 @@ def activation_bytes(config: LLaDAConfig, tokens: int, residual: int, compute: i
     if checkpointing:
         return config.n_layers * inputs + block
     return config.n_layers * block
+
+
+def tied_to(key: str) -> str | None:
+    """Return the key whose weights a stored tensor repeats in a network with a tied head; None for any other."""
+    return "model.transformer.wte.weight" if key == "model.transformer.ff_out.weight" else None
 
 
 FAMILY = Family(
@@ -62,6 +67,7 @@ FAMILY = Family(
         },
         window_cache=True,
     ),
+    files=FileLayout(tied_to=tied_to),
     chat_template="llada",
     control_tokens=ControlTokens(
         ("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"),
