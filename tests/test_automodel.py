@@ -113,16 +113,37 @@ def assert_same_training(config: RunConfig, ours: RunConfig) -> None:
     assert dataclasses.replace(config.distributed, mp_policy=None) == ours.distributed
 
 
-def test_their_full_recipe_is_our_example() -> None:
-    loaded = config_from_mapping(theirs())
+def test_their_full_recipe_is_our_example_but_for_the_answers() -> None:
+    loaded = config_from_mapping(theirs(dataset__answers="one"))
     assert_same_training(loaded.config, load_config(EXAMPLES / "llada_sft.yaml").config)
     assert loaded.config.checkpoint.checkpoint_dir == "dllm_checkpoints/llada_sft"
 
 
-def test_their_lora_recipe_is_our_example() -> None:
-    loaded = config_from_mapping(theirs(peft=copy.deepcopy(PEFT)))
+def test_their_lora_recipe_is_our_example_but_for_the_answers() -> None:
+    loaded = config_from_mapping(theirs(dataset__answers="one", peft=copy.deepcopy(PEFT)))
     assert_same_training(loaded.config, load_config(EXAMPLES / "llada_lora.yaml").config)
     assert "peft.target_modules *.att_proj" in loaded.not_needed
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({}, "all"),
+        ({"mask_history": None}, "all"),
+        ({"mask_history": False}, "all"),
+        ({"mask_history": True}, "last"),
+        ({"answers": "one"}, "one"),
+    ],
+)
+def test_their_loader_trains_every_answer_unless_the_history_is_masked(said: dict, meant: str) -> None:
+    changes = {f"dataset__{name}": value for name, value in said.items()}
+    validation = {**THEIRS["dataset"], **said}
+    del validation["shuffle_seed"]
+    config = config_from_mapping(theirs(validation_dataset=validation, **changes)).config
+    assert config.validation_dataset is not None
+    assert config.dataset.answers == config.validation_dataset.answers == meant
+    ours = {"model": {}, "dataset": {"path_or_dataset_id": "rows.jsonl"}}
+    assert translate(ours).values == ours
 
 
 def test_each_key_without_influence_is_listed_once() -> None:

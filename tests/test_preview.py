@@ -233,3 +233,19 @@ def test_the_heads_gradient_that_a_loss_holds_is_counted(tiny, gemma_values, tmp
     assert counted == held[0] * (1 if family == "llada" else 2)
     blocks = [e for e in profile.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) == held[0]]
     assert max(accumulate(e.nbytes() for e in sorted(blocks, key=lambda e: e.start_ns()))) == counted
+
+
+def test_answers_that_see_later_turns_are_said_before_a_run_and_at_its_start(
+    tiny, train_tiny, tmp_path: Path, capsys
+) -> None:
+    turns = [{"role": role, "content": "4"} for role in ("user", "assistant")]
+    rows = [{"messages": turns * count} for count in (1, 1, 2, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = "dataset.answers: all: 3 of 7 answers see later turns of their conversations (in 4 rows)"
+    for answers in ("all", "last", None):
+        changes = {"dataset__path_or_dataset_id": str(tmp_path / "rows.jsonl"), "dataset__answers": answers}
+        values = tiny.config(tmp_path / f"run_{answers}", step_scheduler__max_steps=1, **changes)
+        main(["train", "-c", str(tiny.write(tmp_path / "run.yaml", values)), "--dry-run"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert (said in shown) == (said in train_tiny(values).output) == (answers == "all")
+        assert f"answers: {answers or 'one'}" in shown

@@ -25,8 +25,10 @@ from unmask.prepare import Prepared
 from unmask.training.run import ResumePoint, TrainingRun
 
 
-def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint) -> None:
-    """Say and record what this run, made from `prepared`, is about to do from `start` on."""
+def announce(
+    run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint, notes: Sequence[str]
+) -> None:
+    """Say and record what this run, made from `prepared`, is about to do from `start` on; `notes` are of its data."""
     from unmask.distributed.shard import whole_view  # its DTensor takes seconds to import
 
     sizes = [(whole_view(p, run.runtime.meshes).numel(), p.requires_grad) for p in run.model.parameters()]
@@ -51,6 +53,8 @@ def announce(run: TrainingRun, prepared: Prepared, validation: ValidationSet | N
         say(f"changed since step {start.step}: {line}")
     if start.changed_data is not None:
         say(f"changed since step {start.step}: {start.changed_data}")
+    for line in notes:
+        say(line)
     for line in _validation_notes(prepared, validation):
         say(f"validation: {line}")
     say(
@@ -192,4 +196,5 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "global_batch_size": config.step_scheduler.global_batch_size,
         "seed": [config.seed, config.dataset.shuffle_seed],
         "order": [config.dataloader.shuffle, config.dataloader.group_by_length],
+        "answers": config.dataset.answers,
     }

@@ -21,7 +21,7 @@ from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
 from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
-from unmask.parts import Parts, build_parts
+from unmask.parts import Parts, build_parts, seen_later_turns
 from unmask.prepare import Prepared
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.plots import plot_runs
@@ -93,7 +93,7 @@ def assemble(
         is_good_enough=is_good_enough,
         defer_grad_sync=config.distributed.defer_grad_sync,
     )
-    announce(run, prepared, validation, start)
+    announce(run, prepared, validation, start, seen_later_turns(prepared, parts.template))
     return run, start
 
 
@@ -169,7 +169,7 @@ def _validation_set(prepared: Prepared, parts: Parts) -> ValidationSet | None:
     assert config.validation_dataset is not None
     return validation_set(
         prepared.validation_rows,
-        RowEncoder(prepared.validation_rows, parts.template, config.validation_dataset, "validation_dataset"),
+        RowEncoder(prepared.validation_rows, parts.template, config.validation_dataset, where="validation_dataset"),
         local_batch_size=config.step_scheduler.local_batch_size,
         pad_token_id=parts.pad_token_id,
         supervise_padding=bool(config.dllm.supervise_padding),

@@ -261,6 +261,8 @@ def _dataset(section: Any, where: str, from_automodel: bool, dropped: list[str])
     template = Path(str(section.get("chat_template")))
     if from_automodel and template.name in _TEMPLATES and not template.expanduser().exists():
         section["chat_template"] = _TEMPLATES[template.name]
+    if from_automodel and section.get("mask_history") is None:
+        section.setdefault("answers", "all")  # it supervises every answer, whatever the model's attention
     path = str(section.get("path_or_dataset_id", ""))
     if from_automodel and "split" in section and path.endswith((".jsonl", ".json", ".parquet", ".arrow")):
         if section["split"] in ("train", "validation", "test", None):  # names the only split that one file has

@@ -8,6 +8,7 @@ from typing import Any
 
 from unmask.data.chat import ChatTemplate, load_template
 from unmask.data.encode import RowEncoder
+from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
@@ -21,7 +22,7 @@ class Parts:
     """The pieces of a run that a dry run shows and a run uses.
 
     Attributes:
-        encode: row index → tokens, or the reason to leave the row out.
+        encode: row and epoch → tokens, or the reason to leave the row out.
         pad_token_id: padding; the model's EOS where it is supervised.
     """
 
@@ -53,7 +54,7 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
         supervise_reasoning=config.dataset.supervise_reasoning,
     )
     tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
-    encode = RowEncoder(prepared.rows, template, config.dataset)
+    encode = RowEncoder(prepared.rows, template, config.dataset, config.seed)
     pad = plan.config.eos_token_id
     loader = TrainLoader(
         prepared.rows,
@@ -80,3 +81,25 @@ def _check_mask(tokenizer: Any, mask_token_id: int, folder: Path) -> None:
             f"({tokenizer.convert_ids_to_tokens(mask_token_id)!r}); use the model's own tokenizer, or add a mask token "
             "to this one and set the model's mask_token_id to its id"
         )
+
+
+def seen_later_turns(prepared: Prepared, template: ChatTemplate) -> list[str]:
+    """Return a line for each data section whose answers are learned or scored with later turns in sight."""
+    config, lines = prepared.config, []
+    if prepared.plan.family.attention != "bidirectional":
+        return []
+    sections = (
+        ("dataset", config.dataset, prepared.rows),
+        ("validation_dataset", config.validation_dataset, prepared.validation_rows),
+    )
+    for name, section, rows in sections:
+        if section is None or rows is None or section.answers != "all":
+            continue
+        count = count_later_turns(rows, template)
+        looked_at = f"{count.rows:,}" if count.rows == len(rows) else f"{count.rows:,} of {len(rows):,}"
+        advice = "; answers: one or last lets none of them" if count.followed else ""
+        lines.append(
+            f"{name}.answers: all: {count.followed:,} of {count.answers:,} answers see later turns of their "
+            f"conversations (in {looked_at} rows){advice}"
+        )
+    return lines

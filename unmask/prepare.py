@@ -5,11 +5,12 @@ Nothing here needs torch, so a mistake is reported within a second or two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from unmask.config import LoadedConfig, RunConfig
+from unmask.config.data import resolve_answers
 from unmask.config.model import PeftConfig
 from unmask.config.results import ValidationConfig
 from unmask.data.sources import Rows, open_rows
@@ -29,6 +30,7 @@ class Prepared:
     """A run whose configuration, model files, tokenizer and data were found and checked.
 
     Attributes:
+        config: the configuration, with `answers` of its data sections chosen.
         not_needed: keys that were read and have nothing to set here.
         plan: the model, weights not loaded.
         tokenizer_folder: where the tokenizer is.
@@ -60,6 +62,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
         raise ConfigError(f"checkpoint.checkpoint_dir: {root} is a file; choose a folder")
     check_tracker(config.wandb)
     plan = plan_model(config.model, weights)
+    config = _with_answers(config, plan.family.attention)
     if config.peft is not None and plan.folder is None:
         raise ConfigError(
             "peft: an adapter needs a base checkpoint, and model.config makes a fresh network; set "
@@ -96,6 +99,16 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
         validation_rows = open_rows(config.validation_dataset, "validation_dataset")
     return Prepared(
         config, loaded.not_needed, plan, tokenizer_folder, rows, validation_rows, validation_settings, degrees
+    )
+
+
+def _with_answers(config: RunConfig, attention: str) -> RunConfig:
+    """Return the configuration with what its sections leave to the model chosen."""
+    validation = config.validation_dataset
+    return replace(
+        config,
+        dataset=resolve_answers(config.dataset, attention),
+        validation_dataset=None if validation is None else resolve_answers(validation, attention),
     )
 
 

@@ -17,7 +17,7 @@ from unmask.distributed.ranks import Ranks
 from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
 from unmask.models.weights import check_tensors
-from unmask.parts import Parts, build_parts
+from unmask.parts import Parts, build_parts, seen_later_turns
 from unmask.prepare import Prepared
 from unmask.rng import NoiseStream
 from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
@@ -50,7 +50,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     estimate = estimate_memory(config, plan, model)
     steps = config.step_scheduler
     total = steps.total_steps(parts.loader.steps_per_epoch)
-    lines = _sizes(prepared, parts, estimate, total)
+    lines = [*_sizes(prepared, parts, estimate, total), *seen_later_turns(prepared, parts.template)]
     if prepared.degrees.world > 1:
         lines += _shared(prepared, estimate_shared(config, plan, model, estimate, prepared.degrees))
     never_seen = parts.loader.never_seen(total)

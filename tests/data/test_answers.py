@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unmask.data.renderings import assistant_runs, find_answers
+from unmask.data.renderings import answer_turns, find_answers
 
 USER, PLAIN = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 THOUGHT = {**PLAIN, "reasoning": "r"}
@@ -33,5 +33,14 @@ def test_an_answer_that_reasoning_changes_is_unknown():
     assert found("ra.", "-a.", supervise_reasoning=True) == [(2, 5)]
 
 
-def test_assistant_turns_in_a_row_are_together():
-    assert assistant_runs([PLAIN, USER, PLAIN, THOUGHT, USER]) == [range(0, 1), range(2, 4)]
+def test_assistant_turns_in_a_row_are_one_answer_where_they_are_written_as_one_turn():
+    def joined(turns, add_generation_prompt):
+        text = rendered(turns, add_generation_prompt, {True: "ra.", False: "a."})
+        return text.replace(".>", "") if not add_generation_prompt else text
+
+    def apart(turns, add_generation_prompt):
+        return rendered(turns, add_generation_prompt, {True: "ra.", False: "a."})
+
+    turns = [PLAIN, USER, PLAIN, THOUGHT, USER]
+    assert answer_turns(joined, turns) == [range(0, 1), range(2, 4)]
+    assert answer_turns(apart, turns) == [range(0, 1), range(2, 3), range(3, 4)]

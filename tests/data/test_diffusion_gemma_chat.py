@@ -70,10 +70,11 @@ def test_renders_and_supervises_as_the_reference_says(case, kind, gemma_tokenize
         assert not any(template.encode(case["messages"]).supervised)
         return
     encoded = template.encode(case["messages"])
-    assert gemma_tokenizer.decode(encoded.ids) == case["rendered"]
+    before, last, _ = case["rendered"].rpartition(case["supervised"][-1])
+    assert gemma_tokenizer.decode(encoded.ids) == before + last  # nothing of the turns behind it
     assert stretches(gemma_tokenizer, encoded) == case["supervised"]
-    last = template.encode(case["messages"], mask_history=True)
-    assert last.ids == encoded.ids and stretches(gemma_tokenizer, last) == case["supervised"][-1:]
+    newest = template.encode(case["messages"], last_only=True)
+    assert newest.ids == encoded.ids and stretches(gemma_tokenizer, newest) == case["supervised"][-1:]
 
 
 def test_the_untagged_source_differs_in_its_tags_alone():
@@ -95,7 +96,7 @@ def test_reasoning_is_supervised_where_it_is_rendered(kind, gemma_tokenizer):
     encoded = template.encode(THOUGHT, supervise_reasoning=True)
     thought = "<|channel>thought\nnew\n<channel|>d<turn|>\n"
     assert stretches(gemma_tokenizer, encoded) == ["b<turn|>\n", thought]
-    last = template.encode(THOUGHT, mask_history=True, supervise_reasoning=True)
+    last = template.encode(THOUGHT, last_only=True, supervise_reasoning=True)
     assert stretches(gemma_tokenizer, last) == [thought]
     plain = template.encode(THOUGHT)
     assert plain.ids[: plain.supervised.index(True)] == encoded.ids[: encoded.supervised.index(True)]
@@ -128,14 +129,14 @@ def test_tagged_and_untagged_agree_on_any_conversation(gemma_tokenizer, turns, s
     for role, text, reasoning in turns:
         messages.append(Message(role, text, reasoning=reasoning if role == "assistant" else ""))
 
-    def outcome(template: ChatTemplate, mask_history: bool) -> Encoded | None:
+    def outcome(template: ChatTemplate, last_only: bool) -> Encoded | None:
         try:
-            return template.encode(messages, mask_history, supervise)
+            return template.encode(messages, last_only, supervise)
         except DataError:
             return None
 
-    for mask_history in (False, True):
-        theirs, ours = outcome(untagged, mask_history), outcome(tagged, mask_history)
+    for last_only in (False, True):
+        theirs, ours = outcome(untagged, last_only), outcome(tagged, last_only)
         # An untagged template may leave more unknown: reasoning between assistant turns in a row.
         between = any(
             a.role == b.role == "assistant" and b.reasoning for a, b in zip(messages, messages[1:], strict=False)
@@ -147,9 +148,9 @@ def test_reasoning_that_parts_an_answer_is_refused_unless_it_is_supervised_too(g
     template = make("tagged", gemma_tokenizer)
     first, second = ({"role": "assistant", "content": text} for text in "AB")
     turns = [THOUGHT[0], first, second | {"reasoning": "hm"}]
-    with pytest.raises(DataError, match="has no end to learn; set dataset.supervise_reasoning: true"):
-        template.encode(turns)
-    assert stretches(gemma_tokenizer, template.encode(turns, mask_history=True)) == ["B<turn|>\n"]
+    for last_only in (False, True):
+        with pytest.raises(DataError, match="has no end to learn; set dataset.supervise_reasoning: true"):
+            template.encode(turns, last_only)
     whole = ["A<|channel>thought\nhm\n<channel|>B<turn|>\n"]
     assert stretches(gemma_tokenizer, template.encode(turns, supervise_reasoning=True)) == whole
     turns = [THOUGHT[0], first | {"reasoning": "hm"}, second]
@@ -160,7 +161,7 @@ def test_a_turn_in_two_messages_is_one_answer(kind, gemma_tokenizer):
     template = make(kind, gemma_tokenizer)
     turns = [THOUGHT[0], *({"role": "assistant", "content": text} for text in "xyz"), *THOUGHT[2:]]
     assert stretches(gemma_tokenizer, template.encode(turns)) == ["xyz<turn|>\n", "d<turn|>\n"]
-    assert stretches(gemma_tokenizer, template.encode(turns, mask_history=True)) == ["d<turn|>\n"]
+    assert stretches(gemma_tokenizer, template.encode(turns, last_only=True)) == ["d<turn|>\n"]
 
 
 def test_turns_with_headers_of_their_own_are_never_joined(tokenizer):
@@ -266,8 +267,8 @@ def test_reasoning_that_cannot_be_told_from_the_answer_is_refused(gemma_tokenize
     gemma_tokenizer.chat_template = always
     template = load_template(gemma_tokenizer)
     with pytest.raises(DataError, match="do not show where the answer after it starts; set dataset.supervise_reason"):
-        template.encode(THOUGHT, mask_history=True)
-    whole = template.encode(THOUGHT, mask_history=True, supervise_reasoning=True)
+        template.encode(THOUGHT, last_only=True)
+    whole = template.encode(THOUGHT, last_only=True, supervise_reasoning=True)
     assert stretches(gemma_tokenizer, whole) == ["<|channel>thought\nnew\n<channel|>d<turn|>\n"]
 
 
@@ -296,8 +297,8 @@ def test_parts_of_text_are_joined(gemma_tokenizer):
 def test_fields_of_the_section_reach_the_template(gemma_tokenizer, tmp_path):
     path = saved(tmp_path / "rows.jsonl", json.dumps({"messages": THOUGHT}))
     for supervise in (False, True):
-        config = DatasetConfig(path, supervise_reasoning=supervise)
-        row = RowEncoder(open_rows(config), load_template(gemma_tokenizer, "diffusion_gemma"), config)(0)
+        config = DatasetConfig(path, answers="all", supervise_reasoning=supervise)
+        row = RowEncoder(open_rows(config), load_template(gemma_tokenizer, "diffusion_gemma"), config)(0, 0)
         assert isinstance(row, EncodedRow)
         encoded = Encoded(row.input_ids.tolist(), row.supervised.tolist())
         assert any("new" in text for text in stretches(gemma_tokenizer, encoded)) == supervise
@@ -308,7 +309,7 @@ def test_prepared_gsm8k_trains_with_it(gemma_tokenizer, kind, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(problem) + "\n")
     path = prep_gsm8k(str(tmp_path), tmp_path / "out", "train")[0]
     config = DatasetConfig(str(path), mask_history=True)
-    row = RowEncoder(open_rows(config), make(kind, gemma_tokenizer), config)(0)
+    row = RowEncoder(open_rows(config), make(kind, gemma_tokenizer), config)(0, 0)
     assert isinstance(row, EncodedRow) and not row.cut
     assert stretches(gemma_tokenizer, Encoded(row.input_ids.tolist(), row.supervised.tolist())) == [
         f"{problem['answer']}<turn|>\n"

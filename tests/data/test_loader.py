@@ -46,7 +46,7 @@ class Numbered:
     def describe(self, index: int) -> str:
         return f"row {index}"
 
-    def encode(self, index: int) -> EncodedRow | Dropped:
+    def encode(self, index: int, epoch: int) -> EncodedRow | Dropped:
         if self.hole and index % self.hole == 0:
             return Dropped("a hole", f"row {index}")
         length = self.text_length(index)
@@ -107,8 +107,8 @@ def test_every_rank_knows_the_rows_that_all_hold_at_once(local, world):
 def test_rows_that_lost_their_end_are_marked():
     @dataclass
     class Cut(Numbered):
-        def encode(self, index: int) -> EncodedRow | Dropped:
-            return replace(super().encode(index), cut=index % 3 == 0)
+        def encode(self, index: int, epoch: int) -> EncodedRow | Dropped:
+            return replace(super().encode(index, epoch), cut=index % 3 == 0)
 
     rows = Cut(16)
     held = validation_set(rows, rows.encode, local_batch_size=3, pad_token_id=PAD, supervise_padding=False)
@@ -264,10 +264,10 @@ def test_the_global_generator_is_left_alone():
 def encoder(tmp_path, tokenizer) -> RowEncoder:
     path = tmp_path / "rows.jsonl"
     turns = ["user", "assistant"]
-    lines = [{"messages": [{"role": r, "content": "x" * (i % 13 + 1)} for r in turns]} for i in range(60)]
+    lines = [{"messages": [{"role": r, "content": "x" * (i % 13 + 1)} for r in turns * (i % 3 + 1)]} for i in range(60)]
     lines[7]["messages"][0]["content"] = "long " * 40  # nothing of its answer is left
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = DatasetConfig(str(path), seq_length=100)
+    config = DatasetConfig(str(path), seq_length=100, answers="one")
     return RowEncoder(open_rows(config), load_template(tokenizer, "llada"), config)
 
 
@@ -364,7 +364,7 @@ class Worded(Numbered):
     def text_length(self, index: int) -> int:
         return len(self.texts[index] or "")
 
-    def encode(self, index: int) -> EncodedRow | Dropped:
+    def encode(self, index: int, epoch: int) -> EncodedRow | Dropped:
         if self.texts[index] is None:
             return Dropped("malformed")
         length = self.text_length(index)

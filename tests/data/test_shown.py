@@ -44,6 +44,7 @@ def encoder(tokenizer, tmp_path):
     """Return a function that makes the encoder of some rows under a template's source."""
 
     def make(source: str, *rows: dict, **fields: object) -> RowEncoder:
+        fields = {"answers": "all", **fields}
         (tmp_path / "template.jinja").write_text(source)
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = DatasetConfig(str(tmp_path / "rows.jsonl"), chat_template=str(tmp_path / "template.jinja"), **fields)
@@ -57,7 +58,7 @@ def report(tokenizer):
     """Return a function that makes the encoder of reported rows under a packaged template."""
 
     def make(name: str, **fields: object) -> RowEncoder:
-        config = DatasetConfig(str(REPORTS / f"{name}.jsonl"), chat_template="llada", **fields)
+        config = DatasetConfig(str(REPORTS / f"{name}.jsonl"), chat_template="llada", answers="all", **fields)
         return RowEncoder(open_rows(config), load_template(tokenizer, "llada"), config)
 
     return make
@@ -65,7 +66,7 @@ def report(tokenizer):
 
 def shown(encoder: RowEncoder, index: int = 0) -> tuple[str, list[str], tuple[str, ...]]:
     """Return the text of a row, its supervised stretches and its notes."""
-    row = encoder(index)
+    row = encoder(index, 0)
     assert isinstance(row, EncodedRow)
     decode = encoder.template.tokenizer.decode
     runs = groupby(zip(row.input_ids, row.supervised, strict=True), key=lambda pair: bool(pair[1]))
@@ -103,23 +104,23 @@ def test_calls_are_learned_and_tools_and_results_are_context(encoder, source):
 def test_what_the_template_leaves_out_is_refused_by_row_and_key(encoder, old, new, said):
     made = encoder(WHOLE.replace(old, new), ROW)
     with pytest.raises(DataError, match=f"rows.jsonl:1: dataset.chat_template: .*template.jinja {said}"):
-        made(0)
+        made(0, 0)
     skipping = dataclasses.replace(made, config=dataclasses.replace(made.config, on_malformed="skip"))
-    assert isinstance(skipping(0), Dropped)
+    assert isinstance(skipping(0, 0), Dropped)
 
 
 def test_calls_outside_of_the_tags_are_refused(encoder):
     call = WHOLE[WHOLE.index("{%- for call") : WHOLE.index("{% endfor -%}")] + "{% endfor -%}"
     moved = WHOLE.replace(call, "").replace("{%- generation -%}", call + "{%- generation -%}")
     with pytest.raises(DataError, match="does not supervise the tool_calls of turn 1"):
-        encoder(moved, ROW)(0)
+        encoder(moved, ROW)(0, 0)
 
 
 def test_a_system_turn_that_the_template_drops_is_refused(encoder):
     source = WHOLE.replace("messages -%}", "messages if m.role != 'system' -%}")
     row = {"system": "five", "messages": ROW["messages"]}  # also where its text stands elsewhere
     with pytest.raises(DataError, match="does not show the text of turn 0, of the system"):
-        encoder(source, row)(0)
+        encoder(source, row)(0, 0)
     with pytest.raises(DataError, match="does not show the text of turn 0, of the system"):
         encoder(source, ROW).template.encode_prompt([{"role": "system", "content": "s"}, ASKED])
 
@@ -128,17 +129,17 @@ def test_calls_and_tools_cannot_forge_control_tokens(encoder):
     forged = "<|eot_id|>"
     call = {**CALLS, "tool_calls": [{"name": "add", "arguments": {"x": forged}}]}
     made = encoder(WHOLE, {"messages": [ASKED, call]})
-    row = made(0)
+    row = made(0, 0)
     eot = made.template.tokenizer.convert_tokens_to_ids(forged)
     assert isinstance(row, EncodedRow) and row.input_ids.tolist().count(eot) == 2
     with pytest.raises(DataError, match="the row's tools spell '<|eot_id|>', a control token"):
-        encoder(WHOLE, {**ROW, "tools": [{"name": forged}]})(0)
+        encoder(WHOLE, {**ROW, "tools": [{"name": forged}]})(0, 0)
 
 
 def test_reported_calls_without_text_are_refused_where_the_template_drops_them(report, encoder):
     with pytest.raises(DataError, match=r"toolcall_empty.jsonl:1: .*llada does not show the tool_calls of turn 1"):
-        report("toolcall_empty")(0)
-    dropped = report("toolcall_empty", on_malformed="skip")(0)
+        report("toolcall_empty")(0, 0)
+    dropped = report("toolcall_empty", on_malformed="skip")(0, 0)
     assert isinstance(dropped, Dropped) and dropped.reason == "malformed"
     row = json.loads((REPORTS / "toolcall_empty.jsonl").read_text().splitlines()[0])
     assert shown(encoder(WHOLE, row))[1] == ['(get_weather {"city": "Paris"})<|eot_id|>']
@@ -146,7 +147,7 @@ def test_reported_calls_without_text_are_refused_where_the_template_drops_them(r
 
 def test_reported_tools_are_refused_or_left_out_when_told(report):
     with pytest.raises(DataError, match=r"row_system.jsonl:1: .* does not show the row's tools"):
-        report("row_system")(0)
+        report("row_system")(0, 0)
     text, learned, notes = shown(report("row_system", ignore_keys=["tools"]))
     assert "system<|end_header_id|>\n\nAnswer in French only.<|eot_id|>" in text
     assert learned == ["quatre<|eot_id|>"] and notes == ()
@@ -159,7 +160,7 @@ def test_a_turn_of_weight_0_is_context(report, encoder):
     row = {"messages": [*turns[:3], {**turns[3], "train": False}]}
     for source in (WHOLE, untagged(WHOLE)):
         assert shown(encoder(source, row))[1] == ["a<|eot_id|>"]
-        assert shown(encoder(source, row, mask_history=True))[1] == ["a<|eot_id|>"]
+        assert shown(encoder(source, row, answers="last"))[1] == ["a<|eot_id|>"]
 
 
 def test_turns_that_the_template_joins_are_learned_together_or_refused(tokenizer, gemma_tokenizer):

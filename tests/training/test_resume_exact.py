@@ -279,6 +279,7 @@ def test_a_torn_checkpoint_is_named_and_the_previous_one_used(tiny, train_tiny: 
         ({"seed": 1}, "its seed is"),
         ({"dataset__path_or_dataset_id": "valid.jsonl"}, "no longer the same (24 rows then, 6 now)"),
         ({"step_scheduler__global_batch_size": 2}, "its global_batch_size is"),
+        ({"dataset__answers": "all"}, "its answers is"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tiny, train_tiny: Train, tmp_path: Path, changes: dict, named: str):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from unmask.errors import FieldError, choice_problem
 
 OnMalformed = Literal["error", "skip"]
+Answers = Literal["all", "last", "one"]
 
 # Padding that changes no number is rounded up to a multiple of this: a matmul library keeps memory for every shape that
 # it has met (oneDNN's primitive cache), and rows of text have hundreds of lengths.
@@ -32,7 +33,10 @@ class DatasetConfig:
         seq_length: longest row, in tokens; at least 2 and at most the model's `max_sequence_length`
         truncation: cut rows that are longer; false drops and counts them
         unshifted: must be true: a diffusion model predicts the token at its own position
-        mask_history: supervise the last assistant turn only
+        answers: which answers of a conversation train: `all`; `last`; or `one`, drawn anew for each row and epoch, with
+            which the text then ends. null is `one` where attention is bidirectional, so that no answer is trained with
+            later turns in sight, and `all` elsewhere
+        mask_history: NeMo AutoModel's word for it: true is `answers: last`, false `answers: all`
         tokenizer: folder or hub id of the tokenizer; null takes the model's; a fresh network needs one
         chat_template: name of one that comes with the package (`llada`, `diffusion_gemma`) or path of a .jinja file;
             null takes the tokenizer's
@@ -53,7 +57,8 @@ class DatasetConfig:
     seq_length: int = 1024
     truncation: bool = True
     unshifted: bool = True
-    mask_history: bool = False
+    answers: Answers | None = None
+    mask_history: bool | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -76,6 +81,7 @@ class DatasetConfig:
             raise FieldError("seq_length", f"must be at least 2 tokens, got {self.seq_length}")
         if self.max_samples is not None and self.max_samples < 1:
             raise FieldError("max_samples", f"must be at least 1, or null for all rows, got {self.max_samples}")
+        self._take_mask_history()
         if (self.prompt_column is None) != (self.completion_column is None):
             given, other = ("prompt_column", "completion_column")[:: 1 if self.prompt_column is not None else -1]
             raise FieldError(other, f"must be set too, since {given} is; or delete both")
@@ -88,6 +94,24 @@ class DatasetConfig:
                 raise FieldError("ignore_keys", f"has {key!r}, the column of the rows' text; remove it")
         if self.on_malformed not in get_args(OnMalformed):
             raise FieldError("on_malformed", choice_problem(self.on_malformed, get_args(OnMalformed)))
+
+    def _take_mask_history(self) -> None:
+        if self.mask_history is None:
+            return
+        meant = "last" if self.mask_history else "all"
+        if self.answers not in (None, meant):
+            said = str(self.mask_history).lower()
+            raise FieldError(
+                "answers", f"{self.answers!r} contradicts mask_history: {said}, which is {meant}; remove one"
+            )
+        object.__setattr__(self, "answers", meant)
+
+
+def resolve_answers(section: DatasetConfig, attention: str) -> DatasetConfig:
+    """Return the section with `answers` chosen, for a model of that attention (`unmask.models.family.Attention`)."""
+    if section.answers is not None:
+        return section
+    return replace(section, answers="one" if attention == "bidirectional" else "all")
 
 
 def _check_variable(name: object, value: object) -> None:

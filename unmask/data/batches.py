@@ -96,7 +96,7 @@ def validation_set(
     noted: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for index in range(len(rows)):
-        row = encode(index)
+        row = encode(index, 0)
         if isinstance(row, EncodedRow):
             encoded.append((index, row))
         else:

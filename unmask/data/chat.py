@@ -31,7 +31,7 @@ from unmask.data.renderings import (
     Marked,
     Span,
     Turn,
-    assistant_runs,
+    answer_turns,
     control_pattern,
     find_answers,
     literal_pieces,
@@ -166,41 +166,69 @@ class ChatTemplate:
         """Return the text of a conversation; DataError when the template refuses it."""
         return self._render([_as_dict(message) for message in messages], add_generation_prompt)[0]
 
+    def answers(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[range]:
+        """Return the numbers of the turns of each answer that may be supervised, in order.
+
+        Assistant turns in a row are one answer where the template writes them as one.
+
+        Raises:
+            DataError: one answer has turns that may be supervised and others that may not.
+        """
+        allowed = []
+        for answer in answer_turns(self._text, [_as_dict(message) for message in messages]):
+            flags = {_may_be_supervised(messages[number]) for number in answer}
+            if len(flags) == 2:
+                raise DataError(
+                    f"dataset.chat_template: {self.name} joins assistant turns in a row, of which some are learned and "
+                    "some are not; give such turns as one, or name another template"
+                )
+            if flags == {True}:
+                allowed.append(answer)
+        return allowed
+
+    def check_conversation(self, messages: Sequence[Message | Mapping[str, Any]], supervise_reasoning: bool) -> None:
+        """Raise DataError if the template refuses a conversation, or leaves out what its text must have."""
+        turns = [_as_dict(message) for message in messages]
+        self._render(turns, supervise_reasoning=supervise_reasoning)
+        self._check_shown(turns, False, supervise_reasoning)
+
     def encode(
         self,
         messages: Sequence[Message | Mapping[str, Any]],
-        mask_history: bool = False,
+        last_only: bool = False,
         supervise_reasoning: bool = False,
     ) -> Encoded:
-        """Return the tokens of a conversation and which of them are supervised.
+        """Return the tokens of a conversation up to its last supervised one, and which of them are supervised.
+
+        Behind the last answer that may be supervised nothing is rendered: neither the answer nor the template's view of
+        it depends on what came after. Without such an answer everything is rendered, and nothing supervised.
 
         Args:
             messages: a turn whose `supervised` is False is context.
-            mask_history: supervise the last assistant turn only.
+            last_only: of the answers that may be supervised, supervise the last alone.
             supervise_reasoning: supervise the reasoning that is rendered, too.
 
         Raises:
             DataError: the template refuses the conversation, or does not show where its answers or reasoning are.
         """
-        marked = self._marked(messages, supervise_reasoning)
+        answers = self.answers(messages)
+        wanted = answers[-1:] if last_only else answers
+        marked = self._marked(messages[: answers[-1].stop] if answers else messages, supervise_reasoning)
         turns = marked.turns
         text, spans = self._answers(turns, supervise_reasoning=supervise_reasoning)
         notes = self._check_shown(turns, False, supervise_reasoning)
-        supervised = self._learned(messages, turns, spans)
-        supervised = supervised[-1:] if mask_history else supervised
-        if mask_history and self.tagged:
-            self._check_one_span_each(turns, len(spans))
+        supervised = self._spans_of(wanted, turns, spans, supervise_reasoning)
         if None in supervised:
             raise DataError(self._unknown_answers(turns, supervise_reasoning))
         if self.tagged and any(map(reasoning_of, turns)):
             self._check_tagged_reasoning(turns, supervise_reasoning)
-            if not mask_history:
-                self._check_whole_answers(turns, len(spans))
+            self._check_whole_answers(turns, wanted, len(spans))
+        end = max((span[1] for span in supervised if span), default=len(text))
         ids, flags = [], []
-        for start, end in _pieces(len(text), spans):
-            piece_ids = self._tokenize(text[start:end], marked)
+        for start, stop in _pieces(end, spans):
+            piece_ids = self._tokenize(text[start:stop], marked)
             ids += piece_ids
-            flags += [any(span and span[0] <= start and end <= span[1] for span in supervised)] * len(piece_ids)
+            flags += [any(span and span[0] <= start and stop <= span[1] for span in supervised)] * len(piece_ids)
         return Encoded(ids, flags, notes)
 
     def encode_prompt(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
@@ -257,33 +285,25 @@ class ChatTemplate:
             self.shapes[shape] = check_shown(turns, text, None if add_generation_prompt else spans, self.name)
         return self.shapes[shape]
 
-    def _learned(
-        self, messages: Sequence[Message | Mapping[str, Any]], turns: list[Turn], spans: list[Span | None]
+    def _spans_of(
+        self, wanted: list[range], turns: list[Turn], spans: list[Span | None], supervise_reasoning: bool
     ) -> list[Span | None]:
-        """Return the stretches of the assistant turns that do not say that they are context."""
-        learned = [not isinstance(message, Message) or message.supervised is not False for message in messages]
-        runs = assistant_runs(turns)
-        if all(learned[number] for run in runs for number in run):
+        """Return the stretches that are the `wanted` of a conversation's answers."""
+        answers = answer_turns(self._text, turns)
+        if len(wanted) == len(answers):
             return spans
-        if len(spans) == sum(map(len, runs)):
-            runs = [[number] for run in runs for number in run]
-        flags = [{learned[number] for number in run} for run in runs]
-        if len(flags) != len(spans) or any(len(flag) > 1 for flag in flags):
+        if len(spans) == len(answers):
+            return [span for answer, span in zip(answers, spans, strict=True) if answer in wanted]
+        # As many tags stand before an answer as in the conversation before it.
+        firsts = [len(self._render(turns[: answer.start], False, supervise_reasoning)[1]) for answer in answers]
+        parts = [spans[first:last] for first, last in pairwise((*firsts, len(spans)))]
+        kept = [part for answer, part in zip(answers, parts, strict=True) if answer in wanted]
+        if not all(kept):
             raise DataError(
-                f"dataset.chat_template: {self.name} joins assistant turns in a row, of which some are learned and "
-                "some are not, or tags a turn several times; give such turns as one, or name another template"
+                f"dataset.answers: {self.name} tags {len(spans)} stretches in {len(answers)} answers, so which of them "
+                "belong to which is unknown; set dataset.answers: all, or tag each answer once"
             )
-        return [span for span, flag in zip(spans, flags, strict=True) if True in flag]
-
-    def _check_one_span_each(self, turns: list[Turn], spans: int) -> None:
-        """Refuse tags where it is unknown which belong to the last assistant turn."""
-        runs = assistant_runs(turns)
-        answers = sum(map(len, runs))
-        if spans not in (answers, len(runs)):
-            raise DataError(
-                f"dataset.mask_history: {self.name} tags {spans} stretches in {answers} assistant turns, so "
-                "which belong to the last turn is unknown; set dataset.mask_history: false or tag each turn once"
-            )
+        return [span for part in kept for span in part]
 
     def _check_tagged_reasoning(self, turns: list[Turn], supervise_reasoning: bool) -> None:
         """Refuse tags that take reasoning in or leave it out against what is asked for."""
@@ -303,9 +323,11 @@ class ChatTemplate:
                     "template in dataset.chat_template"
                 )
 
-    def _check_whole_answers(self, turns: list[Turn], spans: int) -> None:
+    def _check_whole_answers(self, turns: list[Turn], wanted: list[range], spans: int) -> None:
         """Refuse reasoning that parts an answer: what stands before it would be learned as one that ends there."""
-        if spans > len(self._render([with_reasoning(turn, "") for turn in turns])[1]):
+        inside = {number for answer in wanted for number in answer}
+        bare = [with_reasoning(turn, "") if number in inside else turn for number, turn in enumerate(turns)]
+        if spans > len(self._render(bare)[1]):
             raise DataError(
                 f"dataset.supervise_reasoning: {self.name} has reasoning between assistant messages in a row, which "
                 "are one answer, so what stands before it has no end to learn; set dataset.supervise_reasoning: true, "
@@ -391,3 +413,7 @@ def _as_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _may_be_supervised(message: Message | Mapping[str, Any]) -> bool:
+    return not (isinstance(message, Message) and message.supervised is False)

@@ -10,12 +10,12 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from unmask.data.conversation import Conversation
 from unmask.data.sources import Rows
 from unmask.data.visited import row_digest
 from unmask.errors import DataError
+from unmask.rng import generator
 
 TOO_LONG = "longer than seq_length, and truncation is off"
 NOTHING_LEFT = "no supervised token within seq_length"
@@ -33,7 +34,6 @@ MALFORMED = "malformed"
 MOST_BYTES = 2**26  # of rows that one process remembers
 _ROW_BYTES = 512  # of a row's objects beside its numbers
 _CHUNK = 16  # rows a task: sending one costs about as much as encoding one
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class EncodedRow:
         cut: whether it lost its end to `seq_length`.
         notes: what of the row is not in the tokens, though it trains; the same texts for all rows of a kind.
         digest: of the row as read (`visited.row_digest`).
+        drawn: whether it ends with one of several answers, so that another epoch may see another.
     """
 
     input_ids: np.ndarray
@@ -53,6 +54,7 @@ class EncodedRow:
     cut: bool = False
     notes: tuple[str, ...] = ()
     digest: int = 0
+    drawn: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -74,9 +76,13 @@ class Dropped:
 
 
 def encode_row(
-    conversation: Conversation, template: ChatTemplate, config: DatasetConfig, seq_length: int
+    conversation: Conversation,
+    template: ChatTemplate,
+    config: DatasetConfig,
+    last_only: bool,
+    turns: int | None = None,
 ) -> EncodedRow | Dropped:
-    """Return the tokens of a conversation, at most `seq_length` of them.
+    """Return the tokens of a conversation, or of its first `turns`, at most `config.seq_length` of them.
 
     A longer row loses its end; where that leaves no supervised token, or `config.truncation` is off, it is dropped.
 
@@ -84,15 +90,15 @@ def encode_row(
         DataError: the template refuses the conversation.
     """
     template = template.with_tools(conversation.tools)
-    encoded = template.encode(conversation.messages, config.mask_history, config.supervise_reasoning)
-    too_long = len(encoded.ids) > seq_length
+    encoded = template.encode(conversation.messages[:turns], last_only, config.supervise_reasoning)
+    too_long = len(encoded.ids) > config.seq_length
     if too_long and not config.truncation:
         return Dropped(TOO_LONG)
-    supervised = np.array(encoded.supervised[:seq_length], dtype=bool)
+    supervised = np.array(encoded.supervised[: config.seq_length], dtype=bool)
     if not supervised.any():
         return Dropped(NOTHING_LEFT)
     return EncodedRow(
-        np.array(encoded.ids[:seq_length], dtype=np.int64),
+        np.array(encoded.ids[: config.seq_length], dtype=np.int64),
         supervised,
         too_long,
         _notes(conversation, template, encoded),
@@ -122,14 +128,21 @@ def count_notes(
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes row i of a source: what the loaders call, in this process or in a worker; `where` names its section."""
+    """Encodes row i of a source as an epoch sees it: what the loaders call, in this process or in a worker.
+
+    Attributes:
+        config: its section, with `answers` chosen.
+        seed: of the answers that are drawn.
+        where: the section's name, for messages.
+    """
 
     rows: Rows
     template: ChatTemplate
     config: DatasetConfig
+    seed: int = 0
     where: str = "dataset"
 
-    def __call__(self, index: int) -> EncodedRow | Dropped:
+    def __call__(self, index: int, epoch: int) -> EncodedRow | Dropped:
         """Return row `index`; DataError when it is malformed or refused, and `on_malformed` is "error"."""
         try:
             conversation = self.rows[index]
@@ -139,20 +152,36 @@ class RowEncoder:
             return Dropped(MALFORMED, str(error))
         digest = row_digest(conversation)
         try:
-            row = encode_row(conversation, self.template, self.config, self.config.seq_length)
-            return replace(row, digest=digest)
+            return replace(self._encode(conversation, index, epoch), digest=digest)
         except DataError as error:
             place = self.rows.describe(index)
             if self.config.on_malformed == "error":
                 raise DataError(f"{place}: {error}; fix the row or set {self.where}.on_malformed: skip") from None
             return Dropped(MALFORMED, f"{place}: {error}", digest)
 
+    def _encode(self, conversation: Conversation, index: int, epoch: int) -> EncodedRow | Dropped:
+        assert self.config.answers is not None  # `unmask.config.data.resolve_answers` chose it
+        if self.config.answers != "one":
+            return encode_row(conversation, self.template, self.config, self.config.answers == "last")
+        template, messages = self.template.with_tools(conversation.tools), conversation.messages
+        ends = [answer.stop for answer in template.answers(messages)]
+        if len(ends) > 1:
+            # A row that is refused is refused whichever answer is drawn.
+            template.check_conversation(messages[: ends[-1]], self.config.supervise_reasoning)
+        row: EncodedRow | Dropped = Dropped(NOTHING_LEFT)
+        # In the order of the draw, so that the first one that fits is drawn uniformly from those that fit.
+        for choice in generator(self.seed, "data/answer", epoch, index).permutation(len(ends)):
+            row = encode_row(conversation, self.template, self.config, True, ends[choice])
+            if isinstance(row, EncodedRow):
+                return replace(row, drawn=len(ends) > 1)
+        return row
 
-Encode = Callable[[int], EncodedRow | Dropped]
+
+Encode = Callable[[int, int], EncodedRow | Dropped]  # row, epoch → its tokens
 
 
 class RememberedRows:
-    """Gives what `encode`, a function of the index alone, gives; a row that trains is encoded once.
+    """Gives what `encode`, a function of row and epoch, gives; a row that trains and never changes is encoded once.
 
     When its memory is full it stays as it is: rows come in a new order each epoch, so the ones that it has are as good
     as any, while making room for the newest would throw each one out before its turn comes.
@@ -163,26 +192,35 @@ class RememberedRows:
         self._left = most_bytes
         self._rows: dict[int, EncodedRow] = {}
 
-    def __call__(self, index: int) -> EncodedRow | Dropped:
+    def __call__(self, index: int, epoch: int) -> EncodedRow | Dropped:
         """Return row `index` as tokens; what `encode` raises is raised."""
         if index in self._rows:
             return self._rows[index]
-        row = self._encode(index)
-        if isinstance(row, EncodedRow):
+        row = self._encode(index, epoch)
+        if isinstance(row, EncodedRow) and not row.drawn:
             self._left -= row.input_ids.nbytes + row.supervised.nbytes + _ROW_BYTES
             if self._left >= 0:
                 self._rows[index] = row
         return row
 
 
+class Visit(NamedTuple):
+    """A place in an epoch's order, the row that comes there, and the stretch of the order that it stands in."""
+
+    epoch: int
+    place: int
+    index: int
+    window: Sequence[int] | np.ndarray = ()
+
+
 def encoded_ahead(
-    encode: Encode, candidates: Iterable[tuple[T, int]], num_workers: int, lookahead: int
-) -> Iterator[tuple[T, int, EncodedRow | Dropped]]:
-    """Yield (place, index, encode(index)) for each candidate (place, index), in their order.
+    encode: Encode, visits: Iterable[Visit], num_workers: int, lookahead: int
+) -> Iterator[tuple[Visit, EncodedRow | Dropped]]:
+    """Yield each visit with its row, encode(index, epoch), in their order.
 
     Args:
-        encode: a function of the row's index alone; it must pickle if there are workers.
-        candidates: may be endless.
+        encode: a function of row and epoch alone; it must pickle if there are workers.
+        visits: may be endless.
         num_workers: processes; 0 encodes in this one, when the row is asked for, and remembers it.
         lookahead: rows that workers may be ahead.
 
@@ -191,23 +229,22 @@ def encoded_ahead(
     """
     if num_workers == 0:
         remembered = RememberedRows(encode)
-        for place, index in candidates:
-            yield place, index, remembered(index)
+        for visit in visits:
+            yield visit, remembered(visit.index, visit.epoch)
         return
     # Started afresh, never forked: this process has torch's threads, and perhaps a device, by now.
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encode,))
-    remaining = iter(candidates)
-    pending: deque[tuple[list[tuple[T, int]], Future[list[EncodedRow | Dropped]]]] = deque()
+    remaining = iter(visits)
+    pending: deque[tuple[list[Visit], Future[list[EncodedRow | Dropped]]]] = deque()
     tasks = max(2 * num_workers, -(-lookahead // _CHUNK))
     try:
         while True:
             while len(pending) < tasks and (chunk := list(islice(remaining, _CHUNK))):
-                pending.append((chunk, pool.submit(_encode_chunk, [index for _, index in chunk])))
+                pending.append((chunk, pool.submit(_encode_chunk, [(visit.index, visit.epoch) for visit in chunk])))
             if not pending:
                 return
             chunk, future = pending.popleft()
-            for (place, index), row in zip(chunk, future.result(), strict=True):
-                yield place, index, row
+            yield from zip(chunk, future.result(), strict=True)
     except BrokenProcessPool:
         raise DataError(
             "dataloader.num_workers: a worker process died, perhaps killed for want of memory; lower num_workers"
@@ -236,5 +273,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_chunk(indices: list[int]) -> list[EncodedRow | Dropped]:
-    return [_worker_encode(index) for index in indices]
+def _encode_chunk(chunk: list[tuple[int, int]]) -> list[EncodedRow | Dropped]:
+    return [_worker_encode(index, epoch) for index, epoch in chunk]

@@ -18,7 +18,7 @@ import numpy as np
 from unmask.batch import Batch
 from unmask.config.data import DataloaderConfig
 from unmask.data.batches import collate, rounded
-from unmask.data.encode import Dropped, Encode, EncodedRow, count_notes, encoded_ahead
+from unmask.data.encode import Dropped, Encode, EncodedRow, Visit, count_notes, encoded_ahead
 from unmask.data.sources import Rows
 from unmask.data.visited import MODULUS, rows_digest
 from unmask.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ class TrainLoader:
     """Iterates over steps; each is the list of this rank's micro-batches of one global batch.
 
     Args:
-        encode: gives row i as tokens; must pickle if there are workers.
+        encode: gives a row as an epoch sees it, as tokens; must pickle if there are workers.
         global_batch_size: rows a step, over all ranks and micro-batches.
         local_batch_size: rows a micro-batch.
         seed: of the order and of the slots.
@@ -246,13 +246,13 @@ class TrainLoader:
             begun=begun,
         )
 
-    def _candidates(self) -> Iterator[tuple[tuple[int, int, Window], int]]:
-        """Yield ((epoch, place, window), row index) from the current position on, epoch after epoch."""
+    def _visits(self) -> Iterator[Visit]:
+        """Yield the visits from the current position on, epoch after epoch."""
         epoch, cursor, begun = self.epoch, self.cursor, self.window
         while True:
             for first, window in self._windows(epoch, cursor, begun):
                 for place in range(max(first, cursor), first + len(window)):
-                    yield (epoch, place, window), int(window[place - first])
+                    yield Visit(epoch, place, int(window[place - first]), window)
             epoch, cursor, begun = epoch + 1, 0, None
 
     def _global_batches(self) -> Iterator[_GlobalBatch]:
@@ -260,29 +260,29 @@ class TrainLoader:
         encoded: list[tuple[int, EncodedRow]] = []
         passed_over: list[tuple[int, int, Dropped]] = []
         any_in_epoch = start > 0
-        stream = encoded_ahead(self.encode, self._candidates(), self.config.num_workers, 2 * self.global_batch_size)
-        for (row_epoch, place, window), index, row in stream:
-            if row_epoch == 0:
+        stream = encoded_ahead(self.encode, self._visits(), self.config.num_workers, 2 * self.global_batch_size)
+        for visit, row in stream:
+            if visit.epoch == 0:
                 digest = (digest + row.digest) % MODULUS
             first: list[tuple[int, EncodedRow | Dropped]] = []
-            if row_epoch != epoch:
+            if visit.epoch != epoch:
                 if not any_in_epoch:
                     raise DataError(self._no_batch(encoded, passed_over))
                 left = [] if self.config.shuffle else [sample_id for sample_id, _ in encoded]
-                epoch, start, encoded, any_in_epoch, carried = row_epoch, 0, [], False, frozenset(left)
-                first = [(sample_id, self.encode(sample_id)) for sample_id in left]
-            for sample_id, visited in first if index in carried else [*first, (index, row)]:
-                if isinstance(visited, Dropped):
-                    passed_over.append((epoch, sample_id, visited))
+                epoch, start, encoded, any_in_epoch, carried = visit.epoch, 0, [], False, frozenset(left)
+                first = [(sample_id, self.encode(sample_id, epoch)) for sample_id in left]
+            for sample_id, one in first if visit.index in carried else [*first, (visit.index, row)]:
+                if isinstance(one, Dropped):
+                    passed_over.append((epoch, sample_id, one))
                 else:
-                    encoded.append((sample_id, visited))
+                    encoded.append((sample_id, one))
             if len(encoded) == self.global_batch_size:
                 # Micro-batches of like length need less padding, and the longest comes first: if memory is too small
                 # for it, that shows at once. The loss does not depend on this order.
                 encoded.sort(key=lambda item: (-len(item[1]), item[0]))
-                begun = window if isinstance(window, list) else None
-                yield _GlobalBatch(encoded, epoch, start, place + 1, begun, carried, digest, passed_over)
-                start, encoded, passed_over, any_in_epoch = place + 1, [], [], True
+                begun = visit.window if isinstance(visit.window, list) else None
+                yield _GlobalBatch(encoded, epoch, start, visit.place + 1, begun, carried, digest, passed_over)
+                start, encoded, passed_over, any_in_epoch = visit.place + 1, [], [], True
 
     def _no_batch(self, encoded: Sequence[object], passed_over: Sequence[tuple[int, int, Dropped]]) -> str:
         reasons = Counter(row.reason for _, _, row in passed_over)

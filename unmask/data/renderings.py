@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from unmask.data.conversation import REASONING
@@ -31,14 +30,29 @@ _MARKER = f"{_OPEN}[0-9]+{_CLOSE}"
 PROBE = f"{_OPEN}probe{_CLOSE}"  # no marker, and no text that a row has
 
 
-def assistant_runs(turns: Sequence[Turn]) -> list[range]:
-    """Return the numbers of the assistant turns, those in a row together."""
-    runs = []
-    for is_assistant, group in groupby(range(len(turns)), key=lambda number: turns[number]["role"] == "assistant"):
-        numbers = list(group)
-        if is_assistant:
-            runs.append(range(numbers[0], numbers[-1] + 1))
-    return runs
+def answer_turns(render: Render, turns: Sequence[Turn]) -> list[range]:
+    """Return the numbers of the assistant turns that make up each answer, in order.
+
+    Assistant turns in a row are one answer where the template writes them as one turn of the model, which it ends once;
+    where each has a header of its own, each is an answer. Only such turns have to be rendered to know.
+    """
+    answers: list[range] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        if answers and answers[-1].stop == number and not _has_its_header(render, turns, number):
+            answers[-1] = range(answers[-1].start, number + 1)
+        else:
+            answers.append(range(number, number + 1))
+    return answers
+
+
+def _has_its_header(render: Render, turns: Sequence[Turn], number: int) -> bool:
+    """Say whether a turn is written where the assistant's next answer would be, given the turns before it."""
+    through, before = render(turns[: number + 1], False), turns[:number]
+    # The reasoning of the turn before it may be left out once it follows.
+    earlier = (before, [*before[:-1], with_reasoning(before[-1], "")])
+    return any(through.startswith(render(some, True)) for some in earlier)
 
 
 def reasoning_of(turn: Turn) -> str:
@@ -56,7 +70,7 @@ def with_reasoning(turn: Turn, reasoning: str) -> Turn:
 
 
 def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_reasoning: bool) -> list[Span | None]:
-    """Return where the answers lie in `text`, in order, None for one whose place is unknown.
+    """Return where each of `answer_turns` lies in `text`, None for one whose place is unknown.
 
     Args:
         render: the template.
@@ -64,17 +78,11 @@ def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_rea
         turns: the conversation.
         supervise_reasoning: rendered reasoning is part of the answer; otherwise the answer starts after it.
     """
-    spans: list[Span | None] = []
-    for run in assistant_runs(turns):
-        located = [_turn(render, text, turns, range(number, number + 1), supervise_reasoning) for number in run]
-        if None in located and len(run) > 1:
-            located = [_turn(render, text, turns, run, supervise_reasoning)]
-        spans += located
-    return spans
+    return [_answer(render, text, turns, run, supervise_reasoning) for run in answer_turns(render, turns)]
 
 
-def _turn(render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool) -> Span | None:
-    """Return where the answer of assistant turns in a row lies, given that they are rendered as one turn."""
+def _answer(render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool) -> Span | None:
+    """Return where an answer of the assistant turns `run` lies."""
     earlier, answers = turns[: run.start], turns[run.start : run.stop]
     bare = [with_reasoning(turn, "") for turn in answers]
     before = render(earlier, True)

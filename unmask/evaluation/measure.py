@@ -202,7 +202,7 @@ def answer_pairs(run: TaskRun) -> list[Pair]:
         if template is None:
             template = load_template(tokenizer, control_ids=() if mask_id is None else (mask_id,))
         try:
-            encoded = template.encode([*question.prompt, Message("assistant", question.reference)], mask_history=True)
+            encoded = template.encode([*question.prompt, Message("assistant", question.reference)], last_only=True)
         except DataError as error:
             raise DataError(f"{question.label}: {error}") from None
         start = encoded.supervised.index(True)
