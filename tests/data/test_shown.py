@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import load_template
+from unmask.data.chat import load_template, read_template
 from unmask.data.conversation import read_turns
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
 from unmask.data.shown import UNSHOWN_REASONING
@@ -145,6 +145,17 @@ def test_reported_calls_without_text_are_refused_where_the_template_drops_them(r
     assert shown(encoder(WHOLE, row))[1] == ['(get_weather {"city": "Paris"})<|eot_id|>']
 
 
+def test_calls_without_text_among_good_rows_are_left_out_and_counted(encoder):
+    def row(number: int) -> dict:
+        answer = {"role": "assistant", "content": f"#### {number}"}
+        call = {"id": "c", "type": "function", "function": {"name": "calculate", "arguments": "{}"}}
+        return {"messages": [ASKED, answer if number % 3 else {**answer, "content": "", "tool_calls": [call]}]}
+
+    made = encoder(read_template("llada"), *map(row, range(9)), on_malformed="skip")
+    dropped = [index for index in range(9) if isinstance(made(index), Dropped)]
+    assert dropped == [0, 3, 6]
+
+
 def test_reported_tools_are_refused_or_left_out_when_told(report):
     with pytest.raises(DataError, match=r"row_system.jsonl:1: .* does not show the row's tools"):
         report("row_system")(0, 0)
@@ -192,6 +203,6 @@ def test_keys_that_nothing_reads_are_noted_once_each(encoder):
     turns = [{"role": "user", "content": [part, part], "name": "Ann", "at": 3}, {"role": "assistant", "content": "a"}]
     row = {"id": 1, "source": "x", "messages": turns}
     assert shown(encoder(WHOLE, row))[2] == (
-        "key 'id' that nothing reads", "key 'source' that nothing reads",
-        "key 'cache_control' of a part that nothing reads", "key 'at' of a turn that nothing reads",
+        "the key 'id', which nothing reads", "the key 'source', which nothing reads",
+        "the key 'cache_control' of a part, which nothing reads", "the key 'at' of a turn, which nothing reads",
     )  # fmt: skip

@@ -267,6 +267,17 @@ def test_rows_that_no_model_could_answer_are_refused_with_their_line(evaluate, t
     assert status == 2 and "rows.jsonl:1: neither messages nor a pair of columns" in errors
 
 
+def test_keys_of_rows_are_refused_left_out_or_listed_as_in_training(evaluate, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": "Reverse", "input": "12", "output": "21", "label": True, "id": 7}
+    path.write_text(json.dumps(row) + "\n")
+    status, _, errors = evaluate(data=str(path))
+    assert status == 2 and "rows.jsonl:1: the row has 'label'" in errors and "--ignore-keys label" in errors
+    status, printed, _ = evaluate("--ignore-keys", "label", data=str(path))
+    assert status == 0 and "1 rows have the key 'id', which nothing reads" in " ".join(printed.split())
+    assert answers(tmp_path / "out")[0]["reference"] == "21"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_share_the_rows_and_give_the_same_results(evaluate, tmp_path: Path) -> None:

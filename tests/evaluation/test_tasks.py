@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from unmask.config.data import DatasetConfig
 from unmask.data.conversation import Message
 from unmask.data.formats import Columns
+from unmask.data.sources import open_rows
 from unmask.errors import DataError
-from unmask.evaluation.tasks import as_text, read_questions, refuse_leaks, with_shots
+from unmask.evaluation.tasks import as_text, questions_of, read_questions, refuse_leaks, with_shots
 
 CHAT = {"messages": [
     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
@@ -54,6 +56,46 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
 def test_a_row_without_question_and_answer_is_refused_with_its_line(tmp_path: Path, rows: tuple, said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_questions(write(tmp_path, *rows))
+
+
+def test_every_format_of_training_rows_asks(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Reverse.", "input": "ab", "output": "ba", "system": "Be brief."},
+        {"system": "Be brief.", "prompt": [{"role": "user", "content": "Reverse.\nab"}], "completion": "ba"},
+    ]
+    for question in read_questions(write(tmp_path, *rows)):
+        assert [turn.content for turn in question.prompt] == ["Be brief.", "Reverse.\nab"]
+        assert question.reference == "ba"
+
+
+def test_an_answer_that_is_not_learned_is_no_reference(tmp_path: Path) -> None:
+    turns = [*CHAT["messages"][:-1], {"role": "assistant", "content": "5", "weight": 0}]
+    assert read_questions(write(tmp_path, {"messages": turns}))[0].reference == "2"
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": [*CHAT["messages"], {"role": "assistant", "content": ""}]}, r"messages\[5\].content is empty"),
+        ({**CHAT, "tools": [{"name": "add"}]}, "the row has 'tools', .* --ignore-keys tools"),
+        ({**CHAT, "rejected": "5"}, "the row has 'rejected', .* --ignore-keys rejected"),
+        (
+            {"messages": [*CHAT["messages"][:-1], {"role": "assistant", "tool_calls": [{"name": "add"}]}]},
+            "its answer is a call of a tool, without text",
+        ),
+    ],
+)
+def test_rows_that_training_refuses_or_that_have_no_text_to_match_are_refused(tmp_path: Path, row: dict, said: str):
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: {said}"):
+        read_questions(write(tmp_path, row))
+
+
+def test_questions_of_a_table_are_left_out_where_its_malformed_rows_are(tmp_path: Path) -> None:
+    call = {"messages": [*CHAT["messages"][:-1], {"role": "assistant", "tool_calls": [{"name": "add"}]}]}
+    rows = open_rows(DatasetConfig(str(write(tmp_path, CHAT, call))))
+    with pytest.raises(DataError, match="rows.jsonl:2: its answer is a call of a tool"):
+        questions_of(rows, None)
+    assert [question.reference for question in questions_of(rows, None, skip_malformed=True)] == ["4"]
 
 
 def test_a_file_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:

@@ -274,3 +274,17 @@ def test_rows_left_out_of_training_and_validation_are_named_and_recorded(tiny, t
     assert f"\nleft out 1 rows: {reason} (first: {path}:3)" in run.output
     data = next(event for event in run.events if event["event"] == "data")
     assert (data["step"], data["dropped_rows"]) == (2, {reason: 1})
+
+
+def test_what_rows_say_and_nothing_learns_is_said_once_with_its_count(tiny, train_tiny: Train, tmp_path: Path):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a", "reasoning": "b"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "messages": turns}) + "\n" for n in range(8)))
+    values = tiny.config(
+        tmp_path / "run", validation_dataset=tiny.validation(path_or_dataset_id=str(path)),
+        dataset__path_or_dataset_id=str(path), step_scheduler__max_steps=4,
+    )  # fmt: skip
+    output = train_tiny(values).output
+    for note in ("the key 'id', which nothing reads", "reasoning that the chat template does not show"):
+        assert f"\n8 of the rows read have {note}" in output and output.count(note) == 2
+        assert f"validation: 8 of the rows read have {note}" in output

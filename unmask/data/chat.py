@@ -47,6 +47,7 @@ __all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "templat
 
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # how control tokens look in our own templates
+_SHAPES = 4096  # shapes of conversations that are remembered
 Rendered = tuple[str, list[Span | None]]  # the text, and its stretches
 _PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
 
@@ -274,6 +275,8 @@ class ChatTemplate:
     ) -> tuple[str, ...]:
         """Return what the text lacks of the conversation; DataError where that is something it must have."""
         shape = (add_generation_prompt, bool(self.tools), supervise_reasoning, shape_of(turns))
+        if len(self.shapes) > _SHAPES:
+            self.shapes.clear()
         if shape not in self.shapes:
             probed = with_probes(turns)
             text, spans = self._answers(probed, add_generation_prompt, supervise_reasoning)

@@ -107,13 +107,13 @@ def encode_row(
 
 def _notes(conversation: Conversation, template: ChatTemplate, encoded: Encoded) -> tuple[str, ...]:
     """Return a line for each thing that the row says and the tokens do not."""
-    unread = [f"key {key!r}" for key in conversation.unread]
+    unread = [f"the key {key!r}" for key in conversation.unread]
     for turn in conversation.messages:
-        unread += (f"key {key!r} of a part" for key in turn.unread)
-        unread += (f"key {key!r} of a turn" for key in turn.extra if not template.knows(key))
+        unread += (f"the key {key!r} of a part" for key in turn.unread)
+        unread += (f"the key {key!r} of a turn" for key in turn.extra if not template.knows(key))
     if not unread and not encoded.notes:
         return ()
-    return (*encoded.notes, *(f"{key} that nothing reads" for key in dict.fromkeys(unread)))
+    return (*encoded.notes, *(f"{key}, which nothing reads" for key in dict.fromkeys(unread)))
 
 
 def count_notes(

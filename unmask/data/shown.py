@@ -19,7 +19,7 @@ Shape = tuple[Any, ...]
 
 def shape_of(turns: Sequence[Turn]) -> Shape:
     """Return what a template may go by: each turn's role, and what it has."""
-    return tuple((turn["role"], bool(turn["content"]), bool(reasoning_of(turn)), _calls(turn)) for turn in turns)
+    return tuple((turn["role"], bool(_text(turn)), bool(reasoning_of(turn)), _calls(turn)) for turn in turns)
 
 
 def with_probes(turns: Sequence[Turn]) -> list[Turn]:
@@ -28,7 +28,7 @@ def with_probes(turns: Sequence[Turn]) -> list[Turn]:
     for number, turn in enumerate(turns):
         if reasoning_of(turn):
             turn = with_reasoning(turn, _probe(_REASONING, number))
-        if isinstance(turn["content"], str) and turn["content"]:
+        if _text(turn):
             turn = {**turn, "content": _probe(_TEXT, number)}
         if turn.get("tool_calls"):
             calls = [{**call, "function": _probed_call(call["function"], number)} for call in turn["tool_calls"]]
@@ -51,7 +51,7 @@ def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None]
     """
     for number, turn in enumerate(turns):
         where = f"turn {number}, of the {turn['role']}"
-        if isinstance(turn["content"], str) and turn["content"] and _probe(_TEXT, number) not in text:
+        if _text(turn) and _probe(_TEXT, number) not in text:
             raise DataError(
                 f"dataset.chat_template: {name} does not show the text of {where}, so it would be lost; name a "
                 "template that shows it, or take the turn out of the row"
@@ -72,8 +72,12 @@ def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None]
                     f"dataset.chat_template: {name} does not supervise the tool_calls of {where}, which are its "
                     "answer; name a template that has them inside its {% generation %} tags"
                 )
-    hidden = (n for n, turn in enumerate(turns) if reasoning_of(turn) and _probe(_REASONING, n) not in text)
-    return (UNSHOWN_REASONING,) if any(True for _ in hidden) else ()
+    hidden = any(reasoning_of(turn) and _probe(_REASONING, number) not in text for number, turn in enumerate(turns))
+    return (UNSHOWN_REASONING,) if hidden else ()
+
+
+def _text(turn: Turn) -> str:
+    return turn["content"] if isinstance(turn.get("content"), str) else ""
 
 
 def _probed_call(function: Turn, number: int) -> Turn:

@@ -38,7 +38,7 @@ from unmask.evaluation.results import (
     read_results,
     write_results,
 )
-from unmask.evaluation.tasks import HARNESS, TASKS
+from unmask.evaluation.tasks import HARNESS, TASKS, unread_keys
 from unmask.report.resumable import first_difference, write_lines
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 from unmask.sampling.jobs import LoadedModel, load
@@ -49,6 +49,8 @@ def run_job(plan: EvalPlan, device_name: str) -> None:
     device = own_device(pick_device(device_name))
     ranks = join(device)
     console = output_console(quiet=not ranks.first)
+    for line in unread_keys(next(iter(plan.questions.values()), ())):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     outcomes = evaluate(plan, device, ranks, console)
     if ranks.first:
         console.print(outcome_table([checkpoint.label for checkpoint in plan.checkpoints], outcomes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,7 @@ class Question:
     prompt: tuple[Message, ...] | str
     reference: str
     label: str = ""  # what messages call it: `file:line`
+    unread: tuple[str, ...] = ()  # keys of its row that nothing reads
 
     def as_prompt(self) -> str | list[dict]:
         """Return the prompt as `unmask.generate` takes it."""
@@ -128,6 +130,13 @@ def questions_of(rows: Rows, limit: int | None, skip_malformed: bool = False) ->
     return questions
 
 
+def unread_keys(questions: Sequence[Question]) -> list[str]:
+    """Return a line for each key that rows have and nothing reads: how many, and the first."""
+    counts = Counter(key for question in questions for key in question.unread)
+    firsts = {key: next(one.label for one in questions if key in one.unread) for key in counts}
+    return [f"{n} rows have the key {key!r}, which nothing reads (first: {firsts[key]})" for key, n in counts.items()]
+
+
 def refuse_leaks(questions: Sequence[Question], shots: Sequence[Question]) -> None:
     """Raise DataError for a question that is also a worked example: its answer would stand in its prompt."""
     shown = {" ".join(_asked(shot).split()): shot.label for shot in shots}
@@ -170,7 +179,7 @@ def _question(conversation: Conversation, label: str) -> Question:
         raise RowProblem("nothing is asked before the assistant's turn")
     if is_blank(turns[-1].content):
         raise RowProblem("its answer is a call of a tool, without text")
-    return Question(tuple(turns[:-1]), turns[-1].content, label)
+    return Question(tuple(turns[:-1]), turns[-1].content, label, conversation.unread)
 
 
 def _turns(question: Question, systems: bool = False) -> tuple[Message, ...]:
@@ -191,7 +200,7 @@ def _columns_of(row: object, columns: Columns) -> Columns:
     pairs = [*COLUMN_PAIRS, *(Columns(*format.keys) for format in FORMATS if len(format.keys) == 2)]
     shown = ", ".join(dict.fromkeys(f"{pair.prompt}/{pair.completion}" for pair in pairs))
     names = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
-    raise RowProblem(f"neither messages nor conversations nor a pair of columns {shown}, the row has {names}")
+    raise RowProblem(f"neither messages nor a pair of columns {shown}, the row has {names}")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
