@@ -123,6 +123,12 @@ def test_a_mistake_in_a_pipe_ends_the_run_with_one_line(chat, text, words):
     assert all(word in err for word in words)
 
 
+def test_half_a_surrogate_pair_is_refused_as_a_system_turn_and_a_lone_space_is_no_turn(chat):
+    status, out, err = chat("hi\n", "--system", "s \udcff")
+    assert status == 2 and out == "" and "--system holds half a surrogate pair" in err
+    assert chat("\u200b\n \n")[:2] == (0, "")
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(chat, checkpoint, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare)

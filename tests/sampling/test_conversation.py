@@ -135,3 +135,15 @@ def test_saved_conversations_are_rows_that_training_reads(tmp_path):
     assert len(rows) == 3 and [m.content for m in rows[1].messages] == ['é☃\u2028"\n', "</script>"]
     assert [m.role for m in rows[2].messages] == ["system", *("user", "assistant") * 2]
     assert json.loads(path.read_text("utf-8").split("\n")[1])["messages"] == list(odd.turns)
+
+
+def test_exchanges_without_an_answer_are_left_out_of_a_saved_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    conversation = opened().say("system", "s")
+    for number, text in enumerate(("", "two", "\u200b\n")):
+        conversation = conversation.say("user", f"question {number}").say("assistant", text, "thought")
+    note = run_command(conversation, f"/save {path}").note
+    assert note == f"3 turns added to {path} as row 1; 4 without an answer are left out"
+    assert [turn.content for turn in FileRows(path, Columns(), "dataset")[0].messages] == ["s", "question 1", "two"]
+    with pytest.raises(SamplingError, match="nothing has been answered"):
+        run_command(opened().say("user", "hi").say("assistant", " "), f"/save {path}")

@@ -122,7 +122,10 @@ def test_a_chat_is_rendered_up_to_the_text_and_closed_behind_it(text_model, chat
     assert found.text == f"it is {found.fills[0]}."
     assert chat_tokenizer.decode(found.prompt_ids).endswith("assistant\n")
     assert found.token_ids[:6] == chat_tokenizer.encode("it is ") and found.token_ids[-1:] == chat_tokenizer.encode(".")
-    assert infill(text_model, chat, tokenizer=chat_tokenizer)[0].token_ids == found.token_ids
+    texts = [{"type": "text", "text": text} for text in ("it is {bla", "nk:2}.")]
+    parts = [{"from": "human", "value": "say {blank:9}"}, {"role": "assistant", "content": texts}]
+    for same in (chat, parts, {"messages": chat}, [{"conversations": parts}]):
+        assert infill(text_model, same, tokenizer=chat_tokenizer)[0].token_ids == found.token_ids
 
 
 def test_the_log_likelihood_is_that_of_the_calls_that_settled(text_model, chat_tokenizer):
@@ -165,6 +168,8 @@ def test_blocks_count_from_the_first_blank_and_given_blocks_cost_nothing(text_mo
         ("{blank:2}", {"sampler": SamplerConfig(eos="suppress")}, "eos: blanks are filled"),
         ("{blank:2}", {"batch_size": 0}, "batch_size: must be"),
         ([7], {}, "expected a text or a chat"),
+        ([{"role": "User", "content": "a"}, {"role": "assistant", "content": "{blank:2}"}], {}, "did you mean 'user'"),
+        ({"prompt_ids": [1]}, {}, "token ids have no blanks"),
         ("{blank:2} \ud83d", {}, "text 0 holds half a surrogate pair"),
         (["{blank:2}", "a {blank:200}"], {"labels": ["f:1", "f:9"]}, "f:9: 202 tokens are over"),
         (["{blank:2}", "nothing"], {"labels": ["f:1", "f:9"]}, "f:9: there is no blank"),

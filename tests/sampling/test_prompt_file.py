@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from unmask.errors import DataError
-from unmask.sampling.prompts import read_prompts
+from unmask.sampling.prompt_rows import read_prompts
 
 CHAT = '{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]}'
 
@@ -55,7 +56,7 @@ def test_of_messages_and_a_prompt_the_messages_are_asked(tmp_path: Path):
     ("line", "problem"),
     [
         ("{", ":2: not JSON"),
-        ("[]", ":2: needs exactly one of prompt, messages, prompt_ids, and has none"),
+        ("[]", ":2: a prompt must be an object"),
         ('{"text": "so?"}', "and has none"),
         ('{"prompt": "so?", "prompt_ids": [1]}', "and has prompt and prompt_ids"),
         ('{"prompt": " "}', "a text that is not empty"),
@@ -63,11 +64,14 @@ def test_of_messages_and_a_prompt_the_messages_are_asked(tmp_path: Path):
         ('{"prompt_ids": [1, true]}', "list of token ids"),
         ('{"prompt": [4, true]}', "prompt must be a list of token ids"),
         ('{"prompt": []}', "a text that is not empty, or a list"),
-        ('{"prompt": [{"role": "user"}]}', "prompt must be a list of objects with the texts role and content"),
+        ('{"prompt": [{"role": "user"}]}', "prompt[0].content must be text, got null"),
         ('{"prompt": "hello \\ud83d"}', "prompt holds half a surrogate pair"),
-        ('{"messages": [{"role": "user", "content": "1?", "x": ["\\ud83d"]}]}', "messages holds half a surrogate pair"),
-        ('{"messages": [{"role": "user"}]}', "role and content"),
-        ('{"messages": []}', "role and content"),
+        (
+            '{"messages": [{"role": "user", "content": "1?", "x": ["\\ud83d"]}]}',
+            "messages[0] holds half a surrogate pair",
+        ),
+        ('{"messages": [{"role": "user"}]}', "messages[0].content must be text, got null"),
+        ('{"messages": []}', "messages' is empty"),
         ('{"messages": [{"role": "assistant", "content": "2"}]}', "nothing is asked"),
     ],
 )
@@ -92,3 +96,63 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path):
     path.write_text('{"prompt_ids": [1]}')
     with pytest.raises(DataError, match="no blanks"):
         read_prompts(path, infill=True)
+
+
+def test_the_reported_roles_are_read_or_refused_by_line(fixtures: Path, tmp_path: Path):
+    human, other, tool, user = (fixtures / "reports" / "prompt_roles.jsonl").read_text().splitlines()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f"{human}\n{user}\n{tool}")
+    first, second, third = read_prompts(path).values()
+    assert first == second == [{"role": "user", "content": "Ann has 12 nuts and buys 2. How many now?"}]
+    assert third[0]["role"] == "tool"  # which the template shows or not
+    path.write_text(f"{user}\n{other}")
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: messages\[0\].role is 'User'.*did you mean 'user'"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"messages": [{"role": "user", "content": "1?"}], "images": ["x.png"]}', "the row has 'images'"),
+        ('{"prompt": "1?", "documents": ["d"]}', "the row has 'documents'"),
+        ('{"prompt": "1?", "chat_template_kwargs": {"a": 1}}', "the row has 'chat_template_kwargs'"),
+        ('{"prompt_ids": [1], "system": "s"}', "'system' is given beside token ids"),
+        ('{"messages": [{"role": "user", "content": "1?"}], "conversations": [{"from": "human", "value": "1?"}]}',
+         "and has messages and conversations"),
+        ('{"conversations": [{"from": "bot", "value": "1?"}]}', "conversations[0].from is 'bot'"),
+        ('{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "1?"}], "system": "b"}',
+         "which differ"),
+        ('{"messages": [{"role": "user", "content": "1?"}], "messages": []}', "is given twice"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_question_is_read_or_refused(tmp_path: Path, line: str, problem: str):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(DataError, match="prompts.jsonl:1: ") as error:
+        read_prompts(path)
+    assert problem in str(error.value)
+
+
+def test_records_of_answers_and_training_rows_are_prompts(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    record = {
+        "row": 0,
+        "prompt": "1?",
+        "text": "2",
+        "token_ids": [3],
+        "reasoning": "r",
+        "finish_reason": "eos",
+        "seed": 1,
+    }
+    rows = [
+        {**record, "sampler": {"steps": 1}, "nfe": 1},
+        {"prompt": "1?", "completion": "2", "weight": 1},
+        {"prompt": "1?", "chosen": "2", "rejected": "3"},
+        {
+            "system": "s",
+            "conversations": [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2", "weight": 0}],
+        },
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "1?"}]
+    assert list(read_prompts(path).values()) == ["1?", "1?", "1?", chat]

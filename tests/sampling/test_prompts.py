@@ -56,12 +56,16 @@ def test_a_mask_spelt_in_a_chat_is_text_and_in_raw_text_the_token(chat_tokenizer
         ("", False, "prompt 0: the text is empty"),
         (["hi", " \n"], True, "prompt 1: the text is empty"),
         ([[1], []], False, "prompt 1: the list is empty"),
-        ([[{"role": "user", "content": " "}]], False, "every message is empty"),
-        ([[{"role": "user"}]], False, "message 0 needs the texts 'role' and 'content'"),
+        ([[{"role": "user", "content": " "}]], False, r"messages\[0\].content is empty"),
+        ([[{"role": "user"}]], False, r"messages\[0\].content must be text, got null"),
         ([CHAT], True, "leave raw out"),
         (["hi", "hi \ud83d"], False, "prompt 1 holds half a surrogate pair"),
         ("hi \ud83d", True, "prompt 0 holds half a surrogate pair"),
-        ([[{"role": "user", "content": "\udc80"}]], False, "prompt 0: message 0.content holds half a surrogate pair"),
+        (
+            [[{"role": "user", "content": "\udc80"}]],
+            False,
+            r"prompt 0: messages\[0\].content holds half a surrogate pair",
+        ),
         ([[1.5]], False, r"expected text, messages or token ids, got \[1.5\]"),
         ([["hi"]], False, "expected text, messages or token ids"),
         ([None], False, "got None"),
@@ -83,3 +87,72 @@ def test_a_tokenizer_without_a_template_names_raw(chat_tokenizer, monkeypatch):
     with pytest.raises(SamplingError, match="no chat template.*raw"):
         encode_prompts("hi", chat_tokenizer)
     assert len(encode_prompts("hi", chat_tokenizer, raw=True)[0]) == 2
+
+
+PLAIN = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi ho"}]
+FORMS = {
+    "parts": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": " ho"}]},
+    ],
+    "from and value": [{"from": "system", "value": "s"}, {"from": "human", "value": "hi ho"}],
+    "mixed": [{"role": "system", "content": "s"}, {"from": "human", "value": "hi ho"}],
+    "a row": {"messages": PLAIN, "id": 7, "completion": "not asked"},
+    "a row with an answer": {"messages": [*PLAIN, {"role": "assistant", "content": "no"}]},
+    "a row whose answer is to be written": {"messages": [*PLAIN, {"role": "assistant", "content": ""}]},
+    "conversations": {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "hi ho"}]},
+    "a row's own system": {"system": "s", "messages": PLAIN[1:]},
+    "a text with a system": {"system": "s", "prompt": "hi ho"},
+    "a prompt of turns": {"prompt": PLAIN},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chat_is_the_same_in_every_form_that_training_reads(chat_tokenizer, form: str):
+    expected = encode_prompts([PLAIN], chat_tokenizer)
+    assert encode_prompts([FORMS[form]], chat_tokenizer) == expected
+    assert encode_prompts(FORMS[form], chat_tokenizer) == expected
+
+
+def test_a_list_of_rows_is_a_list_of_prompts(chat_tokenizer):
+    rows = [{"prompt": "hi"}, {"messages": CHAT}, {"prompt_ids": [1, 2]}]
+    assert encode_prompts(rows, chat_tokenizer) == [*encode_prompts(["hi", "hi"], chat_tokenizer), [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        ({"role": "User", "content": "hi"}, r"prompt 0: messages\[0\].role is 'User'.*did you mean 'user'"),
+        ({"role": "bot", "content": "hi"}, r"messages\[0\].role is 'bot', known are"),
+        ({"content": "hi"}, r"messages\[0\].role is missing"),
+        ({"role": "user", "content": "\u200b"}, r"messages\[0\].content is empty"),
+        ({"role": "user", "content": []}, r"messages\[0\].content is empty"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "of type 'image_url'"),
+        ({"role": "user", "content": "hi", "images": ["x"]}, "has 'images'"),
+        ({"role": "tool", "content": "hi"}, "prompt 0: .*does not show .*tool"),
+    ],
+)
+def test_a_turn_that_training_refuses_is_no_prompt(chat_tokenizer, monkeypatch, turn, says):
+    # A template that shows three roles, as most do.
+    shown = "{% for m in messages if m.role != 'tool' %}<|start|>{{ m.role }}\n{{ m.content }}<|eot_id|>{% endfor %}"
+    monkeypatch.setattr(chat_tokenizer, "chat_template", shown)
+    with pytest.raises(SamplingError, match=says) as refused:
+        encode_prompts([[turn]], chat_tokenizer)
+    assert "\n" not in str(refused.value)
+
+
+def test_tools_are_shown_or_refused(chat_tokenizer, monkeypatch):
+    row = {"messages": CHAT, "tools": [{"name": "add", "parameters": {}}]}
+    with pytest.raises(SamplingError, match="prompt 0: .*does not show the row's tools"):
+        encode_prompts([row], chat_tokenizer)
+    source = "{% if tools %}{{ tools | tojson }}{% endif %}" + chat_tokenizer.chat_template
+    monkeypatch.setattr(chat_tokenizer, "chat_template", source)
+    (ids,) = encode_prompts([row], chat_tokenizer)
+    assert '"name": "add"' in chat_tokenizer.decode(ids)
+    assert encode_prompts([CHAT], chat_tokenizer)[0] == ids[-len(encode_prompts([CHAT], chat_tokenizer)[0]) :]
+
+
+@pytest.mark.parametrize("prompt", [{"role": "user", "content": "hi"}, {"messages": CHAT, "prompt_ids": [1]}, {}])
+def test_what_asks_nothing_or_twice_is_refused(chat_tokenizer, prompt):
+    with pytest.raises(SamplingError, match="prompt 0: "):
+        encode_prompts([[prompt], prompt] if not prompt else prompt, chat_tokenizer)

@@ -13,7 +13,8 @@ By default sampling follows the published algorithm of the checkpoint's family, 
 generation_config.json. A flag that the model's sampler does not have is refused.
 
 Many prompts:  --input prompts.jsonl --output answers.jsonl
-               A line holds "prompt", "messages" or "prompt_ids". The same command continues an interrupted job.
+               A line holds "prompt", "messages", "conversations" or "prompt_ids".
+               The same command continues an interrupted job.
 Fill blanks:   --infill --prompt "The capital of{blank:4} is Paris."
                Each {blank:N} is N tokens; no chat template is applied.
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from unmask.data.conversation import Conversation, RowProblem
 from unmask.data.formats import Columns, check_row, read_conversation
+from unmask.data.keys import read_object
 from unmask.errors import DataError
 
 _BLANK = " \t\r\n"
@@ -211,7 +211,7 @@ def _document_rows(text: str) -> tuple[list[object], int]:
         # The keys of rows are looked at row by row.
         value, place = (_PLAIN if is_list else _DECODER).raw_decode(text, place)
         members.append((key, value))
-    _object(members)
+    read_object(members)
     if len(lists) != 1:
         names = f" ({', '.join(lists)})" if lists else ""
         raise RowProblem(f"an object with {len(lists)} lists{names}, so which one holds the rows is unknown")
@@ -219,17 +219,8 @@ def _document_rows(text: str) -> tuple[list[object], int]:
     return document[key], first
 
 
-def _object(members: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object; RowProblem when a key is there twice: which of its values is meant is unknown."""
-    made = dict(members)
-    if len(made) != len(members):
-        twice, _ = Counter(key for key, _ in members).most_common(1)[0]
-        raise RowProblem(f"the key {twice!r} is given twice in one object, and which value is meant is unknown")
-    return made
-
-
 _PLAIN = json.JSONDecoder()
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # refuses repeated keys
+_DECODER = json.JSONDecoder(object_pairs_hook=read_object)  # refuses repeated keys
 
 
 def _skip(text: str, place: int, characters: str) -> int:

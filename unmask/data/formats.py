@@ -85,7 +85,7 @@ def read_conversation(row: object, columns: Columns = NO_COLUMNS) -> Conversatio
     further = {key: value for key, value in given.items() if key not in form.keys and key not in form.further}
     if not further:
         return Conversation(messages)
-    messages = _with_system(messages, given, columns.ignore)
+    messages = with_system(messages, given, columns.ignore)
     tools = read_tools(given["tools"], "tools") if "tools" in given else ()
     read = {key for key, value in further.items() if key in _EVERY or _repeats(key, value, messages)}
     return Conversation(messages, tools, unread_keys(further, read, "the row"))
@@ -142,7 +142,7 @@ def _turn(role: str, text: str, name: str) -> Message:
     return Message(role, text)
 
 
-def _with_system(messages: tuple[Message, ...], given: Mapping[str, Any], ignore: Any) -> tuple[Message, ...]:
+def with_system(messages: tuple[Message, ...], given: Mapping[str, Any], ignore: Any) -> tuple[Message, ...]:
     """Put the row's own system text before its turns, unless a system turn says it already."""
     said = {key: read_content(given[key], key, ignore) for key in SYSTEM if key in given}
     if not said:

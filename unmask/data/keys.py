@@ -8,6 +8,7 @@ out, and whoever reads many rows says once how many had it.
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -118,3 +119,12 @@ def kind_of(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     names[bytes] = "bytes that are not UTF-8"  # others were decoded
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def read_object(members: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object; RowProblem when a key is there twice: which of its values is meant is unknown."""
+    made = dict(members)
+    if len(made) != len(members):
+        twice, _ = Counter(key for key, _ in members).most_common(1)[0]
+        raise RowProblem(f"the key {twice!r} is given twice in one object, and which value is meant is unknown")
+    return made

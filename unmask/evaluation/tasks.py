@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from unmask.data.conversation import Conversation, Message, RowProblem
 from unmask.data.formats import FORMATS, NO_COLUMNS, Columns, read_conversation
-from unmask.data.keys import is_blank
+from unmask.data.keys import is_blank, read_object
 from unmask.errors import DataError
 
 if TYPE_CHECKING:
@@ -210,7 +210,9 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
                 continue
             label = f"{path}:{number}"
             try:
-                yield label, json.loads(line.decode("utf-8-sig"))
+                yield label, json.loads(line.decode("utf-8-sig"), object_pairs_hook=read_object)
+            except RowProblem as problem:
+                raise DataError(f"{label}: {problem}; keep one of them") from None
             except ValueError as error:
                 raise DataError(
                     f"{label}: not JSON in UTF-8 ({error}); give a file of one JSON object a line"

@@ -13,9 +13,11 @@ from unmask.data.renderings import PROBE, control_pattern
 from unmask.errors import DataError, SamplingError
 from unmask.models.registry import family_of
 from unmask.sampling.engine.state import Template
+from unmask.sampling.prompt_rows import is_row
 from unmask.sampling.prompts import (
+    asked,
+    chat_of,
     check_vocabulary,
-    messages_of,
     require_characters,
     shown,
     start_of_text,
@@ -141,22 +143,26 @@ def _tokenise(
     """Return a text's pieces, the tokens before it, and those of each text among the pieces and of what closes it."""
     if tokenizer is None:
         raise SamplingError(f"{label}: it needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...)")
+    text = asked(label, text, infill=True)
     if isinstance(text, str):
         require_characters(text, label)
         pieces, closing = parse(text, label), []
         context = [] if raw else start_of_text(tokenizer)
         controls = None if raw else _controls(tokenizer, mask_id)
     else:
-        if not (isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)):
+        if not is_row(text) and not (
+            isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)
+        ):
             raise SamplingError(f"{label}: expected a text or a chat with blanks, got {shown(text)}")
-        messages = messages_of(label, text, raw) or []
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        chat = chat_of(label, text, raw)
+        messages = () if chat is None else chat.messages
+        if chat is None or len(messages) < 2 or messages[-1].role != "assistant":
             raise SamplingError(
                 f"{label}: a chat with blanks ends in the assistant's message, after at least one other"
             )
-        pieces = parse(messages[-1]["content"], label)
+        pieces = parse(messages[-1].content, label)
         try:
-            template = template_of(tokenizer, mask_id)
+            template = template_of(tokenizer, mask_id).with_tools(chat.tools)
             context = template.encode_prompt(messages[:-1])
             rendered = template.render([*messages[:-1], {"role": "assistant", "content": PROBE}])
         except DataError as error:

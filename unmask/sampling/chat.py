@@ -14,12 +14,13 @@ from rich.console import Console
 
 from unmask.config.sampler import SamplerConfig
 from unmask.data.chat import ChatTemplate, template_names
+from unmask.data.keys import is_blank
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
 from unmask.sampling.plan import JobPlan
-from unmask.sampling.prompts import room_for, template_of, template_problem
+from unmask.sampling.prompts import require_characters, room_for, template_of, template_problem
 from unmask.sampling.settings import SamplerSettings
 from unmask.sampling.text import unanswered_note
 from unmask.sampling.view import watcher
@@ -56,6 +57,13 @@ class Conversation:
         """The turns that the model sees: without what it thought, which templates show of the newest answer only."""
         shown = self.system + self.turns[len(self.system) + self.forgotten :]
         return tuple({"role": turn["role"], "content": turn["content"]} for turn in shown)
+
+    @property
+    def answered(self) -> tuple[Turn, ...]:
+        """The turns that training can read: without exchanges whose answer is empty, all of it reasoning, say."""
+        rest = self.turns[len(self.system) :]
+        pairs = (pair for pair in zip(rest[::2], rest[1::2], strict=False) if not is_blank(pair[1]["content"]))
+        return (*self.system, *(turn for pair in pairs for turn in pair))
 
     def say(self, role: str, content: str, reasoning: str | None = None) -> Conversation:
         """Return the conversation with one more turn."""
@@ -125,16 +133,16 @@ def run_command(conversation: Conversation, line: str) -> Outcome:
 
 
 def save(conversation: Conversation, path: Path) -> int:
-    """Add the conversation to a JSONL file as a row that training reads; return the file's number of rows.
+    """Add what was answered to a JSONL file as a row that training reads; return the file's number of rows.
 
     Raises:
         SamplingError: nothing has been answered yet, a path that is no .jsonl file, or one that cannot be written.
     """
-    if not any(turn["role"] == "assistant" for turn in conversation.turns):
+    if len(conversation.answered) == len(conversation.system):
         raise SamplingError("/save: nothing has been answered yet, so there is no row to train on; ask something first")
     if path.suffix != ".jsonl":
         raise SamplingError(f"/save: {path} must end in .jsonl, one conversation a line; write /save FILE.jsonl")
-    row = json.dumps({"messages": list(conversation.turns)}, ensure_ascii=False)
+    row = json.dumps({"messages": list(conversation.answered)}, ensure_ascii=False)
     try:
         written = path.read_bytes() if path.exists() else b""
         if written and not written.endswith(b"\n"):
@@ -176,7 +184,11 @@ def _save(conversation: Conversation, argument: str) -> Outcome:
         raise SamplingError("/save: name the file to add the conversation to: /save FILE.jsonl")
     path = Path(argument).expanduser()
     rows = save(conversation, path)
-    return Outcome(conversation, f"{len(conversation.turns)} turns added to {path} as row {rows}")
+    turns = len(conversation.answered)
+    left_out = (
+        f"; {len(conversation.turns) - turns} without an answer are left out" if turns < len(conversation.turns) else ""
+    )
+    return Outcome(conversation, f"{turns} turns added to {path} as row {rows}{left_out}")
 
 
 def _help(conversation: Conversation, _: str) -> Outcome:
@@ -229,6 +241,7 @@ def converse(
     place = own_device(pick_device(device))
     conversation = Conversation(plan.resolve, sampler=sampler, seed=seed)
     if system is not None:
+        require_characters(system, "--system")
         conversation = conversation.say("system", system)
     chat_template = _template(plan, template, conversation)  # refused before the weights load
     loaded = load(plan, place, dtype)
@@ -269,7 +282,7 @@ class Talk:
     def run(self, conversation: Conversation) -> int:
         """Answer line after line until the input ends; return the exit status."""
         for line in self._lines():
-            if not line.strip():
+            if is_blank(line):
                 continue
             try:
                 if is_command(line):
@@ -295,6 +308,7 @@ class Talk:
 
     def _exchange(self, conversation: Conversation, question: str) -> Conversation:
         """Answer a turn; return the conversation with both, or as it was where the answer was interrupted."""
+        require_characters(question, "this turn")
         asked = conversation.say("user", question)
         room = room_for(self.loaded.config, conversation.settings)
         fitted = asked.fit(lambda turns: len(self.template.encode_prompt(turns)), room)

@@ -77,7 +77,8 @@ def generate(
     Args:
         model: from `unmask.load_model`; put into eval mode for the time of the call.
         prompts: a prompt or a list of prompts. A prompt is a text (one user turn through the chat template, or literal
-            text with `raw`), a chat as a list of {"role", "content"}, or a list of token ids.
+            text with `raw`), a chat as a list of turns in any form that training reads, a list of token ids, or a row
+            of a file of prompts.
         tokenizer: needed for texts and chats, and for `text` in the result.
         sampler: settings over the checkpoint's (generation_config.json) and its family's; None = those.
         seed: with equal seed and prompt the answer is the same.

@@ -77,7 +77,7 @@ def infill(
 
     Args:
         texts: a text or a list of texts. A text is plain (with the tokenizer's start of text, if it puts one), or a
-            chat, a list of {"role", "content"} whose last message is the assistant's and has the blanks.
+            chat, as in `generate`, whose last message is the assistant's and has the blanks.
         sampler: lengths and end of text are the blanks', so `max_new_tokens` and `eos` are not taken.
         raw: control tokens that a plain text spells are tokens, and nothing is put before it.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.data.chat import ChatTemplate, load_template
+from unmask.data.conversation import Conversation, Message, read_content, read_turns
+from unmask.data.keys import RowProblem, is_blank
 from unmask.errors import ConfigError, DataError, SamplingError
+from unmask.sampling.prompt_rows import KEYS, is_row, read_prompts, read_row
 from unmask.sampling.settings import SamplerSettings
 
 if TYPE_CHECKING:
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
 
 # What a JSON escape such as \ud83d without its other half decodes to, and no tokenizer or UTF-8 file takes.
 _HALF_A_PAIR = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
-_KEYS = ("prompt", "messages", "prompt_ids")
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -25,12 +27,12 @@ def as_list(prompts: Any) -> list[Any]:
     Raises:
         SamplingError: something that is neither a prompt nor a list of them.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     items = _plain(prompts)
     if not isinstance(items, (list, tuple)):
         raise SamplingError(f"prompts: expected texts, chats or lists of token ids, got {shown(prompts)}")
-    single = len(items) > 0 and all(isinstance(item, (Mapping, int)) for item in items)
+    single = len(items) > 0 and all(isinstance(item, (Mapping, int)) and not is_row(item) for item in items)
     return [items] if single else list(items)
 
 
@@ -68,21 +70,22 @@ def encode_prompts(
     items = [_plain(prompt) for prompt in as_list(prompts)]
     template: ChatTemplate | None = None
     encoded = []
-    for label, prompt in zip(labels_of(len(items), "prompt", labels), items, strict=True):
+    for label, item in zip(labels_of(len(items), "prompt", labels), items, strict=True):
+        prompt = asked(label, item)
         if _is_ids(prompt):
             encoded.append(list(prompt))
             continue
-        messages = messages_of(label, prompt, raw)
+        chat = chat_of(label, prompt, raw)
         if tokenizer is None:
             raise SamplingError(
                 f"{label}: text needs a tokenizer; pass tokenizer=unmask.load_tokenizer(...) or give token ids"
             )
-        if messages is None:
+        if chat is None:
             ids = list(tokenizer.encode(prompt, add_special_tokens=False))
         else:
             try:
                 template = template or template_of(tokenizer, mask_id)
-                ids = template.encode_prompt(messages)
+                ids = template.with_tools(chat.tools).encode_prompt(chat.messages)
             except DataError as error:
                 raise SamplingError(
                     f"{label}: {template_problem(error)}; use a tokenizer with another chat template, or give literal "
@@ -127,10 +130,14 @@ def check_vocabulary(label: str, ids: Sequence[int], config: Any) -> None:
 
 def title_of(prompt: Any, index: int) -> str:
     """Return what to print above an answer: the text, the last turn of a chat, or the number of a prompt of ids."""
+    if isinstance(prompt, Mapping):
+        prompt = next((prompt[key] for key in KEYS if prompt.get(key) is not None), None)
     if isinstance(prompt, str):
         return prompt
     last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
-    return str(last.get("content")) if isinstance(last, Mapping) else f"prompt {index + 1}"
+    if not isinstance(last, Mapping):
+        return f"prompt {index + 1}"
+    return read_content(last.get("content", last.get("value")) or "", "content")[0]
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, mask_id: int | None, name: str | None = None) -> ChatTemplate:
@@ -140,32 +147,37 @@ def template_of(tokenizer: PreTrainedTokenizerBase, mask_id: int | None, name: s
 
 def template_problem(error: DataError) -> str:
     """Return what is wrong with a chat template, without the remedy of those who train."""
-    return str(error).removeprefix("dataset.chat_template: ").partition("; set dataset.chat_template")[0]
+    return re.split("; (?:set dataset|name a )", str(error).removeprefix("dataset.chat_template: "))[0]
 
 
-def messages_of(label: str, prompt: Any, raw: bool) -> list[dict[str, Any]] | None:
-    """Return a prompt's chat messages, or None for literal text; raises SamplingError for what is neither."""
+def asked(label: str, prompt: Any, infill: bool = False) -> Any:
+    """Return what a row asks (`prompt_rows.read_row`), any other prompt as it is; raises SamplingError."""
+    if not isinstance(prompt, Mapping) or not is_row(prompt):
+        return prompt
+    try:
+        return read_row(prompt, infill)
+    except RowProblem as problem:
+        raise SamplingError(f"{label}: {problem}; mend the prompt") from None
+
+
+def chat_of(label: str, prompt: Any, raw: bool) -> Conversation | None:
+    """Return as a chat what `asked` gave, None for literal text; raises SamplingError for what is neither."""
     if isinstance(prompt, str):
-        if not prompt.strip():
+        if is_blank(prompt):
             raise SamplingError(f"{label}: the text is empty; write what the model should answer")
         require_characters(prompt, label)
-        return None if raw else [{"role": "user", "content": prompt}]
-    if isinstance(prompt, (list, tuple)) and not prompt:
+        return None if raw else Conversation((Message("user", prompt),))
+    turns, tools = (prompt["messages"], prompt["tools"]) if is_row(prompt) else (prompt, ())
+    if isinstance(turns, (list, tuple)) and not turns:
         raise SamplingError(f"{label}: the list is empty; give at least one token id or message")
-    if not isinstance(prompt, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in prompt):
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in turns):
         raise SamplingError(f"{label}: expected text, messages or token ids, got {shown(prompt)}")
     if raw:
         raise SamplingError(f"{label}: a chat goes through the chat template; leave raw out, or give text")
-    for number, turn in enumerate(prompt):
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise SamplingError(f"{label}: message {number} needs the texts 'role' and 'content', got {shown(turn)}")
-    if not any(turn["content"].strip() for turn in prompt):
-        raise SamplingError(f"{label}: every message is empty; write what the model should answer")
-    for number, turn in enumerate(prompt):
-        for key, value in turn.items():
-            if isinstance(value, str):
-                require_characters(value, f"{label}: message {number}.{key}")
-    return [dict(turn) for turn in prompt]
+    try:
+        return Conversation(read_turns([dict(turn) for turn in turns], "messages", prompt=True), tuple(tools))
+    except RowProblem as problem:
+        raise SamplingError(f"{label}: {problem}; mend the turn") from None
 
 
 def require_characters(text: str, label: str) -> None:
@@ -220,78 +232,3 @@ def given_prompts(texts: Sequence[str] | None, file: str | None, infill: bool = 
     if not all(text.strip() for text in texts or ()):
         raise SamplingError("--prompt: the text is empty; write what the model should answer")
     return {f"prompt {index}": text for index, text in enumerate(texts or ())}
-
-
-def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
-    """Return the prompts of a file by their labels, `FILE:LINE`, each as `generate` or `infill` takes it.
-
-    A line holds one of `prompt`, `messages` and `prompt_ids`, or `messages` beside a `prompt`, which is then not looked
-    at; neither are other fields. So records of answers and training rows are prompts. `prompt` is a text, or as the
-    other two: a chat, or token ids. A chat that ends in an assistant's turn is asked for that turn again, unless it has
-    blanks to fill (`infill`).
-
-    Raises:
-        DataError: no such file, an empty one, or a line that is no prompt; names the file and the line.
-    """
-    try:
-        # Not splitlines: a text may hold characters that it takes for ends of lines.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"--input: {path}: {error.strerror or error}; name a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"--input: {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from None
-    labelled = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
-    prompts = {label: _read_prompt(label, line, infill) for label, line in labelled.items()}
-    if not prompts:
-        raise DataError(f"--input: {path} holds no prompt; write one JSON object a line, such as " + '{"prompt": "…"}')
-    return prompts
-
-
-def _read_prompt(label: str, line: str, infill: bool) -> Any:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{label}: not JSON ({error}); write one object a line") from None
-    keys = [key for key in _KEYS if isinstance(row, dict) and key in row]
-    if keys == ["prompt", "messages"]:  # a training row's chat says more than the text beside it
-        keys = ["messages"]
-    if len(keys) != 1:
-        raise DataError(f"{label}: needs exactly one of {', '.join(_KEYS)}, and has {' and '.join(keys) or 'none'}")
-    (key,) = keys
-    value = row[key]
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{label}: {key} holds {_HALF_A_PAIR}; mend the text") from None
-    if key == "messages" or (key == "prompt" and _begins_with(value, dict)):
-        return _read_chat(label, key, value, infill)
-    if key == "prompt_ids" or (key == "prompt" and _begins_with(value, int)):
-        return _read_ids(label, key, value, infill)
-    if not (isinstance(value, str) and value.strip()):
-        raise DataError(f"{label}: prompt must be a text that is not empty, or a list of messages or of token ids")
-    return value
-
-
-def _begins_with(value: Any, item: type) -> bool:
-    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], item)
-
-
-def _read_chat(label: str, key: str, turns: Any, infill: bool) -> list[dict[str, Any]]:
-    if not _begins_with(turns, dict) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    ):
-        raise DataError(f"{label}: {key} must be a list of objects with the texts role and content")
-    if infill or turns[-1]["role"] != "assistant":
-        return turns
-    if len(turns) == 1:
-        raise DataError(f"{label}: nothing is asked before the assistant's turn; add a user turn")
-    return turns[:-1]
-
-
-def _read_ids(label: str, key: str, ids: Any, infill: bool) -> list[int]:
-    if infill:
-        raise DataError(f"{label}: token ids have no blanks to fill; give a text or messages")
-    if not _begins_with(ids, int) or not all(type(token) is int and token >= 0 for token in ids):
-        raise DataError(f"{label}: {key} must be a list of token ids that is not empty")
-    return ids

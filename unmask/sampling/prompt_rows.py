@@ -1,0 +1,117 @@
+"""Prompts as rows: of a JSONL file, or objects in Python. A row is read as training reads one, but for its answer.
+
+A row holds one of KEYS; `messages` or `conversations` may stand beside a `prompt`, which then is not looked at. The
+row's own system text and tools are part of what is asked. What belongs to an answer is not looked at (`completion`,
+`weight`, the fields of a record that `unmask generate` wrote), nor is what means nothing that is known (`id`). Any
+other key that would change what is asked is refused. So records of answers and training rows are prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.data.conversation import ROLES, Message, read_content, read_tools, read_turns
+from unmask.data.formats import with_system
+from unmask.data.keys import FLAGS, REASONING, SYSTEM, RowProblem, is_blank, is_given, read_object, unread_keys
+from unmask.errors import DataError
+
+KEYS = ("messages", "conversations", "prompt", "prompt_ids")
+_ANSWERS = (
+    *FLAGS, *REASONING, "completion", "completions", "output", "response", "chosen", "rejected", "label", "labels",
+    "text", "token_ids", "completion_ids", "sample_weight", "loss_scale",
+)  # fmt: skip
+
+
+def is_row(value: Any) -> bool:
+    """Say whether a value is a row, rather than a turn of a chat."""
+    return isinstance(value, Mapping) and not ("role" in value or "from" in value)
+
+
+def read_row(row: object, infill: bool = False) -> Any:
+    """Return what a row asks, as `generate` takes it: a text, token ids, turns, or turns and tools as a row.
+
+    A chat that ends in an assistant's turn is asked for that turn again, unless it has blanks to fill (`infill`).
+
+    Raises:
+        RowProblem: the row asks nothing, or not in one way.
+    """
+    if not isinstance(row, Mapping):
+        raise RowProblem("a prompt must be an object")
+    keys = [key for key in KEYS if row.get(key) is not None]
+    if "prompt" in keys and len(keys) > 1 and "prompt_ids" not in keys:  # a training row's chat says more than that
+        keys.remove("prompt")
+    if len(keys) != 1:
+        raise RowProblem(f"needs exactly one of {', '.join(KEYS)}, and has {' and '.join(keys) or 'none'}")
+    (key,) = keys
+    value = row[key]
+    given = {name: each for name, each in row.items() if is_given(each)}
+    unread_keys(given, (*KEYS, *SYSTEM, *_ANSWERS, "tools"), "the row")
+    about = [name for name in (*SYSTEM, "tools") if name in given]
+    if key == "prompt_ids" or (key == "prompt" and _begins_with(value, int)):
+        if about:
+            raise RowProblem(f"{about[0]!r} is given beside token ids, which have no turns; write it into the ids")
+        return _read_ids(key, value, infill)
+    if key == "prompt" and isinstance(value, str) and not is_blank(value):
+        text = read_content(value, key)[0]
+        if not about:
+            return text
+        messages: tuple[Message, ...] = (Message("user", text),)
+    elif key == "prompt" and not _begins_with(value, dict):
+        raise RowProblem("prompt must be a text that is not empty, or a list of messages or of token ids")
+    else:
+        messages = _read_chat(key, value, infill)
+    turns = [turn.as_dict() for turn in with_system(messages, given, ())]
+    return {"messages": turns, "tools": list(read_tools(given["tools"], "tools"))} if "tools" in given else turns
+
+
+def _read_chat(key: str, turns: Any, infill: bool) -> tuple[Message, ...]:
+    last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
+    if not infill and isinstance(last, Mapping) and ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
+        turns = turns[:-1]
+        if not turns:
+            raise RowProblem("nothing is asked before the assistant's turn; add a user turn")
+    return read_turns(turns, key, prompt=True)
+
+
+def _read_ids(key: str, ids: Any, infill: bool) -> list[int]:
+    if infill:
+        raise RowProblem("token ids have no blanks to fill; give a text or messages")
+    if not _begins_with(ids, int) or not all(type(token) is int and token >= 0 for token in ids):
+        raise RowProblem(f"{key} must be a list of token ids that is not empty")
+    return list(ids)
+
+
+def _begins_with(value: Any, item: type) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], item)
+
+
+def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
+    """Return the prompts of a file by their labels, `FILE:LINE`, each as `generate` or `infill` takes it.
+
+    Raises:
+        DataError: no such file, an empty one, or a line that is no prompt; names the file and the line.
+    """
+    try:
+        # Not splitlines: a text may hold characters that it takes for ends of lines.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"--input: {path}: {error.strerror or error}; name a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"--input: {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from None
+    labelled = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    prompts = {label: _read_line(label, line, infill) for label, line in labelled.items()}
+    if not prompts:
+        raise DataError(f"--input: {path} holds no prompt; write one JSON object a line, such as " + '{"prompt": "…"}')
+    return prompts
+
+
+def _read_line(label: str, line: str, infill: bool) -> Any:
+    try:
+        return read_row(json.loads(line, object_pairs_hook=read_object), infill)
+    except RowProblem as problem:
+        raise DataError(f"{label}: {problem}; mend the line") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{label}: not JSON ({error}); write one object a line") from None
