@@ -249,3 +249,36 @@ def test_answers_that_see_later_turns_are_said_before_a_run_and_at_its_start(
         shown = " ".join(capsys.readouterr().out.split())
         assert (said in shown) == (said in train_tiny(values).output) == (answers == "all")
         assert f"answers: {answers or 'one'}" in shown
+
+
+def test_every_row_is_rendered_so_a_late_one_that_the_template_refuses_is_named(
+    tiny, tmp_path: Path, fixtures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = fixtures / "reports"
+    changes = {
+        "dataset__path_or_dataset_id": str(reports / "late_alternating.jsonl"),
+        "dataset__chat_template": str(reports / "alternating.jinja"),
+    }
+    path = tiny.write(tmp_path / "run.yaml", tiny.config(tmp_path / "run", **changes))
+    assert main(["train", "-c", str(path), "--dry-run"]) == 2
+    out, said = capsys.readouterr()
+    lines = (reports / "late_alternating.jsonl").read_text().splitlines()
+    line = 1 + next(number for number, row in enumerate(lines) if row.count('"user"') > 1)
+    assert line > 32 and f"late_alternating.jsonl:{line}: " in said and "roles must alternate" in said
+    assert out == "" and said.count("\n") == 1
+    assert main(["train", "-c", str(path), "--dry-run", "--dataset.on_malformed", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "rows checked      all 40 rows rendered and tokenised" in out
+    assert f"leftout1rows:malformed(first:{reports / 'late_alternating.jsonl'}:{line}:" in "".join(out.split())
+
+
+def test_validation_rows_are_checked_too(tiny, tmp_path: Path, fixtures: Path, capsys) -> None:
+    rows = tiny.validation(
+        path_or_dataset_id=str(fixtures / "reports" / "late_alternating.jsonl"),
+        chat_template=str(fixtures / "reports" / "alternating.jinja"),
+    )
+    values = tiny.config(tmp_path / "run", validation_dataset=rows)
+    values["dataset"]["chat_template"] = rows["chat_template"]
+    path = tiny.write(tmp_path / "run.yaml", values)
+    assert main(["train", "-c", str(path), "--dry-run"]) == 2
+    assert "set validation_dataset.on_malformed: skip" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,9 @@ import unmask
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import differences, to_mapping
 from unmask.data.batches import ValidationSet
+from unmask.data.check import Checked
 from unmask.data.sources import Rows
+from unmask.distributed.processes import cores
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
 from unmask.prepare import Prepared
@@ -26,9 +27,19 @@ from unmask.training.run import ResumePoint, TrainingRun
 
 
 def announce(
-    run: TrainingRun, prepared: Prepared, validation: ValidationSet | None, start: ResumePoint, notes: Sequence[str]
+    run: TrainingRun,
+    prepared: Prepared,
+    validation: ValidationSet | None,
+    start: ResumePoint,
+    checked: Checked | None,
+    notes: Sequence[str],
 ) -> None:
-    """Say and record what this run, made from `prepared`, is about to do from `start` on; `notes` are of its data."""
+    """Say and record what this run, made from `prepared`, is about to do from `start` on.
+
+    Args:
+        checked: its rows; None where that was done when the run began.
+        notes: on its data.
+    """
     from unmask.distributed.shard import whole_view  # its DTensor takes seconds to import
 
     sizes = [(whole_view(p, run.runtime.meshes).numel(), p.requires_grad) for p in run.model.parameters()]
@@ -53,6 +64,10 @@ def announce(
         say(f"changed since step {start.step}: {line}")
     if start.changed_data is not None:
         say(f"changed since step {start.step}: {start.changed_data}")
+    if checked is not None:
+        say(f"checked: {checked.summary}")
+        for line in (*left_out(checked.dropped, checked.examples), *noted(checked.noted, checked.examples)):
+            say(line)
     for line in notes:
         say(line)
     for line in _validation_notes(prepared, validation):
@@ -74,6 +89,7 @@ def announce(
         total_steps=run.total_steps,
         rows=len(prepared.rows),
         skipped_rows=len(prepared.rows.skipped),
+        checked_rows=None if checked is None else checked.count,
         **_validation_counts(prepared.validation_rows, validation),
         parameters=total,
         trainable_parameters=trainable,
@@ -91,7 +107,7 @@ def _environment(run: TrainingRun) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "processes": processes,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "matmuls": str(compute or next(run.model.parameters()).dtype).removeprefix("torch."),
     }

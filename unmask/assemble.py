@@ -16,7 +16,10 @@ from unmask.announce import agreement, announce, left_out, name_rows, noted, run
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import to_mapping
 from unmask.data.batches import ValidationSet, validation_set
+from unmask.data.check import Checked, check_rows
 from unmask.data.encode import RowEncoder
+from unmask.distributed.processes import cores
+from unmask.distributed.ranks import from_first
 from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
 from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
@@ -25,9 +28,10 @@ from unmask.parts import Parts, build_parts, seen_later_turns
 from unmask.prepare import Prepared
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.plots import plot_runs
-from unmask.report.progress import TrainingProgress
+from unmask.report.progress import TrainingProgress, checking_rows
 from unmask.report.trackers import open_tracker
 from unmask.rng import NoiseStream
+from unmask.training.checkpoint import newest_data
 from unmask.training.loop import train
 from unmask.training.network import NetworkSettings, build_network, other_files, restore
 from unmask.training.run import ResumeParts, ResumePoint, TrainingOutcome, TrainingRun, Validator, resume
@@ -43,6 +47,7 @@ def assemble(
     console: Console,
     extra_validators: Callable[[Parts], Sequence[Measure]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+    processes: int = 0,
 ) -> tuple[TrainingRun, ResumePoint]:
     """Load or draw the model, build all parts of the run and put it back to its newest checkpoint.
 
@@ -52,9 +57,11 @@ def assemble(
     Args:
         extra_validators: further measurements at each validation.
         is_good_enough: called with what was measured at a step; True ends the run.
+        processes: worker processes that may check rows before the first step.
     """
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     parts = build_parts(prepared, runtime.ranks)
+    checked = from_first(runtime.ranks, lambda: _check_rows(prepared, parts, root, console, processes))
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
     validation = _validation_set(prepared, parts)
     measures = [] if validation is None else [_measure_loss(prepared, validation, runtime)]
@@ -93,8 +100,16 @@ def assemble(
         is_good_enough=is_good_enough,
         defer_grad_sync=config.distributed.defer_grad_sync,
     )
-    announce(run, prepared, validation, start, seen_later_turns(prepared, parts.template))
+    announce(run, prepared, validation, start, checked, seen_later_turns(prepared, parts.template))
     return run, start
+
+
+def _check_rows(prepared: Prepared, parts: Parts, root: Path, console: Console, processes: int) -> Checked | None:
+    """Check the rows; None when the run goes on with the data that it began with."""
+    if newest_data(root) == prepared.rows.fingerprint:
+        return None
+    with checking_rows(console) as tick:
+        return check_rows(prepared.rows, parts.encode, processes, tick)
 
 
 def _network_settings(prepared: Prepared) -> NetworkSettings:
@@ -144,7 +159,8 @@ def run_training(
             else:
                 console = Console(quiet=True)
             runtime.ranks.barrier()  # nobody looks into the run directory before rank 0 holds it
-        run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough)
+        processes = cores() if own_process else 0
+        run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough, processes)
         try:
             outcome = train(run, start)
             if runtime.ranks.first and outcome.reason != "already finished":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.chat import ChatTemplate, load_template
-from unmask.data.encode import RowEncoder
+from unmask.data.encode import Encode, RememberedRows, RowEncoder
 from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
 from unmask.distributed.ranks import ALONE, Ranks
@@ -28,7 +28,7 @@ class Parts:
 
     tokenizer: Any
     template: ChatTemplate
-    encode: RowEncoder
+    encode: Encode
     loader: TrainLoader
     objective: Objective
     pad_token_id: int
@@ -54,7 +54,9 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
         supervise_reasoning=config.dataset.supervise_reasoning,
     )
     tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
-    encode = RowEncoder(prepared.rows, template, config.dataset, config.seed)
+    encode: Encode = RowEncoder(prepared.rows, template, config.dataset, config.seed)
+    if config.dataloader.num_workers == 0:
+        encode = RememberedRows(encode)
     pad = plan.config.eos_token_id
     loader = TrainLoader(
         prepared.rows,

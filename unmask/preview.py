@@ -11,14 +11,19 @@ from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
+from unmask.announce import left_out, noted
 from unmask.batch import Batch
 from unmask.config import dump_config
+from unmask.data.check import check_rows
+from unmask.data.encode import RowEncoder
+from unmask.distributed.processes import cores
 from unmask.distributed.ranks import Ranks
 from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
 from unmask.models.weights import check_tensors
 from unmask.parts import Parts, build_parts, seen_later_turns
 from unmask.prepare import Prepared
+from unmask.report.progress import checking_rows
 from unmask.rng import NoiseStream
 from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
 from unmask.training.lora import attach
@@ -32,6 +37,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     """Print the resolved configuration, sizes, and three training rows clean and corrupted."""
     config, plan = prepared.config, prepared.plan
     parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
+    checked = _check(prepared, parts, console)
     with torch.device("meta"):
         model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
         if plan.folder is not None and plan.hub_id is None:  # of a hub id the weights need not be here
@@ -50,7 +56,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     estimate = estimate_memory(config, plan, model)
     steps = config.step_scheduler
     total = steps.total_steps(parts.loader.steps_per_epoch)
-    lines = [*_sizes(prepared, parts, estimate, total), *seen_later_turns(prepared, parts.template)]
+    lines = [*_sizes(prepared, parts, estimate, total), *checked, *seen_later_turns(prepared, parts.template)]
     if prepared.degrees.world > 1:
         lines += _shared(prepared, estimate_shared(config, plan, model, estimate, prepared.degrees))
     never_seen = parts.loader.never_seen(total)
@@ -74,6 +80,22 @@ def show_plan(prepared: Prepared, console: Console) -> None:
             console.print(f"    corrupted: {seen.what}", style="dim", highlight=False)
             marks = [HIDDEN if h else CHANGED if c else "" for h, c in zip(seen.hidden, seen.changed, strict=True)]
             console.print(_pieces(seen.ids, marks, [True] * len(marks), parts.tokenizer))
+
+
+def _check(prepared: Prepared, parts: Parts, console: Console) -> list[str]:
+    """Check the rows of both data sets, and return what is to be said of them."""
+    lines = []
+    sources = [("rows checked      ", prepared.rows, parts.encode)]
+    if prepared.validation_rows is not None and prepared.config.validation_dataset is not None:
+        section = prepared.config.validation_dataset
+        encode = RowEncoder(prepared.validation_rows, parts.template, section, where="validation_dataset")
+        sources.append(("validation checked ", prepared.validation_rows, encode))
+    for label, rows, encode in sources:
+        with checking_rows(console) as tick:
+            checked = check_rows(rows, encode, cores(), tick)
+        lines += [f"{label}{checked.summary}", *left_out(checked.dropped, checked.examples)]
+        lines += noted(checked.noted, checked.examples)
+    return lines
 
 
 def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> list[str]:

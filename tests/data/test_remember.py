@@ -54,5 +54,6 @@ def test_a_dropped_row_is_dropped_again_and_an_error_raised_again() -> None:
 
 def test_the_second_epoch_of_a_loader_costs_no_encoding() -> None:
     source = Source()
-    found = list(encoded_ahead(source, [Visit(epoch, place, 2) for epoch in range(3) for place in range(2)], 0, 4))
+    visits = [Visit(epoch, place, 2) for epoch in range(3) for place in range(2)]
+    found = list(encoded_ahead(RememberedRows(source), visits, 0, 4))
     assert len(found) == 6 and source.asked == {2: 1}

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from unmask import assemble
+from unmask.data.check import Checked
 from unmask.errors import CheckpointError, DataError
 from unmask.training.checkpoint import checkpoints, verify
 
@@ -53,8 +55,24 @@ class Place:
 
 
 @pytest.fixture
-def place(tiny, tmp_path: Path, fixtures: Path) -> Callable[..., Place]:
+def place(tiny, tmp_path: Path, fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Place]:
+    """Return a function that makes a place whose rows are too many to check them all before the first step."""
+    sample = Checked(1, 32, 600.0, {}, {}, {})
+    monkeypatch.setattr(assemble, "check_rows", lambda *arguments: sample)
     return lambda **changes: Place(tiny, tmp_path, fixtures, **changes)
+
+
+def test_a_row_that_only_the_template_refuses_is_named_before_the_first_step(tiny, train_tiny, tmp_path, fixtures):
+    there = Place(tiny, tmp_path, fixtures)
+    with pytest.raises(DataError, match="rows.jsonl:18: .*roles must alternate.*fix the row or set dataset.on_malf"):
+        train_tiny(there.values)
+    assert not checkpoints(there.root) and not (there.root / "metrics.jsonl").exists()
+    there.mend()
+    run = train_tiny({**there.values, "step_scheduler": {**there.values["step_scheduler"], "max_steps": 2}})
+    assert "checked: all 32 rows rendered and tokenised" in run.output
+    resumed = train_tiny(there.values)
+    assert "checked:" not in resumed.output
+    assert [event["checked_rows"] for event in resumed.events if event["event"] == "run"] == [32, None]
 
 
 def stopped_at(train: Train, place: Place) -> str:
@@ -86,6 +104,7 @@ def test_a_bad_row_in_mid_run_loses_nothing(place, train_tiny: Train, tmp_path: 
     verify(newest)
     there.mend()
     resumed = train_tiny(there.values)
+    assert "checked: 1 of 32 rows" in resumed.output  # again, as the data are others
     assert f"resuming from {newest} after step {made} of 8" in resumed.output
     assert f"changed since step {made}: the data, but none of the rows trained on so far" in resumed.output
     assert list(resumed.losses) == list(range(1, 9))

@@ -21,7 +21,12 @@ def add(commands: Any) -> None:
     """Declare the command."""
     parser = command(commands, "train", run, "fine-tune a model described by a YAML file", _TRAIN_HELP)
     parser.add_argument("-c", "--config", required=True, metavar="CONFIG.yaml", help="configuration of the run")
-    flag(parser, "dry_run", action="store_true", help="show configuration, sizes, memory and three rows, then stop")
+    flag(
+        parser,
+        "dry_run",
+        action="store_true",
+        help="check the rows, show configuration, sizes, memory and three rows, then stop",
+    )
     flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine")
     parser.set_defaults(takes_overrides=True)
 

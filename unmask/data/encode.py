@@ -221,16 +221,15 @@ def encoded_ahead(
     Args:
         encode: a function of row and epoch alone; it must pickle if there are workers.
         visits: may be endless.
-        num_workers: processes; 0 encodes in this one, when the row is asked for, and remembers it.
+        num_workers: processes; 0 encodes in this one, when the row is asked for.
         lookahead: rows that workers may be ahead.
 
     Raises:
         DataError: raised by `encode`, or a worker died.
     """
     if num_workers == 0:
-        remembered = RememberedRows(encode)
         for visit in visits:
-            yield visit, remembered(visit.index, visit.epoch)
+            yield visit, encode(visit.index, visit.epoch)
         return
     # Started afresh, never forked: this process has torch's threads, and perhaps a device, by now.
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encode,))

@@ -46,6 +46,11 @@ def local_rank() -> int:
     return _from_launcher("LOCAL_RANK", 0, 0)
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def leave_status(status: int) -> None:
     """Note rank 0's exit status for the launcher that started it, if `launch.launch` did."""
     note = os.environ.get(STATUS_FILE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -125,6 +127,29 @@ class AnswerProgress:
             self._console.print(
                 f"answers {self._done}/{self._total}  {speed}  ETA {_clock(left)}", markup=False, highlight=False
             )
+
+
+@contextlib.contextmanager
+def checking_rows(console: Console, seconds_between: float = 10.0) -> Iterator[Callable[[int, int], None]]:
+    """Context with a function that shows how many rows of how many are checked; arguments as in `TrainingProgress`."""
+    began = said = time.monotonic()
+    bar = Progress(
+        TextColumn("rows checked"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("ETA"),
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task("")
+
+    def show(done: int, of: int) -> None:
+        nonlocal said
+        bar.update(task, completed=done, total=of)
+        now = time.monotonic()
+        if not console.is_terminal and now - said >= seconds_between:
+            said = now
+            left = (now - began) / done * (of - done)
+            console.print(f"rows checked {done:,}/{of:,}  ETA {_clock(left)}", markup=False, highlight=False)
+
+    with bar:
+        yield show
 
 
 def _clock(seconds: float) -> str:

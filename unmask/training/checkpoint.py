@@ -178,6 +178,14 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any], fit: Fit = as_saved
     return None
 
 
+def newest_data(root: Path) -> str | None:
+    """Return the fingerprint of the data that a run's newest checkpoint was trained on, None where that is unknown."""
+    try:
+        return _read_state(checkpoints(root)[0])["loader"]["order"]["fingerprint"]
+    except (IndexError, KeyError, TypeError, CheckpointError):
+        return None
+
+
 def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
