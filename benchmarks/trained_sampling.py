@@ -213,5 +213,7 @@ def _prompt(tokenizer: Any, problem: Any) -> list[int]:
 
 def _until_end(tokenizer: Any, ids: list[int]) -> list[int]:
     """Return the tokens before the first that ends an answer."""
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    from unmask.sampling.prompts import template_of
+
+    ends = {tokenizer.eos_token_id, *template_of(tokenizer, None).form.stop_ids}
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]

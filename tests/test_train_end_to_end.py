@@ -99,7 +99,8 @@ def test_export_without_a_tokenizer_warns(full: Path, tmp_path: Path, capsys: py
     assert main(["export", "--checkpoint", str(tmp_path / "bare"), "--output", str(tmp_path / "out")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("warning: ") and "no tokenizer" in err and err.count("\n") == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_a_failed_export_leaves_nothing(
@@ -149,15 +150,16 @@ def test_files_of_a_checkpoint_are_as_readable_as_others(full: Path, adapter: Pa
 
 
 def test_generation_settings_come_along(full: Path, tiny, train_tiny, tmp_path: Path) -> None:
-    source, settings = tmp_path / "source", '{"mask_token_id": 261}'
+    source, settings = tmp_path / "source", {"mask_token_id": 261}
     shutil.copytree(full / "latest", source)
-    (source / "generation_config.json").write_text(settings)
+    (source / "generation_config.json").write_text(json.dumps(settings))
     values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1)
     values["model"] = {"pretrained_model_name_or_path": str(source)}
     run = train_tiny(values)
     assert main(["export", "--checkpoint", str(run.root), "--output", str(tmp_path / "plain")]) == 0
     for folder in (run.root / "latest", tmp_path / "plain"):
-        assert (folder / "generation_config.json").read_text() == settings
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert written == {**settings, "eos_token_id": [257, 260]}  # EOS, and what the template closes an answer with
 
 
 def test_an_adapter_is_applied_and_merged_alike(full: Path, adapter: Path, tmp_path: Path) -> None:

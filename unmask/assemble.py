@@ -76,7 +76,7 @@ def assemble(
     )
     files = {}
     if runtime.ranks.first:
-        files = other_files(network, parts.tokenizer, parts.template.source, dump_config(config))
+        files = other_files(network, parts.tokenizer, parts.template.source, dump_config(config), parts.stop_ids)
     run = TrainingRun(
         root=root,
         model=network.model,

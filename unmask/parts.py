@@ -12,9 +12,11 @@ from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
+from unmask.models.folders import read_generation
 from unmask.models.tokenizer import load_tokenizer
-from unmask.objectives.registry import Objective, build_objective
+from unmask.objectives.registry import OBJECTIVES, Objective, build_objective
 from unmask.prepare import Prepared
+from unmask.sampling.jobs import stop_ids_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Parts:
     Attributes:
         encode: row and epoch → tokens, or the reason to leave the row out.
         pad_token_id: padding; the model's EOS where it is supervised.
+        stop_ids: the tokens that end an answer, as they are stored with each checkpoint.
     """
 
     tokenizer: Any
@@ -32,6 +35,7 @@ class Parts:
     loader: TrainLoader
     objective: Objective
     pad_token_id: int
+    stop_ids: tuple[int, ...]
 
 
 def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
@@ -53,6 +57,7 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
         variables=config.dataset.chat_template_kwargs,
         supervise_reasoning=config.dataset.supervise_reasoning,
     )
+    stop_ids = _ends(template, prepared)
     tokenizer.chat_template = template.source  # what evaluation during training prompts with, and what is saved
     encode: Encode = RowEncoder(prepared.rows, template, config.dataset, config.seed)
     if config.dataloader.num_workers == 0:
@@ -71,7 +76,30 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
         supervise_padding=bool(config.dllm.supervise_padding),
         seq_length=config.dataset.seq_length,
     )
-    return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad)
+    return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad, stop_ids)
+
+
+def _ends(template: ChatTemplate, prepared: Prepared) -> tuple[int, ...]:
+    """Return the tokens that end an answer; refuse a template from which the model would not learn to write one."""
+    config, plan, form = prepared.config, prepared.plan, template.form
+    if not (config.dllm.supervise_padding or OBJECTIVES[config.dllm.mode].fills):
+        template.check_end()
+    mask = plan.config.mask_token_id
+    for token in sorted({*form.stop_ids, *template.turn_ids}):
+        word = template.tokenizer.convert_ids_to_tokens(token)
+        if token == mask:
+            raise ConfigError(
+                f"dataset.chat_template: {template.name} writes {word!r}, whose id {token} is the model's "
+                "mask_token_id; give the tokenizer a mask token of its own with that id, and the template's another"
+            )
+        if token in form.stop_ids and token >= plan.config.vocab_size:
+            raise ConfigError(
+                f"dataset.chat_template: {template.name} closes an answer with {word!r}, whose id {token} is beyond "
+                f"the model's vocab_size {plan.config.vocab_size}, so it would never be written; set vocab_size in the "
+                f"model's config.json to {len(template.tokenizer)} (its embedding has {plan.config.rows} rows)"
+            )
+    generation = {} if plan.folder is None else read_generation(plan.folder)
+    return stop_ids_of(plan.config, generation, template.tokenizer, template)
 
 
 def _check_mask(tokenizer: Any, mask_token_id: int, folder: Path) -> None:

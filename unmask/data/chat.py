@@ -8,9 +8,10 @@ An answer is tokenised apart from the text before it, as at inference, where the
 text. So no token straddles the two, and a header has the same tokens in training and in use also where a tokenizer
 looks ahead (many make other tokens of "\\n\\n" before a letter than at the end of the text).
 
-Control tokens come from the template alone. Where the text of a turn spells one (`<|eot_id|>`, the mask token, …), it
-is encoded as ordinary characters, in training and in prompts alike, so no row can forge a turn or inject a mask. A
-template that itself removes such text from a turn (reasoning spelt within an answer, say) has its way.
+Control tokens come from the template alone: the tokenizer's special tokens, and what the template writes around turns,
+special or not (`turns.py`). Where the text of a turn spells one (`<|eot_id|>`, the mask token, …), it is encoded as
+ordinary characters, in training and in prompts alike, so no row can forge a turn or inject a mask. A template that
+itself removes such text from a turn (reasoning spelt within an answer, say) has its way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +43,7 @@ from unmask.data.renderings import (
 )
 from unmask.data.shown import Shape, check_shown, shape_of, with_probes
 from unmask.data.template_source import read_template, template_names, with_variables, words_of
+from unmask.data.turns import STARTS, AnswerForm, answer_form, special_words, turn_tokens
 from unmask.errors import DataError
 
 __all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "template_names"]
@@ -83,7 +86,8 @@ def load_template(
     Args:
         tokenizer: a transformers tokenizer.
         chat_template: name of one of ours, or path of a .jinja file; None takes the tokenizer's own.
-        control_ids: further ids that text must never spell, beside the tokenizer's special tokens (the model's mask).
+        control_ids: further ids that text must never spell (the model's mask), beside special tokens and those that the
+            template writes around turns.
         variables: what the template's own variables are, such as enable_thinking.
         supervise_reasoning: refuse a template that renders no reasoning, or does not show where it is.
         for_training: refuse a template that does not show where answers start; prompts do not need to know.
@@ -102,10 +106,10 @@ def load_template(
         except ValueError as error:
             raise DataError(f"dataset.chat_template: {_reason(error)}; {_remedy()}") from None
     source = with_variables(source, variables or {}, name)
-    controls = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    controls.update(tokenizer.all_special_tokens)
-    controls.update(token for token in tokenizer.convert_ids_to_tokens(list(control_ids)) if token)
-    template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(controls))
+    special = special_words(tokenizer, control_ids)
+    template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(special))
+    turn = turn_tokens(tokenizer, template._text)
+    template = replace(template, controls=control_pattern(special.union(turn.values())), turn_ids=frozenset(turn))
     if chat_template in template_names():
         _check_vocabulary(template)
     if for_training:
@@ -134,6 +138,7 @@ class ChatTemplate:
         name: what messages call it.
         tagged: whether it has `{% generation %}` tags.
         controls: matches every control token that text may spell.
+        turn_ids: the tokens that the template writes around the texts of turns, special or not.
         tools: what the assistant may call, for templates that show it.
         shapes: what the text lacks of conversations of each shape that was met.
     """
@@ -143,8 +148,14 @@ class ChatTemplate:
     name: str
     tagged: bool
     controls: re.Pattern[str]
+    turn_ids: frozenset[int] = frozenset()
     tools: Sequence[Mapping[str, Any]] = ()
     shapes: dict[Shape, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def form(self) -> AnswerForm:
+        """What the template writes around an answer."""
+        return answer_form(self.tokenizer, self._text, self.turn_ids)
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
         """Return the template for conversations in which the assistant may call these tools.
@@ -238,7 +249,7 @@ class ChatTemplate:
 
     def prompt_pieces(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[str]:
         """Return what `encode_prompt` encodes, in the pieces that are tokenised apart."""
-        marked = self._marked(messages)
+        marked = self._marked(messages, prompt=True)
         text, spans = self._answers(marked.turns, add_generation_prompt=True)
         self._check_shown(marked.turns, True)
         return [piece for start, end in _pieces(len(text), spans) for piece in marked.pieces(text[start:end])]
@@ -247,23 +258,35 @@ class ChatTemplate:
         """Return the text of a turn in pieces that spell no control token, to be tokenised apart."""
         return literal_pieces(text, self.controls)
 
-    def check(self, supervise_reasoning: bool = False) -> None:
-        """Raise DataError if a plain conversation of two exchanges does not show which tokens are answers.
+    def around_answer(self, messages: Sequence[Message | Mapping[str, Any]]) -> tuple[str, str]:
+        """Return what the template writes between a prompt and the text of its answer, and behind that text."""
+        turns = [_as_dict(message) for message in messages]
+        prompt = self._render(turns, add_generation_prompt=True)[0]
+        before, _, after = self._render([*turns, {"role": "assistant", "content": PROBE}])[0].partition(PROBE)
+        return before.removeprefix(prompt) if before.startswith(prompt) else "", after
 
-        With `supervise_reasoning`, so it must of a conversation whose last answer has reasoning.
+    def check(self, supervise_reasoning: bool = False) -> None:
+        """Raise DataError if a plain exchange of one question and answer does not show which tokens are the answer.
+
+        With `supervise_reasoning`, so it must of an answer that has reasoning. What a template makes of longer
+        conversations is seen when a row has one.
         """
-        probe = [message.as_dict() for message in _PROBE]
-        if not self.tagged and self._render(probe)[0] == self._render(probe, True)[0]:
+        turns = self._exchange()
+        text = self.render(turns)
+        prompt = self.render(turns[:-1], add_generation_prompt=True)
+        if self.tagged:
+            self._check_header(text, prompt)
+        elif not self.form.shows_start:
             raise DataError(
                 f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the same with and "
                 f"without a generation prompt, so it does not show where an answer starts; {_remedy()}"
             )
-        if not any(self.encode(_PROBE).supervised):
+        if not any(self.encode(turns).supervised):
             raise DataError(f"dataset.chat_template: {self.name} supervises nothing; {_remedy()}")
         if not supervise_reasoning:
             return
-        thoughtful = (*_PROBE[:-1], replace(_PROBE[-1], reasoning="r"))
-        if self.render(thoughtful) == self.render(_PROBE):
+        thoughtful = [*turns[:-1], replace(turns[-1], reasoning="r")]
+        if self.render(thoughtful) == text:
             raise DataError(
                 f"dataset.supervise_reasoning: {self.name} leaves reasoning out of the text; name a template that "
                 "renders reasoning_content in dataset.chat_template, or set dataset.supervise_reasoning: false"
@@ -308,6 +331,36 @@ class ChatTemplate:
             )
         return [span for part in kept for span in part]
 
+    def check_end(self) -> None:
+        """Raise DataError if what is supervised of a plain exchange has no token that ends an answer."""
+        encoded = self.encode(self._exchange())
+        learned = {token for token, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised}
+        if learned.isdisjoint(self.form.stop_ids):
+            eos = self.tokenizer.eos_token
+            tags = ", within its {% generation %} tags" if self.tagged else ""
+            raise DataError(
+                f"dataset.chat_template: {self.name} closes an answer with {self.form.closing!r}, in which no control "
+                f"token is supervised, so a model would never learn to stop; have it write {eos or 'an EOS token'} "
+                f"behind each answer{tags}, or set dllm.supervise_padding: true"
+            )
+
+    def _exchange(self) -> list[Message]:
+        """Return a plain question and answer in the form that the template takes; DataError where it takes none."""
+        words = {"system": "Answer.", "user": "a"}
+        start = [Message(turn["role"], words[turn["role"]]) for turn in self.form.start or STARTS[0]]
+        return [*start, Message("assistant", "b")]
+
+    def _check_header(self, text: str, prompt: str) -> None:
+        """Refuse tags that begin later than the prompt ends: a model would be asked otherwise than it was trained."""
+        span = next(iter(self._render([turn.as_dict() for turn in self._exchange()])[1]), None)
+        between = text[len(prompt) : span[0]] if span and text.startswith(prompt) else ""
+        if between.strip():
+            raise DataError(
+                f"dataset.chat_template: {self.name} writes {between!r} in front of an answer, outside its "
+                "{% generation %} tags, and not where it is asked for a prompt, so a model would be asked otherwise "
+                "than it was trained; write it where add_generation_prompt is set, too"
+            )
+
     def _check_tagged_reasoning(self, turns: list[Turn], supervise_reasoning: bool) -> None:
         """Refuse tags that take reasoning in or leave it out against what is asked for."""
         probed = [with_reasoning(turn, PROBE) if reasoning_of(turn) else turn for turn in turns]
@@ -338,15 +391,26 @@ class ChatTemplate:
             )
 
     def _unknown_answers(self, turns: list[Turn], supervise_reasoning: bool) -> str:
+        for answer in answer_turns(
+            self._text, turns
+        ):  # in the template's own words where it refuses a part of the conversation
+            self._render(turns[: answer.start], add_generation_prompt=True)
+            self._render(turns[: answer.stop])
+        untagged = f"dataset.chat_template: {self.name} has no {{% generation %}} tags"
         if not supervise_reasoning and any(map(reasoning_of, turns)):
             return (
-                f"dataset.chat_template: {self.name} has no {{% generation %}} tags, and its renderings with and "
-                "without reasoning do not show where the answer after it starts; set dataset.supervise_reasoning: "
-                "true, or name a template with tags in dataset.chat_template"
+                f"{untagged}, and its renderings with and without reasoning do not show where the answer after it "
+                "starts; set dataset.supervise_reasoning: true, or name a template with tags in dataset.chat_template"
+            )
+        if self._answers(turns, supervise_reasoning=supervise_reasoning)[1][-1]:
+            return (
+                f"{untagged} and renders an answer differently once more turns follow, so where the earlier answers "
+                "of a conversation lie is unknown; set dataset.answers: last, or "
+                f"{_remedy().removeprefix('set ')}"
             )
         return (
-            f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the turns before an "
-            f"answer differently once the answer follows, so where an answer starts is unknown; {_remedy()}"
+            f"{untagged} and renders the turns before an answer differently once the answer follows, so where an "
+            f"answer starts is unknown; {_remedy()}"
         )
 
     def _answers(
@@ -377,9 +441,15 @@ class ChatTemplate:
         texts, spans = rendered
         return texts[0], _joined(spans[0]) if self.tagged else []
 
-    def _marked(self, messages: Sequence[Message | Mapping[str, Any]], supervise_reasoning: bool = False) -> Marked:
+    def _marked(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        supervise_reasoning: bool = False,
+        prompt: bool = False,
+    ) -> Marked:
         turns = [_as_dict(message) for message in messages]
-        return mark_controls(turns, self.controls, self._text, self.name, supervise_reasoning)
+        render = partial(self._text, add_generation_prompt=prompt)
+        return mark_controls(turns, self.controls, render, self.name, supervise_reasoning)
 
     def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         return self._render(turns, add_generation_prompt)[0]

@@ -23,6 +23,7 @@ from unmask.errors import DataError
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 Turn = dict[str, Any]
 Render = Callable[[Sequence[Turn], bool], str]  # turns, whether the generation prompt follows them → text
+RenderAlike = Callable[[Sequence[Turn]], str]  # turns → text, all with or all without it
 
 # Private-use characters, which no tokenizer gives a meaning.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
@@ -72,6 +73,8 @@ def with_reasoning(turn: Turn, reasoning: str) -> Turn:
 def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_reasoning: bool) -> list[Span | None]:
     """Return where each of `answer_turns` lies in `text`, None for one whose place is unknown.
 
+    So it is where the template refuses a part of the conversation, though it took the whole.
+
     Args:
         render: the template.
         text: its rendering of all turns, with or without a generation prompt.
@@ -83,6 +86,13 @@ def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_rea
 
 def _answer(render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool) -> Span | None:
     """Return where an answer of the assistant turns `run` lies."""
+    try:
+        return _compared(render, text, turns, run, supervise_reasoning)
+    except DataError:
+        return None
+
+
+def _compared(render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool) -> Span | None:
     earlier, answers = turns[: run.start], turns[run.start : run.stop]
     bare = [with_reasoning(turn, "") for turn in answers]
     before = render(earlier, True)
@@ -139,12 +149,13 @@ def control_pattern(controls: Iterable[str]) -> re.Pattern[str]:
 
 
 def mark_controls(
-    turns: Sequence[Turn], controls: re.Pattern[str], render: Render, name: str, supervise_reasoning: bool = False
+    turns: Sequence[Turn], controls: re.Pattern[str], render: RenderAlike, name: str, supervise_reasoning: bool = False
 ) -> Marked:
     """Return the turns with a marker in the place of each control token that their text spells.
 
     Args:
         controls: from `control_pattern`.
+        render: the template, with or without a generation prompt.
         name: what messages call the template.
         supervise_reasoning: refuse an answer from which the template removes text, for it may be its reasoning.
 
@@ -154,11 +165,11 @@ def mark_controls(
     marked = _with_markers(turns, controls)
     if not marked.spelt:
         return marked
-    literal = render(turns, False)
-    if marked.restored(render(marked.turns, False)) == literal:
+    literal = render(turns)
+    if marked.restored(render(marked.turns)) == literal:
         return marked
     marked = _with_markers(_as_read(turns, controls, render, name, supervise_reasoning), controls)
-    if marked.restored(render(marked.turns, False)) != literal:
+    if marked.restored(render(marked.turns)) != literal:
         raise DataError(_unclear(turns, controls, name))
     return marked
 
@@ -186,7 +197,7 @@ def _with_markers(turns: Sequence[Turn], controls: re.Pattern[str]) -> Marked:
 
 
 def _as_read(
-    turns: Sequence[Turn], controls: re.Pattern[str], render: Render, name: str, supervise_reasoning: bool
+    turns: Sequence[Turn], controls: re.Pattern[str], render: RenderAlike, name: str, supervise_reasoning: bool
 ) -> list[Turn]:
     """Return the turns with what the template makes of the text of each that spells a control token."""
     read = list(turns)
@@ -194,8 +205,8 @@ def _as_read(
         content = turn["content"]
         if not isinstance(content, str) or not controls.search(content):
             continue
-        whole = render(read, False)
-        probed = render([*read[:number], {**turn, "content": PROBE}, *read[number + 1 :]], False)
+        whole = render(read)
+        probed = render([*read[:number], {**turn, "content": PROBE}, *read[number + 1 :]])
         start, _, end = probed.partition(PROBE)
         if not (whole.startswith(start) and whole[len(start) :].endswith(end)):
             raise DataError(_unclear(turns, controls, name))

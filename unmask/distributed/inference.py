@@ -74,11 +74,12 @@ def load_shared(
     with torch.device("meta"):
         model = empty_network(plan.family, plan.config)
     model = set_dtypes(model, plan.folder, None if dtype is None else getattr(torch, dtype))
-    whole = None
+    whole = adapter_folder = None
     if adapter is not None:
-        apply_adapter(model, adapter)
+        adapter_folder = find_adapter(adapter)
+        apply_adapter(model, adapter_folder)
         whole = whole_adapter(model)
-        read_adapter(whole, find_adapter(adapter))
+        read_adapter(whole, adapter_folder)
     model.requires_grad_(False)
     meshes = build_meshes(Degrees(ranks.size), device.type)
     shard_model(model, DistributedConfig(), meshes)
@@ -86,7 +87,7 @@ def load_shared(
     fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
     if whole is not None:
         load_tensors(model, meshes, adapter_tensors(whole))
-    model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
+    model.generation = read_generation(plan.folder, adapter_folder)  # pyright: ignore[reportArgumentType]
     return model.eval()
 
 

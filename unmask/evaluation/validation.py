@@ -32,7 +32,7 @@ from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.jobs import LoadedModel
 from unmask.sampling.prompts import check_prompts
 from unmask.sampling.settings import SamplerSettings
-from unmask.sampling.view import Drawing
+from unmask.sampling.view import drawing_of
 
 # Equal parts of the noise levels (0, 1] for which the loss is reported apart.
 BUCKETS = 5
@@ -175,8 +175,7 @@ def _sample_answers(run: TaskRun, rows: Sequence[int]) -> list[dict[str, Any]]:
     noise is random tokens they stand there themselves.
     """
     loaded = run.loaded
-    assert loaded.tokenizer is not None
-    drawing = Drawing(loaded.tokenizer, loaded.stop_ids, _MASKED * 2 if loaded.settings.noise == "mask" else None)
+    drawing = drawing_of(loaded, _MASKED * 2)
 
     def answered(own: list[int]) -> list[dict[str, Any]]:
         frames: list[list[dict[str, Any]]] = [[] for _ in own]

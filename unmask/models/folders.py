@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -19,13 +20,14 @@ from unmask.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SHARDED = "sharded"  # folder of files that each hold one rank's parts of tensors
 _SAMPLE = 2**12  # bytes read at the start, middle and end of each tensor
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a hub repository is fetched: configuration and tokenizer, and the weights where they are needed.
-_LIGHT = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.jinja",
+_LIGHT = ("config.json", GENERATION, "processor_config.json", "preprocessor_config.json", "*.jinja",
           "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Names of weights that other tools pickle.
@@ -126,10 +128,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_generation(folder: Path) -> dict[str, Any]:
-    """Return the values of a checkpoint's generation_config.json; {} where there is none."""
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+def read_generation(folder: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """Return the values of a checkpoint's generation_config.json, those of an adapter's over them; {} without a file.
+
+    Raises:
+        ModelError: a file that is not valid, or whose `eos_token_id` is no id or list of ids.
+    """
+    paths = [place / GENERATION for place in (folder, adapter) if place is not None]
+    values = {name: value for path in paths if path.is_file() for name, value in read_json(path).items()}
+    end_ids(values)
+    return values
+
+
+def end_ids(generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end an answer by the values of a generation_config.json; () where it does not say.
+
+    Raises:
+        ModelError: `eos_token_id` is no id, list of ids or null.
+    """
+    value = generation.get("eos_token_id")
+    ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ModelError(f"{GENERATION}: eos_token_id: expected a token id, a list of them or null, got {value!r}")
+    return tuple(ids)
 
 
 @dataclass(frozen=True)

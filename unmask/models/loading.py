@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,13 +16,13 @@ from torch import nn
 from unmask import rng
 from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
-from unmask.models.folders import read_generation, stored_tensors
+from unmask.models.folders import GENERATION, find_adapter, read_generation, stored_tensors
 from unmask.models.registry import ModelPlan, plan_folder, resolve
 from unmask.models.weights import load_weights, passthrough_tensors, read_tensors, save_weights
 from unmask.models.wrappers import misplaced, network_key
 
 # Files that go with every copy of a model: generation defaults, and how images are prepared for its vision part.
-_BESIDE = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
+_BESIDE = (GENERATION, "processor_config.json", "preprocessor_config.json")
 
 
 def empty_network(family: Family, config: Any) -> nn.Module:
@@ -83,10 +84,15 @@ def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter
 
 
 def apply_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Attach a saved LoRA adapter to a network, or raise ModelError; imports PEFT, which takes seconds."""
+    """Attach a saved LoRA adapter to a network, or raise ModelError; imports PEFT, which takes seconds.
+
+    What its generation_config.json says goes over what the network's said.
+    """
     from unmask.models.lora.attach import load_adapter
 
     load_adapter(model, folder)
+    values = {**getattr(model, "generation", {}), **read_generation(find_adapter(folder))}
+    model.generation = values  # pyright: ignore[reportArgumentType]
 
 
 def merged_model(plan: ModelPlan, adapter: str, dtype: str | None) -> nn.Module:
@@ -100,10 +106,16 @@ def merged_model(plan: ModelPlan, adapter: str, dtype: str | None) -> nn.Module:
 
 
 def save_model(model: nn.Module, plan: ModelPlan, folder: Path) -> None:
-    """Write the weights, what a checkpoint passes through beside them, and `write_config`'s files."""
+    """Write the weights, what a checkpoint passes through beside them, and `write_config`'s files.
+
+    An adapter that was merged into the weights has its say in generation_config.json.
+    """
     passthrough = passthrough_tensors(plan.folder, plan.family.files)
     save_weights(chain(model.state_dict().items(), passthrough), folder)
     write_config(plan, str(next(model.parameters()).dtype).removeprefix("torch."), folder)
+    generation: Any = getattr(model, "generation", None)
+    if generation and plan.folder is not None and generation != read_generation(plan.folder):
+        write_generation(generation, folder)
 
 
 def unwrap_weights(plan: ModelPlan, folder: Path) -> ModelPlan:
@@ -148,3 +160,8 @@ def write_config(plan: ModelPlan, dtype: str, folder: Path) -> None:
     for name in _BESIDE:
         if plan.folder is not None and (plan.folder / name).is_file():
             (folder / name).write_bytes((plan.folder / name).read_bytes())
+
+
+def write_generation(values: Mapping[str, Any], folder: Path) -> None:
+    """Write a generation_config.json."""
+    (folder / GENERATION).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")

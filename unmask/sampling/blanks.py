@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from unmask.data.renderings import PROBE, control_pattern
 from unmask.errors import DataError, SamplingError
 from unmask.models.registry import family_of
 from unmask.sampling.engine.state import Template
@@ -18,6 +17,7 @@ from unmask.sampling.prompts import (
     asked,
     chat_of,
     check_vocabulary,
+    controls_of,
     require_characters,
     shown,
     start_of_text,
@@ -148,7 +148,7 @@ def _tokenise(
         require_characters(text, label)
         pieces, closing = parse(text, label), []
         context = [] if raw else start_of_text(tokenizer)
-        controls = None if raw else _controls(tokenizer, mask_id)
+        controls = None if raw else controls_of(tokenizer, mask_id)
     else:
         if not is_row(text) and not (
             isinstance(text, (list, tuple)) and all(isinstance(turn, Mapping) for turn in text)
@@ -164,11 +164,12 @@ def _tokenise(
         try:
             template = template_of(tokenizer, mask_id).with_tools(chat.tools)
             context = template.encode_prompt(messages[:-1])
-            rendered = template.render([*messages[:-1], {"role": "assistant", "content": PROBE}])
+            before, after = template.around_answer(messages[:-1])
         except DataError as error:
             raise SamplingError(f"{label}: {error}; or give a plain text") from None
         controls = template.controls
-        closing = tokenizer.encode(rendered.partition(PROBE)[2], add_special_tokens=False)
+        context += tokenizer.encode(before, add_special_tokens=False)
+        closing = tokenizer.encode(after, add_special_tokens=False)
     parts = [_literal_ids(tokenizer, piece, controls) for piece in pieces if isinstance(piece, str)]
     return pieces, context, [*parts, closing]
 
@@ -226,12 +227,6 @@ def _check_length(total: int, label: str, config: Any, canvas: bool) -> None:
             f"{label}: {total} tokens{whole} are over the model's max_sequence_length {most}; shorten the text or its "
             "blanks"
         )
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> re.Pattern[str]:
-    words = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
-    return control_pattern({*words, *tokenizer.all_special_tokens, *([mask] if isinstance(mask, str) else [])})
 
 
 def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str] | None) -> list[int]:

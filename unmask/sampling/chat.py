@@ -244,7 +244,7 @@ def converse(
         require_characters(system, "--system")
         conversation = conversation.say("system", system)
     chat_template = _template(plan, template, conversation)  # refused before the weights load
-    loaded = load(plan, place, dtype)
+    loaded = dataclasses.replace(load(plan, place, dtype), template=chat_template)
     talk = Talk(loaded, chat_template, Console(highlight=False), sys.stdin.isatty())
     if talk.interactive:
         talk.note(f"{plan.name}: /help lists the commands, Ctrl-D leaves")

@@ -15,7 +15,6 @@ from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_list, check_prompts, encode_prompts, labels_of
-from unmask.sampling.text import split_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +39,8 @@ class Generation:
 
     Attributes:
         token_ids: the answer up to and without the first stop token, at most `max_new_tokens`.
-        text: `token_ids` decoded without special tokens and without reasoning; None without a tokenizer.
+        text: `token_ids` decoded without special tokens, the tokens that the chat template writes around turns, what it
+            writes around an answer, and reasoning; None without a tokenizer.
         finish_reason: "eos" when a stop token ended it, otherwise "length".
         prompt_ids: the tokens that it answers.
         stats: what it cost.
@@ -243,6 +243,8 @@ def _result(loaded: LoadedModel, prompt_ids: list[int], event: StepEvent, row: i
     written, nfe = event.answer_BC[row, : event.lengths[row]].tolist(), int(event.nfe_B[row])
     end = next((place for place, token in enumerate(written) if token in loaded.stop_ids), None)
     token_ids = written[:end]
-    text, reasoning = (None, None) if loaded.tokenizer is None else split_reasoning(token_ids, loaded.tokenizer)
+    text, reasoning = None, None
+    if loaded.tokenizer is not None:
+        text, reasoning = loaded.read(prompt_ids, token_ids, ended=end is not None)
     stats = Stats(nfe, len(token_ids) / nfe, seconds, len(token_ids) / max(seconds, 1e-9))
     return Generation(token_ids, text, "length" if end is None else "eos", prompt_ids, stats, reasoning)

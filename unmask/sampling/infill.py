@@ -5,7 +5,7 @@ Shapes: B rows, C answer columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from unmask.sampling.generate import Stats, rows_of
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.plan import check_blank_sampler
 from unmask.sampling.prompts import as_list, labels_of
+from unmask.sampling.text import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,7 +154,7 @@ def _result(loaded: LoadedModel, text: BlankText, event: StepEvent, row: int, lo
     answer, nfe = event.answer_BC[row, : event.lengths[row]].tolist(), int(event.nfe_B[row])
     fill_ids = [answer[start:end] for start, end in text.spans]
     fills = [
-        _added(loaded.tokenizer, [*text.prompt_ids, *answer[:start]], ids)
+        _added(loaded.tokenizer, [*text.prompt_ids, *answer[:start]], ids, loaded.turn_ids)
         for (start, _), ids in zip(text.spans, fill_ids, strict=True)
     ]
     count = sum(map(len, fill_ids))
@@ -168,10 +169,10 @@ def _result(loaded: LoadedModel, text: BlankText, event: StepEvent, row: int, lo
     )
 
 
-def _added(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+def _added(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int], hidden: Collection[int] = ()) -> str:
     """Return what tokens add to the text of those before them: some tokenizers drop a space that a text begins with.
 
-    By themselves where the text before does not stay, as in the middle of a character.
+    By themselves where the text before does not stay, as in the middle of a character. `hidden` tokens are in no text.
     """
-    start, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (before, [*before, *ids]))
-    return whole[len(start) :] if whole.startswith(start) else str(tokenizer.decode(ids, skip_special_tokens=True))
+    start, whole, alone = (decoded(tokenizer, part, hidden) for part in (before, [*before, *ids], ids))
+    return whole[len(start) :] if whole.startswith(start) else alone

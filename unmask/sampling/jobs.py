@@ -7,6 +7,7 @@ LoadedModel: `plan.plan_job` → `load`, or `as_loaded` of a network that is in 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,24 +17,30 @@ import torch
 from torch import nn
 
 from unmask.config.sampler import SamplerConfig
+from unmask.data.chat import ChatTemplate
 from unmask.distributed.inference import JointCalls, load_shared
 from unmask.distributed.ranks import ALONE, Ranks
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, DataError
+from unmask.models.folders import end_ids
 from unmask.models.loading import apply_adapter, build_model
 from unmask.sampling.backends.backend import Backend, backend_for
 from unmask.sampling.plan import JobPlan
+from unmask.sampling.prompts import template_of
 from unmask.sampling.settings import SamplerSettings, settings_for
+from unmask.sampling.text import decoded, split_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Ends a turn in Llama-3-style templates, LLaDA's among them.
-END_OF_TURN = "<|eot_id|>"
+_HEADER = 64  # tokens of a prompt's end, in which a template's header is looked for
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network that can be sampled from, on one rank or several."""
+    """A network that can be sampled from, on one rank or several.
+
+    `template` is what its prompts are rendered with; None takes the tokenizer's own, where it has one.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None  # None where prompts are token ids
@@ -41,6 +48,7 @@ class LoadedModel:
     ranks: Ranks = ALONE  # the processes that prompts are divided among
     # Context in which ranks call a network that they share (`distributed.inference.divide_rows`).
     joint_calls: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
+    template: ChatTemplate | None = None
 
     @property
     def config(self) -> Any:
@@ -58,20 +66,69 @@ class LoadedModel:
         return backend_for(self.model, self.settings)
 
     @cached_property
+    def _template(self) -> ChatTemplate | None:
+        if self.template is not None or self.tokenizer is None:
+            return self.template
+        try:
+            return template_of(self.tokenizer, self.mask_id)
+        except DataError:  # literal prompts need none, and others are refused when they are encoded
+            return None
+
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the model's end of text, and the tokenizer's ends of text and of turn."""
-        ids = set(self.backend.spec.eos_ids)
-        if self.tokenizer is not None:
-            if isinstance(self.tokenizer.eos_token_id, int):
-                ids.add(self.tokenizer.eos_token_id)
-            end_of_turn = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-            if isinstance(end_of_turn, int) and end_of_turn != self.tokenizer.unk_token_id:
-                ids.add(end_of_turn)
-        return tuple(sorted(ids))
+        """The tokens that end an answer."""
+        generation = getattr(self.model, "generation", {})
+        more = stop_ids_of(self.config, generation, self.tokenizer, self._template)
+        return tuple(sorted({*self.backend.spec.eos_ids, *more}))
+
+    @property
+    def turn_ids(self) -> frozenset[int]:
+        """The tokens that the template writes around turns; no part of an answer's text."""
+        return frozenset() if self._template is None else self._template.turn_ids
+
+    def read(self, prompt_ids: Sequence[int], token_ids: Sequence[int], ended: bool) -> tuple[str, str | None]:
+        """Return the text of an answer to a prompt, and its reasoning (None without), without special tokens.
+
+        Behind a prompt that ends as the template's do, the text is without what the template writes around an answer.
+        `ended`: a stop token came behind the answer's tokens.
+        """
+        assert self.tokenizer is not None
+        text, reasoning = split_reasoning(token_ids, self.tokenizer, self.turn_ids)
+        form = None if self._template is None else self._template.form
+        if form is None or not (form.opening or form.lead):
+            return text, reasoning
+        if decoded(self.tokenizer, prompt_ids[-_HEADER:], special=True).endswith(form.header):
+            opening, lead = (
+                decoded(self.tokenizer, self.tokenizer.encode(part, add_special_tokens=False), self.turn_ids)
+                for part in (form.opening, form.lead)
+            )
+            text = text.removeprefix(opening)
+            text = text.removesuffix(lead) if ended else text
+        return text, reasoning
 
     def with_sampler(self, sampler: SamplerConfig | None) -> LoadedModel:
         """Return the same network sampled with other settings; raises SamplingError."""
         return dataclasses.replace(self, settings=settings_for(self.model, sampler))
+
+
+def stop_ids_of(
+    config: Any,
+    generation: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: ChatTemplate | None,
+) -> tuple[int, ...]:
+    """Return the tokens that end an answer, sorted: by the checkpoint, its tokenizer, and what its template writes.
+
+    Args:
+        config: the family's configuration; its end of text counts where `generation` names none.
+        generation: the values of generation_config.json.
+        template: closes an answer with a control token; None = there is none.
+    """
+    own = getattr(config, "eos_token_ids", (config.eos_token_id,))
+    ends = {*(end_ids(generation) or own), *(() if template is None else template.form.stop_ids)}
+    if tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
+        ends.add(tokenizer.eos_token_id)
+    return tuple(sorted(ends))
 
 
 def load(

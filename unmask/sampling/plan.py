@@ -34,7 +34,7 @@ class JobPlan:
     name: str  # as the user wrote it
     model: ModelPlan  # its family, configuration and folder
     adapter: Path | None  # folder of the LoRA adapter on top
-    generation: Mapping[str, Any]  # the values of its generation_config.json
+    generation: Mapping[str, Any]  # the values of its generation_config.json, the adapter's over them
     settings: SamplerSettings
     tokenizer_folder: Path  # the adapter's where it has a tokenizer, else the checkpoint's
     where: str = "--checkpoint"  # the flag that named the checkpoint, for messages
@@ -87,7 +87,7 @@ def plan_job(
     adapter_folder = None if adapter is None else find_adapter(adapter)
     model = plan_folder(checkpoint, where)
     assert model.folder is not None
-    generation = read_generation(model.folder)
+    generation = read_generation(model.folder, adapter_folder)
     settings = resolve_settings(sampler, model.family, model.config, generation)
     tokenizer = tokenizer_folder(str(model.folder), None if adapter_folder is None else str(adapter_folder), where)
     return JobPlan(checkpoint, model, adapter_folder, generation, settings, tokenizer, where)

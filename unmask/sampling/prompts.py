@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from unmask.data.chat import ChatTemplate, load_template
 from unmask.data.conversation import Conversation, Message, read_content, read_turns
 from unmask.data.keys import RowProblem, is_blank
+from unmask.data.renderings import control_pattern
+from unmask.data.turns import special_words
 from unmask.errors import ConfigError, DataError, SamplingError
 from unmask.sampling.prompt_rows import KEYS, is_row, read_prompts, read_row
 from unmask.sampling.settings import SamplerSettings
@@ -143,6 +145,14 @@ def title_of(prompt: Any, index: int) -> str:
 def template_of(tokenizer: PreTrainedTokenizerBase, mask_id: int | None, name: str | None = None) -> ChatTemplate:
     """Return the template that prompts are rendered with, the tokenizer's own or a named one; raises DataError."""
     return load_template(tokenizer, name, () if mask_id is None else (mask_id,), for_training=False)
+
+
+def controls_of(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> re.Pattern[str]:
+    """Return what matches every control token that a text may spell, those of the tokenizer's own template included."""
+    try:
+        return template_of(tokenizer, mask_id).controls
+    except DataError:  # none, or none that can be read: a plain text does without
+        return control_pattern(special_words(tokenizer, () if mask_id is None else (mask_id,)))
 
 
 def template_problem(error: DataError) -> str:

@@ -8,7 +8,7 @@ of an answer's text (source: the released chat template, which cuts it out of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -46,16 +46,26 @@ def in_reasoning(token_ids: Sequence[int], tags: tuple[int, int] | None) -> list
     return marks
 
 
-def split_reasoning(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
-    """Return an answer's text and its reasoning, without special tokens; None where it has no tags."""
+def decoded(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], hidden: Collection[int] = (), special: bool = False
+) -> str:
+    """Return tokens as text, without `hidden` ones and, unless `special`, without special tokens."""
+    shown = [token for token in token_ids if token not in hidden]
+    return str(tokenizer.decode(shown, skip_special_tokens=not special))
+
+
+def split_reasoning(
+    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, hidden: Collection[int] = ()
+) -> tuple[str, str | None]:
+    """Return an answer's text and its reasoning, without special and `hidden` tokens; None where it has no tags."""
     tags = reasoning_tags(tokenizer)
     marks = in_reasoning(token_ids, tags)
     said = [token for token, thought in zip(token_ids, marks, strict=True) if not thought]
-    text = str(tokenizer.decode(said, skip_special_tokens=True))
+    text = decoded(tokenizer, said, hidden)
     if tags is None or not any(marks):
         return text, None
     thoughts = [token for token, thought in zip(token_ids, marks, strict=True) if thought and token not in tags]
-    return text, _NAME.sub("", str(tokenizer.decode(thoughts, skip_special_tokens=True))).strip()
+    return text, _NAME.sub("", decoded(tokenizer, thoughts, hidden)).strip()
 
 
 def end_of_answer(

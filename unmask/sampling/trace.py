@@ -12,7 +12,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.errors import SamplingError
 from unmask.sampling.prompts import title_of
-from unmask.sampling.text import end_of_answer, token_text
+from unmask.sampling.text import decoded, end_of_answer, token_text
 from unmask.sampling.view import given_positions
 
 if TYPE_CHECKING:
@@ -54,9 +54,14 @@ class Trace:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], prompts: Sequence[str], facts: Mapping[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
+        prompts: Sequence[str],
+        facts: Mapping[str, Any],
+        hidden: Collection[int] = (),
     ) -> None:
-        self.tokenizer, self.stops = tokenizer, frozenset(stops)
+        self.tokenizer, self.stops, self.hidden = tokenizer, frozenset(stops), frozenset(hidden)
         self.prompts, self.facts = list(prompts), dict(facts)
         self._rows: dict[int, _Row] = {}
 
@@ -123,7 +128,7 @@ class Trace:
             "length": len(row.ids),
             "answer": len(answer),
             "finished": row.finished,
-            "text": str(self.tokenizer.decode(answer, skip_special_tokens=True)),
+            "text": decoded(self.tokenizer, answer, self.hidden),
             "given": row.start,
             "calls": row.calls,
         }
@@ -149,7 +154,7 @@ def trace_for(loaded: LoadedModel, prompts: Iterable[Any], *, checkpoint: str, s
         "sampler": {"family": settings.family} | {k: v for k, v in settings.values.items() if v is not None},
     }
     titles = [title_of(prompt, index) for index, prompt in enumerate(prompts)]
-    return Trace(loaded.tokenizer, loaded.stop_ids, titles, facts)
+    return Trace(loaded.tokenizer, loaded.stop_ids, titles, facts, loaded.turn_ids)
 
 
 def _runs(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:

@@ -25,7 +25,7 @@ from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, answer, encode_for
 from unmask.sampling.jobs import LoadedModel, as_loaded
 from unmask.sampling.prompts import as_list, title_of
-from unmask.sampling.text import end_of_answer, in_reasoning, printable, reasoning_tags
+from unmask.sampling.text import decoded, end_of_answer, in_reasoning, printable, reasoning_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ class Drawing:
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[int, ...]  # from the first of these on nothing is drawn
     shades: str | None = SHADES  # what stands for masked positions; None draws the tokens that they hold
+    hidden: frozenset[int] = frozenset()  # tokens that are not drawn, beside special ones
 
     @cached_property
     def _tags(self) -> tuple[int, int] | None:
@@ -73,8 +74,7 @@ class Drawing:
                 text.append("".join(self._shade(confidence, i) for i in run), style="dim")
             else:
                 style = "dim" if hidden else "bold" if bold else "italic" if italic else ""
-                decoded = self.tokenizer.decode([token_ids[i] for i in run], skip_special_tokens=True)
-                text.append(printable(str(decoded)), style=style)
+                text.append(printable(decoded(self.tokenizer, [token_ids[i] for i in run], self.hidden)), style=style)
         return text
 
     def draw_row(self, event: StepEvent, row: int, highlight: bool = True, given: Collection[int] = ()) -> Text:
@@ -181,13 +181,18 @@ class Watcher:
         return Text("\n").join(lines[start : start + height])
 
 
+def drawing_of(loaded: LoadedModel, shades: str) -> Drawing:
+    """Return how the answers of a model with a tokenizer are drawn; `shades` stand for masks, where it has them."""
+    assert loaded.tokenizer is not None
+    drawn = shades if loaded.settings.noise == "mask" else None
+    return Drawing(loaded.tokenizer, loaded.stop_ids, drawn, loaded.turn_ids)
+
+
 def watcher(loaded: LoadedModel, console: Console | None = None, titles: Mapping[int, str] | None = None) -> Watcher:
     """Return the watcher for answers of a model with a tokenizer; console None = standard output."""
-    assert loaded.tokenizer is not None
     console = console if console is not None else Console()
     shades = SHADES if console.encoding.lower().startswith("utf") else ASCII_SHADES
-    drawing = Drawing(loaded.tokenizer, loaded.stop_ids, shades if loaded.settings.noise == "mask" else None)
-    return Watcher(drawing, console, titles)
+    return Watcher(drawing_of(loaded, shades), console, titles)
 
 
 def watch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from unmask.distributed.shard import (
 )
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.experts import freeze_routers
-from unmask.models.folders import stored_tensors
-from unmask.models.loading import build_model, draw_weights, empty_network, write_config
+from unmask.models.folders import read_generation, stored_tensors
+from unmask.models.loading import build_model, draw_weights, empty_network, write_config, write_generation
 from unmask.models.lora.files import adapter_state, is_trained, read_adapter, write_adapter_config
 from unmask.models.registry import ModelPlan
 from unmask.models.weights import Piece, base_tensors, fill
@@ -215,11 +215,16 @@ def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]
         yield entry, piece(state, network.meshes)
 
 
-def other_files(network: Network, tokenizer: Any, template: str, run_config: str) -> dict[str, bytes]:
+def other_files(
+    network: Network, tokenizer: Any, template: str, run_config: str, stop_ids: Sequence[int]
+) -> dict[str, bytes]:
     """Return path → content of the files other than tensors in each checkpoint of a run.
 
-    `template`, the source of the chat template, goes into the tokenizer, so that inference prompts as training did;
-    `run_config` is the run's YAML.
+    Args:
+        template: the source of the chat template, which goes into the tokenizer, so that inference prompts as training
+            did.
+        run_config: the run's YAML.
+        stop_ids: the tokens that end an answer, which go into generation_config.json; an adapter's says nothing else.
     """
     with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
         folder = Path(name)
@@ -227,6 +232,7 @@ def other_files(network: Network, tokenizer: Any, template: str, run_config: str
             write_adapter_config(network.adapter, network.adapter_config, folder)
         else:
             write_config(network.plan, network.dtype, folder)
+        write_generation({**read_generation(folder), "eos_token_id": list(stop_ids)}, folder)
         saved = copy.copy(tokenizer)
         saved.chat_template = template
         saved.save_pretrained(folder)

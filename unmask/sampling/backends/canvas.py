@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unmask.models.diffusion_gemma.cache import append, concat, select, truncate
 from unmask.models.experts import Experts, grouped_kernel
+from unmask.models.folders import end_ids
 from unmask.ops.padding import padded
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Replays, replays_for
@@ -67,8 +68,6 @@ class CanvasBackend:
 
     def __init__(self, model: Any, settings: SamplerSettings) -> None:
         config, generation = model.config, getattr(model, "generation", {})
-        ends = generation.get("eos_token_id")
-        ends = config.eos_token_ids if ends is None else ends
         self.model = model
         self.device = next(model.parameters()).device
         self._keeps = settings.cache == "block"
@@ -77,7 +76,7 @@ class CanvasBackend:
         self.spec = ModelSpec(
             mask_id=None,
             banned_ids=(),
-            eos_ids=tuple(ends) if isinstance(ends, (list, tuple)) else (ends,),
+            eos_ids=end_ids(generation) or config.eos_token_ids,
             vocab_size=config.vocab_size,
             rows=config.rows,
             max_length=config.max_sequence_length,

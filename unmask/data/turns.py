@@ -1,0 +1,138 @@
+"""What a chat template writes around the texts of turns, found by rendering probes: turn tokens, and how answers end.
+
+No token is known by its name. A template is asked to render conversations whose texts are probes; what stands between
+the probes it has written itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from unmask.data.renderings import PROBE, Render, Turn
+from unmask.errors import DataError
+
+_NEXT = PROBE.replace("probe", "next")
+_ASK, _ANSWER = {"role": "user", "content": _NEXT}, {"role": "assistant", "content": PROBE}
+_SYSTEM, _TOOL = {"role": "system", "content": _NEXT}, {"role": "tool", "content": _NEXT}
+# Some templates insist on a system turn, others refuse one.
+STARTS: tuple[tuple[Turn, ...], ...] = ((_ASK,), (_SYSTEM, _ASK))
+# A vocabulary's own word that is markup, such as <|end|>, </s> or [INST]; plain words are part of texts, too.
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What a chat template writes around the text of an answer; all empty where it renders no plain exchange.
+
+    Attributes:
+        start: the turns of the exchange that it was asked to render, before the answer.
+        header: between the text of the question and where a prompt ends.
+        opening: between there and the text of a last answer: part of what a model learns to write.
+        lead: behind that text, up to the first token that ends an answer.
+        closing: all behind the text of a last answer.
+        middle: between the text of an answer and that of a question after it; None where the template refuses that.
+        unprompted: a generation prompt adds nothing.
+        stop_ids: the control tokens that come first in `closing` and in `middle`.
+    """
+
+    start: tuple[Turn, ...] = ()
+    header: str = ""
+    opening: str = ""
+    lead: str = ""
+    closing: str = ""
+    middle: str | None = None
+    unprompted: bool = False
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def shows_start(self) -> bool:
+        """Whether renderings with and without an answer show where it starts, and not its header with it."""
+        if not self.unprompted:
+            return True
+        # Templates without a header show it. Some end every conversation as they end a prompt, one with an answer too.
+        shared = commonprefix([self.header[::-1], self.closing[::-1]]).strip()
+        goes_on = self.middle is not None and self.middle.startswith(self.closing)
+        return not self.opening.strip() and (goes_on or not shared)
+
+
+def special_words(tokenizer: Any, more_ids: Iterable[int] = ()) -> set[str]:
+    """Return how a tokenizer's special tokens, and those of further ids, are spelt."""
+    words = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    words.update(tokenizer.all_special_tokens)
+    return words | {word for word in tokenizer.convert_ids_to_tokens(list(more_ids)) if word}
+
+
+def turn_tokens(tokenizer: Any, render: Render) -> dict[int, str]:
+    """Return the tokens that a template writes around the texts of turns, whatever their `special` flag, by id.
+
+    Those are added tokens that are no plain words, and single tokens of the vocabulary that look like markup. What is
+    written in front of a last answer only, such as an empty thought, delimits no turn.
+    """
+    added = {token: str(word) for token, word in tokenizer.added_tokens_decoder.items()}
+    found: dict[int, str] = {}
+    for text in _written(render):
+        for token in _ids(tokenizer, text):
+            word = added.get(token) or str(tokenizer.convert_ids_to_tokens(token))
+            markup = token in added and bool(word.strip()) and not word.strip().isalnum()
+            if len(word) > 1 and word in text and (markup or _MARKUP.fullmatch(word)):
+                found[token] = word
+    return found
+
+
+def answer_form(tokenizer: Any, render: Render, turn: Iterable[int]) -> AnswerForm:
+    """Return what a template writes around an answer; `turn` are the ids of its turn tokens."""
+    for start in STARTS:
+        prompt, whole = _attempt(render, start, True), _attempt(render, (*start, _ANSWER), False)
+        if prompt is not None and whole is not None and PROBE in whole:
+            break
+    else:
+        return AnswerForm()
+    before, _, closing = whole.rpartition(PROBE)
+    through = _attempt(render, (*start, _ANSWER, _ASK), True)
+    middle = through.rpartition(PROBE)[2].partition(_NEXT)[0] if through is not None and PROBE in through else None
+    controls = {*turn, *tokenizer.all_special_ids}
+    controls |= {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
+    ends = [_first(tokenizer, text, controls) for text in (closing, middle or "")]
+    lead = closing if ends[0] is None else closing.partition(ends[0][1])[0]
+    return AnswerForm(
+        start=start,
+        header=prompt.rpartition(_NEXT)[2],
+        opening=before.removeprefix(prompt) if before.startswith(prompt) else "",
+        lead=lead,
+        closing=closing,
+        middle=middle,
+        unprompted=prompt == _attempt(render, start, False),
+        stop_ids=tuple(sorted({end[0] for end in ends if end is not None})),
+    )
+
+
+def _written(render: Render) -> Iterator[str]:
+    """Yield what a template writes around the texts of conversations that it takes."""
+    for start in STARTS:
+        for turns, prompt in ((start, True), ((*start, _ANSWER, _ASK), True), ((*start, _ANSWER, _TOOL), True)):
+            yield from re.split(f"{PROBE}|{_NEXT}", _attempt(render, turns, prompt) or "")
+        yield (_attempt(render, (*start, _ANSWER), False) or "").rpartition(PROBE)[2]
+
+
+def _attempt(render: Render, turns: Sequence[Turn], prompt: bool) -> str | None:
+    """Return the text of a conversation, None where the template refuses it."""
+    try:
+        return render(turns, prompt)
+    except DataError:
+        return None
+
+
+def _first(tokenizer: Any, text: str, controls: set[int]) -> tuple[int, str] | None:
+    """Return the first control token that a text spells, and how; None without one."""
+    found = (
+        (token, str(tokenizer.convert_ids_to_tokens(token))) for token in _ids(tokenizer, text) if token in controls
+    )
+    return next(((token, word) for token, word in found if word in text), None)  # an unknown character spells none
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
