@@ -136,6 +136,16 @@ def test_a_checkpoint_that_does_not_say_ends_as_its_template_does(trained: Any, 
     assert as_loaded(model, tokenizer).stop_ids == (EOS,)
 
 
+def test_the_harness_ends_answers_as_the_template_that_it_is_told_to_apply(trained: Any) -> None:
+    from unmask.evaluation.lm_eval import UnmaskLM
+
+    model, tokenizer = unmask.load_model(str(trained.root)), load_tokenizer(str(trained.root))
+    lm = UnmaskLM(model, tokenizer=tokenizer)
+    assert lm.chat_template(True) == tokenizer.chat_template and lm.loaded.stop_ids == (EOS, END)
+    lm.chat_template("llada")
+    assert lm.loaded.stop_ids == (EOS, EOT, END)
+
+
 @pytest.mark.parametrize("value", ["2", [1, "2"], 1.5, True, [-1], {"a": 1}])
 def test_ends_that_are_no_ids_are_refused_by_file_and_field(value: Any, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))

@@ -149,6 +149,7 @@ class UnmaskLM(LM):
             return ""
         if isinstance(chat_template, str):
             self.encoder = dataclasses.replace(self.encoder, template_name=chat_template)
+        self.loaded = dataclasses.replace(self.loaded, template=self.encoder.template)  # answers end as it closes them
         return self.encoder.template.source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

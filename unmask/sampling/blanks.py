@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from unmask.data.renderings import literal_pieces
 from unmask.errors import DataError, SamplingError
 from unmask.models.registry import family_of
 from unmask.sampling.engine.state import Template
@@ -170,7 +170,9 @@ def _tokenise(
         controls = template.controls
         context += tokenizer.encode(before, add_special_tokens=False)
         closing = tokenizer.encode(after, add_special_tokens=False)
-    parts = [_literal_ids(tokenizer, piece, controls) for piece in pieces if isinstance(piece, str)]
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    split = [[text] if controls is None else literal_pieces(text, controls) for text in texts]
+    parts = [[token for part in each for token in tokenizer.encode(part, add_special_tokens=False)] for each in split]
     return pieces, context, [*parts, closing]
 
 
@@ -227,11 +229,3 @@ def _check_length(total: int, label: str, config: Any, canvas: bool) -> None:
             f"{label}: {total} tokens{whole} are over the model's max_sequence_length {most}; shorten the text or its "
             "blanks"
         )
-
-
-def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str] | None) -> list[int]:
-    """Return the tokens of a text in which a spelt control token is characters: it is split after its first."""
-    found = controls.finditer(text) if controls is not None else ()
-    cuts = [0, *(control.start() + 1 for control in found), len(text)]
-    parts = (text[start:end] for start, end in pairwise(cuts) if start < end)
-    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
