@@ -17,7 +17,6 @@ import unmask
 from unmask.config import RunConfig, dump_config
 from unmask.config.reader import differences, to_mapping
 from unmask.data.batches import ValidationSet
-from unmask.data.check import Checked
 from unmask.data.sources import Rows
 from unmask.distributed.processes import cores
 from unmask.models.folders import weights_fingerprint
@@ -31,21 +30,15 @@ def announce(
     prepared: Prepared,
     validation: ValidationSet | None,
     start: ResumePoint,
-    checked: Checked | None,
     notes: Sequence[str],
 ) -> None:
-    """Say and record what this run, made from `prepared`, is about to do from `start` on.
-
-    Args:
-        checked: its rows; None where that was done when the run began.
-        notes: on its data.
-    """
+    """Say and record what this run, made from `prepared`, is about to do from `start` on; `notes` are of its data."""
     from unmask.distributed.shard import whole_view  # its DTensor takes seconds to import
 
     sizes = [(whole_view(p, run.runtime.meshes).numel(), p.requires_grad) for p in run.model.parameters()]
     total = sum(size for size, _ in sizes) + packed_elements(run.model)
     trainable = sum(size for size, trained in sizes if trained)
-    say = run.progress.say
+    say, checked = run.progress.say, run.checked
     for key in prepared.not_needed:
         say(f"not needed here: {key}")
     for line in prepared.plan.notes:

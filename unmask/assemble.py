@@ -95,12 +95,13 @@ def assemble(
         saver=Saver(root, config.checkpoint, network, runtime.ranks, files, start.folder),
         validators=validators,
         metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
+        checked=checked,
         progress=TrainingProgress(total_steps, start.step, console),
         name_rows=partial(name_rows, prepared.rows),
         is_good_enough=is_good_enough,
         defer_grad_sync=config.distributed.defer_grad_sync,
     )
-    announce(run, prepared, validation, start, checked, seen_later_turns(prepared, parts.template))
+    announce(run, prepared, validation, start, seen_later_turns(prepared, parts.template))
     return run, start
 
 
@@ -168,7 +169,9 @@ def run_training(
         finally:
             run.metrics.close()
     loader = run.loader
-    for line in (*left_out(loader.dropped, loader.examples), *noted(loader.noted, loader.examples)):
+    said = {} if run.checked is None else run.checked.noted
+    news = {note: count for note, count in loader.noted.items() if note not in said}
+    for line in (*left_out(loader.dropped, loader.examples), *noted(news, loader.examples)):
         console.print(line, markup=False)
     return outcome
 

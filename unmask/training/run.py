@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from unmask.batch import Batch
 from unmask.config.results import CheckpointConfig
 from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
+from unmask.data.check import Checked
 from unmask.distributed.ranks import ALONE, Ranks, from_first
 from unmask.distributed.runtime import Runtime
 from unmask.objectives.registry import Objective
@@ -86,6 +87,7 @@ class TrainingRun:
         root: the run directory.
         total_steps: the length that `steps` resolves to.
         identity: a checkpoint of another identity is foreign.
+        checked: its rows, before the first step; None where that was done when the run began.
         name_rows: names rows by their sample ids, for an error message.
         is_good_enough: called with what was measured at a step; True ends the run.
         defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
@@ -108,6 +110,7 @@ class TrainingRun:
     saver: Saver
     validators: Sequence[Validator]
     metrics: MetricsLog | SilentLog
+    checked: Checked | None
     progress: TrainingProgress
     name_rows: Callable[[Sequence[int]], str]
     is_good_enough: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
