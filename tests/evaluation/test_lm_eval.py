@@ -284,7 +284,7 @@ def test_choices_that_cannot_be_scored_are_counted_in_the_results(tiny_base: Pat
              str(tmp_path / "out"), "--num-samples", "8"]  # fmt: skip
     for _ in range(2):  # the second time all is read from the cache of answers
         assert main(words) == 0
-        assert "-step_1: 1 request could not be scored" in capsys.readouterr().out
+        assert "-step_1: requests that could not be scored, of likelihood 0: 1" in capsys.readouterr().out
         (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
         assert result["settings"]["unscored"] == 1 and result["metrics"]["acc"]["value"] >= 0.5
 

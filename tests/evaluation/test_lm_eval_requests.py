@@ -268,3 +268,12 @@ def test_options_are_refused_before_anything_is_answered(lm, monkeypatch) -> Non
     requests = [Instance("generate_until", {}, ("2?", {"max_gen_toks": 96}), 0, ("t", 0, 1))]
     with pytest.raises(ConfigError, match="t: generation_kwargs: an answer of 96 tokens leaves no room"):
         lm.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_mask_is_text_in_a_literal_context_where_other_control_tokens_count(encoder, tokenizer) -> None:
+    eot = tokenizer.convert_tokens_to_ids("<|eot|>")
+    for ids in (encoder.context("a<|mask|> <|eot|>"), encoder.text("a<|mask|> <|eot|>"),
+                [*encoder.pair("a<|mask|> ", "<|eot|>")[0], *encoder.pair("a<|mask|> ", "<|eot|>")[1]]):  # fmt: skip
+        assert encoder.mask_id not in ids and ids[-1] == eot
+        assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|mask|> <|eot|>"
+    assert encoder.mask_id not in encoder.pair("a", "<|mask|>")[1]

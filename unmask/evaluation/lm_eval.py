@@ -215,7 +215,7 @@ class UnmaskLM(LM):
         if length >= self.max_length:
             raise ConfigError(
                 f"{task}: generation_kwargs: an answer of {length} tokens leaves no room for the prompt in the model's "
-                f"{self.max_length} positions; give max_new_tokens in {_MODEL_ARGS}"
+                f"{self.max_length} positions; set a smaller max_new_tokens, as a flag or in {_MODEL_ARGS}"
             )
         return loaded, read.stops
 

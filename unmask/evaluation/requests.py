@@ -3,7 +3,7 @@
 The harness keeps a rendered chat as one text, in which a control token that the template writes looks like one that a
 question spells. So a chat is given to it in the pieces that are tokenised apart, each behind a private-use character,
 a spelt control token cut in two: its tokens are those of `unmask generate`. Any other context is literal text, in which
-control tokens count, as in the harness's own models.
+control tokens count, as in the harness's own models; but a mask is text everywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from unmask.config.sampler import SamplerConfig
 from unmask.data.chat import ChatTemplate
+from unmask.data.renderings import control_pattern, literal_pieces
 from unmask.errors import ConfigError, DataError, SamplingError, nearest
 from unmask.sampling.prompts import as_document, start_of_text, template_of, template_problem
 from unmask.sampling.settings import SamplerSettings
@@ -93,7 +94,7 @@ def read_options(
     elif sampled and temperature and asked.t_min is None and asked.t_max is None:
         raise ConfigError(
             f"{where}.temperature: {settings.family}'s sampler goes from t_max to t_min and takes no {temperature}; "
-            "give t_min and t_max in --model_args, or take it out"
+            "set t_min and t_max, as flags or in --model_args, or take it out"
         )
     ours = [field.name for field in fields(SamplerConfig)]
     for name, value in options.items():
@@ -102,7 +103,7 @@ def read_options(
         elif value not in _NEUTRAL.get(name, ()):
             known = ["until", "max_gen_toks", "do_sample", *ours]
             raise ConfigError(
-                f"{where}.{name}: {value!r} is for a sampler that has it, and this one does not{nearest(name, known)}; "
+                f"{where}.{name}: {value!r} would be lost, since the sampler has no {name}{nearest(name, known)}; "
                 "take it out of the task"
             )
     try:
@@ -138,6 +139,12 @@ class RequestEncoder:
             return template_of(tokenizer, self.mask_id, name)
         except DataError as error:
             raise ConfigError(f"--apply_chat_template: {template_problem(error)}; leave it out") from None
+
+    @cached_property
+    def _mask(self) -> re.Pattern[str] | None:
+        """What a text cannot spell even without a chat: to be filled in is no meaning that a task gives to a place."""
+        mask = None if self.mask_id is None else self.tokenizer.convert_ids_to_tokens(self.mask_id)
+        return control_pattern([mask]) if isinstance(mask, str) else None
 
     @cached_property
     def start(self) -> list[int]:
@@ -176,7 +183,7 @@ class RequestEncoder:
         before, literal = _pieces(text)
         if before:
             return self._encode([*before, literal])
-        return as_document(self._encode([literal]), self.tokenizer) or [self.prefix]
+        return as_document(self.text(literal), self.tokenizer) or [self.prefix]
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a context and of its continuation.
@@ -194,7 +201,7 @@ class RequestEncoder:
         if blanks:
             text, continuation = text[:-blanks], text[-blanks:] + continuation
         first, whole, apart = (
-            self._encode(self.template.literal_pieces(each) if before else [each])
+            self._encode(self.template.literal_pieces(each)) if before else self.text(each)
             for each in (text, text + continuation, continuation)
         )
         tokens = whole[len(first) :] if whole[: len(first)] == first else apart
@@ -207,7 +214,7 @@ class RequestEncoder:
 
     def text(self, text: str) -> list[int]:
         """Return the tokens of a literal text, without what stands before a document."""
-        return self._encode([text])
+        return self._encode([text] if self._mask is None else literal_pieces(text, self._mask))
 
     def cut(self, ids: Sequence[int], room: int) -> Ids:
         """Return a context cut on the left to `room` tokens, at least one; the start of text stays before the rest."""

@@ -219,8 +219,7 @@ def _harness_tasks(plan: EvalPlan, checkpoint: Checkpoint, loaded: LoadedModel, 
     lost = {task: unscored(each) for task, each in answered["samples"].items()}
     for task, count in lost.items():
         if count:
-            what = "request" if count == 1 else "requests"
-            note = f"warning: {HARNESS}{task}, {label}: {count} {what} could not be scored and have likelihood 0"
+            note = f"warning: {HARNESS}{task}, {label}: requests that could not be scored, of likelihood 0: {count}"
             console.print(note, highlight=False, soft_wrap=True)
     settings = {
         "dtype": job.dtype or "as stored",

@@ -157,7 +157,7 @@ def controls_of(tokenizer: PreTrainedTokenizerBase, mask_id: int | None) -> re.P
 
 def template_problem(error: DataError) -> str:
     """Return what is wrong with a chat template, without the remedy of those who train."""
-    return re.split("; (?:set dataset|name a )", str(error).removeprefix("dataset.chat_template: "))[0]
+    return re.split("; (?:set dataset|name (?:a|the) )", str(error).removeprefix("dataset.chat_template: "))[0]
 
 
 def asked(label: str, prompt: Any, infill: bool = False) -> Any:
