@@ -236,6 +236,18 @@ def test_calls_are_read_in_every_way_that_they_are_written(turn):
     assert message.role == "assistant" and dict(message.extra) == CALLED
 
 
+def test_fields_that_a_table_adds_to_a_call_are_no_arguments(monkeypatch):
+    import datasets
+
+    calls = [{"name": "add", "arguments": {"x": 1}}, {"name": "say", "arguments": {"text": "b"}}]
+    turns = [[Q, {**A, "tool_calls": [{"type": "function", "function": call}]}] for call in calls]
+    table = datasets.Dataset.from_list([{"messages": each} for each in turns])
+    assert table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "text": None}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: table)
+    rows = open_rows(DatasetConfig("someone/rows", split="train"))
+    assert [rows[n].messages[1].extra["tool_calls"][0]["function"] for n in range(2)] == calls
+
+
 @pytest.mark.parametrize("role", ["tool", "function", "observation", "tool_response"])
 def test_results_of_tools_are_turns(role):
     assert read({"messages": [Q, A, {"role": role, "content": "5"}, A]})[2] == ("tool", "5")
@@ -247,6 +259,7 @@ def test_results_of_tools_are_turns(role):
         ({**Q, **CALLED}, "messages[0] has 'tool_calls' and only the assistant calls a tool"),
         ({**A, **CALLED, "function_call": CALL}, "which are two ways to call a tool"),
         ({**A, "tool_calls": "x"}, ".tool_calls is not JSON"),
+        ({**A, "function_call": '{"name": "a", "name": "b"}'}, "the key 'name' is given twice"),
         ({**A, "tool_calls": ["add"]}, "messages[0].tool_calls[0] is no call of a function with a name"),
         ({**A, "function_call": {"name": "add", "arguments": "x"}}, ".arguments is not JSON"),
         ({**A, "function_call": {"name": "add", "arguments": "[1]"}}, ".arguments must be an object"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from unmask.config.data import DatasetConfig
 from unmask.data.chat import load_template, read_template
 from unmask.data.conversation import read_turns
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.shown import UNSHOWN_REASONING
+from unmask.data.shown import CHANGED_TEXT, UNSHOWN_REASONING
 from unmask.data.sources import open_rows
 from unmask.errors import DataError
 
@@ -152,7 +154,7 @@ def test_calls_without_text_among_good_rows_are_left_out_and_counted(encoder):
         return {"messages": [ASKED, answer if number % 3 else {**answer, "content": "", "tool_calls": [call]}]}
 
     made = encoder(read_template("llada"), *map(row, range(9)), on_malformed="skip")
-    dropped = [index for index in range(9) if isinstance(made(index), Dropped)]
+    dropped = [index for index in range(9) if isinstance(made(index, 0), Dropped)]
     assert dropped == [0, 3, 6]
 
 
@@ -196,6 +198,46 @@ def test_reasoning_that_the_template_does_not_show_is_noted(report, encoder):
     row = json.loads((REPORTS / "reasoning.jsonl").read_text())
     text, learned, notes = shown(encoder(WHOLE, row))
     assert "[Two and two.]4" in text and learned == ["4<|eot_id|>"] and notes == ()
+
+
+def test_a_text_of_which_the_template_drops_a_part_is_noted(encoder):
+    source = WHOLE.replace("{{ m.content }}\n{%- for", "{{ m.content.split('</think>')[-1] }}\n{%- for")
+    assert source != WHOLE
+    answer = {"role": "assistant", "content": "<think>\nr</think> four "}
+    assert shown(encoder(source, {"messages": [ASKED, answer]}))[1:] == ([" four <|eot_id|>"], (CHANGED_TEXT,))
+    trimmed = read_template("llada")
+    assert shown(encoder(trimmed, {"messages": [ASKED, answer]}))[2] == ()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_all_of_a_conversation_is_in_the_text_or_it_is_refused(encoder, data):
+    cuts = {
+        "if tools ": "if false ", "in m.tool_calls or []": "in []", "if m.reasoning_content ": "if false ",
+        "messages -%}": "messages if m.role != 'system' -%}", "m.content }}<|eot_id|>": "'' }}<|eot_id|>",
+        "call.function.arguments | tojson": "''",
+    }  # fmt: skip
+    source = data.draw(st.sampled_from([WHOLE, untagged(WHOLE)]))
+    for old in data.draw(st.lists(st.sampled_from(list(cuts)), max_size=1)):
+        source = source.replace(old, cuts[old])
+    words, turns = map("w{}w".format, count()), []
+    for role in data.draw(st.lists(st.sampled_from(["user", "assistant", "tool"]), max_size=4)):
+        turns.append({"role": role, "content": next(words)})
+        if role == "assistant" and data.draw(st.booleans()):
+            turns[-1]["tool_calls"] = [{"name": next(words), "arguments": {next(words): next(words)}}]
+        if role == "assistant" and data.draw(st.booleans()):
+            turns[-1]["reasoning"] = next(words)
+    row: dict = {"messages": [ASKED, *turns, {"role": "assistant", "content": next(words)}]}
+    row.update(data.draw(st.sampled_from([{}, {"system": next(words)}, {"tools": [{"name": next(words)}]}])))
+    try:
+        text, _, notes = shown(encoder(source, row))
+    except DataError as error:
+        assert re.search(r"does not show the (text of turn|tool_calls of turn|row's tools)", str(error))
+        assert "false" in source or "if m.role" in source or "''" in source or "in []" in source
+        return
+    if UNSHOWN_REASONING in notes:
+        row["messages"] = [{key: turn[key] for key in turn if key != "reasoning"} for turn in row["messages"]]
+    assert set(re.findall(r"w\d+w", json.dumps(row))) <= set(re.findall(r"w\d+w", text))
 
 
 def test_keys_that_nothing_reads_are_noted_once_each(encoder):

@@ -41,7 +41,7 @@ from unmask.data.renderings import (
     reasoning_of,
     with_reasoning,
 )
-from unmask.data.shown import Shape, check_shown, shape_of, with_probes
+from unmask.data.shown import CHANGED_TEXT, Shape, check_shown, shape_of, text_of, with_probes
 from unmask.data.template_source import read_template, template_names, with_variables, words_of
 from unmask.data.turns import STARTS, AnswerForm, answer_form, special_words, turn_tokens
 from unmask.errors import DataError
@@ -229,6 +229,8 @@ class ChatTemplate:
         turns = marked.turns
         text, spans = self._answers(turns, supervise_reasoning=supervise_reasoning)
         notes = self._check_shown(turns, False, supervise_reasoning)
+        if not all(map(marked.restored(text).__contains__, map(text_of, map(_as_dict, messages[: len(turns)])))):
+            notes = (*notes, CHANGED_TEXT)
         supervised = self._spans_of(wanted, turns, spans, supervise_reasoning)
         if None in supervised:
             raise DataError(self._unknown_answers(turns, supervise_reasoning))
@@ -431,7 +433,7 @@ class ChatTemplate:
                 [list(turns)],
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.tagged,
-                tools=list(self.tools) or None,
+                tools=[dict(tool) for tool in self.tools] or None,
                 add_generation_prompt=add_generation_prompt,
                 supervise_reasoning=supervise_reasoning,
                 **self.tokenizer.special_tokens_map,

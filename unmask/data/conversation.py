@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmask.data.keys import FLAGS, REASONING, RowProblem, is_blank, is_given, kind_of, unread_keys
+from unmask.data.keys import FLAGS, REASONING, RowProblem, is_blank, is_given, kind_of, read_object, unread_keys
 from unmask.errors import nearest
 
 __all__ = ["REASONING", "Conversation", "Message", "RowProblem", "read_content", "read_tools", "read_turns"]
@@ -254,7 +254,7 @@ def _parsed(value: object, place: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=read_object)
     except (ValueError, RecursionError) as error:
         raise RowProblem(f"{place} is not JSON ({error})") from None
 
@@ -263,7 +263,8 @@ def _check_characters(value: object, place: str) -> None:
     """Refuse half a surrogate pair, which no tokenizer takes, in a text or anywhere in a value."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) if value else ""
     try:
-        text.isascii() or text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
         raise RowProblem(f"{place} holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
 

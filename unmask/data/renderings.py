@@ -129,7 +129,7 @@ class Marked:
 
     def restored(self, text: str) -> str:
         """Return rendered text with each marker replaced by what it stands for."""
-        return re.sub(_MARKER, lambda match: self.spelt[int(match.group()[1:-1])], text)
+        return text if not self.spelt else re.sub(_MARKER, lambda match: self.spelt[int(match.group()[1:-1])], text)
 
     def pieces(self, text: str) -> Iterator[str]:
         """Yield rendered text in pieces that spell no control token: one is split after its first character."""

@@ -13,13 +13,14 @@ from unmask.data.renderings import Span, Turn, reasoning_of, with_reasoning
 from unmask.errors import DataError
 
 UNSHOWN_REASONING = "reasoning that the chat template does not show, so nothing learns from it"
+CHANGED_TEXT = "a text that the chat template changes or shows in part"
 _TEXT, _REASONING, _NAME, _ARGUMENTS = "text", "reasoning", "name", "arguments"
 Shape = tuple[Any, ...]
 
 
 def shape_of(turns: Sequence[Turn]) -> Shape:
     """Return what a template may go by: each turn's role, and what it has."""
-    return tuple((turn["role"], bool(_text(turn)), bool(reasoning_of(turn)), _calls(turn)) for turn in turns)
+    return tuple((turn["role"], bool(text_of(turn)), bool(reasoning_of(turn)), _calls(turn)) for turn in turns)
 
 
 def with_probes(turns: Sequence[Turn]) -> list[Turn]:
@@ -28,7 +29,7 @@ def with_probes(turns: Sequence[Turn]) -> list[Turn]:
     for number, turn in enumerate(turns):
         if reasoning_of(turn):
             turn = with_reasoning(turn, _probe(_REASONING, number))
-        if _text(turn):
+        if text_of(turn):
             turn = {**turn, "content": _probe(_TEXT, number)}
         if turn.get("tool_calls"):
             calls = [{**call, "function": _probed_call(call["function"], number)} for call in turn["tool_calls"]]
@@ -51,7 +52,7 @@ def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None]
     """
     for number, turn in enumerate(turns):
         where = f"turn {number}, of the {turn['role']}"
-        if _text(turn) and _probe(_TEXT, number) not in text:
+        if text_of(turn) and _probe(_TEXT, number) not in text:
             raise DataError(
                 f"dataset.chat_template: {name} does not show the text of {where}, so it would be lost; name a "
                 "template that shows it, or take the turn out of the row"
@@ -76,8 +77,9 @@ def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None]
     return (UNSHOWN_REASONING,) if hidden else ()
 
 
-def _text(turn: Turn) -> str:
-    return turn["content"] if isinstance(turn.get("content"), str) else ""
+def text_of(turn: Turn) -> str:
+    """Return the text of a turn, without blanks around it, which templates may trim."""
+    return turn["content"].strip() if isinstance(turn.get("content"), str) else ""
 
 
 def _probed_call(function: Turn, number: int) -> Turn:

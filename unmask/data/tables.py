@@ -37,7 +37,6 @@ class TableRows:
         self.columns = columns
         self.where = where
         self.skipped: list[str] = []
-        self._has_bytes = "binary" in str(table.features)
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -61,9 +60,8 @@ class TableRows:
         """Return `label row n`, rows counted from 0 as `datasets` does."""
         return f"{self.label} row {index}"
 
-    def _row(self, index: int) -> Any:
-        row = self.table[index]
-        return _as_text(row) if self._has_bytes else row
+    def _row(self, index: int) -> dict[str, Any]:
+        return {name: _as_written(value) for name, value in self.table[index].items()}
 
     def _fingerprint(self) -> str:
         # Not the fingerprint of `datasets`, which changes with the cache's file times.
@@ -72,16 +70,20 @@ class TableRows:
         return blake2b(identity.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def _as_text(value: Any) -> Any:
-    """Return a value in which texts that are stored as bytes are text; bytes that are not UTF-8 stay what they are."""
+def _as_written(value: Any) -> Any:
+    """Return a value as its row was written, before it was stored in a table.
+
+    Bytes that hold a text are text. An object has no nulls: in a table each has the fields of all, those that the row
+    did not write null.
+    """
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
             return value  # refused where text must be
     if isinstance(value, dict):
-        return {name: _as_text(item) for name, item in value.items()}
-    return [_as_text(item) for item in value] if isinstance(value, list) else value
+        return {name: _as_written(item) for name, item in value.items() if item is not None}
+    return [_as_written(item) for item in value] if isinstance(value, list) else value
 
 
 def read_table(path: Path) -> Any:
