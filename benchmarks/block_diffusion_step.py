@@ -149,7 +149,8 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.canvas import CanvasDiffusion
     from unmask.rng import NoiseStream
-    from unmask.training.step import build_optimizer, train_step
+    from unmask.training.optim import build_optimizer
+    from unmask.training.step import train_step
 
     before = peak_resident_gib()
 

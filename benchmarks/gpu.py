@@ -120,7 +120,8 @@ def _train(
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach
-    from unmask.training.step import build_optimizer, train_step
+    from unmask.training.optim import build_optimizer
+    from unmask.training.step import train_step
 
     model = _network(family)
     config = model.config

@@ -71,7 +71,8 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     from unmask.objectives.canvas import CanvasDiffusion
     from unmask.rng import NoiseStream
     from unmask.training.lora import attach
-    from unmask.training.step import build_optimizer, train_step
+    from unmask.training.optim import build_optimizer
+    from unmask.training.step import train_step
 
     importlib.import_module("peft")  # `attach` loads it, and it is not what is measured
     after_imports = peak_resident_gib()

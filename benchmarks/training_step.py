@@ -134,7 +134,8 @@ def _measure(variant: str, masked: float, steps: int) -> dict[str, float]:
     from unmask.objectives import terms
     from unmask.objectives.mdlm import MDLM
     from unmask.rng import NoiseStream
-    from unmask.training.step import build_optimizer, train_step
+    from unmask.training.optim import build_optimizer
+    from unmask.training.step import train_step
 
     after_imports = peak_resident_gib()
     config = LLaDAConfig(

@@ -74,6 +74,10 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
             "leave it out"
         )
     check_quantization(config.peft, processes)
+    if config.optimizer.stochastic_rounding and find_spec("torchao") is None:
+        raise ConfigError(
+            "optimizer.stochastic_rounding: needs torchao; install it with `pip install 'unmask[lean]'`, or set false"
+        )
     degrees = resolve_degrees(
         config.distributed, processes, plan.config.num_experts if plan.family.shard.experts else None
     )

@@ -27,6 +27,7 @@ from unmask.report.progress import checking_rows
 from unmask.rng import NoiseStream
 from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
 from unmask.training.lora import attach
+from unmask.training.optim import check_rounding
 
 ROWS = 3
 HIDDEN = "dim"  # style of a masked position, drawn as one block of shade
@@ -46,6 +47,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
             attach(model, config.peft, "")
         if config.dllm.freeze_router:
             freeze_routers(model)
+    check_rounding(config.optimizer, model)
     console.print(Rule("configuration"))
     console.print(Syntax(dump_config(config), "yaml", background_color="default"))
     for key in prepared.not_needed:

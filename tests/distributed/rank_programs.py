@@ -188,7 +188,10 @@ def divide(prompts: list[str]) -> dict[str, list]:
 
 
 def measured_run(values: dict[str, Any]) -> dict[str, int]:
-    """Train; return the bytes that this rank received through FSDP2 and expert exchange, and what its shards take."""
+    """Train; return the bytes that this rank received through FSDP2 and expert exchange, and what its shards take.
+
+    `checksum` is of its shards' values.
+    """
     from rich.console import Console
 
     from unmask import assemble as assembly
@@ -240,8 +243,10 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
         local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
         return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
-    moments = [moment for state in built[0].optimizer.state.values() for moment in state.values() if moment.dim()]
-    return {**received, "shard": size(built[0].model.parameters()), "optimizer": size(moments)}
+    state = [tensor for tensor in unmask.training.network.moments(built[0]).values() if tensor.dim()]
+    parts = [parameter.detach().to_local() for parameter in built[0].model.parameters()]
+    checksum = hash(tuple(part.view(torch.uint8).sum().item() for part in parts if part.numel()))
+    return {**received, "shard": size(parts), "optimizer": size(state), "checksum": checksum}
 
 
 def network_settings(plan: Any, section: Any) -> Any:

@@ -23,6 +23,7 @@ def counted(values: dict, processes: int) -> SharedEstimate:
     prepared = prepare(config_from_mapping(values), processes=processes)
     with torch.device("meta"):
         model = empty_network(prepared.plan.family, prepared.plan.config)
+        model = model.to(getattr(torch, prepared.config.model.torch_dtype))
     whole = estimate_memory(prepared.config, prepared.plan, model)
     return estimate_shared(prepared.config, prepared.plan, model, whole, prepared.degrees)
 
@@ -34,8 +35,12 @@ def counted(values: dict, processes: int) -> SharedEstimate:
         pytest.param({"distributed__defer_grad_sync": False}, marks=pytest.mark.slow),
         pytest.param({"distributed__dp_replicate_size": 2}, marks=pytest.mark.slow),
         pytest.param({"distributed__mp_policy": {"param_dtype": "bfloat16"}}, marks=pytest.mark.slow),
+        {"model__torch_dtype": "bfloat16"},
+        pytest.param(
+            {"model__torch_dtype": "bfloat16", "optimizer__stochastic_rounding": True}, marks=pytest.mark.slow
+        ),
     ],
-    ids=["deferred", "at-once", "replicated", "bf16"],
+    ids=["deferred", "at-once", "replicated", "bf16", "bf16 weights", "rounded"],
 )
 def test_two_ranks_hold_and_receive_what_was_counted(tiny, run_ranks, tmp_path: Path, changes: dict) -> None:
     values = tiny.config(

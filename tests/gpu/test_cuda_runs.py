@@ -26,7 +26,8 @@ from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 from unmask.sampling.backends import replay
 from unmask.sampling.generate import generate
-from unmask.training.step import build_optimizer, train_step
+from unmask.training.optim import build_optimizer
+from unmask.training.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 

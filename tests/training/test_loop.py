@@ -91,7 +91,8 @@ def test_a_step_that_is_not_finite_leaves_model_and_optimizer_alone(tiny) -> Non
     from unmask.parts import build_parts
     from unmask.prepare import prepare
     from unmask.rng import NoiseStream
-    from unmask.training.step import build_optimizer, train_step
+    from unmask.training.optim import build_optimizer
+    from unmask.training.step import train_step
 
     prepared = prepare(config_from_mapping(tiny.config(Path("unused"))))
     parts = build_parts(prepared)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unmask.config.training import OptimizerConfig
-from unmask.training.step import build_optimizer, clip_gradients, scale_gradients, set_learning_rate
+from unmask.training.optim import build_optimizer, clip_gradients, scale_gradients, set_learning_rate
 
 
 def network() -> nn.Module:

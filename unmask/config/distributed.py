@@ -13,7 +13,7 @@ class MixedPrecisionConfig:
     """`distributed.mp_policy`: in which dtypes weights and gradients travel between ranks (FSDP2's policy).
 
     Attributes:
-        param_dtype: in which a rank gathers the others' shards and multiplies them; null = that of the master weights;
+        param_dtype: in which a rank gathers the others' shards and multiplies them; null = `model.torch_dtype`;
             bfloat16 implies `autocast_dtype: bfloat16`, and means no more on one process, which gathers nothing
         reduce_dtype: in which gradients are summed over ranks
         output_dtype: of the network's final hidden states; null = as computed
@@ -44,7 +44,7 @@ class DistributedConfig:
             devices only
         defer_grad_sync: sum gradients over processes once a step, with a whole gradient on each meanwhile; false sums
             at every micro-batch and holds a shard only
-        autocast_dtype: dtype of matmuls; the master weights keep `model.torch_dtype`. bfloat16 is several times faster
+        autocast_dtype: dtype of matmuls; the weights keep `model.torch_dtype`. bfloat16 is several times faster
             on GPUs and on CPUs that multiply it in hardware (AMX, AVX512_BF16)
         activation_checkpointing: keep only each block's input for backward and recompute the rest
         attention: PyTorch's scaled_dot_product_attention with its flash kernels, or FlexAttention, compiled, for padded

@@ -16,7 +16,8 @@ class ModelConfig:
         pretrained_model_name_or_path: a local folder, a run directory (its `latest` checkpoint) or a hub id
         config: a fresh network instead: the fields of a `config.json` inline, or the path of one; `model_type` chooses
             the family
-        torch_dtype: dtype of the trained (master) weights
+        torch_dtype: dtype in which the weights are held, multiplied and saved; what is trained in bfloat16 has an fp32
+            master copy in the optimizer, unless `optimizer.stochastic_rounding` does without
     """
 
     pretrained_model_name_or_path: str | None = None

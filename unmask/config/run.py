@@ -89,6 +89,7 @@ def config_from_mapping(values: Mapping[str, Any]) -> LoadedConfig:
     _check_validation(config)
     _check_best(config)
     _check_rates(config)
+    _check_rounding(config)
     return LoadedConfig(config, translated.not_needed)
 
 
@@ -151,6 +152,22 @@ def _check_rates(config: RunConfig) -> None:
             raise ConfigError(
                 f"lr_scheduler.{name}: {getattr(rates, name)} is above optimizer.lr {peak}, the peak; lower it"
             )
+
+
+def _check_rounding(config: RunConfig) -> None:
+    """Refuse stochastic rounding where nothing that is trained can be bf16; adapters are fp32."""
+    if not config.optimizer.stochastic_rounding:
+        return
+    if config.model.torch_dtype != "bfloat16":
+        raise ConfigError(
+            f"optimizer.stochastic_rounding: rounds bfloat16 weights, and model.torch_dtype is "
+            f"{config.model.torch_dtype}; set that to bfloat16, or this to false"
+        )
+    if config.peft is not None and not config.peft.modules_to_save:
+        raise ConfigError(
+            "optimizer.stochastic_rounding: rounds bfloat16 weights, and adapters are trained in float32; set it to "
+            "false"
+        )
 
 
 def dump_config(config: RunConfig) -> str:

@@ -57,6 +57,9 @@ class OptimizerConfig:
         betas: decay of the two moments, each in [0, 1)
         eps: added to the root of the second moment
         weight_decay: decoupled decay of matrices, the embedding among them; norms and biases are never decayed
+        stochastic_rounding: train bf16 weights without fp32 copies: torchao's AdamW rounds them up or down at random,
+            right on average (see [fine-tuning.md](fine-tuning.md#weights-in-bf16)); needs
+            `model.torch_dtype: bfloat16` and `unmask[lean]`
     """
 
     name: Literal["adamw"] = "adamw"
@@ -64,6 +67,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):

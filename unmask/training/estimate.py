@@ -18,6 +18,7 @@ from unmask.models.family import ShardPlan
 from unmask.models.registry import ModelPlan
 from unmask.ops.chunks import working_bytes
 from unmask.ops.head import Head
+from unmask.training.optim import held_bytes
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Estimate:
     """Bytes of a training step on one device, and counts of parameters.
 
     Attributes:
-        weights: the master weights, adapters among them.
+        weights: the network's, adapters among them.
         head: the head's gradient that the loss holds until the backward pass; see `head_gradients`.
-        optimizer: AdamW's two moments.
+        optimizer: AdamW's two moments, and the fp32 masters of bf16 weights.
         activations: what one micro-batch of full length keeps for backward, the loss's chunk of logits included.
     """
 
@@ -50,7 +51,7 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     width = 4 if config.model.torch_dtype == "float32" else 2
-    trained_bytes = _bytes(trainable)
+    held = [(p.numel(), held_bytes(config.optimizer, p.dtype)) for p in trainable]
     tokens = config.step_scheduler.local_batch_size * config.dataset.seq_length
     compute = 2 if config.distributed.autocast_dtype == "bfloat16" else width
     activations = plan.family.activation_bytes(
@@ -63,9 +64,9 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
         parameters=sum(p.numel() * _packed(p) for p in parameters),
         trainable=sum(p.numel() for p in trainable),
         weights=_bytes(parameters),
-        gradients=trained_bytes,
+        gradients=sum(elements * gradient for elements, (gradient, _) in held),
         head=head_gradients(model, width, accumulated),
-        optimizer=2 * trained_bytes,
+        optimizer=sum(elements * state for elements, (_, state) in held),
         activations=activations + working_bytes(tokens, plan.config.rows, compute, chunks),
     )
 
@@ -166,11 +167,9 @@ def estimate_shared(
     passes = plan.family.shard
     groups = count_groups(model, passes)
     section, steps = config.distributed, config.step_scheduler
-    master = 4 if config.model.torch_dtype == "float32" else 2
     policy = section.mp_policy
-    travel = (
-        master if policy is None or policy.param_dtype is None else {"float32": 4, "bfloat16": 2}[policy.param_dtype]
-    )
+    travels = config.model.torch_dtype if policy is None else policy.param_dtype or config.model.torch_dtype
+    travel = {"float32": 4, "bfloat16": 2}[travels]
     reduce = 4 if policy is None or policy.reduce_dtype == "float32" else 2
     accumulation = steps.global_batch_size // (steps.local_batch_size * degrees.world)
     shard, spread, experts = degrees.shard, degrees.spread, degrees.experts

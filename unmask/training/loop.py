@@ -25,8 +25,9 @@ from unmask.distributed.ranks import Ranks
 from unmask.errors import DataError, TrainingError
 from unmask.rng import key
 from unmask.training.checkpoint import Best, better
+from unmask.training.optim import set_learning_rate
 from unmask.training.run import ResumePoint, TrainingOutcome, TrainingRun, Validator
-from unmask.training.step import StepResult, set_learning_rate, train_step
+from unmask.training.step import StepResult, train_step
 
 
 def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:

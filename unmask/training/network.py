@@ -38,9 +38,10 @@ from unmask.models.registry import ModelPlan
 from unmask.models.weights import Piece, base_tensors, fill
 from unmask.rng import key
 from unmask.training.lora import attach, resolve_targets
-from unmask.training.step import build_optimizer
+from unmask.training.optim import build_optimizer, masters_of
 
-OPTIMIZER = "optimizer"  # folder in a checkpoint: safetensors of `<parameter>/<moment>`
+OPTIMIZER = "optimizer"  # folder in a checkpoint: safetensors of `<parameter>/<moment>` and `<parameter>/master`
+_MASTER = "master"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class NetworkSettings:
     """What a run's network is made from.
 
     Attributes:
-        dtype: of the master weights.
+        dtype: of the network's weights.
         peft: the adapter to train; None trains the network.
         seed: of fresh weights and adapters, the same on any number of ranks.
     """
@@ -113,7 +114,8 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     model.train()
     if settings.freeze_router:
         freeze_routers(model)
-    optimizer = build_optimizer(settings.optimizer, model)
+    shard = 0 if meshes is None else runtime.ranks.rank % meshes.degrees.shard
+    optimizer = build_optimizer(settings.optimizer, model, settings.seed, shard)
     return Network(model, optimizer, plan, settings.dtype, meshes, adapter, config)
 
 
@@ -159,12 +161,15 @@ def weights(network: Network) -> dict[str, Tensor]:
 
 
 def moments(network: Network) -> dict[str, Tensor]:
-    """Return `<parameter>/<moment>` → this rank's part of the optimizer's state, sharing memory."""
-    return {
-        f"{name}/{moment}": whole_view(tensor, network.meshes)
-        for name, parameter in network.model.named_parameters()
-        for moment, tensor in network.optimizer.state.get(parameter, {}).items()
-    }
+    """Return `<parameter>/<moment>` → this rank's part of the optimizer's state, sharing memory; masters among it."""
+    masters, state = masters_of(network.optimizer), network.optimizer.state
+    tensors = {}
+    for name, parameter in network.model.named_parameters():
+        updated = masters.get(parameter, parameter)
+        kept = {_MASTER: updated} if parameter in masters else {}
+        for moment, tensor in {**kept, **state.get(updated, {})}.items():
+            tensors[f"{name}/{moment}"] = whole_view(tensor, network.meshes)
+    return tensors
 
 
 @torch.no_grad()
@@ -185,7 +190,8 @@ def restore(network: Network, folder: Path) -> None:
     """Load weights and optimizer state from a checkpoint written by any number of ranks; all ranks call it.
 
     Raises:
-        CheckpointError: saved for other parameters than this run trains.
+        CheckpointError: saved for other parameters than this run trains, or with masters where this run has none, or
+            the other way round.
     """
     model, meshes = network.model, network.meshes
     if network.adapter is None:
@@ -199,20 +205,43 @@ def restore(network: Network, folder: Path) -> None:
 
 def _empty_moments(network: Network, folder: Path) -> Iterator[tuple[str, Piece]]:
     """Allocate optimizer state for each tensor of a folder, sharded like its parameter, and yield it to be filled."""
-    stored = stored_tensors(folder)
+    stored, masters = stored_tensors(folder), masters_of(network.optimizer)
     trained = {name: parameter for name, parameter in network.model.named_parameters() if parameter.requires_grad}
     mismatched = {entry.rpartition("/")[0] for entry in stored} ^ set(trained)
     if mismatched:
         raise CheckpointError(f"{folder}: saved for other parameters than this run trains (first: {min(mismatched)})")
+    _check_masters(
+        {entry.rpartition("/")[0] for entry in stored if entry.endswith("/" + _MASTER)},
+        {name for name, parameter in trained.items() if parameter in masters},
+        folder,
+    )
     for entry, tensor in stored.items():
         name, _, moment = entry.rpartition("/")
-        parameter = trained[name]
-        if tensor.shape:
-            state = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
-        else:
-            state = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        network.optimizer.state[parameter][moment] = state
-        yield entry, piece(state, network.meshes)
+        updated = masters.get(trained[name], trained[name])
+        state = network.optimizer.state[updated]
+        value = updated if moment == _MASTER else state.get(moment)
+        if value is None:
+            if tensor.shape:
+                value = torch.zeros_like(updated, memory_format=torch.preserve_format, requires_grad=False)
+            else:
+                value = torch.zeros((), dtype=torch.float32, device=updated.device)
+            state[moment] = value
+        yield entry, piece(value, network.meshes)
+
+
+def _check_masters(stored: set[str], wanted: set[str], folder: Path) -> None:
+    """Refuse a checkpoint with masters for a run without them, and the other way round."""
+    if wanted - stored:
+        raise CheckpointError(
+            f"{folder}: has no fp32 master of {min(wanted - stored)}, whose bf16 weights are all that it holds; set "
+            "optimizer.stochastic_rounding: true to go on without masters, or begin a new run from its weights "
+            "(model.pretrained_model_name_or_path)"
+        )
+    if stored - wanted:
+        raise CheckpointError(
+            f"{folder}: holds an fp32 master of {min(stored - wanted)}, and optimizer.stochastic_rounding trains "
+            "without; set it to false"
+        )
 
 
 def other_files(

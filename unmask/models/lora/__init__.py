@@ -2,5 +2,7 @@
 
 import logging
 
-# bitsandbytes, which PEFT imports where it is installed, warns on some CPUs about an optional package of kernels.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# PEFT imports bitsandbytes and torchao where they are installed. They warn of optional kernels that a machine lacks,
+# and torch of how torchao 0.18 registers its types.
+for _name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
