@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from unmask.errors import ModelError
+from unmask.models.pretrained_config import check_fields
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MadeUpConfig:
 def parse_config(values: Mapping[str, Any], where: str) -> MadeUpConfig:
     """Read the keys of a config.json; ModelError for one that is missing or not known."""
     names = {field.name for field in fields(MadeUpConfig)}
-    given = values.keys() - {"model_type", "architectures", "torch_dtype", "dtype"}
-    if given != names:
-        raise ModelError(f"{where}: {', '.join(sorted(given ^ names))}: unknown or missing")
+    check_fields(values, names, {}, "made-up", where)
+    if missing := sorted(names - values.keys()):
+        raise ModelError(f"{where}: {', '.join(missing)}: missing")
     return MadeUpConfig(**{name: values[name] for name in names})

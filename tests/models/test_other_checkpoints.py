@@ -66,6 +66,10 @@ def test_a_tied_head_that_is_stored_as_well_is_read_if_it_is_equal(state: dict[s
     assert torch.equal(logits(both), expected)
     wider = written({**tied, HEAD: tied[EMBEDDING].double()}, "wider", weight_tying=True)
     assert torch.equal(logits(wider), expected)
+    alone = written({key: value for key, value in state.items() if key != EMBEDDING}, "alone", weight_tying=True)
+    assert torch.equal(logits(alone), logits(written({**tied, EMBEDDING: state[HEAD]}, "moved", weight_tying=True)))
+    half = {key: value.bfloat16() for key, value in state.items() if key != EMBEDDING}
+    assert load_model(str(written(half, "half", weight_tying=True))).state_dict()[EMBEDDING].dtype == torch.bfloat16
     export(str(both), both.parent / "out")
     assert sorted(load_file(both.parent / "out" / "model.safetensors")) == sorted(tied)
 

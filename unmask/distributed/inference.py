@@ -73,7 +73,7 @@ def load_shared(
     assert plan.folder is not None
     with torch.device("meta"):
         model = empty_network(plan.family, plan.config)
-    model = set_dtypes(model, plan.folder, None if dtype is None else getattr(torch, dtype))
+    model = set_dtypes(model, plan.folder, None if dtype is None else getattr(torch, dtype), plan.family.files)
     whole = adapter_folder = None
     if adapter is not None:
         adapter_folder = find_adapter(adapter)

@@ -298,6 +298,8 @@ class UnmaskLM(LM):
 
 def _load(name: str, arguments: ModelArguments, sampler: SamplerConfig) -> LoadedModel:
     plan = plan_job(name, sampler, arguments.adapter, f"{_MODEL_ARGS}: pretrained")
+    for note in plan.notes():
+        _LOG.warning(note)
     # The harness's command line says cuda:0 when nobody said anything.
     device = own_device(pick_device("auto" if arguments.device in (None, "cuda:0") else arguments.device))
     return load(plan, device, arguments.dtype, join(device))

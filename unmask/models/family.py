@@ -38,7 +38,7 @@ class FileLayout:
     tied_to: Callable[[str], str | None] = _untied
     passthrough_part: str = ""
 
-    def holds(self, key: str, network: Container[str]) -> bool:
+    def holds(self, key: str, network: Container[str | None]) -> bool:
         """Say whether a tensor of that key may be in a file of a network with these keys."""
         return key in network or self.passthrough(key) or self.tied_to(key) in network
 

@@ -114,7 +114,7 @@ def generation_note(values: Mapping[str, Any], generation: Mapping[str, Any], re
         "generation_config.json": {name: value for name, value in generation.items() if _decides(name, read)},
     }
     found = [
-        f"{name}={value!r} of {file}"
+        f"{name}={repr(value)[:40]} of {file}"
         for file, given in sources.items()
         for name, value in sorted(given.items())
         if value not in (None, _GENERATION.get(name, False), "", [], {})

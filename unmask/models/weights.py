@@ -66,17 +66,19 @@ def read_slices(
             tied to another and not equal to it. The first one is named.
     """
     stored = stored_tensors(folder)
-    keys = _check(shapes, stored, folder, layout)
-    tied = {key: layout.tied_to(key) for key in stored if key not in keys and not layout.passthrough(key)}
-    wanted = {key: places[owner or key] for key, owner in {**dict.fromkeys(keys), **tied}.items()}
+    owners = _check(shapes, stored, folder, layout)
+    source = {owner: owner for owner in owners.values() if owner in stored}  # a tensor's own key comes first
+    for key, owner in owners.items():
+        source.setdefault(owner, key)
+    wanted = {key: places[owner] for key, owner in owners.items()}
     wanted = {key: place for key, place in wanted.items() if all(side.stop > side.start for side in place)}
     for key, part in _read({key: stored[key] for key in wanted}, wanted):
-        owner = tied.get(key)
-        if owner is None:
-            yield key, part
-        elif not _same_values(next(_read({owner: stored[owner]}, {owner: wanted[key]}))[1], part):
+        other = source[owners[key]]
+        if other == key:
+            yield owners[key], part
+        elif not _same_values(next(_read({other: stored[other]}, {other: wanted[key]}))[1], part):
             raise ModelError(
-                f"{folder}: {key} is not equal to {owner}, which it is tied to; this network holds one tensor for "
+                f"{folder}: {key} is not equal to {other}, which it is tied to; this network holds one tensor for "
                 "both, so tie them (transformers: tie_weights) before saving, or correct config.json"
             )
 
@@ -121,16 +123,16 @@ def _assemble(key: str, stored: StoredTensor, place: Place | None, opened: list[
 
 def _check(
     shapes: Mapping[str, torch.Size], stored: Mapping[str, StoredTensor], folder: Path, layout: FileLayout
-) -> list[str]:
-    """Return the keys of a network that a folder holds, in the folder's order: all of them, or ModelError."""
-    keys: list[str] = []
+) -> dict[str, str]:
+    """Return stored key → the network's key whose values it holds, in the folder's order; ModelError unless all are."""
+    owners: dict[str, str] = {}
     for key, entry in stored.items():
         if not layout.holds(key, shapes):
             where = misplaced(stored, lambda name: layout.holds(name, shapes))
             where = where or f"tensor {key!r} has no place in this network; is config.json that of another model?"
             raise ModelError(f"{folder}: {where}")
         owner = key if key in shapes else layout.tied_to(key)
-        if owner not in shapes:  # passed through
+        if owner is None or owner not in shapes:  # passed through
             continue
         if entry.shape != tuple(shapes[owner]):
             in_parts = entry.chunks[0].file.parent.name == SHARDED
@@ -138,15 +140,15 @@ def _check(
                 f"{folder}: {key} has shape {entry.shape}, config.json says {tuple(shapes[owner])}"
                 + f"; is the file of a rank missing in {SHARDED}/?" * in_parts
             )
-        if key == owner:
-            keys.append(key)
-    missing = [key for key in shapes if key not in stored]
+        owners[key] = owner
+    found = set(owners.values())
+    missing = [key for key in shapes if key not in found]
     if missing:
         raise ModelError(
             f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all); copy the checkpoint again, or take "
             "what is missing from the one that it was made from"
         )
-    return keys
+    return owners
 
 
 def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
@@ -186,16 +188,19 @@ def base_tensors(tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
             yield name, tensor
 
 
-def set_dtypes(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def set_dtypes(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None, layout: FileLayout = PLAIN_LAYOUT
+) -> nn.Module:
     """Return a network on the meta device with every tensor in a dtype; None = in that of its file."""
     if dtype is not None:
         return model.to(dtype)
-    state = model.state_dict()
-    for key, stored in stored_tensors(folder).items():
-        if key in state:
+    state, every = model.state_dict(), stored_tensors(folder)
+    for key, stored in every.items():
+        owner = key if key in state else layout.tied_to(key)
+        if owner in state and (owner == key or owner not in every):
             if stored.dtype not in _DTYPES:
                 raise ModelError(f"{folder}: {key} has dtype {stored.dtype}, which no network here computes with")
-            model.load_state_dict({key: state[key].to(_DTYPES[stored.dtype])}, strict=False, assign=True)
+            model.load_state_dict({owner: state[owner].to(_DTYPES[stored.dtype])}, strict=False, assign=True)
     return model
 
 
@@ -207,7 +212,7 @@ def load_weights(
     Every parameter is replaced; floating ones get `dtype`, None = as stored. Raises as `read_slices`.
     """
     check_tensors(model, folder, layout)
-    set_dtypes(model, folder, dtype).to_empty(device=device)
+    set_dtypes(model, folder, dtype, layout).to_empty(device=device)
     fill(((key, whole_piece(tensor)) for key, tensor in model.state_dict().items()), folder, layout)
 
 

@@ -235,7 +235,8 @@ def test_everything_at_its_default_is_taken(trained, reference_folder: Path) -> 
     stored = json.loads((folder / "adapter_config.json").read_text())
     unset = {"velora_config": None, "lora_bias": False, "layer_replication": [], "alora_invocation_tokens": []}
     new = {"a_field_of_tomorrow": None, "and_another": False, "and_a_list": [], "and_a_mapping": {}, "and_a_word": ""}
-    rewrite(folder, **unset, **new, runtime_config={"ephemeral_gpu_offload": False}, rank_pattern=None)
+    null = {"rank_pattern": None, "use_dora": None, "init_lora_weights": None}  # which PEFT takes as its defaults
+    rewrite(folder, **unset, **new, **null, runtime_config={"ephemeral_gpu_offload": False})
     assert {field.name for field in dataclasses.fields(LoraConfig)} - stored.keys() <= {"runtime_config"}
     torch.testing.assert_close(logits(reference_folder, folder), expected, atol=1e-4, rtol=1e-4)
 
@@ -254,11 +255,11 @@ def test_what_computes_otherwise_is_refused_by_name(name: str, trained, referenc
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("r", 0), ("r", True), ("r", None), ("r", 8.0), ("lora_alpha", "16"), ("use_dora", "yes"), ("use_rslora", None),
+        ("r", 0), ("r", True), ("r", None), ("r", 8.0), ("lora_alpha", "16"), ("use_dora", "yes"), ("use_rslora", 1),
         ("target_modules", [1]), ("target_modules", {"q": 1}), ("exclude_modules", 5), ("layers_to_transform", "1"),
         ("layers_to_transform", ["1"]), ("layers_pattern", 3), ("modules_to_save", "x"), ("rank_pattern", {"q": "2"}),
         ("rank_pattern", {"q_proj": 0}), ("alpha_pattern", {"q_proj": None}), ("target_parameters", "experts"),
-        ("init_lora_weights", None),
+        ("init_lora_weights", 5),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(field: str, value: object, trained, reference_folder: Path) -> None:

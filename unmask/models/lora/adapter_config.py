@@ -39,9 +39,9 @@ FIELDS: dict[str, Field] = {
     "peft_type": Field((str,)),
     "r": Field((int,)),
     "lora_alpha": Field((int, float)),
-    "use_rslora": Field((bool,)),
-    "use_dora": Field((bool,)),
-    "init_lora_weights": Field((bool, str)),
+    "use_rslora": Field((bool, NoneType)),
+    "use_dora": Field((bool, NoneType)),
+    "init_lora_weights": Field((bool, str, NoneType)),
     "rank_pattern": Field((dict, NoneType)),
     "alpha_pattern": Field((dict, NoneType)),
     # Where: the tensors say it, and these are held against them.
@@ -171,7 +171,7 @@ def _has_type(name: str, value: Any) -> bool:
         entry = int if int in types else str
         return all(isinstance(each, entry) and not isinstance(each, bool) for each in value)
     if name == "r" or isinstance(value, dict):
-        sizes = [value] if name == "r" else value.values()
+        sizes = value.values() if isinstance(value, dict) else [value]
         number = int | float if name == "alpha_pattern" else int
         return all(isinstance(size, number) and not isinstance(size, bool) and size > 0 for size in sizes)
     return True
