@@ -69,6 +69,23 @@ def command_with_trouble(words: list[str], rank: int, step: int, trouble: str) -
     return command(words)
 
 
+def command_with_bad_data(words: list[str], rank: int | None, step: int) -> int:
+    """As `command`; a rank, or all of them for None, cannot read a row of some step."""
+    from unmask.data.loader import TrainLoader
+    from unmask.errors import DataError
+
+    original = TrainLoader.__iter__
+
+    def steps(self: TrainLoader) -> Any:
+        for number, batches in enumerate(original(self), start=1):
+            if number == step and rank in (None, self.rank):
+                raise DataError("data.jsonl:7: something is wrong with this row")
+            yield batches
+
+    TrainLoader.__iter__ = steps
+    return command(words)
+
+
 def launched(module: str, words: list[str], processes: int) -> int:
     """Be the launcher of `python -m MODULE` instead of a rank; return its exit status."""
     from unmask.distributed.launch import launch

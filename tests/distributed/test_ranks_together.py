@@ -69,10 +69,10 @@ class Ended:
 def command(start_ranks, tmp_path: Path) -> Callable[..., Ended]:
     """Return a function that runs `unmask train` on two ranks and waits for their end."""
 
-    def run(*words: str, trouble: tuple = ()) -> Ended:
+    def run(*words: str, trouble: tuple = (), bad_data: tuple = ()) -> Ended:
         place = tmp_path / "notes"
-        program = "command_with_trouble" if trouble else "command"
-        return Ended(place, start_ranks(place, 2, program, ["train", *words], *trouble))
+        program = "command_with_trouble" if trouble else "command_with_bad_data" if bad_data else "command"
+        return Ended(place, start_ranks(place, 2, program, ["train", *words], *trouble, *bad_data))
 
     return run
 
@@ -157,6 +157,25 @@ def test_a_rank_that_fails_says_why_and_ends_all(command, config: Path, tmp_path
     assert ended.status == [2, 2]
     assert ended.errors == ["unmask: error: rank 1: data.jsonl:7: something is wrong with this row"]
     verify(tmp_path / "run" / "step_2")
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_a_bad_row_that_all_ranks_or_one_alone_meet_is_said_once_and_loses_nothing(
+    command, config: Path, tmp_path: Path, rank: int | None
+) -> None:
+    ended = command("-c", str(config), bad_data=(rank, 4))
+    newest = tmp_path / "run" / "step_3"
+    assert ended.status == [2, 2]
+    (said,) = ended.errors  # by whichever of them says it first
+    where = "" if rank is None else f" (on rank {rank} alone)"
+    assert said.removeprefix("unmask: error: ").removeprefix("rank 1: ") == (
+        f"data.jsonl:7: something is wrong with this row{where}. "
+        f"Step 3 is saved in {newest}: the same command goes on from there"
+    )
+    verify(newest)
+    assert json.loads((newest / "state.json").read_text())["loader"]["cursor"] == 12
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (events[-1]["event"], events[-1]["reason"]) == ("stopped", "data")
 
 
 def test_a_rank_that_is_killed_ends_all(command, config: Path) -> None:

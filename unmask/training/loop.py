@@ -93,6 +93,7 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
         _report_saved(run)
         if problem is not None:
             run.metrics.write("stopped", step=step, reason="data")
+            ranks.barrier()  # the first one that ends, ends the others
             raise DataError(f"{problem}. {_goes_on(run, step)}")
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
@@ -107,7 +108,10 @@ def _next_batches(run: TrainingRun, stream: Iterator[list[Batch]]) -> tuple[list
     except DataError as error:
         problem = str(error)
     if run.runtime.ranks.largest(0 if problem is None else 1):
-        problem = next(filter(None, run.runtime.ranks.gather(problem)))
+        problems = run.runtime.ranks.gather(problem)
+        rank, problem = next((rank, each) for rank, each in enumerate(problems) if each is not None)
+        if None in problems:
+            problem += f" (on rank {rank} alone)"
     return batches, problem
 
 
