@@ -67,6 +67,7 @@ def test_it_shows_the_run_and_writes_nothing(tiny, tmp_path: Path, capsys: pytes
     fields = {key: value for key, value in tiny.model.items() if key != "model_type"}
     count = sum(parameter.numel() for parameter in LLaDA(LLaDAConfig(**fields)).parameters())
     assert f"{count:,} ({count:,} trained)" in shown
+    assert "answers end with  <|endoftext|> or <|eot_id|>" in shown
     assert "estimated memory" in shown and "4 rows = 2 rows × 2 micro-batches, at most 384 tokens" in shown
     rows = re.findall(r"\[(\d)\] (\S*train\.jsonl:\d+)", shown.replace("\n", " "))
     assert [number for number, _ in rows] == ["1", "2", "3"]

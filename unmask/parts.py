@@ -10,6 +10,7 @@ from unmask.data.chat import ChatTemplate, load_template
 from unmask.data.encode import Encode, RememberedRows, RowEncoder
 from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
+from unmask.data.template_check import check_end
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
 from unmask.models.folders import read_generation
@@ -83,7 +84,7 @@ def _ends(template: ChatTemplate, prepared: Prepared) -> tuple[int, ...]:
     """Return the tokens that end an answer; refuse a template from which the model would not learn to write one."""
     config, plan, form = prepared.config, prepared.plan, template.form
     if not (config.dllm.supervise_padding or OBJECTIVES[config.dllm.mode].fills):
-        template.check_end()
+        check_end(template)
     mask = plan.config.mask_token_id
     for token in sorted({*form.stop_ids, *template.turn_ids}):
         word = template.tokenizer.convert_ids_to_tokens(token)

@@ -108,6 +108,7 @@ def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> 
     return [
         f"parameters        {estimate.parameters:,} ({estimate.trainable:,} trained)",
         f"rows              {len(prepared.rows):,}" + (f" ({skipped} malformed skipped)" if skipped else ""),
+        f"answers end with  {_ends(parts)}",
         f"steps             {total:,} ({parts.loader.steps_per_epoch:,} an epoch)",
         f"a step            {steps.global_batch_size} rows = {steps.local_batch_size} rows × "
         f"{steps.global_batch_size // steps.local_batch_size} micro-batches{processes}, at most "
@@ -116,6 +117,11 @@ def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> 
         f"{estimate.gradients / gib:.2f} + the loss's of the head {estimate.head / gib:.2f} + AdamW "
         f"{estimate.optimizer / gib:.2f} + activations at {length} tokens {estimate.activations / gib:.2f}",
     ]
+
+
+def _ends(parts: Parts) -> str:
+    words = parts.tokenizer.convert_ids_to_tokens(list(parts.stop_ids))
+    return " or ".join(word or f"token {token}" for word, token in zip(words, parts.stop_ids, strict=True))
 
 
 def _shared(prepared: Prepared, one: SharedEstimate) -> list[str]:

@@ -13,6 +13,7 @@ from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate, load_template, read_template
 from unmask.data.encode import EncodedRow, RowEncoder
 from unmask.data.sources import open_rows
+from unmask.data.template_check import check_end
 from unmask.errors import DataError
 
 REPORTS = Path(__file__).parents[1] / "fixtures" / "reports"
@@ -54,7 +55,7 @@ def test_a_turn_ends_with_the_token_that_the_template_writes_behind_it(tokenizer
     assert words(template) == ["<|im_end|>"] and template.form.lead == "" and template.form.closing == "<|im_end|>\n"
     assert template.form.header == "<|im_end|>\n<|im_start|>assistant\n"
     assert set(tokenizer.convert_ids_to_tokens(list(template.turn_ids))) == {"<|im_start|>", "<|im_end|>"}
-    template.check_end()
+    check_end(template)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_the_end_of_an_answer_is_found_behind_text_and_before_further_tokens(tok
     template = load(tokenizer, source)
     assert words(template) == stops
     assert (template.form.opening, template.form.lead) == (opening, lead)
-    template.check_end()
+    check_end(template)
 
 
 def test_a_template_that_needs_a_system_turn_shows_its_end_too(tokenizer):
@@ -102,7 +103,7 @@ def test_a_template_that_needs_a_system_turn_shows_its_end_too(tokenizer):
 def test_a_template_from_which_no_end_is_learned_is_refused_with_the_remedy(tokenizer, source, closing):
     template = load(tokenizer, source)
     with pytest.raises(DataError, match=f"closes an answer with {closing}, .*<.endoftext.> behind .*supervise_padding"):
-        template.check_end()
+        check_end(template)
 
 
 def test_text_cannot_forge_turn_tokens_whatever_their_flag(tokenizer):
@@ -191,7 +192,7 @@ def test_a_template_is_asked_for_no_more_than_the_rows_have(tokenizer, rule, tag
     if not tagged:
         source = source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     template = load(tokenizer, rule + source)
-    template.check_end()
+    check_end(template)
     assert supervised(template, ASKED) == "4<|eot_id|>"
     assert template.form.stop_ids == load_template(tokenizer, "llada").form.stop_ids
 

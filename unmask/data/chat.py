@@ -42,8 +42,9 @@ from unmask.data.renderings import (
     with_reasoning,
 )
 from unmask.data.shown import CHANGED_TEXT, Shape, check_shown, shape_of, text_of, with_probes
-from unmask.data.template_source import read_template, template_names, with_variables, words_of
-from unmask.data.turns import STARTS, AnswerForm, answer_form, special_words, turn_tokens
+from unmask.data.template_check import check_answer
+from unmask.data.template_source import read_template, remedy, template_names, with_variables, words_of
+from unmask.data.turns import AnswerForm, answer_form, special_words, turn_tokens
 from unmask.errors import DataError
 
 __all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "template_names"]
@@ -65,11 +66,6 @@ class Encoded:
     ids: list[int]
     supervised: list[bool]
     notes: tuple[str, ...] = ()
-
-
-def _remedy() -> str:
-    names = " or ".join(template_names())
-    return f"set dataset.chat_template: {names}, or the path of a template with {{% generation %}} tags"
 
 
 def load_template(
@@ -99,12 +95,12 @@ def load_template(
     if chat_template is not None:
         source, name = read_template(chat_template), chat_template
     elif tokenizer.chat_template is None:
-        raise DataError(f"dataset.chat_template: the tokenizer has no chat template; {_remedy()}")
+        raise DataError(f"dataset.chat_template: the tokenizer has no chat template; {remedy()}")
     else:
         try:
             source, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
         except ValueError as error:
-            raise DataError(f"dataset.chat_template: {_reason(error)}; {_remedy()}") from None
+            raise DataError(f"dataset.chat_template: {_reason(error)}; {remedy()}") from None
     source = with_variables(source, variables or {}, name)
     special = special_words(tokenizer, control_ids)
     template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(special))
@@ -113,7 +109,7 @@ def load_template(
     if chat_template in template_names():
         _check_vocabulary(template)
     if for_training:
-        template.check(supervise_reasoning)
+        check_answer(template, supervise_reasoning)
     return template
 
 
@@ -267,34 +263,6 @@ class ChatTemplate:
         before, _, after = self._render([*turns, {"role": "assistant", "content": PROBE}])[0].partition(PROBE)
         return before.removeprefix(prompt) if before.startswith(prompt) else "", after
 
-    def check(self, supervise_reasoning: bool = False) -> None:
-        """Raise DataError if a plain exchange of one question and answer does not show which tokens are the answer.
-
-        With `supervise_reasoning`, so it must of an answer that has reasoning. What a template makes of longer
-        conversations is seen when a row has one.
-        """
-        turns = self._exchange()
-        text = self.render(turns)
-        prompt = self.render(turns[:-1], add_generation_prompt=True)
-        if self.tagged:
-            self._check_header(text, prompt)
-        elif not self.form.shows_start:
-            raise DataError(
-                f"dataset.chat_template: {self.name} has no {{% generation %}} tags and renders the same with and "
-                f"without a generation prompt, so it does not show where an answer starts; {_remedy()}"
-            )
-        if not any(self.encode(turns).supervised):
-            raise DataError(f"dataset.chat_template: {self.name} supervises nothing; {_remedy()}")
-        if not supervise_reasoning:
-            return
-        thoughtful = [*turns[:-1], replace(turns[-1], reasoning="r")]
-        if self.render(thoughtful) == text:
-            raise DataError(
-                f"dataset.supervise_reasoning: {self.name} leaves reasoning out of the text; name a template that "
-                "renders reasoning_content in dataset.chat_template, or set dataset.supervise_reasoning: false"
-            )
-        self.encode(thoughtful, supervise_reasoning=True)
-
     def _check_shown(
         self, turns: list[Turn], add_generation_prompt: bool, supervise_reasoning: bool = False
     ) -> tuple[str, ...]:
@@ -333,36 +301,6 @@ class ChatTemplate:
             )
         return [span for part in kept for span in part]
 
-    def check_end(self) -> None:
-        """Raise DataError if what is supervised of a plain exchange has no token that ends an answer."""
-        encoded = self.encode(self._exchange())
-        learned = {token for token, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised}
-        if learned.isdisjoint(self.form.stop_ids):
-            eos = self.tokenizer.eos_token
-            tags = ", within its {% generation %} tags" if self.tagged else ""
-            raise DataError(
-                f"dataset.chat_template: {self.name} closes an answer with {self.form.closing!r}, in which no control "
-                f"token is supervised, so a model would never learn to stop; have it write {eos or 'an EOS token'} "
-                f"behind each answer{tags}, or set dllm.supervise_padding: true"
-            )
-
-    def _exchange(self) -> list[Message]:
-        """Return a plain question and answer in the form that the template takes; DataError where it takes none."""
-        words = {"system": "Answer.", "user": "a"}
-        start = [Message(turn["role"], words[turn["role"]]) for turn in self.form.start or STARTS[0]]
-        return [*start, Message("assistant", "b")]
-
-    def _check_header(self, text: str, prompt: str) -> None:
-        """Refuse tags that begin later than the prompt ends: a model would be asked otherwise than it was trained."""
-        span = next(iter(self._render([turn.as_dict() for turn in self._exchange()])[1]), None)
-        between = text[len(prompt) : span[0]] if span and text.startswith(prompt) else ""
-        if between.strip():
-            raise DataError(
-                f"dataset.chat_template: {self.name} writes {between!r} in front of an answer, outside its "
-                "{% generation %} tags, and not where it is asked for a prompt, so a model would be asked otherwise "
-                "than it was trained; write it where add_generation_prompt is set, too"
-            )
-
     def _check_tagged_reasoning(self, turns: list[Turn], supervise_reasoning: bool) -> None:
         """Refuse tags that take reasoning in or leave it out against what is asked for."""
         probed = [with_reasoning(turn, PROBE) if reasoning_of(turn) else turn for turn in turns]
@@ -393,9 +331,8 @@ class ChatTemplate:
             )
 
     def _unknown_answers(self, turns: list[Turn], supervise_reasoning: bool) -> str:
-        for answer in answer_turns(
-            self._text, turns
-        ):  # in the template's own words where it refuses a part of the conversation
+        # In the template's own words where it refuses a part of the conversation.
+        for answer in answer_turns(self._text, turns):
             self._render(turns[: answer.start], add_generation_prompt=True)
             self._render(turns[: answer.stop])
         untagged = f"dataset.chat_template: {self.name} has no {{% generation %}} tags"
@@ -408,11 +345,11 @@ class ChatTemplate:
             return (
                 f"{untagged} and renders an answer differently once more turns follow, so where the earlier answers "
                 "of a conversation lie is unknown; set dataset.answers: last, or "
-                f"{_remedy().removeprefix('set ')}"
+                f"{remedy().removeprefix('set ')}"
             )
         return (
             f"{untagged} and renders the turns before an answer differently once the answer follows, so where an "
-            f"answer starts is unknown; {_remedy()}"
+            f"answer starts is unknown; {remedy()}"
         )
 
     def _answers(

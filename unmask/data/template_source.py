@@ -21,6 +21,12 @@ def template_names() -> list[str]:
     return sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja"))
 
 
+def remedy() -> str:
+    """Return what to do about a template that training cannot use, as the end of a message."""
+    names = " or ".join(template_names())
+    return f"set dataset.chat_template: {names}, or the path of a template with {{% generation %}} tags"
+
+
 def read_template(chat_template: str) -> str:
     """Return the source of a template: one of ours by name, or a file by path; DataError when it is neither."""
     if chat_template in template_names():
