@@ -130,12 +130,42 @@ def test_a_row_that_says_two_things_is_refused_by_name(row, said):
 
 def test_a_key_that_repeats_what_the_turns_say_is_no_contradiction():
     again = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
-    whole = {**again, "messages": [Q, A], "prompt": "q ", "completion": "a", "text": "### q\n### a"}
+    whole = {**again, "messages": [Q, A], "prompt": "q ", "completion": "a"}
     assert read_conversation(whole) == read_conversation({"messages": [Q, A]})
     row = {"instruction": "i", "input": "j", "output": "o", "text": "Below is an instruction. i Input: j Response: o"}
     assert "'text'" in str(refusal({**row, "text": "i o"})) and read({**row, "text": "i\nj: o"})
     system = {"messages": [{"role": "system", "content": "s"}, Q, A], "system": "s"}
     assert read(system) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+
+
+PUBLISHED = {  # in the manner of data sets that many people have
+    "alpaca": {"instruction": "i", "input": "j", "output": "o", "text": "### Instruction:\ni\n\n### Input:\nj\n### o"},
+    "alpaca_prompt": {"instruction": "i", "input": "", "output": "o", "prompt": "Below is an instruction.\ni\n### o"},
+    "ultrachat": {"prompt": "q", "prompt_id": "1f", "messages": [Q, A, Q, A]},
+    "slim_orca": {"conversations": [
+        {"from": "system", "value": "s", "weight": None}, {"from": "human", "value": "q", "weight": 0.0},
+        {"from": "gpt", "value": "a", "weight": 1.0},
+    ]},
+    "magpie": {**FORMS["conversations"], "instruction": "q", "input": "q", "response": "a", "output": "a", "uuid": "1"},
+    "hermes": {**FORMS["conversations"], "system_prompt": None, "custom_instruction": False, "skip": None, "idx": "3"},
+    "tulu": {"id": "t", "messages": [Q, A], "source": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_rows_are_read(row):
+    conversation = read_conversation(row)
+    assert conversation.messages[-1].role == "assistant"
+    renderings = [key for key in ("text", "prompt") if "###" in str(row.get(key))]
+    assert [key for key in conversation.unread if key in ("text", "prompt")] == renderings  # listed: it may say more
+
+
+def test_a_key_nested_deeply_is_unread_as_others_are():
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    row = {"messages": [Q, A], "id": deep}
+    assert is_plain(row) and read_conversation(row).unread == ()
 
 
 @pytest.mark.parametrize("key", sorted({key for keys in _WHY.values() for key in keys}))

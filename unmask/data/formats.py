@@ -36,7 +36,7 @@ FORMATS = (
     Format(("query", "response"), ("history",)),
 )
 _EVERY = (*SYSTEM, "tools")  # keys of a row that every format reads
-_ASKS = ("prompt", "instruction", "query")  # keys that may repeat a question of the turns
+_ASKS = ("prompt", "instruction", "input", "query")  # keys that may repeat a question of the turns
 _ANSWERS = ("completion", "output", "response")
 _MEANING = frozenset(REASONS)
 _PLAIN_ROLES = ("user", "assistant", "human", "gpt", "system")
@@ -88,7 +88,8 @@ def read_conversation(row: object, columns: Columns = NO_COLUMNS) -> Conversatio
     messages = with_system(messages, given, columns.ignore)
     tools = read_tools(given["tools"], "tools") if "tools" in given else ()
     read = {key for key, value in further.items() if key in _EVERY or _repeats(key, value, messages)}
-    return Conversation(messages, tools, unread_keys(further, read, "the row"))
+    whole = tuple(key for key, value in further.items() if key not in read and _holds(key, value, messages))
+    return Conversation(messages, tools, (*whole, *unread_keys(further, {*read, *whole}, "the row")))
 
 
 def _exchanges(row: Mapping[str, Any], given: Mapping[str, Any], form: Format, ignore: Any) -> tuple[Message, ...]:
@@ -157,15 +158,20 @@ def with_system(messages: tuple[Message, ...], given: Mapping[str, Any], ignore:
 
 
 def _repeats(key: str, value: object, messages: tuple[Message, ...]) -> bool:
-    """Say whether a key only says again what the turns say, as many data sets have it (a `prompt`, a whole `text`)."""
+    """Say whether a key only says again what the turns or one of them say, as the `prompt` of many data sets does."""
     if isinstance(value, list) and len(messages) == len(value) and key in ("messages", "conversations"):
         return [(turn.role, turn.content) for turn in read_turns(value, key)] == [(t.role, t.content) for t in messages]
     if not isinstance(value, str):
         return False
-    if key == "text":
-        return all(turn.content.strip() in value for turn in messages)
     role = "user" if key in _ASKS else "assistant" if key in _ANSWERS else None
     return any(turn.role == role and turn.content.strip() == value.strip() for turn in messages)
+
+
+def _holds(key: str, value: object, messages: tuple[Message, ...]) -> bool:
+    """Say whether a text holds every line of the turns: somebody rendered them, and the turns say enough."""
+    if key not in (*_ASKS, "text") or not isinstance(value, str):
+        return False
+    return all(line.strip() in value for turn in messages for line in turn.content.splitlines())
 
 
 def _no_format(row: Mapping[Any, Any], columns: Columns) -> str:

@@ -42,8 +42,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 
 _MEDIA = (
     "image", "images", "image_url", "image_urls", "image_path", "image_paths", "video", "videos", "video_url",
-    "video_path", "audio", "audios", "audio_url", "audio_path", "input_audio", "pixel_values", "objects", "file",
-    "files",
+    "video_path", "audio", "audios", "audio_url", "audio_path", "input_audio", "pixel_values", "objects",
 )  # fmt: skip
 _WHY = {
     "and training takes text alone": _MEDIA,
@@ -60,7 +59,7 @@ _WHY = {
         "recipient", "refusal",
     ),
     "which is about tools; give `tools` of the row and `tool_calls` of a turn": (
-        "tools", "functions", "function", "tool_choice", "tool_calls", "function_call",
+        "tools", "functions", "tool_choice", "tool_calls", "function_call",
     ),
     "which sets the chat template; set it for all rows, with chat_template_kwargs": (
         "chat_template_kwargs", "chat_template", "enable_thinking", "add_generation_prompt", "continue_final_message",
@@ -74,7 +73,7 @@ _WHY = {
         "assistant_masks", "position_ids", "special_tokens_mask",
     ),
     "which is a conversation of another format": (
-        "messages", "conversations", "conversation", "dialog", "dialogue", "turns", "segments", "prompt", "completion",
+        "messages", "conversations", "conversation", "dialog", "dialogue", "segments", "prompt", "completion",
         "instruction", "input", "output", "query", "response", "text", *SYSTEM,
     ),
 }  # fmt: skip
@@ -84,13 +83,16 @@ REASONS = {key: why for why, keys in reversed(_WHY.items()) for key in keys}
 
 def is_given(value: object) -> bool:
     """Say whether a value says anything: not null, blank text, nor a container of such. False and 0 are said."""
-    if isinstance(value, str):
-        return not is_blank(value)
-    if isinstance(value, dict):
-        return any(map(is_given, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(is_given, value))
-    return value is not None
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+        elif item is not None and not (isinstance(item, str) and is_blank(item)):
+            return True
+    return False
 
 
 def is_blank(text: str) -> bool:
