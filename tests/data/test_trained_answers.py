@@ -157,6 +157,21 @@ def test_what_precedes_the_one_answer_is_the_prompt_that_asks_for_it(make, kind,
         assert encoded.supervised == [False] * len(prompt) + [True] * (len(encoded.ids) - len(prompt))
 
 
+@pytest.mark.parametrize("name", ["chatml", "qwen3like", "alternating"])
+def test_one_answer_is_asked_for_as_it_is_trained_with_templates_of_others(tokenizer, name):
+    template = load_template(tokenizer, str(REPORTS / f"{name}.jinja"))
+    encode = encoder(template, "one", CHAT)
+    prompts = [template.encode_prompt(CHAT[: answer.start]) for answer in template.answers(CHAT)]
+    drawn = set()
+    for epoch in range(20):
+        row = encode(0, epoch)
+        assert isinstance(row, EncodedRow) and row.supervised[-1]
+        asked = row.input_ids[~row.supervised].tolist()
+        drawn.add(prompts.index(asked))
+        assert row.input_ids[: len(asked)].tolist() == asked
+    assert drawn == {0, 1, 2}
+
+
 def test_what_a_template_writes_behind_an_answer_is_not_in_the_text(tokenizer):
     # Where the answer ends would be seen from it.
     tokenizer.chat_template = (

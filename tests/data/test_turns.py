@@ -156,7 +156,9 @@ def test_an_older_answer_that_renders_otherwise_is_refused_where_it_is_supervise
     assert template.form.opening == thought and words(template) == ["<|eot_id|>"]
     assert supervised(template, ASKED) == f"{thought}4<|eot_id|>\n"
     assert supervised(template, TWICE, last_only=True) == f"{thought}6<|eot_id|>\n"
-    with pytest.raises(DataError, match="once more turns follow, .* set dataset.answers: last, or dataset.chat_tem"):
+    with pytest.raises(
+        DataError, match="once more turns follow, .* set dataset.answers: one or last, or dataset.chat_tem"
+    ):
         template.encode(TWICE)
     prompt = template.encode_prompt(TWICE[:3])  # what is trained is what will be asked
     assert template.encode(TWICE, last_only=True).ids[: len(prompt)] == prompt

@@ -344,7 +344,7 @@ class ChatTemplate:
         if self._answers(turns, supervise_reasoning=supervise_reasoning)[1][-1]:
             return (
                 f"{untagged} and renders an answer differently once more turns follow, so where the earlier answers "
-                "of a conversation lie is unknown; set dataset.answers: last, or "
+                "of a conversation lie is unknown; set dataset.answers: one or last, or "
                 f"{remedy().removeprefix('set ')}"
             )
         return (
