@@ -472,3 +472,13 @@ def test_most_rows_are_known_at_a_glance():
     for name in ("messages", "conversations"):
         assert is_plain({**FORMS[name], "id": 1})
     assert is_plain({"question": "q", "answer": "a é", "id": 1}, Columns("question", "answer"))
+
+
+@pytest.mark.parametrize(
+    "turns", [[{"role": "tool", "content": "5"}, A], [Q, {"from": "observation", "value": "5"}, A]]
+)
+def test_what_a_tool_returned_stands_behind_a_turn_that_may_call_it(turns: list) -> None:
+    with pytest.raises(
+        RowProblem, match=r"messages\[[01]\] is what a tool returned, and no assistant's turn before it"
+    ):
+        read({"messages": turns})

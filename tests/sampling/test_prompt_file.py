@@ -101,13 +101,16 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path):
 def test_the_reported_roles_are_read_or_refused_by_line(fixtures: Path, tmp_path: Path):
     human, other, tool, user = (fixtures / "reports" / "prompt_roles.jsonl").read_text().splitlines()
     path = tmp_path / "prompts.jsonl"
-    path.write_text(f"{human}\n{user}\n{tool}")
-    first, second, third = read_prompts(path).values()
+    path.write_text(f"{human}\n{user}")
+    first, second = read_prompts(path).values()
     assert first == second == [{"role": "user", "content": "Ann has 12 nuts and buys 2. How many now?"}]
-    assert third[0]["role"] == "tool"  # which the template shows or not
-    path.write_text(f"{user}\n{other}")
-    with pytest.raises(DataError, match=r"prompts.jsonl:2: messages\[0\].role is 'User'.*did you mean 'user'"):
-        read_prompts(path)
+    for line, problem in (
+        (other, r"role is 'User'.*did you mean 'user'"),
+        (tool, " is what a tool returned, and no assistant"),
+    ):
+        path.write_text(f"{user}\n{line}")
+        with pytest.raises(DataError, match=rf"prompts.jsonl:2: messages\[0\]\.?{problem}"):
+            read_prompts(path)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_list_of_rows_is_a_list_of_prompts(chat_tokenizer):
         ({"role": "user", "content": []}, r"messages\[0\].content is empty"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "of type 'image_url'"),
         ({"role": "user", "content": "hi", "images": ["x"]}, "has 'images'"),
-        ({"role": "tool", "content": "hi"}, "prompt 0: .*does not show .*tool"),
+        ({"role": "tool", "content": "hi"}, r"prompt 0: messages\[0\] is what a tool returned, and no assistant"),
     ],
 )
 def test_a_turn_that_training_refuses_is_no_prompt(chat_tokenizer, monkeypatch, turn, says):
@@ -142,6 +142,12 @@ def test_a_turn_that_training_refuses_is_no_prompt(chat_tokenizer, monkeypatch, 
 
 
 def test_tools_are_shown_or_refused(chat_tokenizer, monkeypatch):
+    asked = [*CHAT, {"role": "assistant", "content": "add(1, 2)"}, {"role": "tool", "content": "3"}]
+    with monkeypatch.context() as patched:
+        source = chat_tokenizer.chat_template.replace("in messages", "in messages if m.role != 'tool'")
+        patched.setattr(chat_tokenizer, "chat_template", source)
+        with pytest.raises(SamplingError, match="prompt 0: .*does not show the text of turn 2, of the tool"):
+            encode_prompts([asked], chat_tokenizer)
     row = {"messages": CHAT, "tools": [{"name": "add", "parameters": {}}]}
     with pytest.raises(SamplingError, match="prompt 0: .*does not show the row's tools"):
         encode_prompts([row], chat_tokenizer)

@@ -78,8 +78,9 @@ def read_turns(turns: object, name: str, *, prompt: bool = False, ignore: Collec
         ignore: keys of turns and of their parts that are left out.
 
     Raises:
-        RowProblem: no list, an unknown role, a content that is no text, an empty question or answer, a key that
-            changes what the turn says and is not read, contradictions, nothing to learn.
+        RowProblem: no list, an unknown role, a content that is no text, an empty question or answer, a
+            tool's turn behind no call, a key that changes what the turn says and is not read, contradictions, nothing
+            to learn.
     """
     if not isinstance(turns, (list, tuple)):
         raise RowProblem(f"{name!r} must be a list, got {kind_of(turns)}")
@@ -91,6 +92,8 @@ def read_turns(turns: object, name: str, *, prompt: bool = False, ignore: Collec
             messages.append(_read_turn(turn, ignore))
         except RowProblem as problem:
             raise RowProblem(f"{name}[{number}]{problem}", problem.key) from None
+        if messages[-1].role == "tool" and (number == 0 or messages[-2].role not in ("assistant", "tool")):
+            raise RowProblem(f"{name}[{number}] is what a tool returned, and no assistant's turn before it calls one")
     if not prompt:
         answers = [message.supervised for message in messages if message.role == "assistant"]
         if not answers:
