@@ -62,8 +62,6 @@ def assemble(
     config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
     parts = build_parts(prepared, runtime.ranks)
     checked = from_first(runtime.ranks, lambda: _check_rows(prepared, parts, root, console, processes))
-    if checked is not None:
-        parts.loader.said = frozenset(checked.noted)
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
     validation = _validation_set(prepared, parts)
     measures = [] if validation is None else [_measure_loss(prepared, validation, runtime)]

@@ -163,7 +163,10 @@ class ChatTemplate:
             return self
         spelt = self.controls.search(json.dumps(tools, ensure_ascii=False, default=str))
         if spelt:
-            raise DataError(f"dataset.chat_template: the row's tools spell {spelt.group()!r}, a control token")
+            raise DataError(
+                f"dataset.chat_template: the row's tools spell {spelt.group()!r}, a control token of {self.name}; take "
+                "it out of them, or set dataset.ignore_keys: [tools]"
+            )
         return replace(self, tools=tools)
 
     def knows(self, key: str) -> bool:

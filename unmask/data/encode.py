@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -117,18 +117,13 @@ def _notes(conversation: Conversation, template: ChatTemplate, encoded: Encoded)
 
 
 def count_notes(
-    encoded: Iterable[tuple[int, EncodedRow]],
-    rows: Rows,
-    noted: Counter[str],
-    examples: dict[str, str],
-    said: Collection[str] = (),
+    encoded: Iterable[tuple[int, EncodedRow]], rows: Rows, noted: Counter[str], examples: dict[str, str]
 ) -> None:
     """Add the notes of rows, each given with its index, to counts, and the first place of each to the examples."""
     for index, row in encoded:
         for note in row.notes:
-            if note not in said:
-                noted[note] += 1
-                examples.setdefault(note, rows.describe(index))
+            noted[note] += 1
+            examples.setdefault(note, rows.describe(index))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ class TrainLoader:
     Attributes:
         dropped: rows passed over, by reason, each row once (a later epoch passes over the same ones).
         noted: rows that train without something they say, by what that is, each row once.
-        said: what was said of the rows before the run, and is not counted again.
         examples: for each reason, the first such row: its place, or what was wrong with it where that differs.
 
     Raises:
@@ -120,7 +119,6 @@ class TrainLoader:
         self.visited = 0
         self.dropped: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
-        self.said: frozenset[str] = frozenset()
         self.examples: dict[str, str] = {}
 
     @property
@@ -153,7 +151,7 @@ class TrainLoader:
                     self.dropped[row.reason] += 1
                     self.examples.setdefault(row.reason, row.detail or self.rows.describe(index))
             if batch.epoch == 0:
-                count_notes(batch.rows, self.rows, self.noted, self.examples, self.said)
+                count_notes(batch.rows, self.rows, self.noted, self.examples)
             yield self._micro_batches(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,7 +164,6 @@ class TrainLoader:
             "visited": f"{self.visited:016x}",
             "dropped": dict(self.dropped),
             "noted": dict(self.noted),
-            "said": sorted(self.said),
             "examples": dict(self.examples),
             "order": self._order_identity(),
         }
@@ -216,7 +213,6 @@ class TrainLoader:
         self.carried, self.visited = frozenset(state.get("carried", ())), int(state["visited"], 16)
         self.dropped = Counter(state["dropped"])
         self.noted = Counter(state.get("noted", {}))
-        self.said |= frozenset(state.get("said", ()))
         self.examples = dict(state["examples"])
 
     def _order_identity(self) -> dict[str, Any]:
