@@ -268,6 +268,15 @@ def test_values_of_another_type_are_refused(field: str, value: object, trained, 
     assert f"adapter_config.json: {field} cannot be {value!r}; copy" in refused(reference_folder, folder)
 
 
+def test_a_rank_that_no_tensor_has_is_refused_before_memory_is_taken(trained, reference_folder: Path) -> None:
+    folder, _ = trained(target_modules=QV)
+    for rank in (9, 10**12, 10**30):
+        rewrite(folder, r=rank)
+        assert "and no tensor has more than 8 rows" in refused(reference_folder, folder)
+    rewrite(folder, r=4)
+    assert "has shape (8, 64), not (4, 64)" in refused(reference_folder, folder)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -25,7 +25,7 @@ from unmask.models.family import LoraTargets
 from unmask.models.folders import ADAPTER_CONFIG, find_adapter
 from unmask.models.lora.adapter_config import AdapterConfig, rank_and_alpha, read_adapter_config, valid_patterns
 from unmask.models.lora.experts import AdaptedExperts
-from unmask.models.lora.files import PREFIX, is_trained, read_adapter, stored_keys
+from unmask.models.lora.files import PREFIX, highest_rank, is_trained, read_adapter, stored_keys
 from unmask.models.registry import family_of
 
 
@@ -136,6 +136,7 @@ def _sizes(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return the patterns of our full names whose rank, and whose alpha, is not the adapter's."""
     ranks, alphas = {}, {}
+    most = highest_rank(folder)
     for name in names:
         sizes = {rank_and_alpha(config, theirs) for theirs in targets.reference_names(name)}
         if len(sizes) > 1:
@@ -145,6 +146,11 @@ def _sizes(
                 "applied to the shared weight"
             )
         rank, alpha = sizes.pop()
+        if rank > most:  # before memory is taken for it
+            raise ModelError(
+                f"adapter: {folder}: {ADAPTER_CONFIG} gives {PREFIX + name} rank {str(rank)[:20]}, and no tensor has "
+                f"more than {most} rows; one of the two files is of another adapter"
+            )
         if rank != config.r:
             ranks[re.escape(name)] = rank
         if alpha != config.lora_alpha:

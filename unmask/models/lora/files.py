@@ -111,6 +111,13 @@ def stored_keys(folder: Path) -> dict[str, str]:
     return keys
 
 
+def highest_rank(folder: Path) -> int:
+    """Return the most rows that a folder's `lora_A` has (of stacked experts: all experts' together); 0 without one."""
+    with _opened(folder) as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys() if ".lora_A." in key]  # noqa: SIM118
+    return max((shape[0] for shape in shapes if shape), default=0)
+
+
 @torch.no_grad()
 def read_adapter(model: nn.Module, folder: Path) -> None:
     """Copy a folder's adapter into the adapters already attached.
