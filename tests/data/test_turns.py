@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate, load_template, read_template
@@ -103,6 +102,12 @@ def test_a_template_that_needs_a_system_turn_shows_its_end_too(tokenizer):
 def test_a_template_from_which_no_end_is_learned_is_refused_with_the_remedy(tokenizer, source, closing):
     template = load(tokenizer, source)
     with pytest.raises(DataError, match=f"closes an answer with {closing}, .*<.endoftext.> behind .*supervise_padding"):
+        check_end(template)
+
+
+def test_a_closing_that_the_tokenizer_has_not_among_its_tokens_is_named(tokenizer):
+    template = load_template(tokenizer, str(REPORTS / "chatml.jinja"))
+    with pytest.raises(DataError, match="to stop; add '<.im_end.>' to the tokenizer, have it write <.endoftext.>"):
         check_end(template)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from unmask.data.conversation import Message
 from unmask.data.template_source import remedy
-from unmask.data.turns import STARTS
+from unmask.data.turns import MARKUP, STARTS
 from unmask.errors import DataError
 
 
@@ -48,10 +48,13 @@ def check_end(template: Any) -> None:
     if learned.isdisjoint(template.form.stop_ids):
         eos = template.tokenizer.eos_token or "an EOS token"
         tags = ", within its {% generation %} tags" if template.tagged else ""
+        markup = MARKUP.search(template.form.closing)
+        spelt = markup and len(template.tokenizer.encode(markup.group(), add_special_tokens=False)) > 1
+        adding = f"add {markup.group()!r} to the tokenizer, " if markup and spelt else ""
         raise DataError(
             f"dataset.chat_template: {template.name} closes an answer with {template.form.closing!r}, in which no "
-            f"control token is supervised, so a model would never learn to stop; have it write {eos} behind each "
-            f"answer{tags}, or set dllm.supervise_padding: true"
+            f"control token is supervised, so a model would never learn to stop; {adding}have it write {eos} "
+            f"behind each answer{tags}, or set dllm.supervise_padding: true"
         )
 
 

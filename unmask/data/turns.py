@@ -21,7 +21,7 @@ _SYSTEM, _TOOL = {"role": "system", "content": _NEXT}, {"role": "tool", "content
 # Some templates insist on a system turn, others refuse one.
 STARTS: tuple[tuple[Turn, ...], ...] = ((_ASK,), (_SYSTEM, _ASK))
 # A vocabulary's own word that is markup, such as <|end|>, </s> or [INST]; plain words are part of texts, too.
-_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def turn_tokens(tokenizer: Any, render: Render) -> dict[int, str]:
         for token in _ids(tokenizer, text):
             word = added.get(token) or str(tokenizer.convert_ids_to_tokens(token))
             markup = token in added and bool(word.strip()) and not word.strip().isalnum()
-            if len(word) > 1 and word in text and (markup or _MARKUP.fullmatch(word)):
+            if len(word) > 1 and word in text and (markup or MARKUP.fullmatch(word)):
                 found[token] = word
     return found
 
