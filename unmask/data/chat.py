@@ -199,7 +199,7 @@ class ChatTemplate:
 
     def check_conversation(self, messages: Sequence[Message | Mapping[str, Any]], supervise_reasoning: bool) -> None:
         """Raise DataError if the template refuses a conversation, or leaves out what its text must have."""
-        turns = [_as_dict(message) for message in messages]
+        turns = self._marked(messages, supervise_reasoning).turns
         self._render(turns, supervise_reasoning=supervise_reasoning)
         self._check_shown(turns, False, supervise_reasoning)
 
