@@ -83,8 +83,8 @@ def check_fields(
     ]
     if unknown:
         raise ModelError(
-            f"{where}: unknown {family} field{'s' * (len(unknown) > 1)} {', '.join(unknown)}; it may ask for another "
-            "network than the one here: correct it, or remove it if it asks for nothing"
+            f"{where}: unknown {family} field{'s' * (len(unknown) > 1)} {', '.join(unknown)}; what is not known here "
+            "may ask for another network: correct it, or remove what asks for nothing"
         )
     refused = [
         f"{name}={values[name]!r} is not supported, this network implements {name}={choices[0]!r} only"
