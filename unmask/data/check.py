@@ -5,6 +5,8 @@ So a row of a table, or one that only the chat template refuses, is named before
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +33,7 @@ class Checked:
     Attributes:
         count: rows checked.
         total: rows of the source.
-        seconds: that checking all of them would take.
+        seconds: that all of them take, or would take.
         dropped, noted, examples: as in `TrainLoader`.
     """
 
@@ -49,7 +51,7 @@ class Checked:
             return f"all {self.total:,} rows rendered and tokenised"
         return (
             f"{self.count:,} of {self.total:,} rows rendered and tokenised, a sample over all of the source; all of "
-            f"them would take {self.seconds / 60:,.0f} min"
+            f"them would take about {math.ceil(self.seconds / 60):,} min"
         )
 
 
@@ -65,33 +67,40 @@ def check_rows(rows: Rows, encode: Encode, processes: int = 0, tick: Tick = lamb
         DataError: a row is malformed, or the template refuses it, and `on_malformed` is "error".
     """
     total = len(rows)
+    stride = -(-total // _TRIAL)
     dropped: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     examples: dict[str, str] = {}
     done = 0
 
-    def check(indices: Iterable[int], of: int, workers: int = 0) -> None:
+    def check(visits: Iterable[Visit], of: int, workers: int, until: float) -> None:
         nonlocal done
-        for visit, row in encoded_ahead(encode, (Visit(0, index, index) for index in indices), workers, 0):
-            done += 1
-            if isinstance(row, Dropped):
-                dropped[row.reason] += 1
-                examples.setdefault(row.reason, row.detail or rows.describe(visit.index))
-            else:
-                count_notes([(visit.index, row)], rows, noted, examples)
-            if done % _TICK == 0:
-                tick(done, of)
+        with contextlib.closing(encoded_ahead(encode, visits, workers, 0)) as stream:
+            for visit, row in stream:
+                done += 1
+                if isinstance(row, Dropped):
+                    dropped[row.reason] += 1
+                    examples.setdefault(row.reason, row.detail or rows.describe(visit.index))
+                else:
+                    count_notes([(visit.index, row)], rows, noted, examples)
+                if done % _TICK == 0:
+                    tick(done, max(done, of))
+                    if time.monotonic() > until:
+                        return
 
-    trial = range(0, total, -(-total // _TRIAL))
-    check(trial[:1], total)  # which also compiles the template
+    # 64 rows at a time, each time between those that were checked: wherever it ends, it has been all over the source.
+    jump = next(jump for jump in range(int(0.618 * stride), stride + 1) if math.gcd(jump, stride) == 1)
+    starts = (number * jump % stride for number in range(stride))
+    order = (Visit(0, index, index) for start in starts for index in range(start, total, stride))
+    check(islice(order, 1), total, 0, math.inf)  # which also compiles the template
     began = time.monotonic()
-    check(trial[1:], total)
-    each = (time.monotonic() - began) / max(1, len(trial) - 1)
-    left = total - len(trial)
-    workers = min(processes, _MOST_WORKERS)
-    alone, helped = each * left, _START_SECONDS + each * left / max(1, workers)
-    seconds = min(alone, helped) if workers > 1 else alone
-    step = 1 if seconds <= _MOST_SECONDS else -(-left // max(1, int(_SAMPLE_SECONDS / each)))
-    rest = (index for index in range(total) if index % trial.step)
-    check(islice(rest, 0, None, step), len(trial) + -(-left // step), workers if step == 1 and seconds < alone else 0)
+    check(islice(order, _TRIAL - 1), total, 0, math.inf)
+    each = (time.monotonic() - began) / max(1, done - 1)
+    alone, workers = each * total, min(processes, _MOST_WORKERS)
+    helped = _START_SECONDS + alone / workers if workers > 1 else math.inf
+    if min(alone, helped) > _MOST_SECONDS:
+        check(order, int(_SAMPLE_SECONDS / each), 0, began + _SAMPLE_SECONDS)
+    else:
+        check(order, total, workers if helped < alone else 0, began + _MOST_SECONDS)
+    seconds = (time.monotonic() - began) * total / done
     return Checked(done, total, seconds, dropped, noted, examples)

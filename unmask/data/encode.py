@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -215,7 +215,7 @@ class Visit(NamedTuple):
 
 def encoded_ahead(
     encode: Encode, visits: Iterable[Visit], num_workers: int, lookahead: int
-) -> Iterator[tuple[Visit, EncodedRow | Dropped]]:
+) -> Generator[tuple[Visit, EncodedRow | Dropped]]:
     """Yield each visit with its row, encode(index, epoch), in their order.
 
     Args:
