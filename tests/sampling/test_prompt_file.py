@@ -159,3 +159,6 @@ def test_records_of_answers_and_training_rows_are_prompts(tmp_path: Path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "1?"}]
     assert list(read_prompts(path).values()) == ["1?", "1?", "1?", chat]
+    asked = {"messages": chat, "tools": [{"type": "function", "function": {"name": "add"}}]}
+    path.write_text(json.dumps(asked) + "\n" + json.dumps({**record, "prompt": asked}))
+    assert list(read_prompts(path).values()) == [asked, asked]

@@ -50,6 +50,8 @@ def read_row(row: object, infill: bool = False) -> Any:
     given = {name: each for name, each in row.items() if is_given(each)}
     unread_keys(given, (*KEYS, *SYSTEM, *_ANSWERS, "tools"), "the row")
     about = [name for name in (*SYSTEM, "tools") if name in given]
+    if key == "prompt" and is_row(value) and not about:
+        return read_row(value, infill)  # a chat with tools, as a record of an answer has it
     if key == "prompt_ids" or (key == "prompt" and _begins_with(value, int)):
         if about:
             raise RowProblem(f"{about[0]!r} is given beside token ids, which have no turns; write it into the ids")
