@@ -145,7 +145,7 @@ def _ours(conditioned: bool, response: int) -> tuple[float, Any]:
     from unmask.batch import Batch
     from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
-    from unmask.models.diffusion_gemma.config import parse_config
+    from unmask.models.diffusion_gemma.family import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.canvas import CanvasDiffusion
     from unmask.rng import NoiseStream

@@ -136,7 +136,7 @@ def _config_json(case: Case) -> dict[str, Any]:
 def _measure(variant: str, case: Case, seed: int) -> dict[str, float]:
     import torch
 
-    from unmask.models.diffusion_gemma.config import parse_config
+    from unmask.models.diffusion_gemma.family import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
 
     numbers = torch.Generator().manual_seed(seed)

@@ -66,7 +66,7 @@ def _measure(variant: str, vocabulary: int, rows: int, steps: int) -> dict[str, 
     from unmask.config.model import PeftConfig
     from unmask.config.training import OptimizerConfig
     from unmask.distributed.runtime import Runtime
-    from unmask.models.diffusion_gemma.config import parse_config
+    from unmask.models.diffusion_gemma.family import parse_config
     from unmask.models.diffusion_gemma.model import DiffusionGemma, initialise
     from unmask.objectives.canvas import CanvasDiffusion
     from unmask.rng import NoiseStream

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "unmask"
 NETWORKS = {
-    "LLaDA's network": ("unmask.models.llada.model", 6, 800),
-    "DiffusionGemma's network": ("unmask.models.diffusion_gemma.model", 8, 1300),
+    "LLaDA's network": ("unmask.models.llada.model", 5, 700),
+    "DiffusionGemma's network": ("unmask.models.diffusion_gemma.model", 8, 1200),
 }
 FAMILY_NAMES = re.compile(r"llada|diffusion_?gemma", re.IGNORECASE)
 # Where a family's name belongs: its own folder, the table's line, the translation of another project's files, backends.
@@ -268,7 +268,7 @@ def _tiny_checkpoint(folder: Path, network: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from unmask.models.llada.config import parse_config
+    from unmask.models.llada.family import parse_config
     from unmask.models.llada.model import initialise
 
     values = {

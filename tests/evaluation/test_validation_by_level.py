@@ -16,7 +16,7 @@ from unmask.data.encode import RowEncoder
 from unmask.distributed.ranks import Ranks
 from unmask.distributed.runtime import Runtime
 from unmask.evaluation.validation import FixedBatch, fixed_noise, validation_losses
-from unmask.models.diffusion_gemma.config import parse_config as parse_gemma
+from unmask.models.diffusion_gemma.family import parse_config as parse_gemma
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import build_model
 from unmask.objectives.canvas import CanvasDiffusion

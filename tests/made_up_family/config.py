@@ -1,13 +1,9 @@
-"""The made-up family's config.json."""
+"""The made-up family's configuration, with config.json's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
-
-from unmask.errors import ModelError
-from unmask.models.pretrained_config import check_fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -28,12 +24,3 @@ class MadeUpConfig:
     def rows(self) -> int:
         """Rows of the embedding and of the head."""
         return self.vocab_size
-
-
-def parse_config(values: Mapping[str, Any], where: str) -> MadeUpConfig:
-    """Read the keys of a config.json; ModelError for one that is missing or not known."""
-    names = {field.name for field in fields(MadeUpConfig)}
-    check_fields(values, names, {}, "made-up", where)
-    if missing := sorted(names - values.keys()):
-        raise ModelError(f"{where}: {', '.join(missing)}: missing")
-    return MadeUpConfig(**{name: values[name] for name in names})

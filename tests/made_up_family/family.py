@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from made_up_family.config import MadeUpConfig, parse_config
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from made_up_family.config import MadeUpConfig
+from unmask.errors import ModelError
 from unmask.models.family import ControlTokens, Family, LoraTargets, SamplerDefaults, ShardPlan
+from unmask.models.pretrained_config import check_fields
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> MadeUpConfig:
+    """Read the keys of a config.json; ModelError for one that is missing or not known."""
+    names = {field.name for field in fields(MadeUpConfig)}
+    check_fields(values, names, {}, "made-up", where)
+    if missing := sorted(names - values.keys()):
+        raise ModelError(f"{where}: {', '.join(missing)}: missing")
+    return MadeUpConfig(**{name: values[name] for name in names})
 
 
 def activation_bytes(config: MadeUpConfig, tokens: int, residual: int, compute: int, checkpointing: bool) -> int:

@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig, parse_config
-from unmask.models.diffusion_gemma.family import FAMILY
+from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
+from unmask.models.diffusion_gemma.family import FAMILY, parse_config
 from unmask.models.loading import empty_network
 from unmask.models.registry import plan_model
 

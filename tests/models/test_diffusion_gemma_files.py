@@ -16,8 +16,7 @@ from torch import Tensor
 
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.config import parse_config
-from unmask.models.diffusion_gemma.family import FAMILY
+from unmask.models.diffusion_gemma.family import FAMILY, parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.folders import stored_tensors
 from unmask.models.loading import build_model, empty_network, load_model, save_model

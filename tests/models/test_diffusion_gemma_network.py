@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unmask.errors import ModelError
 from unmask.models.diffusion_gemma.cache import select
-from unmask.models.diffusion_gemma.config import parse_config
+from unmask.models.diffusion_gemma.family import parse_config
 from unmask.models.diffusion_gemma.model import PADDING_POSITION, DiffusionGemma, Encoded, initialise
 from unmask.models.experts import local_dispatch
 

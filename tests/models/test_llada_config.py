@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from unmask.errors import ModelError
-from unmask.models.llada.config import LLaDAConfig, parse_config
-from unmask.models.llada.family import FAMILY
+from unmask.models.llada.config import LLaDAConfig
+from unmask.models.llada.family import FAMILY, parse_config
 from unmask.models.loading import empty_network
 
 SMALL = {

@@ -14,10 +14,10 @@ from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.config import parse_config as parse_gemma
 from unmask.models.diffusion_gemma.family import FAMILY
+from unmask.models.diffusion_gemma.family import parse_config as parse_gemma
 from unmask.models.llada.auto import register
-from unmask.models.llada.config import parse_config as parse_llada
+from unmask.models.llada.family import parse_config as parse_llada
 from unmask.models.loading import load_model
 from unmask.models.pretrained_config import generation_note
 from unmask.models.registry import plan_folder, plan_model

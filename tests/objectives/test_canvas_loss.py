@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unmask.batch import Batch, CanvasBatch
 from unmask.distributed.runtime import Runtime
 from unmask.models.diffusion_gemma import model as network
-from unmask.models.diffusion_gemma.config import parse_config
+from unmask.models.diffusion_gemma.family import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.loading import load_model
 from unmask.objectives import terms

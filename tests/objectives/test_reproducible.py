@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unmask.batch import Batch
-from unmask.models.diffusion_gemma.config import parse_config
+from unmask.models.diffusion_gemma.family import parse_config
 from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA

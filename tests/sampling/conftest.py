@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from unmask.models.llada.config import LLaDAConfig, parse_config
+from unmask.models.llada.config import LLaDAConfig
+from unmask.models.llada.family import parse_config
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.models.loading import load_model
 from unmask.sampling.backends.backend import ModelSpec

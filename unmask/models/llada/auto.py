@@ -10,7 +10,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from unmask.errors import ModelError
 from unmask.models.llada.auto_config import LLaDAHFConfig, register_config
-from unmask.models.llada.config import parse_config
+from unmask.models.llada.family import parse_config
 from unmask.models.llada.model import RMSNorm, Transformer
 
 _REMEDIES = {
