@@ -250,6 +250,25 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     assert one.fingerprint == two.fingerprint != three.fingerprint
 
 
+def test_the_fingerprint_follows_every_row(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [chat("a" * 200) for _ in range(2000)]
+    changed = [*rows[:700], chat("b" * 200), *rows[701:]]  # as long, and far from both ends
+    found = []
+    for number, content in enumerate((rows, rows, changed)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = open_rows(DatasetConfig(write(folder / "rows.jsonl", *content)))
+        datasets.Dataset.from_list(content).save_to_disk(str(folder / "saved"))
+        found.append([file.fingerprint, open_rows(DatasetConfig(str(folder / "saved"))).fingerprint])
+        assert open_rows(DatasetConfig(str(folder / "rows.jsonl"), max_samples=700)).fingerprint not in found[-1]
+        found[-1].append(open_rows(DatasetConfig(str(folder / "rows.jsonl"), max_samples=700)).fingerprint)
+    assert found[0] == found[1]
+    assert [one == other for one, other in zip(found[0], found[2], strict=True)] == [False, False, True]
+
+
 def test_a_file_changed_under_way_is_noticed(tmp_path):
     path = write(tmp_path / "rows.jsonl", chat("a"), chat("b"))
     rows = open_rows(DatasetConfig(path))

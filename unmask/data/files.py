@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from unmask.errors import DataError
 
 _BLANK = " \t\r\n"
 _BOM = b"\xef\xbb\xbf"
-_EDGE = 1 << 16  # bytes of either end of a file that identify it
+_WHOLE = 1 << 30  # bytes of a file that identify it, all of them; of a larger one its size and both ends
+_EDGE = 1 << 16
 
 
 class FileRows:
@@ -54,7 +55,7 @@ class FileRows:
                     self.skipped.append(f"{path}:{line}: {problem}")
                 else:
                     raise DataError(f"{path}:{line}: {problem}; {problem.remedy(where)}")
-            self.fingerprint = _fingerprint(path, len(places) // 3)
+            self.fingerprint = files_digest([path], places[-2] if places else 0)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         if not places:
@@ -229,11 +230,16 @@ def _skip(text: str, place: int, characters: str) -> int:
     return place
 
 
-def _fingerprint(path: Path, rows: int) -> str:
-    size = os.path.getsize(path)
-    digest = blake2b(f"{path.name}\x1f{size}\x1f{rows}".encode(), digest_size=16)
-    with open(path, "rb") as file:
-        digest.update(file.read(_EDGE))
-        file.seek(max(0, size - _EDGE))
-        digest.update(file.read(_EDGE))
+def files_digest(paths: Sequence[Path], end: int | None = None) -> str:
+    """Return a hash of what some files hold, up to a byte `end` of each if given; raises OSError."""
+    digest = blake2b(digest_size=16)
+    for path in paths:
+        size = os.path.getsize(path) if end is None else end
+        digest.update(f"{size}\x1f".encode())
+        with open(path, "rb") as file:
+            for start, stop in [(0, size)] if size <= _WHOLE else [(0, _EDGE), (size - _EDGE, size)]:
+                file.seek(start)
+                while start < stop and (chunk := file.read(min(stop - start, 1 << 20))):
+                    digest.update(chunk)
+                    start += len(chunk)
     return digest.hexdigest()

@@ -26,7 +26,7 @@ class Rows(Protocol):
 
     Attributes:
         skipped: for each malformed row left out at opening, its place and what is wrong.
-        fingerprint: identity of the content (name, size, number of rows, both ends), cheap to compute.
+        fingerprint: identity of the content, wherever it lies: all of it, or size and both ends of files above 1 GiB.
     """
 
     @property

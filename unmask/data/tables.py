@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.conversation import Conversation, RowProblem
+from unmask.data.files import files_digest
 from unmask.data.formats import FORMATS, Columns, read_conversation
 from unmask.errors import DataError, nearest
 
@@ -65,8 +66,9 @@ class TableRows:
 
     def _fingerprint(self) -> str:
         # Not the fingerprint of `datasets`, which changes with the cache's file times.
+        files = [Path(entry["filename"]) for entry in self.table.cache_files]
         edges = [self.table[index] for index in sorted({0, len(self.table) // 2, len(self.table) - 1})]
-        identity = json.dumps([self.label.rsplit("/", 1)[-1], len(self.table), edges], default=str, sort_keys=True)
+        identity = json.dumps([len(self.table), edges, files_digest(files)], default=str, sort_keys=True)
         return blake2b(identity.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
