@@ -169,6 +169,20 @@ def test_an_older_answer_that_renders_otherwise_is_refused_where_it_is_supervise
     assert template.encode(TWICE, last_only=True).ids[: len(prompt)] == prompt
 
 
+def test_what_ends_a_conversation_is_no_part_of_the_answers_within_it(tokenizer):
+    # Phi's and others: each turn is closed, and the conversation by EOS.
+    ends = "{% if add_generation_prompt %}### assistant:\n{% else %}<|endoftext|>{% endif %}"
+    template = load(tokenizer, PLAIN.replace("\n{% endfor", "<|eot_id|>\n{% endfor") + ends)
+    assert template.form.tail == "<|endoftext|>" and words(template) == ["<|eot_id|>"]
+    assert supervised(template, TWICE) == "4<|eot_id|>\n6<|eot_id|>\n<|endoftext|>"
+    # Where it closes no turn, an earlier answer would have no end to learn.
+    open_ended = load(tokenizer, PLAIN + ends)
+    assert open_ended.form.tail == ""
+    assert supervised(open_ended, TWICE, last_only=True) == "6\n<|endoftext|>"
+    with pytest.raises(DataError, match="renders an answer differently once more turns follow"):
+        open_ended.encode(TWICE)
+
+
 def test_one_row_in_the_wrong_order_is_named_in_the_templates_words(tokenizer):
     path = str(REPORTS / "late_alternating.jsonl")
     config = DatasetConfig(path, answers="all")

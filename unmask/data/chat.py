@@ -362,7 +362,7 @@ class ChatTemplate:
         text, spans = self._render(turns, add_generation_prompt, supervise_reasoning)
         if self.tagged:
             return text, spans
-        return text, find_answers(self._text, text, turns, supervise_reasoning)
+        return text, find_answers(self._text, text, turns, supervise_reasoning, self.form.tail)
 
     def _render(
         self, turns: Sequence[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from unmask.data.conversation import REASONING
@@ -70,7 +71,9 @@ def with_reasoning(turn: Turn, reasoning: str) -> Turn:
     }
 
 
-def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_reasoning: bool) -> list[Span | None]:
+def find_answers(
+    render: Render, text: str, turns: Sequence[Turn], supervise_reasoning: bool, tail: str = ""
+) -> list[Span | None]:
     """Return where each of `answer_turns` lies in `text`, None for one whose place is unknown.
 
     So it is where the template refuses a part of the conversation, though it took the whole.
@@ -80,35 +83,42 @@ def find_answers(render: Render, text: str, turns: Sequence[Turn], supervise_rea
         text: its rendering of all turns, with or without a generation prompt.
         turns: the conversation.
         supervise_reasoning: rendered reasoning is part of the answer; otherwise the answer starts after it.
+        tail: what the template writes at the end of a conversation alone (`turns.AnswerForm`).
     """
-    return [_answer(render, text, turns, run, supervise_reasoning) for run in answer_turns(render, turns)]
+    return [_answer(render, text, turns, run, supervise_reasoning, tail) for run in answer_turns(render, turns)]
 
 
-def _answer(render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool) -> Span | None:
+def _answer(
+    render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool, tail: str
+) -> Span | None:
     """Return where an answer of the assistant turns `run` lies."""
     try:
-        return _compared(render, text, turns, run, supervise_reasoning)
+        return _compared(render, text, turns, run, supervise_reasoning, tail)
     except DataError:
         return None
 
 
-def _compared(render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool) -> Span | None:
-    earlier, answers = turns[: run.start], turns[run.start : run.stop]
-    bare = [with_reasoning(turn, "") for turn in answers]
+def _compared(
+    render: Render, text: str, turns: Sequence[Turn], run: range, supervise_reasoning: bool, tail: str
+) -> Span | None:
+    earlier, given = turns[: run.start], turns[run.start : run.stop]
+    bare = [with_reasoning(turn, "") for turn in given]
     before = render(earlier, True)
-    through = render([*earlier, *answers], False)
-    if not text.startswith(through):
-        # Perhaps its reasoning is left out once more turns follow.
-        through = render([*earlier, *bare], False)
-        answers = bare
-    if not (text.startswith(through) and through.startswith(before)):
+    # Once more turns follow, its reasoning may be left out, and so is what ends a conversation.
+    for answers, end in product((given, bare), ("", tail)):
+        through = render([*earlier, *answers], False).removesuffix(end)
+        if text.startswith(through):
+            break
+    else:
+        return None
+    if not through.startswith(before):
         return None
     header = before.removeprefix(render(earlier, False)) if len(run) > 1 else ""
     if header and header in through[len(before) :]:
         return None  # turns of their own, whose headers are no part of an answer
     if supervise_reasoning or answers == bare:
         return len(before), len(through)
-    return _after_reasoning(before, through, render([*earlier, *bare], False))
+    return _after_reasoning(before, through, render([*earlier, *bare], False).removesuffix(end))
 
 
 def _after_reasoning(before: str, through: str, without: str) -> Span | None:

@@ -34,6 +34,7 @@ class AnswerForm:
         opening: between there and the text of a last answer: part of what a model learns to write.
         lead: behind that text, up to the first token that ends an answer.
         closing: all behind the text of a last answer.
+        tail: the end of `closing` that only a conversation has; "" where an answer within it would have no end.
         middle: between the text of an answer and that of a question after it; None where the template refuses that.
         unprompted: a generation prompt adds nothing.
         stop_ids: the control tokens that come first in `closing` and in `middle`.
@@ -44,6 +45,7 @@ class AnswerForm:
     opening: str = ""
     lead: str = ""
     closing: str = ""
+    tail: str = ""
     middle: str | None = None
     unprompted: bool = False
     stop_ids: tuple[int, ...] = ()
@@ -97,6 +99,7 @@ def answer_form(tokenizer: Any, render: Render, turn: Iterable[int]) -> AnswerFo
     controls = {*turn, *tokenizer.all_special_ids}
     controls |= {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
     ends = [_first(tokenizer, text, controls) for text in (closing, middle or "")]
+    shared = _shared_start(closing, middle or "", tokenizer.convert_ids_to_tokens(sorted(controls)))
     lead = closing if ends[0] is None else closing.partition(ends[0][1])[0]
     return AnswerForm(
         start=start,
@@ -104,6 +107,7 @@ def answer_form(tokenizer: Any, render: Render, turn: Iterable[int]) -> AnswerFo
         opening=before.removeprefix(prompt) if before.startswith(prompt) else "",
         lead=lead,
         closing=closing,
+        tail=closing[len(shared) :] if _first(tokenizer, shared, controls) else "",
         middle=middle,
         unprompted=prompt == _attempt(render, start, False),
         stop_ids=tuple(sorted({end[0] for end in ends if end is not None})),
@@ -124,6 +128,17 @@ def _attempt(render: Render, turns: Sequence[Turn], prompt: bool) -> str | None:
         return render(turns, prompt)
     except DataError:
         return None
+
+
+def _shared_start(one: str, other: str, controls: Iterable[str]) -> str:
+    """Return how two texts begin alike, no control token cut."""
+    cut = re.compile(f"({'|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))})")
+    shared = ""
+    for number, (part, match) in enumerate(zip(cut.split(one), cut.split(other), strict=False)):
+        if part != match:
+            return shared + ("" if number % 2 else commonprefix([part, match]))  # tokens are the odd ones
+        shared += part
+    return shared
 
 
 def _first(tokenizer: Any, text: str, controls: set[int]) -> tuple[int, str] | None:
