@@ -17,7 +17,8 @@ from unmask.data.batches import rounded, validation_set
 from unmask.data.chat import load_template
 from unmask.data.conversation import Conversation, Message
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.loader import TrainLoader, epoch_windows
+from unmask.data.loader import TrainLoader
+from unmask.data.order import epoch_windows
 from unmask.data.sources import open_rows
 from unmask.data.visited import row_digest
 from unmask.errors import ConfigError, DataError
