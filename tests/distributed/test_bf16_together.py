@@ -94,9 +94,13 @@ def test_copies_of_a_shard_round_alike(tiny, run_ranks, tmp_path: Path) -> None:
 
 
 @slow
-def test_modules_trained_whole_beside_an_adapter(tiny, tiny_base: Path, train_tiny: Train, run_ranks, tmp_path) -> None:
-    peft = {"r": 2, "modules_to_save": ["*.wte"]}
-    base = {"pretrained_model_name_or_path": str(tiny_base), "torch_dtype": "bfloat16"}
+@pytest.mark.parametrize("modules", [["*.wte"], ["*.wte", "*norm", "*.ln_f"]])
+def test_modules_trained_whole_beside_an_adapter(
+    tiny, train_tiny: Train, run_ranks, tmp_path: Path, modules: list[str]
+) -> None:
+    peft = {"r": 2, "modules_to_save": modules}
+    folder = train_tiny(settings(tiny, tmp_path / "base", 1)).root / "step_1"
+    base = {"pretrained_model_name_or_path": str(folder), "torch_dtype": "bfloat16"}
     values = [{**settings(tiny, tmp_path / name, 3, peft=peft), "model": base} for name in ("alone", "together")]
     train_tiny(values[0])
     run_ranks(2, "train", values[1])
@@ -105,4 +109,4 @@ def test_modules_trained_whole_beside_an_adapter(tiny, tiny_base: Path, train_ti
     one, other = (load_file(tmp_path / n / "latest" / "adapter_model.safetensors") for n in ("alone", "together"))
     assert {tensor.dtype for name, tensor in one.items() if "wte" in name} == {torch.bfloat16}
     for name, tensor in one.items():
-        torch.testing.assert_close(other[name].float(), tensor.float(), rtol=0.05, atol=2e-3)
+        assert float((other[name].float() - tensor.float()).abs().mean()) < 3e-4, name

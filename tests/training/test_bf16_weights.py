@@ -11,11 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from unmask.cli import main
 from unmask.config import config_from_mapping
+from unmask.config.distributed import DistributedConfig
+from unmask.config.model import ModelConfig
 from unmask.config.training import OptimizerConfig
+from unmask.distributed.runtime import build_runtime
 from unmask.errors import CheckpointError, ConfigError
+from unmask.models.registry import plan_model
+from unmask.training.estimate import estimate_memory
+from unmask.training.network import NetworkSettings, build_network, moments
 from unmask.training.optim import MasterAdamW, build_optimizer, clip_gradients, masters_of
 
 RATE = 1e-4
@@ -203,6 +210,43 @@ def test_a_run_with_masters_and_one_without_do_not_resume_each_other(
 def test_rounding_where_nothing_is_bf16_is_refused(tiny, tmp_path: Path, changes: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=f"optimizer.stochastic_rounding: .*{said}"):
         config_from_mapping(tiny.config(tmp_path, optimizer__stochastic_rounding=True, **changes))
+
+
+def test_offloaded_masters_need_a_torch_that_waits_for_gradients(tiny, monkeypatch) -> None:
+    plan = plan_model(ModelConfig(config=tiny.model))
+    section = DistributedConfig(device="cpu", offload_policy="cpu")
+    settings = NetworkSettings(plan, "bfloat16", None, False, section, OptimizerConfig(), 0)
+    runtime = build_runtime(DistributedConfig(device="cpu"))
+    assert masters_of(build_network(settings, runtime).optimizer)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    with pytest.raises(ConfigError, match="distributed.offload_policy: cpu trains bfloat16 weights from torch 2.13"):
+        build_network(settings, runtime)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_dry_run_counts_what_the_optimizer_holds(tiny, tiny_base: Path, rounding: bool, adapter: bool) -> None:
+    config = config_from_mapping(
+        tiny.config(
+            Path("run"), optimizer__stochastic_rounding=rounding,
+            model={"pretrained_model_name_or_path": str(tiny_base), "torch_dtype": "bfloat16"},
+            **({"peft": {"r": 2, "modules_to_save": ["*.wte"]}} if adapter else {}),
+        )
+    ).config  # fmt: skip
+    plan = plan_model(config.model)
+    settings = NetworkSettings(plan, "bfloat16", config.peft, False, config.distributed, config.optimizer, 0)
+    network = build_network(settings, build_runtime(config.distributed))
+    hidden = network.model(torch.arange(8)[None], None)
+    network.model.logits(hidden).float().logsumexp(-1).sum().backward()
+    owners = {p: masters_of(network.optimizer).get(p, p) for p in network.model.parameters() if p.requires_grad}
+    held = [owner.grad if owner.grad is not None else p.grad for p, owner in owners.items()]
+    network.optimizer.step()
+    counted = estimate_memory(config, plan, network.model)
+    assert counted.gradients == sum(gradient.nbytes for gradient in held)
+    assert counted.optimizer == sum(tensor.nbytes for tensor in moments(network).values() if tensor.dim())
+    elements = counted.trainable
+    if not adapter:
+        assert counted.weights + counted.gradients + counted.optimizer == elements * (10 if rounding else 18)
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])

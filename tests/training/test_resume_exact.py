@@ -217,12 +217,27 @@ def test_a_signal_to_the_process_group_saves_and_ends_cleanly(
         {"dllm__supervise_padding": True, "step_scheduler__local_batch_size": 4},
         {"peft": {"r": 4, "lora_dropout": 0.2, "use_dora": True, "use_rslora": True, "modules_to_save": ["*norm"]}},
         {"peft": {"r": 4, "load_in_4bit": True}},
+        {"model__torch_dtype": "bfloat16"},
+        {"model__torch_dtype": "bfloat16", "optimizer__stochastic_rounding": True},
+        {
+            "model__torch_dtype": "bfloat16",
+            "peft": {"r": 4, "lora_dropout": 0.2, "modules_to_save": ["*.wte", "*norm"]},
+        },
     ],
-    ids=["plain", "workers and grouping", "supervised padding", "adapter", "4-bit base"],
+    ids=[
+        "plain",
+        "workers and grouping",
+        "supervised padding",
+        "adapter",
+        "4-bit base",
+        "bf16",
+        "bf16 rounded",
+        "bf16 and an adapter",
+    ],
 )
 def test_stopped_twice_and_resumed_twice(tiny, tiny_base, train_tiny: Train, tmp_path: Path, changes: dict) -> None:
     if "peft" in changes:
-        changes = {**changes, "model": {"pretrained_model_name_or_path": str(tiny_base)}}
+        changes = {"model": {"pretrained_model_name_or_path": str(tiny_base)}, **changes}
     whole = config(tiny, tmp_path / "whole", step_scheduler__max_steps=20, **{**changes, "dataloader__num_workers": 0})
     parts = config(tiny, tmp_path / "parts", step_scheduler__max_steps=20, **changes)
     train_tiny(whole)

@@ -66,6 +66,8 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
             narrow_experts(experts, meshes.experts["ep"].get_local_rank(), meshes.degrees.experts)
             fully_shard(experts, mesh=meshes.experts_data, **options)
         fully_shard(block, mesh=meshes.model, **options)
+    for module in _apart(model, plan.blocks):
+        fully_shard(module, mesh=meshes.model, **options)
     # Reading the head after the forward pass relies on this: the root's group is not freed at its end.
     fully_shard(model, mesh=meshes.model, reshard_after_forward=False, **options)
     for method in plan.methods:
@@ -76,6 +78,22 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
         if hasattr(module, "set_reduce_scatter_unused_params"):
             # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
             module.set_reduce_scatter_unused_params(True)
+
+
+def _apart(model: nn.Module, blocks: str) -> list[nn.Module]:
+    """Return the fp32 norms outside the blocks that are trained beside a bf16 embedding or head.
+
+    FSDP2 takes trained parameters of one dtype a group, and what is not called as a module stays with the root.
+    """
+    trained = [
+        (module, parameter.dtype)
+        for name, module in model.named_modules()
+        if not name.startswith(blocks + ".")
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    mixed = len({dtype for _, dtype in trained}) > 1
+    return [module for module, dtype in trained if dtype == torch.float32] if mixed else []
 
 
 @dataclass(frozen=True, eq=False)

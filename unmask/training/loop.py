@@ -67,8 +67,8 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             step += 1
             rate = learning_rate(step, run.schedule, run.peak_lr, run.total_steps)
             set_learning_rate(run.optimizer, rate)
-            # Dropout, the one user of the global generator, draws the same after a resume as without one. Ranks have
-            # different rows and draw apart.
+            # Dropout, the one user of the global generator before the update, draws the same after a resume as without
+            # one. Ranks have different rows and draw apart.
             torch.manual_seed(key(run.noise.seed, "dropout", epoch=ranks.rank, sample=step) % 2**32)
             result = _step(run, step, batches)
             if not result.finite:

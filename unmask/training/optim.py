@@ -120,8 +120,11 @@ def _rounding_adamw(section: OptimizerConfig, groups: list[dict[str, Any]], seed
         if not compiles_on(first.device):  # torchao compiles the update of each shape
             torch.compiler.set_stance("force_eager")
 
+    def after(*_: Any) -> None:
+        torch.compiler.set_stance("default")
+
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(lambda *_: torch.compiler.set_stance("default"))
+    optimizer.register_step_post_hook(after)
     return optimizer
 
 
