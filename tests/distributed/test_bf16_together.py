@@ -96,11 +96,10 @@ def test_copies_of_a_shard_round_alike(tiny, run_ranks, tmp_path: Path) -> None:
 @slow
 @pytest.mark.parametrize("modules", [["*.wte"], ["*.wte", "*norm", "*.ln_f"]])
 def test_modules_trained_whole_beside_an_adapter(
-    tiny, train_tiny: Train, run_ranks, tmp_path: Path, modules: list[str]
+    tiny, tiny_base: Path, train_tiny: Train, run_ranks, tmp_path: Path, modules: list[str]
 ) -> None:
     peft = {"r": 2, "modules_to_save": modules}
-    folder = train_tiny(settings(tiny, tmp_path / "base", 1)).root / "step_1"
-    base = {"pretrained_model_name_or_path": str(folder), "torch_dtype": "bfloat16"}
+    base = {"pretrained_model_name_or_path": str(tiny_base), "torch_dtype": "bfloat16"}
     values = [{**settings(tiny, tmp_path / name, 3, peft=peft), "model": base} for name in ("alone", "together")]
     train_tiny(values[0])
     run_ranks(2, "train", values[1])

@@ -148,6 +148,8 @@ def _shard_and_fill(
         draw_weights(whole, plan.family, settings.seed)
         load_tensors(model, meshes, whole.to(getattr(torch, settings.dtype)).state_dict().items())
     if adapter is not None:
+        for _, part in base_tensors(pieces(model, meshes)):  # fp32 norms start as rounded as on one process
+            part.local.copy_(part.local.to(getattr(torch, settings.dtype)))
         load_tensors(model, meshes, ((name, p) for name, p in adapter_tensors(adapter) if ".lora_" in name))
 
 
