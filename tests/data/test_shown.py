@@ -247,6 +247,40 @@ def test_keys_that_nothing_reads_are_noted_once_each(encoder):
     turns = [{"role": "user", "content": [part, part], "name": "Ann", "at": 3}, {"role": "assistant", "content": "a"}]
     row = {"id": 1, "source": "x", "messages": turns}
     assert shown(encoder(WHOLE, row))[2] == (
+        "the key 'name' of a turn, which nothing reads",
         "the key 'id', which nothing reads", "the key 'source', which nothing reads",
         "the key 'cache_control' of a part, which nothing reads", "the key 'at' of a turn, which nothing reads",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("for call in m.tool_calls or []", "for call in (m.tool_calls or [])[:1]"),
+        ("call.function.arguments | tojson", "call.function.arguments.x | tojson"),
+    ],
+)
+def test_each_call_and_each_argument_must_be_shown(encoder, old, new):
+    calls = [{"name": "add", "arguments": {"x": 1, "y": 2}}, {"name": "sub", "arguments": {"x": 1}}]
+    row = {"messages": [ASKED, {**CALLS, "tool_calls": calls}]}
+    assert 'sub {"x": 1}' in shown(encoder(WHOLE, row))[0]
+    with pytest.raises(DataError, match="does not show the tool_calls of turn 1, .*all of them, with all"):
+        encoder(WHOLE.replace(old, new), row)(0, 0)
+
+
+def test_a_key_of_a_turn_counts_as_read_only_where_the_text_shows_it(encoder):
+    row = {"messages": [{**ASKED, "name": "Ann"}, {"role": "assistant", "content": "a", "name": "Bo"}]}
+    source = untagged(WHOLE)  # has the word, for calls
+    assert shown(encoder(source, row))[2] == ("the key 'name' of a turn, which nothing reads",)
+    named = source.replace("{{ m.content }}", "{{ m.name }}: {{ m.content }}")
+    text, _, notes = shown(encoder(named, row))
+    assert "Ann: q" in text and notes == ()
+
+
+def test_what_a_key_makes_the_template_leave_out_is_refused_after_rows_without_it(encoder):
+    turns = [ASKED, {"role": "assistant", "content": "a"}]
+    hiding = untagged(WHOLE).replace("{{ m.content }}", "{% if not m.hidden %}{{ m.content }}{% endif %}")
+    encode = encoder(hiding, {"messages": turns}, {"messages": [{**ASKED, "hidden": True}, turns[1]]})
+    assert isinstance(encode(0, 0), EncodedRow)
+    with pytest.raises(DataError, match="does not show the text of turn 0, of the user"):
+        encode(1, 0)

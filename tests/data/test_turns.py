@@ -238,3 +238,27 @@ def test_a_header_that_only_training_sees_is_refused(tokenizer):
     )
     with pytest.raises(DataError, match="in front of an answer, outside its .* write it where add_generation_prompt"):
         load(tokenizer, tagged)
+
+
+def test_an_answer_that_calls_a_tool_may_end_with_a_token_of_its_own(tokenizer):
+    with_tokens(tokenizer, "<|im_start|>", "<|im_end|>", "<|eom|>", "</call>")
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}</call>{% endfor %}END\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert words(load(tokenizer, source.replace("END", "<|im_end|>"))) == ["<|im_end|>"]
+    own = source.replace("END", "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}")
+    assert set(words(load(tokenizer, own))) == {"<|im_end|>", "<|eom|>"}
+
+
+def test_reasoning_that_closes_with_what_ends_an_answer_is_not_supervised(tokenizer):
+    with_tokens(tokenizer, "<|start|>", "<|end|>", "<|think|>")
+    source = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.reasoning %}{{ m.reasoning }}<|end|>{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    assert words(load(tokenizer, source)) == ["<|end|>"]
+    with pytest.raises(DataError, match=r"writes <\|end\|> behind reasoning, which also ends an answer"):
+        load(tokenizer, source, supervise_reasoning=True)
+    load(tokenizer, source.replace("reasoning }}<|end|>", "reasoning }}<|think|>"), supervise_reasoning=True)

@@ -41,7 +41,7 @@ from unmask.data.renderings import (
     reasoning_of,
     with_reasoning,
 )
-from unmask.data.shown import CHANGED_TEXT, Shape, check_shown, shape_of, text_of, with_probes
+from unmask.data.shown import CHANGED_TEXT, UNREAD_KEY, Shape, check_shown, more_keys, shape_of, text_of, with_probes
 from unmask.data.template_check import check_answer
 from unmask.data.template_source import read_template, remedy, template_names, with_variables, words_of
 from unmask.data.turns import AnswerForm, answer_form, special_words, turn_tokens
@@ -270,6 +270,8 @@ class ChatTemplate:
         self, turns: list[Turn], add_generation_prompt: bool, supervise_reasoning: bool = False
     ) -> tuple[str, ...]:
         """Return what the text lacks of the conversation; DataError where that is something it must have."""
+        # What the template has no word for cannot change its text.
+        turns = [{key: turn[key] for key in turn if key not in more_keys(turn) or self.knows(key)} for turn in turns]
         shape = (add_generation_prompt, bool(self.tools), supervise_reasoning, shape_of(turns))
         if len(self.shapes) > _SHAPES:
             self.shapes.clear()
@@ -281,8 +283,19 @@ class ChatTemplate:
                     f"dataset.chat_template: {self.name} does not show the row's tools; name a template that renders "
                     "them, or set dataset.ignore_keys: [tools]"
                 )
-            self.shapes[shape] = check_shown(turns, text, None if add_generation_prompt else spans, self.name)
+            keys = dict.fromkeys(key for turn in turns for key in more_keys(turn))
+            unread = [UNREAD_KEY.format(key) for key in keys if not self._reads(key, probed, add_generation_prompt)]
+            shown = check_shown(turns, text, None if add_generation_prompt else spans, self.name)
+            self.shapes[shape] = (*shown, *unread)
         return self.shapes[shape]
+
+    def _reads(self, key: str, turns: list[Turn], add_generation_prompt: bool) -> bool:
+        """Say whether a key of the turns changes their text."""
+        less = [{name: value for name, value in turn.items() if name != key} for turn in turns]
+        try:
+            return self._text(less, add_generation_prompt) != self._text(turns, add_generation_prompt)
+        except DataError:  # the template insists on it
+            return True
 
     def _spans_of(
         self, wanted: list[range], turns: list[Turn], spans: list[Span | None], supervise_reasoning: bool

@@ -22,6 +22,7 @@ import numpy as np
 from unmask.config.data import DatasetConfig
 from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Conversation
+from unmask.data.shown import UNREAD_KEY
 from unmask.data.sources import Rows
 from unmask.data.visited import row_digest
 from unmask.errors import DataError
@@ -107,13 +108,11 @@ def encode_row(
 
 def _notes(conversation: Conversation, template: ChatTemplate, encoded: Encoded) -> tuple[str, ...]:
     """Return a line for each thing that the row says and the tokens do not."""
-    unread = [f"the key {key!r}" for key in conversation.unread]
+    unread = [f"the key {key!r}, which nothing reads" for key in conversation.unread]
     for turn in conversation.messages:
-        unread += (f"the key {key!r} of a part" for key in turn.unread)
-        unread += (f"the key {key!r} of a turn" for key in turn.extra if not template.knows(key))
-    if not unread and not encoded.notes:
-        return ()
-    return (*encoded.notes, *(f"{key}, which nothing reads" for key in dict.fromkeys(unread)))
+        unread += (f"the key {key!r} of a part, which nothing reads" for key in turn.unread)
+        unread += (UNREAD_KEY.format(key) for key in turn.extra if not template.knows(key))
+    return tuple(dict.fromkeys((*encoded.notes, *unread)))
 
 
 def count_notes(

@@ -1,26 +1,32 @@
 """What of a conversation a chat template leaves out of the text, found by rendering it with probes.
 
-A probe stands in the place of each text, reasoning, call's name and call's argument. Templates look at roles and at
-which turns have reasoning or calls, hardly at texts, so conversations of one shape are probed once.
+A probe stands in the place of each text, reasoning, call's name and call's argument. Templates look at roles, at which
+turns have reasoning or calls, and at keys of their own, hardly at texts, so conversations of one shape are probed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from unmask.data.conversation import REASONING
 from unmask.data.renderings import Span, Turn, reasoning_of, with_reasoning
 from unmask.errors import DataError
 
 UNSHOWN_REASONING = "reasoning that the chat template does not show, so nothing learns from it"
 CHANGED_TEXT = "a text that the chat template changes or shows in part"
+UNREAD_KEY = "the key {!r} of a turn, which nothing reads"
 _TEXT, _REASONING, _NAME, _ARGUMENTS = "text", "reasoning", "name", "arguments"
 Shape = tuple[Any, ...]
 
 
 def shape_of(turns: Sequence[Turn]) -> Shape:
-    """Return what a template may go by: each turn's role, and what it has."""
-    return tuple((turn["role"], bool(text_of(turn)), bool(reasoning_of(turn)), _calls(turn)) for turn in turns)
+    """Return what a template may go by: each turn's role, and what it has; of keys that only templates know, all."""
+    return tuple(
+        (turn["role"], bool(text_of(turn)), bool(reasoning_of(turn)), _calls(turn), _text_of_keys(turn))
+        for turn in turns
+    )
 
 
 def with_probes(turns: Sequence[Turn]) -> list[Turn]:
@@ -32,7 +38,10 @@ def with_probes(turns: Sequence[Turn]) -> list[Turn]:
         if text_of(turn):
             turn = {**turn, "content": _probe(_TEXT, number)}
         if turn.get("tool_calls"):
-            calls = [{**call, "function": _probed_call(call["function"], number)} for call in turn["tool_calls"]]
+            calls = [
+                {**call, "function": _probed_call(call["function"], f"{number}.{place}")}
+                for place, call in enumerate(turn["tool_calls"])
+            ]
             turn = {**turn, "tool_calls": calls}
         probed.append(turn)
     return probed
@@ -57,15 +66,12 @@ def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None]
                 f"dataset.chat_template: {name} does not show the text of {where}, so it would be lost; name a "
                 "template that shows it, or take the turn out of the row"
             )
-        if not turn.get("tool_calls"):
-            continue
-        given = any(call["function"].get("arguments") for call in turn["tool_calls"])
-        for probe in (_probe(_NAME, number), *([_probe(_ARGUMENTS, number)] if given else [])):
+        for probe in _call_probes(turn, number):
             at = text.find(probe)
             if at < 0:
                 raise DataError(
-                    f"dataset.chat_template: {name} does not show the tool_calls of {where}, with their arguments as "
-                    "JSON; name a template that does, or leave them out with dataset.ignore_keys"
+                    f"dataset.chat_template: {name} does not show the tool_calls of {where}, all of them, with all "
+                    "their arguments as JSON; name a template that does, or leave them out with dataset.ignore_keys"
                 )
             inside = answers is None or None in answers or any(s[0] <= at < s[1] for s in answers if s)
             if not inside:
@@ -82,14 +88,30 @@ def text_of(turn: Turn) -> str:
     return turn["content"].strip() if isinstance(turn.get("content"), str) else ""
 
 
-def _probed_call(function: Turn, number: int) -> Turn:
-    arguments = dict.fromkeys(function.get("arguments") or {}, _probe(_ARGUMENTS, number))
-    return {**function, "name": _probe(_NAME, number), "arguments": arguments}
+def more_keys(turn: Turn) -> list[str]:
+    """Return the keys of a turn that the template alone may know."""
+    return [key for key in turn if key not in ("role", "content", "tool_calls", *REASONING)]
 
 
-def _probe(what: str, number: int) -> str:
-    return f"\ue0f0{what}{number}\ue0f1"  # private-use characters, as in renderings.py; no marker has letters
+def _probed_call(function: Turn, place: str) -> Turn:
+    arguments = {key: _probe(_ARGUMENTS, f"{place}.{n}") for n, key in enumerate(function.get("arguments") or {})}
+    return {**function, "name": _probe(_NAME, place), "arguments": arguments}
+
+
+def _call_probes(turn: Turn, number: int) -> Iterator[str]:
+    for place, arguments in enumerate(_calls(turn)):
+        yield _probe(_NAME, f"{number}.{place}")
+        yield from (_probe(_ARGUMENTS, f"{number}.{place}.{n}") for n in range(len(arguments)))
+
+
+def _probe(what: str, place: object) -> str:
+    return f"\ue0f0{what}{place}\ue0f1"  # private-use characters, as in renderings.py; no marker has letters
 
 
 def _calls(turn: Turn) -> Shape:
-    return tuple(bool(call["function"].get("arguments")) for call in turn.get("tool_calls") or ())
+    return tuple(tuple(call["function"].get("arguments") or ()) for call in turn.get("tool_calls") or ())
+
+
+def _text_of_keys(turn: Turn) -> str:
+    keys = more_keys(turn)
+    return json.dumps({key: turn[key] for key in keys}, default=str) if keys else ""

@@ -38,14 +38,20 @@ def check_answer(template: Any, supervise_reasoning: bool = False) -> None:
             f"dataset.supervise_reasoning: {template.name} leaves reasoning out of the text; name a template that "
             "renders reasoning_content in dataset.chat_template, or set dataset.supervise_reasoning: false"
         )
-    template.encode(thoughtful, supervise_reasoning=True)
+    whole = template.encode(thoughtful, supervise_reasoning=True)
+    if _behind_stop(template, whole) > _behind_stop(template, encoded):
+        raise DataError(
+            f"dataset.supervise_reasoning: {template.name} writes "
+            f"{template.tokenizer.decode(_learned(whole)[-_behind_stop(template, whole) - 1])} behind reasoning, "
+            "which also ends an answer, so a model would stop before it answers; set dataset.supervise_reasoning: "
+            "false, or have the template close reasoning with another token"
+        )
 
 
 def check_end(template: Any) -> None:
     """Raise DataError if no token that ends an answer is supervised in an exchange."""
-    encoded = template.encode(_exchange(template))
-    learned = {token for token, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised}
-    if learned.isdisjoint(template.form.stop_ids):
+    learned = _learned(template.encode(_exchange(template)))
+    if set(learned).isdisjoint(template.form.stop_ids):
         eos = template.tokenizer.eos_token or "an EOS token"
         tags = ", within its {% generation %} tags" if template.tagged else ""
         markup = MARKUP.search(template.form.closing)
@@ -56,6 +62,17 @@ def check_end(template: Any) -> None:
             f"control token is supervised, so a model would never learn to stop; {adding}have it write {eos} "
             f"behind each answer{tags}, or set dllm.supervise_padding: true"
         )
+
+
+def _learned(encoded: Any) -> list[int]:
+    return [token for token, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised]
+
+
+def _behind_stop(template: Any, encoded: Any) -> int:
+    """Return how many tokens of an answer stand behind its first stop token; 0 without one."""
+    learned = _learned(encoded)
+    first = next((place for place, token in enumerate(learned) if token in template.form.stop_ids), len(learned) - 1)
+    return len(learned) - 1 - first
 
 
 def _exchange(template: Any) -> list[Message]:

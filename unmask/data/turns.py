@@ -18,6 +18,11 @@ from unmask.errors import DataError
 _NEXT = PROBE.replace("probe", "next")
 _ASK, _ANSWER = {"role": "user", "content": _NEXT}, {"role": "assistant", "content": PROBE}
 _SYSTEM, _TOOL = {"role": "system", "content": _NEXT}, {"role": "tool", "content": _NEXT}
+_CALL: Turn = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"a": PROBE}}}],
+}
 # Some templates insist on a system turn, others refuse one.
 STARTS: tuple[tuple[Turn, ...], ...] = ((_ASK,), (_SYSTEM, _ASK))
 # A vocabulary's own word that is markup, such as <|end|>, </s> or [INST]; plain words are part of texts, too.
@@ -37,7 +42,8 @@ class AnswerForm:
         tail: the end of `closing` that only a conversation has; "" where an answer within it would have no end.
         middle: between the text of an answer and that of a question after it; None where the template refuses that.
         unprompted: a generation prompt adds nothing.
-        stop_ids: the control tokens that come first in `closing` and in `middle`.
+        stop_ids: the control tokens that come first in `closing` and in `middle`; and the last behind an answer that
+            calls a tool, where it ends with none of these nor EOS.
     """
 
     start: tuple[Turn, ...] = ()
@@ -99,6 +105,11 @@ def answer_form(tokenizer: Any, render: Render, turn: Iterable[int]) -> AnswerFo
     controls = {*turn, *tokenizer.all_special_ids}
     controls |= {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
     ends = [_first(tokenizer, text, controls) for text in (closing, middle or "")]
+    stops = {end[0] for end in ends if end is not None}
+    behind_call = (_attempt(render, (*start, _CALL), False) or "").rpartition(PROBE)
+    called = [token for token in _ids(tokenizer, behind_call[2]) if token in controls] if behind_call[1] else []
+    if called and not {*stops, tokenizer.eos_token_id}.intersection(called):
+        stops.add(called[-1])  # not the first, which may only end the call
     shared = _shared_start(closing, middle or "", tokenizer.convert_ids_to_tokens(sorted(controls)))
     lead = closing if ends[0] is None else closing.partition(ends[0][1])[0]
     return AnswerForm(
@@ -110,7 +121,7 @@ def answer_form(tokenizer: Any, render: Render, turn: Iterable[int]) -> AnswerFo
         tail=closing[len(shared) :] if _first(tokenizer, shared, controls) else "",
         middle=middle,
         unprompted=prompt == _attempt(render, start, False),
-        stop_ids=tuple(sorted({end[0] for end in ends if end is not None})),
+        stop_ids=tuple(sorted(stops)),
     )
 
 
