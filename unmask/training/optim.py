@@ -112,12 +112,11 @@ def _rounding_adamw(section: OptimizerConfig, groups: list[dict[str, Any]], seed
         squares = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
         average = torch.zeros_like(parameter, requires_grad=False)
         optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": average, "exp_avg_sq": squares}
-    first = parameters[0]
 
     def before(*_: Any) -> None:
-        step = int(optimizer.state[first]["step"])
+        step = max(int(state["step"]) for state in optimizer.state.values())  # what has no gradient counts none
         torch.manual_seed(key(seed, "rounding", epoch=shard, sample=step) % 2**32)
-        if not compiles_on(first.device):  # torchao compiles the update of each shape
+        if not compiles_on(parameters[0].device):  # torchao compiles the update of each shape
             torch.compiler.set_stance("force_eager")
 
     def after(*_: Any) -> None:
