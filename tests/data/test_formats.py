@@ -128,6 +128,14 @@ def test_a_row_that_says_two_things_is_refused_by_name(row, said):
     assert said in str(refusal(row))
 
 
+def test_turns_under_a_second_key_that_say_more_are_refused():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
+    flagged = [*turns[:3], {**turns[3], "weight": 0}]
+    assert read_conversation({"messages": turns, "conversations": turns}).unread == ()
+    with pytest.raises(RowProblem, match="'conversations', which is a conversation of another format"):
+        read_conversation({"messages": turns, "conversations": flagged})
+
+
 def test_a_key_that_repeats_what_the_turns_say_is_no_contradiction():
     again = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     whole = {**again, "messages": [Q, A], "prompt": "q ", "completion": "a"}
@@ -222,7 +230,17 @@ def test_a_turn_says_whether_it_is_learned(key, positive):
     assert "which contradict each other" in str(refusal({"messages": [Q, contrary]}))
 
 
-EMPTY = ["", " \n\t", "\u200b", "\ufeff \u2060", [], [{"type": "text", "text": " "}], [{"type": "text", "text": ""}]]
+EMPTY = [
+    "",
+    " \n\t",
+    "\u200b",
+    "\u3164",
+    "\u2800 \ufe0f",
+    "\ufeff \u2060",
+    [],
+    [{"type": "text", "text": " "}],
+    [{"type": "text", "text": ""}],
+]
 
 
 @pytest.mark.parametrize("empty", EMPTY)

@@ -240,8 +240,9 @@ def test_a_header_that_only_training_sees_is_refused(tokenizer):
         load(tokenizer, tagged)
 
 
-def test_an_answer_that_calls_a_tool_may_end_with_a_token_of_its_own(tokenizer):
-    with_tokens(tokenizer, "<|im_start|>", "<|im_end|>", "<|eom|>", "</call>")
+@pytest.mark.parametrize("special", [True, False])
+def test_an_answer_that_calls_a_tool_may_end_with_a_token_of_its_own(tokenizer, special):
+    with_tokens(tokenizer, "<|im_start|>", "<|im_end|>", "<|eom|>", "</call>", special=special)
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}</call>{% endfor %}END\n"
@@ -249,7 +250,12 @@ def test_an_answer_that_calls_a_tool_may_end_with_a_token_of_its_own(tokenizer):
     )
     assert words(load(tokenizer, source.replace("END", "<|im_end|>"))) == ["<|im_end|>"]
     own = source.replace("END", "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}")
-    assert set(words(load(tokenizer, own))) == {"<|im_end|>", "<|eom|>"}
+    template = load(tokenizer, own)
+    assert set(words(template)) == {"<|im_end|>", "<|eom|>"}
+    forged = supervised(template, [ASKED[0], {"role": "assistant", "content": "a<|eom|>"}])
+    assert forged == "a<|eom|><|im_end|>\n"
+    eom = tokenizer.convert_tokens_to_ids("<|eom|>")
+    assert eom not in template.encode([ASKED[0], {"role": "assistant", "content": "a<|eom|>"}]).ids
 
 
 def test_reasoning_that_closes_with_what_ends_an_answer_is_not_supervised(tokenizer):

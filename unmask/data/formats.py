@@ -160,7 +160,7 @@ def with_system(messages: tuple[Message, ...], given: Mapping[str, Any], ignore:
 def _repeats(key: str, value: object, messages: tuple[Message, ...]) -> bool:
     """Say whether a key only says again what the turns or one of them say, as the `prompt` of many data sets does."""
     if isinstance(value, list) and len(messages) == len(value) and key in ("messages", "conversations"):
-        return [(turn.role, turn.content) for turn in read_turns(value, key)] == [(t.role, t.content) for t in messages]
+        return read_turns(value, key) == messages
     if not isinstance(value, str):
         return False
     role = "user" if key in _ASKS else "assistant" if key in _ANSWERS else None

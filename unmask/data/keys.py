@@ -77,6 +77,8 @@ _WHY = {
         "instruction", "input", "output", "query", "response", "text", *SYSTEM,
     ),
 }  # fmt: skip
+# Letters, marks and symbols that show nothing: fillers of Hangul, an empty Braille cell, selectors of variants.
+_INVISIBLE = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f" + "".join(map(chr, range(0xFE00, 0xFE10))))
 # key → why a row, a turn or a part that says it cannot be read
 REASONS = {key: why for why, keys in reversed(_WHY.items()) for key in keys}
 
@@ -96,10 +98,11 @@ def is_given(value: object) -> bool:
 
 
 def is_blank(text: str) -> bool:
-    """Say whether nothing of a text can be seen: no character but spaces, controls and formats such as U+200B."""
+    """Say whether nothing of a text can be seen: only spaces, fillers, controls and formats such as U+200B."""
     visible = text.strip()
     return not visible or (
-        not visible[0].isprintable() and all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in visible)
+        (visible[0] in _INVISIBLE or not visible[0].isprintable())
+        and all(c.isspace() or c in _INVISIBLE or unicodedata.category(c) in ("Cf", "Cc") for c in visible)
     )
 
 

@@ -7,7 +7,7 @@ the probes it has written itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -83,11 +83,11 @@ def turn_tokens(tokenizer: Any, render: Render) -> dict[int, str]:
     added = {token: str(word) for token, word in tokenizer.added_tokens_decoder.items()}
     found: dict[int, str] = {}
     for text in _written(render):
-        for token in _ids(tokenizer, text):
-            word = added.get(token) or str(tokenizer.convert_ids_to_tokens(token))
-            markup = token in added and bool(word.strip()) and not word.strip().isalnum()
-            if len(word) > 1 and word in text and (markup or MARKUP.fullmatch(word)):
-                found[token] = word
+        found.update(_markup(tokenizer, text, added))
+    for start in STARTS:
+        behind = _markup(tokenizer, _behind_call(render, start), added)
+        if behind and found.keys().isdisjoint(behind):
+            found.update(list(behind.items())[-1:])  # those before it end the call, not the turn
     return found
 
 
@@ -106,8 +106,7 @@ def answer_form(tokenizer: Any, render: Render, turn: Iterable[int]) -> AnswerFo
     controls |= {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
     ends = [_first(tokenizer, text, controls) for text in (closing, middle or "")]
     stops = {end[0] for end in ends if end is not None}
-    behind_call = (_attempt(render, (*start, _CALL), False) or "").rpartition(PROBE)
-    called = [token for token in _ids(tokenizer, behind_call[2]) if token in controls] if behind_call[1] else []
+    called = [token for token in _ids(tokenizer, _behind_call(render, start)) if token in controls]
     if called and not {*stops, tokenizer.eos_token_id}.intersection(called):
         stops.add(called[-1])  # not the first, which may only end the call
     shared = _shared_start(closing, middle or "", tokenizer.convert_ids_to_tokens(sorted(controls)))
@@ -131,6 +130,23 @@ def _written(render: Render) -> Iterator[str]:
         for turns, prompt in ((start, True), ((*start, _ANSWER, _ASK), True), ((*start, _ANSWER, _TOOL), True)):
             yield from re.split(f"{PROBE}|{_NEXT}", _attempt(render, turns, prompt) or "")
         yield (_attempt(render, (*start, _ANSWER), False) or "").rpartition(PROBE)[2]
+
+
+def _behind_call(render: Render, start: Sequence[Turn]) -> str:
+    """Return what a template writes behind the last argument of an answer that calls a tool; "" if it shows none."""
+    _, shown, behind = (_attempt(render, (*start, _CALL), False) or "").rpartition(PROBE)
+    return behind if shown else ""
+
+
+def _markup(tokenizer: Any, text: str, added: Mapping[int, str]) -> dict[int, str]:
+    """Return the tokens of a text, in order, that are `added` and no plain words, or that look like markup."""
+    found = {}
+    for token in _ids(tokenizer, text):
+        word = added.get(token) or str(tokenizer.convert_ids_to_tokens(token))
+        markup = token in added and bool(word.strip()) and not word.strip().isalnum()
+        if len(word) > 1 and word in text and (markup or MARKUP.fullmatch(word)):
+            found[token] = word
+    return found
 
 
 def _attempt(render: Render, turns: Sequence[Turn], prompt: bool) -> str | None:
