@@ -18,7 +18,7 @@ from unmask.config import RunConfig, dump_config
 from unmask.config.reader import differences, to_mapping
 from unmask.data.batches import ValidationSet
 from unmask.data.sources import Rows
-from unmask.distributed.processes import cores
+from unmask.distributed.processes import cores, data_workers
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
 from unmask.prepare import Prepared
@@ -63,6 +63,9 @@ def announce(
             say(line)
     for line in notes:
         say(line)
+    asked, started = prepared.config.dataloader.num_workers, data_workers(prepared.config.dataloader.num_workers)
+    if started < asked:
+        say(f"dataloader.num_workers: {asked} are more than this process has cores; it starts {started}")
     for line in _validation_notes(prepared, validation):
         say(f"validation: {line}")
     say(

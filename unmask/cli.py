@@ -13,6 +13,7 @@ from unmask.commands import chat, eval, export, generate, plot, prep, quickstart
 from unmask.config.flags import spellings
 from unmask.distributed.processes import leave_status, several_processes
 from unmask.errors import ConfigError, UnmaskError, nearest
+from unmask.streams import OutputLost, need_output, standard_streams
 
 # In the order of `unmask --help`.
 COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)
@@ -25,15 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     # as soon as another process wants a core; sleeping ones lose a few per cent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    status = _run(build_parser(), words)
+    with standard_streams():
+        status = _run(build_parser(), words)
     if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended
         leave_status(status)
     return status
 
 
 def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    need_output(True)
+    try:
+        try:
+            return _command(parser, words)
+        finally:
+            sys.stdout.flush()  # now, while it can be reported
+    except OutputLost as lost:
+        return 0 if lost.reader_left else _fail(f"{lost}; what was printed is not complete", 2)
+
+
+def _command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     try:
         arguments, rest = parser.parse_known_args(words)
+        need_output(_only_prints(arguments))
         if rest and not getattr(arguments, "takes_overrides", False):
             meant = nearest(rest[0].partition("=")[0], spellings(arguments.parser)) if rest[0].startswith("-") else ""
             raise ConfigError(f"unknown argument {rest[0]}{meant}; see `unmask {arguments.command} --help`")
@@ -41,9 +55,6 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         return arguments.run(arguments) or 0
     except UnmaskError as error:
         return _fail(str(error), error.exit_status)
-    except BrokenPipeError:  # `unmask … | head`
-        sys.stderr.close()
-        return 0
     except OSError as error:  # a place of the user's that no part of the program expected to fail
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{place}{error.strerror or error}", 2)
@@ -57,6 +68,13 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
     except KeyboardInterrupt:
         print("unmask: interrupted", file=sys.stderr)
         return 130
+
+
+def _only_prints(arguments: argparse.Namespace) -> bool:
+    """Say whether all that a command gives is on standard output; others work on without it."""
+    if arguments.command == "generate":
+        return arguments.output is None and arguments.trace is None
+    return arguments.command == "chat" or getattr(arguments, "dry_run", False)
 
 
 def _fail(message: str, status: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from unmask.data.encode import Encode, RememberedRows, RowEncoder
 from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
 from unmask.data.template_check import check_end
+from unmask.distributed.processes import data_workers
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError
 from unmask.models.folders import read_generation
@@ -67,7 +68,7 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
     loader = TrainLoader(
         prepared.rows,
         encode,
-        config=config.dataloader,
+        config=replace(config.dataloader, num_workers=data_workers(config.dataloader.num_workers)),
         global_batch_size=config.step_scheduler.global_batch_size,
         local_batch_size=config.step_scheduler.local_batch_size,
         rank=ranks.rank,

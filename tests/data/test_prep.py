@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,15 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path, source):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cannot be written: .*; choose another --output"):
         prep_gsm8k(str(source), tmp_path / "file")
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    source = tmp_path / "gsm8k"
+    source.mkdir()
+    (source / "test.jsonl").write_text('{"question": "1 plus 1?", "answer": "2\\n#### 2"}\n')
+    before = os.umask(0o027)
+    try:
+        (path,) = prep_gsm8k(str(source), tmp_path / "out", "test")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640

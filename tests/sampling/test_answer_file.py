@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from unmask.cli import main
 from unmask.distributed.ranks import Ranks
 from unmask.errors import ConfigError
+from unmask.places import hold
 from unmask.sampling.answers import AnswerFile, Printer
 from unmask.sampling.jobs import load
 
@@ -87,9 +89,38 @@ def test_parts_of_several_processes_are_taken_in(tmp_path):
     again.finish({0: {"text": "A"}, 2: {"text": "A2"}})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["A", "B", "A2", "C"]
     assert list(tmp_path.iterdir()) == [path]
-    AnswerFile(path, ["a", "b"], {"seed": 1}, Ranks()).add(1, {"text": "B"})
+    other = tmp_path / "other.jsonl"
+    AnswerFile(other, ["a", "b"], {"seed": 1}, Ranks()).add(1, {"text": "B"})
     with pytest.raises(ConfigError, match=r"seed 1, not 2"):
-        AnswerFile(path, ["a", "b"], {"seed": 2}, Ranks())
+        AnswerFile(other, ["a", "b"], {"seed": 2}, Ranks())
+
+
+def test_of_a_finished_job_nothing_is_left_to_do(tiny_base, tmp_path, monkeypatch, capsys):
+    command = words(tiny_base, tmp_path, "out.jsonl")
+    assert main(command) == 0
+    path = tmp_path / "out.jsonl"
+    before = path.read_bytes()
+    monkeypatch.setattr("unmask.sampling.answers.load", lambda *_: pytest.fail("weights were loaded"))
+    capsys.readouterr()
+    assert main([*command, "--batch_size", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "all 5 records of this job are there; nothing is left to do" in printed.out and printed.err == ""
+    for other in ([*command, "--seed", "1"], [*command, "--steps", "4"]):
+        assert main(other) == 2
+        assert f"--output: {path} is there already, and not of this job" in capsys.readouterr().err
+    for torn in (before.splitlines(keepends=True)[0], before[:-9], b"\xff\n", b"[" * 9999):
+        path.write_bytes(torn)
+        assert main(command) == 2
+        assert path.read_bytes() == torn
+    assert {each.name for each in tmp_path.iterdir()} == {"out.jsonl", "prompts.jsonl"}
+
+
+def test_a_second_job_on_one_output_is_refused(tiny_base, tmp_path, capsys):
+    path = tmp_path / "out.jsonl"
+    with hold(tmp_path / ".out.jsonl.lock", "--output", path, "writes"):
+        assert main(words(tiny_base, tmp_path, "out.jsonl")) == 2
+        assert f"--output: another process (pid {os.getpid()}) writes {path}; wait" in capsys.readouterr().err
+    assert main(words(tiny_base, tmp_path, "out.jsonl")) == 0
 
 
 def test_blanks_are_filled_from_a_file(tiny_base, tmp_path):

@@ -108,6 +108,7 @@ def test_a_number_of_steps_says_what_it_changes(sampler, family, note):
         ("/save", ["/save FILE.jsonl"]),
         ("/save notes.txt", ["notes.txt", ".jsonl"]),
         ("/save nowhere/a.jsonl", ["nowhere/a.jsonl", "No such file"]),
+        ("/save ~nosuchuser/a.jsonl", ["~nosuchuser/a.jsonl", "no user"]),
         ("/reset now", ["/reset", "'now'"]),
     ],
 )

@@ -135,7 +135,8 @@ class DataloaderConfig:
             those that the epoch before left over
         group_by_length: batch rows of like length, for less padding; the batches still come in random order
         num_workers: processes that encode rows ahead, on each rank; 0 encodes in the training process, which remembers
-            up to 64 MiB of rows for later epochs, if they are the same in each; the result is the same
+            up to 64 MiB of rows for later epochs, if they are the same in each; the result is the same; more than the
+            rank's share of the cores are not started, which the run says
     """
 
     shuffle: bool = True

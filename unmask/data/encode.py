@@ -6,20 +6,18 @@ Rows are encoded in the process that asks for them, and remembered, or ahead of 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from unmask.config.data import DatasetConfig
+from unmask.data import worker
 from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Conversation
 from unmask.data.shown import UNREAD_KEY
@@ -231,14 +229,16 @@ def encoded_ahead(
             yield visit, encode(visit.index, visit.epoch)
         return
     # Started afresh, never forked: this process has torch's threads, and perhaps a device, by now.
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encode,))
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), worker.Start(), (encode,))
     remaining = iter(visits)
     pending: deque[tuple[list[Visit], Future[list[EncodedRow | Dropped]]]] = deque()
     tasks = max(2 * num_workers, -(-lookahead // _CHUNK))
     try:
         while True:
             while len(pending) < tasks and (chunk := list(islice(remaining, _CHUNK))):
-                pending.append((chunk, pool.submit(_encode_chunk, [(visit.index, visit.epoch) for visit in chunk])))
+                pending.append(
+                    (chunk, pool.submit(worker.encode_chunk, [(visit.index, visit.epoch) for visit in chunk]))
+                )
             if not pending:
                 return
             chunk, future = pending.popleft()
@@ -249,27 +249,3 @@ def encoded_ahead(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker_encode: Any = None  # set once in each worker, so that the encoder is sent once and not with every task
-
-
-def _start_worker(encode: Encode) -> None:
-    global _worker_encode
-    _worker_encode = encode
-    # A signal to the process group (Ctrl-C, a cluster's SIGTERM) is for the main process alone, which saves and stops.
-    # SIGTERM itself must keep its effect here: with it the pool ends the workers that are left when one has died.
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()  # returns once it is gone, however it went; a pool's worker would wait for work for ever
-    os._exit(1)
-
-
-def _encode_chunk(chunk: list[tuple[int, int]]) -> list[EncodedRow | Dropped]:
-    return [_worker_encode(index, epoch) for index, epoch in chunk]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from unmask.data.conversation import RowProblem
 from unmask.data.formats import Columns, read_conversation
 from unmask.data.tables import read_hub
 from unmask.errors import DataError, choice_problem
+from unmask.places import part_of
 
 GSM8K_HUB_ID = "openai/gsm8k"
 GSM8K_SPLITS = ("train", "test")
@@ -81,22 +81,14 @@ def _lines(file: Path) -> Iterator[tuple[str, object]]:
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines beside the target, then rename: a reader sees the old file or the whole new one."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # temporary files are private, data sets are not
-        os.replace(temporary, path)
-        temporary = None
+        with part_of(path) as part:
+            with part.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}; choose another --output") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

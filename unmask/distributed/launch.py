@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -16,6 +14,7 @@ from torch.distributed.run import get_args_parser, run
 
 from unmask.distributed.processes import STATUS_FILE
 from unmask.errors import ConfigError
+from unmask.places import temporary_folder
 
 _GRACE = 600  # seconds that ranks get to save a checkpoint after a signal, before the launcher kills them
 
@@ -37,10 +36,11 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
     # Each rank reports its own failure in one line; the launcher's summary of exit codes would bury it.
     for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="unmask-launch-") as folder:
-        note = Path(folder) / "status"
+    with temporary_folder("unmask-launch-") as folder:
+        note = folder / "status"
         os.environ[STATUS_FILE] = str(note)
-        flags = ["--standalone", "--nproc-per-node", str(processes), "-m", module]
+        # Without a folder for logs, which are not written, torchrun leaves one behind each time.
+        flags = ["--standalone", "--nproc-per-node", str(processes), "--log-dir", str(folder / "logs"), "-m", module]
         try:
             run(get_args_parser().parse_args([*flags, *words]))
         except ChildFailedError as error:

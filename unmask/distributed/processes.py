@@ -6,6 +6,8 @@ experts of a mixture: each expert lives on the `spread` ranks that have the same
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 from unmask.config.distributed import DistributedConfig
 from unmask.errors import ConfigError
 
+_CGROUPS = Path("/sys/fs/cgroup")
+_MANY_CORES = 2**16
 STATUS_FILE = "UNMASK_STATUS_FILE"  # where rank 0 leaves its exit status: a launcher that was signalled keeps none
 
 
@@ -47,15 +51,40 @@ def local_rank() -> int:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: of its affinity, and of its container's share of time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, *_cgroup_cores()))
+
+
+def _cgroup_cores() -> list[int]:
+    """Return the cores' worth of time that each control group (version 2) around this process may use, if limited."""
+    found = [_MANY_CORES]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return found
+    place = _CGROUPS / own.lstrip("/")
+    for folder in (place, *place.parents):
+        with contextlib.suppress(OSError, ValueError):  # no limit is "max"; the uppermost group has no such file
+            quota, period = (folder / "cpu.max").read_text().split()
+            found.append(math.ceil(int(quota) / int(period)))
+        if folder == _CGROUPS:
+            break
+    return found
+
+
+def data_workers(asked: int) -> int:
+    """Return how many of the data workers that were asked for this rank starts: at the most its share of the cores."""
+    return min(asked, max(1, cores() // _from_launcher("LOCAL_WORLD_SIZE", 1, 1)))
 
 
 def leave_status(status: int) -> None:
     """Note rank 0's exit status for the launcher that started it, if `launch.launch` did."""
     note = os.environ.get(STATUS_FILE)
     if note is not None and os.environ.get("RANK") == "0":
-        Path(note).write_text(str(status))
+        with contextlib.suppress(OSError):  # the launcher was killed and its folder removed
+            Path(note).write_text(str(status))
 
 
 @dataclass(frozen=True)

@@ -268,4 +268,6 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> st
 def disk_problem(ranks: Ranks, rank: int, error: BaseException) -> str:
     """Return what a failed write says, and on which rank where there are several."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    if isinstance(error, OSError) and error.filename:
+        reason = f"{error.filename}: {reason}"
     return reason if ranks.size == 1 else f"rank {rank}: {reason}"

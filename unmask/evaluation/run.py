@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -39,6 +40,7 @@ from unmask.evaluation.results import (
     write_results,
 )
 from unmask.evaluation.tasks import HARNESS, TASKS, unread_keys
+from unmask.places import LOCK, hold
 from unmask.report.resumable import first_difference, write_lines
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 from unmask.sampling.jobs import LoadedModel, load
@@ -65,7 +67,14 @@ def evaluate(plan: EvalPlan, device: torch.device, ranks: Ranks, console: Consol
 
     Raises:
         ConfigError: a file in the output folder, or in `against`, is of another evaluation.
+        CheckpointError: another process works in the output folder.
     """
+    with contextlib.ExitStack() as stack:
+        from_first(ranks, lambda: stack.enter_context(hold(plan.output / LOCK, "--output", plan.output, "works in")))
+        return _evaluate_all(plan, device, ranks, console)
+
+
+def _evaluate_all(plan: EvalPlan, device: torch.device, ranks: Ranks, console: Console) -> list[Outcome]:
     earlier = from_first(ranks, lambda: _check_folders(plan))
     outcomes: list[Outcome] = []
     for checkpoint in plan.checkpoints:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -225,7 +225,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, readable by whom the user's other files are; its own library makes it private."""
     path.touch()
     mode = path.stat().st_mode  # what the umask, or the folder's default permissions, give a new file
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how its library reports the disk's errors, without the file's name
+        raise SafetensorError(f"{path.name}: {error}") from None
     path.chmod(mode)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError
+from unmask.places import part_of
 from unmask.report.metrics import FILE, read_metrics
 
 _STYLES = ("-", "--", "-.", ":")
@@ -80,12 +81,11 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     for axis in (top, middle, bottom):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    temporary = output.with_name(output.name + ".part")
     try:
-        figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(output)
+        with part_of(output) as part:
+            figure.savefig(part, format="png", dpi=120)
+            part.replace(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another place") from None
     finally:
         plt.close(figure)

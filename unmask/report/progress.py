@@ -10,6 +10,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unmask.streams import lost_outputs
+
 
 class _Bar:
     """A live line of so many things done; where `console` is None, none."""
@@ -62,6 +64,7 @@ class TrainingProgress:
         self._between = seconds_between
         self._started = time.monotonic()
         self._shown = 0.0
+        self._lost: list[str] = []
         self._bar = _Bar("step", total_steps, console if console.is_terminal else None, done=first_step)
 
     def __enter__(self) -> TrainingProgress:
@@ -87,6 +90,12 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Print a line of its own: a validation result, a checkpoint, a warning."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def newly_lost(self) -> list[str]:
+        """Return what could not be written to the standard streams, each problem once: what is said goes unseen."""
+        new = [problem for problem in lost_outputs() if problem not in self._lost]
+        self._lost += new
+        return new
 
 
 class AnswerProgress:

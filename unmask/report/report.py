@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from unmask.errors import DataError
+from unmask.places import part_of
 from unmask.report.chart import Line, line_chart
 from unmask.report.page import answer, folded, page, table
 from unmask.report.plots import LEVELS, by_level, smooth
@@ -37,12 +37,11 @@ def write_report(folders: Sequence[Path], output: Path, evaluations: Sequence[Pa
         raise DataError(f"{output}: is a folder or lies in none; name a file in a folder that exists")
     runs = read_runs(folders)
     text = report(runs, find_results([run.folder for run in runs], evaluations))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output)
+        with part_of(output) as part:
+            part.write_text(text, encoding="utf-8")
+            part.replace(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another place") from None
     return output
 

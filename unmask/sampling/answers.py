@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unmask.distributed.inference import divide_rows, own_rows
 from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
+from unmask.places import hold
 from unmask.report.progress import AnswerProgress
 from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
 from unmask.sampling.blanks import encode_blanks, has_blank
@@ -50,9 +53,26 @@ def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, devic
     if ranks.size > 1 and (request.watch or request.trace):
         raise ConfigError("--watch and --trace show what one process does; start one, or leave them out")
     job = _encode(plan, request)
-    output = None
-    if request.output is not None:
-        output = AnswerFile(Path(request.output), job.rows, job.identity(dtype), ranks)
+    if request.output is None:
+        _answer(job, None, ranks, place, dtype, shard)
+        return
+    path = Path(request.output)
+    with ExitStack() as stack:
+        lock = hold(path.with_name(f".{path.name}.lock"), "--output", path, "writes")
+        from_first(ranks, lambda: stack.enter_context(lock))
+        output = AnswerFile(path, job.rows, job.identity(dtype), ranks)
+        if not output.finished:
+            _answer(job, output, ranks, place, dtype, shard)
+        elif ranks.first:
+            untraced = ", nor to trace" if request.trace else ""
+            print(f"{path}: all {len(job.rows)} records of this job are there; nothing is left to do{untraced}")
+
+
+def _answer(
+    job: _Job, output: AnswerFile | None, ranks: Ranks, place: torch.device, dtype: str | None, shard: bool
+) -> None:
+    """Load the model, answer, and print, or write where there is an `output`."""
+    plan, request = job.plan, job.request
     loaded = load(plan, place, dtype, ranks, shard)
     printer = None
     if ranks.first and output is None and (request.infill or not request.watch):
@@ -212,23 +232,27 @@ class AnswerFile:
     """The output of one job, with its `rows` and `identity`; all ranks that share it make one.
 
     Raises:
-        ConfigError: `FILE.part` is of another job.
+        ConfigError: `FILE` or `FILE.part` is of another job.
         CheckpointError: a file that cannot be written, in each method.
     """
 
     def __init__(self, path: Path, rows: Sequence[str], identity: Mapping[str, Any], ranks: Ranks) -> None:
         self.path, self.rows, self.ranks = path, rows, ranks
         self._file = self._part(ranks.rank)
-        whole = {**identity, "prompts": sha256("\n".join(rows).encode()).hexdigest()[:16]}
+        whole: dict[str, Any] = {**identity, "prompts": sha256("\n".join(rows).encode()).hexdigest()[:16]}
+
+        self._job = sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
         def resume() -> list[Record]:
+            if path.exists():
+                return self._finished()
             others = sorted(set(path.parent.glob(f"{escape(path.name)}.part?*")) - {self._part(0)})
             others = [file for file in others if file.suffix.removeprefix(".part").isdigit()]
             return resume_records(self._part(0), _FIRST_LINE, whole, self._units(), others)
 
-        kept = from_first(ranks, resume)
-        self.kept = {record["row"]: record for record in kept}
-        if not ranks.first:
+        self.finished = bool(from_first(ranks, path.exists))
+        self.kept = {record["row"]: record for record in from_first(ranks, resume)}
+        if not ranks.first and not self.finished:
             write_lines(self._file, [json.dumps({_FIRST_LINE: whole}, ensure_ascii=False)])
 
     @property
@@ -244,9 +268,23 @@ class AnswerFile:
         """Write the file, of the answers that were there and those of this run."""
         if self.ranks.first:
             found = {**self.kept, **{row: {"row": row, **record} for row, record in records.items()}}
-            write_lines(self.path, [as_line(found[row]) for row in range(len(self.rows))])
+            write_lines(self.path, [as_line({**found[row], "job": self._job}) for row in range(len(self.rows))])
         self.ranks.gather(None)  # a part is needed until the file is there
         self._file.unlink(missing_ok=True)
+
+    def _finished(self) -> list[Record]:
+        """Return the records of `FILE`, which must be all of this job's."""
+        try:
+            records = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+            found = [(record["row"], record["job"]) for record in records]
+            if found == [(row, self._job) for row in range(len(self.rows))]:
+                return records
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no file of ours
+            pass
+        raise ConfigError(
+            f"--output: {self.path} is there already, and not of this job (its prompts, model, settings and seed); "
+            "name another file, or remove it"
+        )
 
     def _part(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.part{rank or ''}")

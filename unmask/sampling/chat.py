@@ -17,6 +17,7 @@ from unmask.data.chat import ChatTemplate, template_names
 from unmask.data.keys import is_blank
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
+from unmask.places import part_of
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
 from unmask.sampling.plan import JobPlan
@@ -147,9 +148,9 @@ def save(conversation: Conversation, path: Path) -> int:
         written = path.read_bytes() if path.exists() else b""
         if written and not written.endswith(b"\n"):
             written += b"\n"
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(written + row.encode() + b"\n")
-        temporary.replace(path)
+        with part_of(path) as part:
+            part.write_bytes(written + row.encode() + b"\n")
+            part.replace(path)
     except OSError as error:
         raise SamplingError(f"/save: {path}: {error.strerror or error}; name a file that you may write") from None
     return sum(not line.isspace() for line in written.splitlines()) + 1
@@ -182,7 +183,10 @@ def _seed(conversation: Conversation, argument: str) -> Outcome:
 def _save(conversation: Conversation, argument: str) -> Outcome:
     if not argument:
         raise SamplingError("/save: name the file to add the conversation to: /save FILE.jsonl")
-    path = Path(argument).expanduser()
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        raise SamplingError(f"/save: {argument}: there is no user of that name; write the folder out") from None
     rows = save(conversation, path)
     turns = len(conversation.answered)
     left_out = (

@@ -122,8 +122,6 @@ class GenerateRequest:
                 raise ConfigError(f"--{name}: {Path(value).absolute().parent} is no folder; create it first")
             if value is not None and Path(value).is_dir():
                 raise ConfigError(f"--{name}: {value} is a folder; name a file in it")
-        if self.output is not None and Path(self.output).exists():
-            raise ConfigError(f"--output: {self.output} is there already; name another file, or remove it")
 
 
 def check_blank_sampler(sampler: SamplerConfig | None) -> None:

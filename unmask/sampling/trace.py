@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.errors import SamplingError
+from unmask.places import part_of
 from unmask.sampling.prompts import title_of
 from unmask.sampling.text import decoded, end_of_answer, token_text
 from unmask.sampling.view import given_positions
@@ -103,10 +104,10 @@ class Trace:
         """
         if not self._rows:
             return False
-        temporary = path.with_name(path.name + ".part")
         try:
-            temporary.write_text(self.page(), "utf-8")
-            temporary.replace(path)
+            with part_of(path) as part:
+                part.write_text(self.page(), "utf-8")
+                part.replace(path)
         except OSError as error:
             raise SamplingError(f"--trace: {path}: {error.strerror or error}; name a file that you may write") from None
         return True

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import CheckpointError, DataError
+from unmask.places import naming
 
 LATEST, BEST = "latest", "best"  # links to checkpoints
 MANIFEST = "manifest.json"
@@ -73,15 +74,17 @@ def begin_checkpoint(root: Path, step: int) -> Path:
 
 def write_state(temporary: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write state.json; raises OSError."""
-    (temporary / STATE).write_text(json.dumps({"format": _FORMAT, "step": step, **state}, indent=1) + "\n")
+    with naming(temporary / STATE):
+        (temporary / STATE).write_text(json.dumps({"format": _FORMAT, "step": step, **state}, indent=1) + "\n")
 
 
 def list_files(temporary: Path, files: Iterable[Path]) -> dict[str, list[int]]:
     """Flush files to the disk and return [size, CRC-32] of each by its path within the folder; raises OSError."""
     listing = {}
     for path in sorted(files):
-        listing[str(path.relative_to(temporary))] = [path.stat().st_size, _crc32(path)]
-        _to_disk(path)
+        with naming(path):
+            listing[str(path.relative_to(temporary))] = [path.stat().st_size, _crc32(path)]
+            _to_disk(path)
     return listing
 
 
@@ -117,16 +120,12 @@ def cannot_save(final: Path, reason: str | None) -> CheckpointError:
 
 
 def prune(root: Path, keep: int | None, saved: Path) -> None:
-    """Remove what killed saves left behind, and all but the best and the `keep` newest checkpoints up to this one.
+    """Remove what failed saves left behind, and all but the best and the `keep` newest checkpoints up to this one.
 
     Checkpoints of later steps are ones that this run refused (torn or foreign): they neither count nor are touched, or
     they would push out the whole one.
     """
-    for leftover in root.glob(".step_*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for name in (LATEST, BEST):
-        for link in root.glob(f".{name}.*"):
-            link.unlink(missing_ok=True)
+    remove_parts(root)
     newest_first, best_folder = checkpoints(root), (root / BEST).resolve()
     for folder in [] if keep is None else newest_first[newest_first.index(saved) + keep :]:
         if folder.resolve() == best_folder:
@@ -134,6 +133,15 @@ def prune(root: Path, keep: int | None, saved: Path) -> None:
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.part")  # a kill half-way must not leave a torn step_N
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_parts(root: Path) -> None:
+    """Remove what killed or failed saves left in a run directory, whose holder the caller is."""
+    for leftover in root.glob(".step_*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in (LATEST, BEST):
+        for link in root.glob(f".{name}.*"):
+            link.unlink(missing_ok=True)
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from unmask.errors import CheckpointError, ModelError
 from unmask.models.folders import base_note, find_adapter, stored_tensors
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
+from unmask.places import part_of
 
 # A tensor of one of a stack's layers.
 _LAYER = re.compile(r"(?P<stack>.*\.(?:layers|blocks))\.(?P<layer>\d+)\.(?P<name>.+)")
@@ -48,35 +48,29 @@ def export(
     plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""
     if adapter is not None:
         other_base = base_note(find_adapter(adapter), Path(str(plan.folder)))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"--output: {output} cannot be written ({error.strerror}); choose another place"
-        ) from None
-    try:
-        # torch, as nothing is refused now
-        from unmask.models.loading import build_model, merged_model, save_model, unwrap_weights
+        with part_of(output, folder=True) as part:
+            # torch, as nothing is refused now
+            from unmask.models.loading import build_model, merged_model, save_model, unwrap_weights
 
-        unwrapped = temporary / "unwrapped"
-        if strip_prefix:
-            unwrapped.mkdir()
-            plan = unwrap_weights(plan, unwrapped)
-        model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
-        save_model(model, plan, temporary)
-        warnings = [*plan.notes, *([f"--adapter: {other_base}"] if other_base else [])]
-        warnings += [*_copy_tokenizer(checkpoint, adapter, temporary), *_incomplete(checkpoint, plan)]
-        shutil.rmtree(unwrapped, ignore_errors=True)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
+            unwrapped = part / "unwrapped"
+            if strip_prefix:
+                unwrapped.mkdir()
+                plan = unwrap_weights(plan, unwrapped)
+            model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
+            save_model(model, plan, part)
+            warnings = [*plan.notes, *([f"--adapter: {other_base}"] if other_base else [])]
+            warnings += [*_copy_tokenizer(checkpoint, adapter, part), *_incomplete(checkpoint, plan)]
+            shutil.rmtree(unwrapped, ignore_errors=True)
+            if output.exists():
+                output.rmdir()
+            part.rename(output)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise CheckpointError(f"--output: {output} could not be written ({reason}); nothing of it was left") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"--output: {output} cannot be written ({reason}); nothing of it was left, choose another place"
+        ) from None
     return warnings
 
 

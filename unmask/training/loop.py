@@ -95,6 +95,7 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             run.metrics.write("stopped", step=step, reason="data")
             ranks.barrier()  # the first one that ends, ends the others
             raise DataError(f"{problem}. {_goes_on(run, step)}")
+        _record_lost_output(run, step)
         run.metrics.write("data", step=step, dropped_rows=dict(run.loader.dropped))
         run.metrics.write("end", step=step, reason=reason)
     return TrainingOutcome(step, reason, run.saver.newest, best)
@@ -177,6 +178,12 @@ def _record(run: TrainingRun, step: int, rate: float, result: StepResult, second
         memory_gib=round(run.runtime.memory_gib(), 3),
     )
     run.progress.step(step, result.loss, rate, result.grad_norm, speed)
+    _record_lost_output(run, step)
+
+
+def _record_lost_output(run: TrainingRun, step: int) -> None:
+    for problem in run.progress.newly_lost():
+        run.metrics.write("output", step=step, problem=problem)
 
 
 def _save(run: TrainingRun, step: int, position: Mapping[str, Any], best: Best | None, last: bool) -> None:

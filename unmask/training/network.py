@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from unmask.models.loading import build_model, draw_weights, empty_network, writ
 from unmask.models.lora.files import adapter_state, is_trained, read_adapter, write_adapter_config
 from unmask.models.registry import ModelPlan
 from unmask.models.weights import Piece, base_tensors, fill
+from unmask.places import temporary_folder
 from unmask.rng import key
 from unmask.training.lora import attach, resolve_targets
 from unmask.training.optim import build_optimizer, masters_of
@@ -269,8 +269,7 @@ def other_files(
         run_config: the run's YAML.
         stop_ids: the tokens that end an answer, which go into generation_config.json; an adapter's says nothing else.
     """
-    with tempfile.TemporaryDirectory(prefix="unmask-beside-") as name:
-        folder = Path(name)
+    with temporary_folder("unmask-beside-") as folder:
         if network.adapter is not None:
             write_adapter_config(network.adapter, network.adapter_config, folder)
         else:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from unmask.config.results import CheckpointConfig
 from unmask.errors import CheckpointError
+from unmask.places import LOCK, hold
 from unmask.report.metrics import FILE
-from unmask.training.checkpoint import checkpoints
-
-LOCK = ".lock"
+from unmask.training.checkpoint import checkpoints, remove_parts
 
 
 @contextlib.contextmanager
@@ -27,13 +25,10 @@ def hold_run_dir(root: Path, section: CheckpointConfig) -> Iterator[None]:
             run lies there.
     """
     prepare_run_dir(root)
-    handle = _lock(root)
-    try:
+    with hold(root / LOCK, "checkpoint.checkpoint_dir", root, "trains in"):
+        remove_parts(root)
         _refuse_earlier_run(root, section)
         yield
-    finally:
-        (root / LOCK).unlink(missing_ok=True)  # while it is still locked, so that only our own can be removed
-        os.close(handle)
 
 
 def prepare_run_dir(root: Path) -> None:
@@ -51,47 +46,6 @@ def prepare_run_dir(root: Path) -> None:
         raise CheckpointError(
             f"checkpoint.checkpoint_dir: {root} cannot be written ({error.strerror}); choose another folder"
         ) from None
-
-
-def _lock(root: Path) -> int:
-    """Return the open, locked lock file of a run directory, our process id in it."""
-    path = root / LOCK
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise CheckpointError(_cannot_lock(root, error)) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, path):
-                os.ftruncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
-                return handle
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(handle)
-            raise CheckpointError(
-                f"checkpoint.checkpoint_dir: another process (pid {holder}) trains in {root}; wait for it or set "
-                "checkpoint.checkpoint_dir to another folder"
-            ) from None
-        except OSError as error:
-            os.close(handle)
-            raise CheckpointError(_cannot_lock(root, error)) from None
-        os.close(handle)  # its holder ended and removed it between our opening and our locking it
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _cannot_lock(root: Path, error: OSError) -> str:
-    return (
-        f"checkpoint.checkpoint_dir: {root} cannot be locked against a second run ({error.strerror}); choose a folder "
-        "on a file system with locks"
-    )
 
 
 def _refuse_earlier_run(root: Path, section: CheckpointConfig) -> None:

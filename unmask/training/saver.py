@@ -34,6 +34,7 @@ from unmask.distributed.shard import disk_problem, write_parts
 from unmask.errors import CheckpointError
 from unmask.models.folders import ADAPTER_WEIGHTS, SHARDED
 from unmask.models.weights import passthrough_tensors, read_tensors, save_weights, write_tensors
+from unmask.places import naming
 from unmask.training.checkpoint import begin_checkpoint, cannot_save, commit_checkpoint, list_files, prune, write_state
 from unmask.training.network import OPTIMIZER, Network, gather_adapter, moments, weights
 
@@ -213,7 +214,8 @@ class Saver:
         for name, content in self._files.items():
             path = save.temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            with naming(path):
+                path.write_bytes(content)
         if save.adapter:
             write_tensors(save.adapter, save.temporary / ADAPTER_WEIGHTS)
         write_state(save.temporary, save.step, save.state)

@@ -1,0 +1,97 @@
+"""Laws of parts: what a dead process left is removed by the next of its sort, and nothing else."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.errors import CheckpointError
+from unmask.places import hold, part_of, remove_dead, temporary_folder
+
+WRITE = (
+    "import sys, time; from pathlib import Path; from unmask.places import part_of, temporary_folder\n"
+    "with part_of(Path(sys.argv[1]), folder=sys.argv[2] == 'folder') as part, temporary_folder('unmask-test-') as t:\n"
+    "    print(part, t, sep='\\n', flush=True)\n"
+    "    time.sleep(60)\n"
+)
+
+
+def writer(final: Path, kind: str, among: Path) -> tuple[subprocess.Popen[str], list[Path]]:
+    environment = {**os.environ, "TMPDIR": str(among)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(final), kind], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    return process, [Path(process.stdout.readline().strip()) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, among = tmp_path / "out", tmp_path / "temporary"
+    among.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(among))
+    with writer(final, kind, among)[0] as killed:
+        left = [*tmp_path.glob(".out.*.part"), *among.glob("unmask-test-*")]
+        killed.send_signal(signal.SIGKILL)
+    living, theirs = writer(final, kind, among)
+    others = [tmp_path / ".other.1.part", tmp_path / ".out.x.part", tmp_path / ".out.part"]
+    for path in others:
+        path.touch()
+    with living:
+        assert len(left) == 2 and not any(path.exists() for path in left)  # the living one has removed them
+        with part_of(final) as part, temporary_folder("unmask-test-") as folder:
+            assert all(path.exists() for path in (*theirs, *others, part, folder))
+            part.rename(final)
+        living.terminate()
+    assert final.exists() and all(path.exists() for path in others)
+
+
+def test_a_part_that_another_machine_has_locked_stays(tmp_path: Path) -> None:
+    part = tmp_path / ".out.999999999.part"  # no process of this machine
+    part.mkdir()
+    handle = os.open(part, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    pattern = re.compile(r"\.out\.(\d+)\.part")
+    remove_dead(tmp_path, pattern)
+    assert part.exists()
+    os.close(handle)
+    remove_dead(tmp_path, pattern)
+    assert not part.exists()
+
+
+def test_a_process_with_the_number_of_the_dead_one_takes_its_place(tmp_path: Path) -> None:
+    (tmp_path / f".out.{os.getpid()}.part").mkdir()  # as in containers, where each process is number 1
+    with part_of(tmp_path / "out", folder=True) as part:
+        part.rename(tmp_path / "out")
+
+
+def test_a_link_is_no_part(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".out.999999999.part").symlink_to(tmp_path / "precious")
+    with part_of(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").is_dir()
+
+
+def test_a_part_that_is_not_finished_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), part_of(tmp_path / "out", folder=True) as part:
+        (part / "file").touch()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_is_held_by_one(tmp_path: Path) -> None:
+    with hold(tmp_path / ".lock", "--output", tmp_path, "works in"):
+        with pytest.raises(CheckpointError) as caught, hold(tmp_path / ".lock", "--output", tmp_path, "works in"):
+            pass
+        assert f"--output: another process (pid {os.getpid()}) works in {tmp_path}; wait for it" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

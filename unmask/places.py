@@ -1,0 +1,169 @@
+"""Files and folders that one process writes: the lock on a place, and parts that get their name when they are whole.
+
+A part is named after its process and locked by it. The lock ends with the process, however that dies, so that the next
+command that writes there knows what nobody works on any more, and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from unmask.errors import CheckpointError
+
+LOCK = ".lock"  # in a folder that one process at a time works in
+
+
+@contextlib.contextmanager
+def hold(path: Path, option: str, place: Path, verb: str) -> Iterator[None]:
+    """Create a lock file and hold it; inside, no other process holds it.
+
+    The lock ends with the context or with the process, however that dies; a file left behind locks nothing.
+
+    Args:
+        path: the lock file; its folder is made if need be.
+        option: what the user named the place by, for messages.
+        place: what is locked.
+        verb: what its holder does there, as "trains in".
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be locked.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    handle = _lock_file(path, option, place, verb)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still locked, so that only our own can be removed
+        os.close(handle)
+        with contextlib.suppress(OSError):  # folders that were made and are empty: what was refused leaves nothing
+            for folder in missing:
+                folder.rmdir()
+
+
+def _lock_file(path: Path, option: str, place: Path, verb: str) -> int:
+    """Return the open, locked lock file, our process id in it."""
+    while True:
+        handle = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
+                return handle
+        except BlockingIOError:
+            assert handle is not None
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise CheckpointError(
+                f"{option}: another process (pid {holder}) {verb} {place}; wait for it or give {option} another place"
+            ) from None
+        except OSError as error:
+            if handle is not None:
+                os.close(handle)
+            raise CheckpointError(
+                f"{option}: {place} cannot be locked against a second process ({error.strerror}); choose a folder that "
+                "you may write, on a file system with locks"
+            ) from None
+        os.close(handle)  # its holder ended and removed it between our opening and our locking it
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context that gives an error of the disk the name of the file that it met, where it has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def part_of(final: Path, folder: bool = False) -> Iterator[Path]:
+    """Context with a new file or folder beside `final`, for the caller to fill and rename; removed if it is not.
+
+    What dead processes left of earlier attempts at `final` is removed first. Raises OSError.
+    """
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.part")
+    remove_dead(final.parent, pattern)
+    part = final.with_name(f".{final.name}.{os.getpid()}.part")
+    if folder:
+        part.mkdir()
+    else:
+        part.touch(exist_ok=False)
+    with _locked(part):
+        try:
+            yield part
+        finally:
+            _remove(part)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Context with a folder among the system's temporary ones; removes those of the same prefix whose process died."""
+    among = Path(tempfile.gettempdir())
+    remove_dead(among, re.compile(rf"{re.escape(prefix)}(\d+)-\w+"))
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=among, ignore_cleanup_errors=True) as name:
+        with _locked(Path(name)):
+            yield Path(name)
+
+
+def remove_dead(folder: Path, pattern: re.Pattern[str]) -> None:
+    """Remove what in a folder has a name of `pattern`, whose first group is a process id, and provably no writer."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if (match := pattern.fullmatch(path.name)) and _is_dead(path, int(match[1])):
+                _remove(path)
+
+
+def _is_dead(path: Path, process: int) -> bool:
+    """Say whether a part is this user's, its process is gone from this machine, and no other machine has it locked."""
+    try:
+        if path.is_symlink() or path.stat().st_uid != os.getuid():
+            return False
+        if process != os.getpid():  # in containers the same number comes again and again
+            with contextlib.suppress(ProcessLookupError, OverflowError):
+                os.kill(process, 0)
+                return False
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+    except OSError:  # locked, not ours to read, or without locks: not proven
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks, where nobody can prove anything either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

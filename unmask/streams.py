@@ -1,0 +1,142 @@
+"""Standard input, output and error of a command: what cannot be written never ends work that others are to keep.
+
+Python raises where a pipe has no reader any more or a disk is full, in whatever happens to print, and again when the
+process ends. Here it is seen at the one place through which all of them write, `print`, rich and logging alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, TextIO
+
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class OutputLost(Exception):
+    """Standard output cannot be written, and all that a command gives is what it prints. No OSError, which rich and
+    argparse would take for theirs.
+
+    Attributes:
+        reader_left: whoever read has what he wanted, as `head`; otherwise results are lost.
+    """
+
+    def __init__(self, problem: str, reader_left: bool) -> None:
+        super().__init__(problem)
+        self.reader_left = reader_left
+
+
+class _Stream(io.RawIOBase):
+    """A file descriptor that goes quiet where it cannot be written any more."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor, self.name = descriptor, name
+        self.needed = False  # raise OutputLost instead
+        self.problem: str | None = None
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        while True:
+            try:
+                return os.write(self.descriptor, data)
+            except BlockingIOError:  # another program that has this pipe asked not to wait for its reader
+                select.select((), (self.descriptor,), ())
+            except OSError as error:
+                self.problem = f"{self.name}: {error.strerror}"
+                # All that comes later succeeds: Python's own last flush, libraries in C, processes that are started.
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.descriptor)
+                os.close(null)
+                if self.needed:
+                    raise OutputLost(self.problem, isinstance(error, BrokenPipeError)) from None
+                return len(data)
+
+
+def lost_outputs() -> list[str]:
+    """Return what could not be written, a line for each of standard output and standard error."""
+    return [raw.problem for raw in map(_raw, (sys.stdout, sys.stderr)) if raw is not None and raw.problem is not None]
+
+
+def need_output(needed: bool) -> None:
+    """Say whether a command has nothing to give but what it prints, so that without standard output it may end."""
+    if (raw := _raw(sys.stdout)) is not None:
+        raw.needed = needed
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Context in which no character and no failure to write ends a command, and a signal leaves the cursor visible.
+
+    Streams that a caller has put in place of the process's own stay as they are.
+    """
+    for descriptor in range(3):  # one that is closed would become the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdin, sys.stdout, sys.stderr
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    sys.stdout = _guarded(sys.stdout, sys.__stdout__, 1, "standard output")
+    sys.stderr = _guarded(sys.stderr, sys.__stderr__, 2, "standard error")
+    handlers = _show_cursor_at_signals()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OutputLost):
+                stream.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+def _guarded(stream: TextIO | None, original: TextIO | None, descriptor: int, name: str) -> TextIO:
+    if stream is not original:
+        assert stream is not None
+        return stream
+    buffer = io.BufferedWriter(_Stream(descriptor, name))
+    if stream is None:
+        return io.TextIOWrapper(buffer, "utf-8", "replace")
+    stream.flush()
+    unbuffered = bool(getattr(stream, "write_through", False))
+    line = unbuffered or descriptor == 2 or buffer.isatty()
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=line, write_through=unbuffered)
+
+
+def _raw(stream: Any) -> _Stream | None:
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw if isinstance(raw, _Stream) else None
+
+
+def _show_cursor_at_signals() -> dict[int, Any]:
+    """Let signals that end a process show the cursor first, which a live line hides; return the handlers before."""
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for descriptor in terminals:
+            with contextlib.suppress(OSError):
+                os.write(descriptor, _SHOW_CURSOR)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGHUP) if terminals else ():
+        with contextlib.suppress(ValueError):  # not the main thread
+            if signal.getsignal(number) is signal.SIG_DFL:
+                handlers[number] = signal.signal(number, end)
+    return handlers
