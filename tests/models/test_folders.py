@@ -302,3 +302,10 @@ def test_the_same_adapter_of_another_scale_is_another_model(tmp_path: Path) -> N
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
         found.append(JobPlan("", ModelPlan(none, none, {}, tmp_path), tmp_path, {}, none, tmp_path).fingerprint())
     assert found[0]["weights"] == found[1]["weights"] and found[0]["adapter"] != found[1]["adapter"]
+
+
+@pytest.mark.parametrize("text", ['{"n_heads": 4, "n_heads": 2}', '{"a": {"n_heads": 4, "n_heads": 4}}'])
+def test_a_key_given_twice_in_a_checkpoints_json_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match="config.json: the key 'n_heads' is given twice in one object"):
+        folders.read_json(tmp_path / "config.json")

@@ -116,9 +116,17 @@ def _download(name: str, where: str, patterns: list[str]) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from a file; ModelError names the file when it is missing, cut short or not an object."""
+    """Parse a JSON object from a file; ModelError names the file when it is missing, cut short or not an object.
+
+    A key that is given twice is refused, too: which of its values is meant is unknown.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_read_object)
+    except KeyError as error:
+        raise ModelError(
+            f"{path}: the key {error.args[0]!r} is given twice in one object, and which value is meant is unknown; "
+            "take one of them out"
+        ) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); copy the checkpoint again") from None
     except ValueError as error:
@@ -126,6 +134,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return values
+
+
+def _read_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; KeyError of a key that is there twice."""
+    made: dict[str, Any] = {}
+    for key, value in members:
+        if key in made:
+            raise KeyError(key)
+        made[key] = value
+    return made
 
 
 def read_generation(folder: Path, adapter: Path | None = None) -> dict[str, Any]:
