@@ -16,8 +16,8 @@ import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import read_template
 from unmask.data.sources import open_rows
+from unmask.data.template_source import read_template
 from unmask.errors import UnmaskError
 from unmask.models.diffusion_gemma.family import FAMILY
 from unmask.models.tokenizer import train_tokenizer

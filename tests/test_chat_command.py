@@ -48,7 +48,7 @@ def chat(checkpoint, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def parts(fixtures: Path):
     """A model of a context of 64 tokens with its tokenizer, and its template."""
-    from unmask.data.chat import load_template
+    from unmask.data.template_loading import load_template
     from unmask.models.loading import load_model
     from unmask.models.tokenizer import load_tokenizer
 

@@ -14,6 +14,7 @@ import torch
 
 import unmask
 from unmask.cli import main
+from unmask.data.template_loading import load_template
 from unmask.errors import ConfigError, DataError, ModelError
 from unmask.models.folders import end_ids, read_generation
 from unmask.models.tokenizer import load_tokenizer
@@ -126,7 +127,7 @@ def test_a_checkpoint_that_does_not_say_ends_as_its_template_does(trained: Any, 
     model.generation, tokenizer = {}, load_tokenizer(str(trained.root))
     loaded = as_loaded(model, tokenizer)
     assert loaded.stop_ids == (EOS, END)
-    other = unmask.data.chat.load_template(tokenizer, "llada", for_training=False)
+    other = load_template(tokenizer, "llada", for_training=False)
     assert dataclasses.replace(loaded, template=other).stop_ids == (EOS, EOT)
     tokenizer.chat_template = None
     bare = as_loaded(model, tokenizer)

@@ -76,7 +76,7 @@ def test_export_is_read_alike_by_us_and_by_transformers(full: Path, tiny, tmp_pa
     theirs = AutoModelForCausalLM.from_pretrained(plain)
     with torch.no_grad():
         torch.testing.assert_close(theirs(IDS).logits, trained, rtol=1e-5, atol=1e-5)
-    from unmask.data.chat import read_template
+    from unmask.data.template_source import read_template
 
     tokenizer = AutoTokenizer.from_pretrained(plain)
     assert tokenizer.chat_template == read_template("llada")

@@ -26,8 +26,8 @@ from torch import nn
 from unmask.assemble import run_training
 from unmask.config import load_config
 from unmask.config.sampler import SamplerConfig
-from unmask.data.chat import read_template
 from unmask.data.conversation import Message
+from unmask.data.template_source import read_template
 from unmask.errors import CheckpointError
 from unmask.evaluation.exact_match import score_answers
 from unmask.evaluation.tasks import Question

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from unmask.data.chat import ChatTemplate, Encoded, load_template, read_template
+from unmask.data.chat import ChatTemplate, Encoded
+from unmask.data.template_loading import load_template
+from unmask.data.template_source import read_template
 from unmask.errors import DataError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import ChatTemplate, Encoded, load_template, read_template
+from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Message
 from unmask.data.encode import EncodedRow, RowEncoder
 from unmask.data.formats import Columns, read_conversation
 from unmask.data.prep import prep_gsm8k
 from unmask.data.sources import open_rows
+from unmask.data.template_loading import load_template
+from unmask.data.template_source import read_template
 from unmask.errors import DataError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

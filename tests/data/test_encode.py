@@ -6,10 +6,11 @@ import json
 import pytest
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import load_template, read_template
 from unmask.data.conversation import Conversation, Message
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder, encode_row
 from unmask.data.sources import open_rows
+from unmask.data.template_loading import load_template
+from unmask.data.template_source import read_template
 from unmask.errors import DataError
 
 ROW = (Message("user", "question"), Message("assistant", "answer"))

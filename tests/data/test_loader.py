@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from unmask.config.data import DataloaderConfig, DatasetConfig
 from unmask.config.reader import read_section
 from unmask.data.batches import rounded, validation_set
-from unmask.data.chat import load_template
 from unmask.data.conversation import Conversation, Message
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
 from unmask.data.loader import TrainLoader
 from unmask.data.order import epoch_windows
 from unmask.data.sources import open_rows
+from unmask.data.template_loading import load_template
 from unmask.data.visited import row_digest
 from unmask.errors import ConfigError, DataError
 

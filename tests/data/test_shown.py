@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import load_template, read_template
 from unmask.data.conversation import read_turns
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
 from unmask.data.shown import CHANGED_TEXT, UNSHOWN_REASONING
 from unmask.data.sources import open_rows
+from unmask.data.template_loading import load_template
+from unmask.data.template_source import read_template
 from unmask.errors import DataError
 
 REPORTS = Path(__file__).parents[1] / "fixtures" / "reports"

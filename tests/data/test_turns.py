@@ -9,10 +9,11 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from unmask.config.data import DatasetConfig
-from unmask.data.chat import ChatTemplate, load_template, read_template
+from unmask.data.chat import ChatTemplate
 from unmask.data.encode import EncodedRow, RowEncoder
 from unmask.data.sources import open_rows
-from unmask.data.template_check import check_end
+from unmask.data.template_loading import check_end, load_template
+from unmask.data.template_source import read_template
 from unmask.errors import DataError
 
 REPORTS = Path(__file__).parents[1] / "fixtures" / "reports"

@@ -26,7 +26,7 @@ Train = Callable[..., Any]
 # `fatal` is for the moments that a random kill meets by chance, met on purpose: SIGKILL in the n-th call of a function.
 SERVER = """
 import json, os, signal, sys
-import matplotlib.pyplot, torch._dynamo, unmask.assemble, unmask.data.chat, unmask.data.loader
+import matplotlib.pyplot, torch._dynamo, unmask.assemble, unmask.data.loader, unmask.data.template_loading
 import unmask.training.loop, unmask.training.run, unmask.training.saver
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmask.cli import main

@@ -21,7 +21,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -31,29 +30,28 @@ from unmask.data.conversation import Message
 from unmask.data.renderings import (
     PROBE,
     Marked,
-    Span,
     Turn,
     answer_turns,
-    control_pattern,
+    cut_at,
     find_answers,
+    joined,
     literal_pieces,
     mark_controls,
     reasoning_of,
-    with_reasoning,
 )
 from unmask.data.shown import CHANGED_TEXT, UNREAD_KEY, Shape, check_shown, more_keys, shape_of, text_of, with_probes
-from unmask.data.template_check import check_answer
-from unmask.data.template_source import read_template, remedy, template_names, with_variables, words_of
-from unmask.data.turns import AnswerForm, answer_form, special_words, turn_tokens
+from unmask.data.supervision import (
+    Rendered,
+    check_tagged_reasoning,
+    check_whole_answers,
+    spans_of_answers,
+    unknown_answers,
+)
+from unmask.data.template_source import words_of
+from unmask.data.turns import AnswerForm, answer_form
 from unmask.errors import DataError
 
-__all__ = ["ChatTemplate", "Encoded", "load_template", "read_template", "template_names"]
-
-_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # how control tokens look in our own templates
 _SHAPES = 4096  # shapes of conversations that are remembered
-Rendered = tuple[str, list[Span | None]]  # the text, and its stretches
-_PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,66 +66,9 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
-def load_template(
-    tokenizer: Any,
-    chat_template: str | None = None,
-    control_ids: Sequence[int] = (),
-    *,
-    variables: Mapping[str, Any] | None = None,
-    supervise_reasoning: bool = False,
-    for_training: bool = True,
-) -> ChatTemplate:
-    """Return the template that renders and supervises conversations for `tokenizer`.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        chat_template: name of one of ours, or path of a .jinja file; None takes the tokenizer's own.
-        control_ids: further ids that text must never spell (the model's mask), beside special tokens and those that the
-            template writes around turns.
-        variables: what the template's own variables are, such as enable_thinking.
-        supervise_reasoning: refuse a template that renders no reasoning, or does not show where it is.
-        for_training: refuse a template that does not show where answers start; prompts do not need to know.
-
-    Raises:
-        DataError: no template, one that cannot be read or does not know a variable, one of ours for another family's
-            tokenizer, or (for training) one that does not show where answers start.
-    """
-    if chat_template is not None:
-        source, name = read_template(chat_template), chat_template
-    elif tokenizer.chat_template is None:
-        raise DataError(f"dataset.chat_template: the tokenizer has no chat template; {remedy()}")
-    else:
-        try:
-            source, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
-        except ValueError as error:
-            raise DataError(f"dataset.chat_template: {_reason(error)}; {remedy()}") from None
-    source = with_variables(source, variables or {}, name)
-    special = special_words(tokenizer, control_ids)
-    template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(special))
-    turn = turn_tokens(tokenizer, template._text)
-    template = replace(template, controls=control_pattern(special.union(turn.values())), turn_ids=frozenset(turn))
-    if chat_template in template_names():
-        _check_vocabulary(template)
-    if for_training:
-        check_answer(template, supervise_reasoning)
-    return template
-
-
-def _check_vocabulary(template: ChatTemplate) -> None:
-    """Refuse a template of ours whose control tokens the tokenizer would spell out in characters."""
-    written = dict.fromkeys(_CONTROL.findall(template.render(_PROBE)))
-    unknown = [token for token in written if len(template.tokenizer.encode(token, add_special_tokens=False)) != 1]
-    if unknown:
-        raise DataError(
-            f"dataset.chat_template: {template.name} writes {', '.join(unknown)}, which this tokenizer has not among "
-            "its tokens, so they would be spelt out as text; name the template of the model's family (one of "
-            f"{', '.join(template_names())}), or in dataset.tokenizer the tokenizer of the template's"
-        )
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders conversations and says which tokens are supervised; made by `load_template`.
+    """Renders conversations and says which tokens are supervised; made by `template_loading.load_template`.
 
     Attributes:
         source: the template's Jinja source.
@@ -151,7 +92,7 @@ class ChatTemplate:
     @cached_property
     def form(self) -> AnswerForm:
         """What the template writes around an answer."""
-        return answer_form(self.tokenizer, self._text, self.turn_ids)
+        return answer_form(self.tokenizer, self.render, self.turn_ids)
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
         """Return the template for conversations in which the assistant may call these tools.
@@ -175,7 +116,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation; DataError when the template refuses it."""
-        return self._render([_as_dict(message) for message in messages], add_generation_prompt)[0]
+        return self.render_spans([_as_dict(message) for message in messages], add_generation_prompt)[0]
 
     def answers(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[range]:
         """Return the numbers of the turns of each answer that may be supervised, in order.
@@ -186,7 +127,7 @@ class ChatTemplate:
             DataError: one answer has turns that may be supervised and others that may not.
         """
         allowed = []
-        for answer in answer_turns(self._text, [_as_dict(message) for message in messages]):
+        for answer in answer_turns(self.render, [_as_dict(message) for message in messages]):
             flags = {_may_be_supervised(messages[number]) for number in answer}
             if len(flags) == 2:
                 raise DataError(
@@ -200,7 +141,7 @@ class ChatTemplate:
     def check_conversation(self, messages: Sequence[Message | Mapping[str, Any]], supervise_reasoning: bool) -> None:
         """Raise DataError if the template refuses a conversation, or leaves out what its text must have."""
         turns = self._marked(messages, supervise_reasoning).turns
-        self._render(turns, supervise_reasoning=supervise_reasoning)
+        self.render_spans(turns, supervise_reasoning=supervise_reasoning)
         self._check_shown(turns, False, supervise_reasoning)
 
     def encode(
@@ -230,15 +171,16 @@ class ChatTemplate:
         notes = self._check_shown(turns, False, supervise_reasoning)
         if not all(map(marked.restored(text).__contains__, map(text_of, map(_as_dict, messages[: len(turns)])))):
             notes = (*notes, CHANGED_TEXT)
-        supervised = self._spans_of(wanted, turns, spans, supervise_reasoning)
+        render = self.render_spans
+        supervised = spans_of_answers(render, turns, spans, wanted, supervise_reasoning, self.name)
         if None in supervised:
-            raise DataError(self._unknown_answers(turns, supervise_reasoning))
+            raise DataError(unknown_answers(render, turns, spans, supervise_reasoning, self.name))
         if self.tagged and any(map(reasoning_of, turns)):
-            self._check_tagged_reasoning(turns, supervise_reasoning)
-            self._check_whole_answers(turns, wanted, len(spans))
+            check_tagged_reasoning(render, turns, supervise_reasoning, self.name)
+            check_whole_answers(render, turns, spans, wanted, self.name)
         end = max((span[1] for span in supervised if span), default=len(text))
         ids, flags = [], []
-        for start, stop in _pieces(end, spans):
+        for start, stop in cut_at(spans, end):
             piece_ids = self._tokenize(text[start:stop], marked)
             ids += piece_ids
             flags += [any(span and span[0] <= start and stop <= span[1] for span in supervised)] * len(piece_ids)
@@ -253,7 +195,7 @@ class ChatTemplate:
         marked = self._marked(messages, prompt=True)
         text, spans = self._answers(marked.turns, add_generation_prompt=True)
         self._check_shown(marked.turns, True)
-        return [piece for start, end in _pieces(len(text), spans) for piece in marked.pieces(text[start:end])]
+        return [piece for start, end in cut_at(spans, len(text)) for piece in marked.pieces(text[start:end])]
 
     def literal_pieces(self, text: str) -> list[str]:
         """Return the text of a turn in pieces that spell no control token, to be tokenised apart."""
@@ -262,8 +204,8 @@ class ChatTemplate:
     def around_answer(self, messages: Sequence[Message | Mapping[str, Any]]) -> tuple[str, str]:
         """Return what the template writes between a prompt and the text of its answer, and behind that text."""
         turns = [_as_dict(message) for message in messages]
-        prompt = self._render(turns, add_generation_prompt=True)[0]
-        before, _, after = self._render([*turns, {"role": "assistant", "content": PROBE}])[0].partition(PROBE)
+        prompt = self.render_spans(turns, add_generation_prompt=True)[0]
+        before, _, after = self.render_spans([*turns, {"role": "assistant", "content": PROBE}])[0].partition(PROBE)
         return before.removeprefix(prompt) if before.startswith(prompt) else "", after
 
     def _check_shown(
@@ -278,7 +220,7 @@ class ChatTemplate:
         if shape not in self.shapes:
             probed = with_probes(turns)
             text, spans = self._answers(probed, add_generation_prompt, supervise_reasoning)
-            if self.tools and text == replace(self, tools=())._render(probed, add_generation_prompt)[0]:
+            if self.tools and text == replace(self, tools=()).render(probed, add_generation_prompt):
                 raise DataError(
                     f"dataset.chat_template: {self.name} does not show the row's tools; name a template that renders "
                     "them, or set dataset.ignore_keys: [tools]"
@@ -293,91 +235,20 @@ class ChatTemplate:
         """Say whether a key of the turns changes their text."""
         less = [{name: value for name, value in turn.items() if name != key} for turn in turns]
         try:
-            return self._text(less, add_generation_prompt) != self._text(turns, add_generation_prompt)
+            return self.render(less, add_generation_prompt) != self.render(turns, add_generation_prompt)
         except DataError:  # the template insists on it
             return True
-
-    def _spans_of(
-        self, wanted: list[range], turns: list[Turn], spans: list[Span | None], supervise_reasoning: bool
-    ) -> list[Span | None]:
-        """Return the stretches that are the `wanted` of a conversation's answers."""
-        answers = answer_turns(self._text, turns)
-        if len(wanted) == len(answers):
-            return spans
-        if len(spans) == len(answers):
-            return [span for answer, span in zip(answers, spans, strict=True) if answer in wanted]
-        # As many tags stand before an answer as in the conversation before it.
-        firsts = [len(self._render(turns[: answer.start], False, supervise_reasoning)[1]) for answer in answers]
-        parts = [spans[first:last] for first, last in pairwise((*firsts, len(spans)))]
-        kept = [part for answer, part in zip(answers, parts, strict=True) if answer in wanted]
-        if not all(kept):
-            raise DataError(
-                f"dataset.answers: {self.name} tags {len(spans)} stretches in {len(answers)} answers, so which of them "
-                "belong to which is unknown; set dataset.answers: all, or tag each answer once"
-            )
-        return [span for part in kept for span in part]
-
-    def _check_tagged_reasoning(self, turns: list[Turn], supervise_reasoning: bool) -> None:
-        """Refuse tags that take reasoning in or leave it out against what is asked for."""
-        probed = [with_reasoning(turn, PROBE) if reasoning_of(turn) else turn for turn in turns]
-        text, spans = self._render(probed, supervise_reasoning=supervise_reasoning)
-        for match in re.finditer(PROBE, text):
-            inside = any(start <= match.start() < end for start, end in filter(None, spans))
-            if inside and not supervise_reasoning:
-                raise DataError(
-                    f"dataset.supervise_reasoning: {self.name} has reasoning inside its {{% generation %}} tags; set "
-                    "dataset.supervise_reasoning: true, or name a template in dataset.chat_template that tags it not"
-                )
-            if supervise_reasoning and not inside:
-                raise DataError(
-                    f"dataset.supervise_reasoning: {self.name} has reasoning outside its {{% generation %}} tags and "
-                    "knows no variable supervise_reasoning; set dataset.supervise_reasoning: false, or name another "
-                    "template in dataset.chat_template"
-                )
-
-    def _check_whole_answers(self, turns: list[Turn], wanted: list[range], spans: int) -> None:
-        """Refuse reasoning that parts an answer: what stands before it would be learned as one that ends there."""
-        inside = {number for answer in wanted for number in answer}
-        bare = [with_reasoning(turn, "") if number in inside else turn for number, turn in enumerate(turns)]
-        if spans > len(self._render(bare)[1]):
-            raise DataError(
-                f"dataset.supervise_reasoning: {self.name} has reasoning between assistant messages in a row, which "
-                "are one answer, so what stands before it has no end to learn; set dataset.supervise_reasoning: true, "
-                "or give the reasoning with the first of them"
-            )
-
-    def _unknown_answers(self, turns: list[Turn], supervise_reasoning: bool) -> str:
-        # In the template's own words where it refuses a part of the conversation.
-        for answer in answer_turns(self._text, turns):
-            self._render(turns[: answer.start], add_generation_prompt=True)
-            self._render(turns[: answer.stop])
-        untagged = f"dataset.chat_template: {self.name} has no {{% generation %}} tags"
-        if not supervise_reasoning and any(map(reasoning_of, turns)):
-            return (
-                f"{untagged}, and its renderings with and without reasoning do not show where the answer after it "
-                "starts; set dataset.supervise_reasoning: true, or name a template with tags in dataset.chat_template"
-            )
-        if self._answers(turns, supervise_reasoning=supervise_reasoning)[1][-1]:
-            return (
-                f"{untagged} and renders an answer differently once more turns follow, so where the earlier answers "
-                "of a conversation lie is unknown; set dataset.answers: one or last, or "
-                f"{remedy().removeprefix('set ')}"
-            )
-        return (
-            f"{untagged} and renders the turns before an answer differently once the answer follows, so where an "
-            f"answer starts is unknown; {remedy()}"
-        )
 
     def _answers(
         self, turns: list[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False
     ) -> Rendered:
         """Return the rendered text and where the answers lie in it, None for one whose place is unknown."""
-        text, spans = self._render(turns, add_generation_prompt, supervise_reasoning)
+        text, spans = self.render_spans(turns, add_generation_prompt, supervise_reasoning)
         if self.tagged:
             return text, spans
-        return text, find_answers(self._text, text, turns, supervise_reasoning, self.form.tail)
+        return text, find_answers(self.render, text, turns, supervise_reasoning, self.form.tail)
 
-    def _render(
+    def render_spans(
         self, turns: Sequence[Turn], add_generation_prompt: bool = False, supervise_reasoning: bool = False
     ) -> Rendered:
         """Return the text and, for a tagged template, the tagged stretches; those that touch are one."""
@@ -394,7 +265,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise DataError(f"dataset.chat_template: {self.name} refuses the conversation: {_reason(error)}") from None
         texts, spans = rendered
-        return texts[0], _joined(spans[0]) if self.tagged else []
+        return texts[0], joined(spans[0]) if self.tagged else []
 
     def _marked(
         self,
@@ -403,11 +274,8 @@ class ChatTemplate:
         prompt: bool = False,
     ) -> Marked:
         turns = [_as_dict(message) for message in messages]
-        render = partial(self._text, add_generation_prompt=prompt)
+        render = partial(self.render, add_generation_prompt=prompt)
         return mark_controls(turns, self.controls, render, self.name, supervise_reasoning)
-
-    def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        return self._render(turns, add_generation_prompt)[0]
 
     def _tokenize(self, text: str, marked: Marked) -> list[int]:
         """Return the ids of a piece of text; markers become the text that they stand for, as plain characters."""
@@ -415,24 +283,6 @@ class ChatTemplate:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _pieces(length: int, spans: Sequence[Span | None]) -> list[Span]:
-    """Cut 0..length at both ends of every span."""
-    cuts = sorted({0, length, *(cut for span in spans if span for cut in span)})
-    return list(pairwise(cuts))
-
-
-def _joined(spans: Sequence[Sequence[int]]) -> list[Span | None]:
-    """Return stretches in order, those that touch as one: assistant turns in a row that the template joins."""
-    joined: list[Span | None] = []
-    for start, end in spans:
-        last = joined[-1] if joined else None
-        if last and last[1] == start:
-            joined[-1] = (last[0], end)
-        else:
-            joined.append((start, end))
-    return joined
 
 
 def _as_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from unmask.data.conversation import REASONING
@@ -128,6 +128,24 @@ def _after_reasoning(before: str, through: str, without: str) -> Span | None:
     if not without.startswith(before) or not through.endswith(answer) or start < len(before):
         return None
     return start, len(through)
+
+
+def joined(spans: Sequence[Sequence[int]]) -> list[Span | None]:
+    """Return spans in order, those that touch as one: assistant turns in a row that the template joins."""
+    together: list[Span | None] = []
+    for start, end in spans:
+        last = together[-1] if together else None
+        if last and last[1] == start:
+            together[-1] = (last[0], end)
+        else:
+            together.append((start, end))
+    return together
+
+
+def cut_at(spans: Sequence[Span | None], length: int) -> list[Span]:
+    """Return the pieces of 0..length when it is cut at both ends of every span."""
+    cuts = sorted({0, length, *(cut for span in spans if span for cut in span)})
+    return list(pairwise(cuts))
 
 
 @dataclass(frozen=True)

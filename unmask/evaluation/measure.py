@@ -15,8 +15,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from unmask.data.chat import load_template
 from unmask.data.conversation import Message
+from unmask.data.template_loading import load_template
 from unmask.distributed.inference import divide_rows
 from unmask.distributed.ranks import from_first
 from unmask.errors import DataError, ModelError

@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from unmask.config.sampler import SamplerConfig
-from unmask.data.chat import ChatTemplate, template_names
+from unmask.data.chat import ChatTemplate
 from unmask.data.keys import is_blank
+from unmask.data.template_source import template_names
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
 from unmask.places import part_of

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.data.chat import ChatTemplate, load_template
+from unmask.data.chat import ChatTemplate
 from unmask.data.conversation import Conversation, Message, read_content, read_turns
 from unmask.data.keys import RowProblem, is_blank
 from unmask.data.renderings import control_pattern
+from unmask.data.template_loading import load_template
 from unmask.data.turns import special_words
 from unmask.errors import ConfigError, DataError, SamplingError
 from unmask.sampling.prompt_rows import KEYS, is_row, read_prompts, read_row

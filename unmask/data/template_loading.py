@@ -1,20 +1,86 @@
-"""Whether training can use a chat template: it is asked for one plain exchange, as a row would be.
+"""Loads a chat template for a tokenizer, and refuses one that training cannot use.
 
-What a template makes of longer conversations shows when a row has one. The functions take a `chat.ChatTemplate`.
+Whether training can use it shows in how it renders one plain exchange. What it makes of longer conversations shows when
+a row has one.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Message
-from unmask.data.template_source import remedy
-from unmask.data.turns import MARKUP, STARTS
+from unmask.data.renderings import control_pattern
+from unmask.data.template_source import read_template, remedy, template_names, with_variables
+from unmask.data.turns import MARKUP, STARTS, special_words, turn_tokens
 from unmask.errors import DataError
 
+_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>")  # how control tokens look in our own templates
+_PROBE = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
 
-def check_answer(template: Any, supervise_reasoning: bool = False) -> None:
+
+def load_template(
+    tokenizer: Any,
+    chat_template: str | None = None,
+    control_ids: Sequence[int] = (),
+    *,
+    variables: Mapping[str, Any] | None = None,
+    supervise_reasoning: bool = False,
+    for_training: bool = True,
+) -> ChatTemplate:
+    """Return the template that renders and supervises conversations for `tokenizer`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat_template: name of one of ours, or path of a .jinja file; None takes the tokenizer's own.
+        control_ids: further ids that text must never spell (the model's mask), beside special tokens and those that the
+            template writes around turns.
+        variables: what the template's own variables are, such as enable_thinking.
+        supervise_reasoning: refuse a template that renders no reasoning, or does not show where it is.
+        for_training: refuse a template that does not show where answers start; prompts do not need to know.
+
+    Raises:
+        DataError: no template, one that cannot be read or does not know a variable, one of ours for another family's
+            tokenizer, or (for training) one that does not show where answers start.
+    """
+    if chat_template is not None:
+        source, name = read_template(chat_template), chat_template
+    elif tokenizer.chat_template is None:
+        raise DataError(f"dataset.chat_template: the tokenizer has no chat template; {remedy()}")
+    else:
+        try:
+            source, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
+        except ValueError as error:
+            raise DataError(f"dataset.chat_template: {' '.join(str(error).split())}; {remedy()}") from None
+    source = with_variables(source, variables or {}, name)
+    special = special_words(tokenizer, control_ids)
+    template = ChatTemplate(tokenizer, source, name, bool(_TAG.search(source)), control_pattern(special))
+    turn = turn_tokens(tokenizer, template.render)
+    template = replace(template, controls=control_pattern(special.union(turn.values())), turn_ids=frozenset(turn))
+    if chat_template in template_names():
+        _check_vocabulary(template)
+    if for_training:
+        check_answer(template, supervise_reasoning)
+    return template
+
+
+def _check_vocabulary(template: ChatTemplate) -> None:
+    """Refuse a template of ours whose control tokens the tokenizer would spell out in characters."""
+    written = dict.fromkeys(_CONTROL.findall(template.render(_PROBE)))
+    unknown = [token for token in written if len(template.tokenizer.encode(token, add_special_tokens=False)) != 1]
+    if unknown:
+        raise DataError(
+            f"dataset.chat_template: {template.name} writes {', '.join(unknown)}, which this tokenizer has not among "
+            "its tokens, so they would be spelt out as text; name the template of the model's family (one of "
+            f"{', '.join(template_names())}), or in dataset.tokenizer the tokenizer of the template's"
+        )
+
+
+def check_answer(template: ChatTemplate, supervise_reasoning: bool = False) -> None:
     """Raise DataError if an exchange does not show which of its tokens are the answer.
 
     With `supervise_reasoning`, so it must of an answer that has reasoning.
@@ -48,7 +114,7 @@ def check_answer(template: Any, supervise_reasoning: bool = False) -> None:
         )
 
 
-def check_end(template: Any) -> None:
+def check_end(template: ChatTemplate) -> None:
     """Raise DataError if no token that ends an answer is supervised in an exchange."""
     learned = _learned(template.encode(_exchange(template)))
     if set(learned).isdisjoint(template.form.stop_ids):
@@ -64,25 +130,25 @@ def check_end(template: Any) -> None:
         )
 
 
-def _learned(encoded: Any) -> list[int]:
+def _learned(encoded: Encoded) -> list[int]:
     return [token for token, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised]
 
 
-def _behind_stop(template: Any, encoded: Any) -> int:
+def _behind_stop(template: ChatTemplate, encoded: Encoded) -> int:
     """Return how many tokens of an answer stand behind its first stop token; 0 without one."""
     learned = _learned(encoded)
     first = next((place for place, token in enumerate(learned) if token in template.form.stop_ids), len(learned) - 1)
     return len(learned) - 1 - first
 
 
-def _exchange(template: Any) -> list[Message]:
+def _exchange(template: ChatTemplate) -> list[Message]:
     """Return a plain question and answer, with a system turn where the template insists on one."""
     words = {"system": "Answer.", "user": "a"}
     start = [Message(turn["role"], words[turn["role"]]) for turn in template.form.start or STARTS[0]]
     return [*start, Message("assistant", "b")]
 
 
-def _check_header(template: Any, prompt: list[int], encoded: Any) -> None:
+def _check_header(template: ChatTemplate, prompt: list[int], encoded: Encoded) -> None:
     """Refuse an answer that starts later than the prompt ends: a model would be asked otherwise than it was trained."""
     first = encoded.supervised.index(True)
     between = encoded.ids[len(prompt) : first] if encoded.ids[: len(prompt)] == prompt else []
