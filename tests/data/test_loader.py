@@ -18,9 +18,9 @@ from unmask.data.conversation import Conversation, Message
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
 from unmask.data.loader import TrainLoader
 from unmask.data.order import epoch_windows
+from unmask.data.position import row_digest
 from unmask.data.sources import open_rows
 from unmask.data.template_loading import load_template
-from unmask.data.visited import row_digest
 from unmask.errors import ConfigError, DataError
 
 PAD = 9999  # no row's token
@@ -396,7 +396,7 @@ def test_data_that_changed_ahead_of_a_position_are_accepted(settings, steps):
     mended = sorted(set(range(60)) - behind)[:3]
     changed = [text + "!" * 20 if index in mended else text for index, text in enumerate(texts)]
     resumed = loader(Worded.of(changed), **settings)
-    position, note = resumed.fit(state, accept_changed=False)
+    position, note = resumed.reconcile(state, accept_changed=False)
     assert note == BEHIND
     resumed.load_state_dict(position)
     rest = {sample for step in islice(resumed, 7 - steps) for sample in ids(step)}
@@ -407,7 +407,7 @@ def test_data_that_changed_ahead_of_a_position_are_accepted(settings, steps):
 def test_data_that_lie_elsewhere_now_are_accepted(settings):
     source, state, _ = after(words(60), 9, **settings)
     moved = loader(replace(Worded.of(words(60)), fingerprint="moved"), **settings)
-    position, note = moved.fit(state, accept_changed=False)
+    position, note = moved.reconcile(state, accept_changed=False)
     assert note == BEHIND
     moved.load_state_dict(position)
     assert ids(next(iter(moved))) == ids(next(iter(source)))
@@ -422,16 +422,16 @@ def test_data_that_changed_under_what_was_trained_on_are_refused_unless_accepted
     changed = [text + "!" if index == one else text for index, text in enumerate(texts)]
     resumed = loader(Worded.of(changed), **settings)
     with pytest.raises(DataError, match="rows that it was trained on are no longer the same$"):
-        resumed.fit(state, accept_changed=False)
-    position, note = resumed.fit(state, accept_changed=True)
+        resumed.reconcile(state, accept_changed=False)
+    position, note = resumed.reconcile(state, accept_changed=True)
     assert note == "rows that were trained on; checkpoint.accept_changed_data goes on with them as they are"
     resumed.load_state_dict(position)
     next(iter(resumed))
     # From here on the rows as they are now are the ones that count.
     again = loader(Worded.of(changed), **settings)
-    assert again.fit(resumed.state_dict(), accept_changed=False) == (resumed.state_dict(), None)
+    assert again.reconcile(resumed.state_dict(), accept_changed=False) == (resumed.state_dict(), None)
     again = loader(replace(Worded.of(changed), fingerprint="moved"), **settings)
-    assert again.fit(resumed.state_dict(), accept_changed=False)[1] == BEHIND
+    assert again.reconcile(resumed.state_dict(), accept_changed=False)[1] == BEHIND
 
 
 def test_rows_added_at_the_end_put_shuffled_rows_in_another_order():
@@ -439,13 +439,13 @@ def test_rows_added_at_the_end_put_shuffled_rows_in_another_order():
     for steps in (2, 9):
         _, state, _ = after(texts, steps)
         with pytest.raises(DataError, match=r"no longer the same \(60 rows then, 61 now\)"):
-            loader(Worded.of([*texts, "more"])).fit(state, accept_changed=False)
+            loader(Worded.of([*texts, "more"])).reconcile(state, accept_changed=False)
         more = loader(Worded.of([*texts, "more"]))
-        more.load_state_dict(more.fit(state, accept_changed=True)[0])
+        more.load_state_dict(more.reconcile(state, accept_changed=True)[0])
         assert len(ids(next(iter(more)))) == 8
     _, state, _ = after(texts, 2, shuffle=False)
     more = loader(Worded.of([*texts, "more"]), shuffle=False)
-    position, note = more.fit(state, accept_changed=False)
+    position, note = more.reconcile(state, accept_changed=False)
     assert note == BEHIND
     more.load_state_dict(position)
     assert sorted(ids(next(iter(more)))) == list(range(16, 24))
@@ -456,4 +456,4 @@ def test_a_row_that_was_left_out_and_is_mended_has_changed_too():
     texts[0] = None
     _, state, _ = after(texts, 1, shuffle=False)
     with pytest.raises(DataError, match="no longer the same"):
-        loader(Worded.of(words(60)), shuffle=False).fit(state, accept_changed=False)
+        loader(Worded.of(words(60)), shuffle=False).reconcile(state, accept_changed=False)

@@ -20,9 +20,9 @@ from unmask.config.data import DatasetConfig
 from unmask.data import worker
 from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Conversation
+from unmask.data.position import row_digest
 from unmask.data.shown import UNREAD_KEY
 from unmask.data.sources import Rows
-from unmask.data.visited import row_digest
 from unmask.errors import DataError
 from unmask.rng import generator
 
@@ -44,7 +44,7 @@ class EncodedRow:
         supervised: bool (n,), True where the loss may look.
         cut: whether it lost its end to `seq_length`.
         notes: what of the row is not in the tokens, though it trains; the same texts for all rows of a kind.
-        digest: of the row as read (`visited.row_digest`).
+        digest: of the row as read (`position.row_digest`).
         drawn: whether it ends with one of several answers, so that another epoch may see another.
     """
 

@@ -37,11 +37,11 @@ _CHANGED_DATA = "; put them back, or set checkpoint.accept_changed_data: true to
 
 # A checkpoint's data position → that position in the data as they are now, and how they have changed since, if they
 # have; DataError when it means nothing in them.
-Fit = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]
+Reconcile = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]
 
 
 def as_saved(position: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return a data position as it is: a `Fit` that looks at no data."""
+    """Return a data position as it was saved, without a look at the data."""
     return dict(position), None
 
 
@@ -150,10 +150,10 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def find_checkpoint(root: Path, identity: Mapping[str, Any], fit: Fit = as_saved) -> Checkpoint | None:
+def find_checkpoint(root: Path, identity: Mapping[str, Any], reconcile: Reconcile = as_saved) -> Checkpoint | None:
     """Return the newest checkpoint that is whole and has this `identity` in its state; None when the run has none yet.
 
-    `fit` looks at its data position.
+    `reconcile` compares its data position with the data, and returns it brought up to date.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; each is named with its reason.
@@ -167,7 +167,7 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any], fit: Fit = as_saved
                 if (stored := state["identity"].get(name)) != value:
                     what = f"its {name} is {_short(stored)}, this run's is {_short(value)}"
                     raise CheckpointError(f"{folder.name} is foreign: {what}")
-            position, changed_data = fit(state["loader"])
+            position, changed_data = reconcile(state["loader"])
         except CheckpointError as error:
             refused.append(str(error))
             continue

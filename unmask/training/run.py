@@ -51,8 +51,12 @@ class Loader(Protocol):
         """Return the position after the last step returned, JSON-able."""
         ...
 
-    def fit(self, state: Mapping[str, Any], accept_changed: bool) -> tuple[dict[str, Any], str | None]:
-        """Return a position in the data as they are now, and how they have changed since it was saved."""
+    def reconcile(self, state: Mapping[str, Any], accept_changed: bool) -> tuple[dict[str, Any], str | None]:
+        """Return a saved position brought up to date with the data as they are now, and how they changed; None = not.
+
+        Raises:
+            DataError: rows that were trained on have changed, and `accept_changed` is False.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,8 +183,8 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     Raises:
         CheckpointError: there are checkpoints, but none that can be used.
     """
-    fit = partial(parts.loader.fit, accept_changed=section.accept_changed_data)
-    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity, fit) if section.enabled else None)
+    reconcile = partial(parts.loader.reconcile, accept_changed=section.accept_changed_data)
+    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity, reconcile) if section.enabled else None)
     if newest is None:
         _cut(parts, -1)
         return ResumePoint(0, None, ())
