@@ -71,6 +71,8 @@ def test_of_messages_and_a_prompt_the_messages_are_asked(tmp_path: Path):
             "messages[0] holds half a surrogate pair",
         ),
         ('{"messages": [{"role": "user"}]}', "messages[0].content must be text, got null"),
+        ('{"prompt": "so?", "max_tokens": 5}', "has 'max_tokens', and settings are those of all prompts"),
+        ('{"messages": [{"role": "user", "content": "1?"}], "temperature": 0}', "has 'temperature'"),
         ('{"messages": []}', "messages' is empty"),
         ('{"messages": [{"role": "assistant", "content": "2"}]}', "nothing is asked"),
     ],

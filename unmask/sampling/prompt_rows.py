@@ -3,7 +3,8 @@
 A row holds one of KEYS; `messages` or `conversations` may stand beside a `prompt`, which then is not looked at. The
 row's own system text and tools are part of what is asked. What belongs to an answer is not looked at (`completion`,
 `weight`, the fields of a record that `unmask generate` wrote), nor is what means nothing that is known (`id`). Any
-other key that would change what is asked is refused. So records of answers and training rows are prompts.
+other key that would change what is asked or how it is answered is refused. So records of answers and training rows are
+prompts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ KEYS = ("messages", "conversations", "prompt", "prompt_ids")
 _ANSWERS = (
     *FLAGS, *REASONING, "completion", "completions", "output", "response", "chosen", "rejected", "label", "labels",
     "text", "token_ids", "completion_ids", "sample_weight", "loss_scale",
+)  # fmt: skip
+
+# What requests of other tools set for one prompt; here a sampler's settings are those of all prompts.
+_OPTIONS = (
+    "temperature", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_gen_toks", "max_length", "top_p",
+    "top_k", "min_p", "stop", "stop_sequences", "do_sample", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "response_format", "generation_kwargs", "sampling_params",
 )  # fmt: skip
 
 
@@ -49,6 +57,12 @@ def read_row(row: object, infill: bool = False) -> Any:
     value = row[key]
     given = {name: each for name, each in row.items() if is_given(each)}
     unread_keys(given, (*KEYS, *SYSTEM, *_ANSWERS, "tools"), "the row")
+    option = next((name for name in given if name in _OPTIONS), None)
+    if option is not None:
+        raise RowProblem(
+            f"has {option!r}, and settings are those of all prompts of a run; set it there if the sampler has it, and "
+            "take it out of the row"
+        )
     about = [name for name in (*SYSTEM, "tools") if name in given]
     if key == "prompt" and is_row(value) and not about:
         return read_row(value, infill)  # a chat with tools, as a record of an answer has it
