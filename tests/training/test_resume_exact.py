@@ -171,7 +171,7 @@ def test_killed_ten_times_in_one_run(tiny, server: Server, train_tiny: Train, tm
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("name", "calls"), [("_crc32", 0), ("_crc32", 12), ("_to_disk", 0), ("_to_disk", 15), ("_point_latest", 1)]
+    ("name", "calls"), [("crc32", 0), ("crc32", 12), ("_to_disk", 0), ("_to_disk", 15), ("_point_latest", 1)]
 )
 def test_killed_inside_a_save(
     tiny, server: Server, train_tiny: Train, tmp_path: Path, reference: Path, name: str, calls: int

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     if world_size() > 1:
         raise ConfigError("chat: one terminal talks with one process; start it without a launcher")
     sampler = sampler_from(arguments)
-    plan = plan_job(arguments.checkpoint, sampler, arguments.adapter)
+    plan = plan_job(arguments.checkpoint, sampler, arguments.adapter, verify=not arguments.no_verify)
     from unmask.sampling.chat import converse
 
     given = arguments.seed, arguments.system, arguments.chat_template, arguments.dtype, arguments.device

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unmask.config.flags import command, flag
+from unmask.config.flags import add_verify_flag, command, flag
 
 
 def add(commands: Any) -> None:
@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
     flag(parser, "adapter", metavar="DIR", help="LoRA adapter to merge")
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
     flag(parser, "strip_prefix", action="store_true", help="take a wrapper's prefix (_orig_mod., …) off the tensors")
+    add_verify_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
@@ -25,8 +26,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.training.export import export
 
     for warning in export(
-        arguments.checkpoint, Path(arguments.output), arguments.adapter, arguments.dtype, arguments.strip_prefix
-    ):
+        arguments.checkpoint, Path(arguments.output), arguments.adapter, arguments.dtype, arguments.strip_prefix,
+        not arguments.no_verify,
+    ):  # fmt: skip
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {arguments.output}")
     return 0

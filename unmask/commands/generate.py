@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         prompts, arguments.infill, arguments.raw, arguments.seed, arguments.batch_size, arguments.output,
         arguments.watch, arguments.trace,
     )  # fmt: skip
-    plan = plan_job(arguments.checkpoint, sampler, arguments.adapter)
+    plan = plan_job(arguments.checkpoint, sampler, arguments.adapter, verify=not arguments.no_verify)
     if arguments.nproc_per_node not in (None, 1):
         from unmask.distributed.launch import relaunch
 

@@ -65,10 +65,16 @@ def add_device_flags(parser: Any, divided: str | None = None) -> None:
     """Add --dtype and --device, and the flags of several processes if `divided` says what these divide ("rows")."""
     flag(parser, "dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default: as stored)")
     flag(parser, "device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: %(default)s)")
+    add_verify_flag(parser)
     if divided is not None:
         said = f"processes to start on this machine; they divide the {divided}"
         flag(parser, "nproc_per_node", type=int, metavar="N", help=said)
         flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
+
+
+def add_verify_flag(parser: Any) -> None:
+    """Add --no_verify."""
+    flag(parser, "no_verify", action="store_true", help="do not compare a run's files with its manifest")
 
 
 def sampler_from(arguments: argparse.Namespace) -> SamplerConfig:

@@ -62,6 +62,7 @@ class EvalJob:
     likelihoods: Likelihoods = Likelihoods()
     include_path: str | None = None
     apply_chat_template: bool = False
+    no_verify: bool = False
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -158,7 +159,7 @@ def plan_evaluation(job: EvalJob) -> EvalPlan:
     """
     questions = _questions(job) if job.our_tasks else {}
     checkpoints = [
-        Checkpoint(label, plan_job(name, job.sampler, adapter))
+        Checkpoint(label, plan_job(name, job.sampler, adapter, verify=not job.no_verify))
         for label, (name, adapter) in zip(_labels(job.checkpoints), job.checkpoints, strict=True)
     ]
     manager = None

@@ -55,6 +55,7 @@ class ModelArguments:
         num_samples: answers with fewer masks than that are summed exactly.
         check_greedy: find out whether greedy decoding writes a continuation, as tasks such as lambada need; False
             answers no.
+        verify: False reads a run's files without comparing them with its manifest.
     """
 
     adapter: str | None = None
@@ -64,6 +65,7 @@ class ModelArguments:
     num_samples: int = DEFAULT_SAMPLES
     antithetic: bool = False
     check_greedy: bool = True
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.device is not None and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
@@ -297,7 +299,7 @@ class UnmaskLM(LM):
 
 
 def _load(name: str, arguments: ModelArguments, sampler: SamplerConfig) -> LoadedModel:
-    plan = plan_job(name, sampler, arguments.adapter, f"{_MODEL_ARGS}: pretrained")
+    plan = plan_job(name, sampler, arguments.adapter, f"{_MODEL_ARGS}: pretrained", arguments.verify)
     for note in plan.notes():
         _LOG.warning(note)
     # The harness's command line says cuda:0 when nobody said anything.

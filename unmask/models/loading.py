@@ -17,6 +17,7 @@ from unmask import rng
 from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
 from unmask.models.folders import GENERATION, find_adapter, read_generation, stored_tensors
+from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan, plan_folder, resolve
 from unmask.models.weights import load_weights, passthrough_tensors, read_tensors, save_weights
 from unmask.models.wrappers import misplaced, network_key
@@ -57,7 +58,9 @@ def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: i
     return model.to(device=device, dtype=torch_dtype)
 
 
-def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter: str | None = None) -> nn.Module:
+def load_model(
+    name: str, dtype: str | None = None, device: Any = "cpu", adapter: str | None = None, verify: bool = True
+) -> nn.Module:
     """Load a checkpoint for inference, without remote code.
 
     Args:
@@ -65,21 +68,24 @@ def load_model(name: str, dtype: str | None = None, device: Any = "cpu", adapter
         dtype: `float32`, `bfloat16` or `float16`; None = as stored.
         device: a torch device.
         adapter: folder of a LoRA adapter in PEFT's format to apply on top.
+        verify: whether a run's checkpoint and adapter must be as their manifest says.
 
     Returns:
         the network in eval mode; its forward gives hidden states (B, L, D), `.logits` of them the logits (B, L, V).
 
     Raises:
-        ModelError: what is missing, cut short or not supported.
+        ModelError: what is missing, cut short, damaged or not supported.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype {choice_problem(dtype, ('float32', 'bfloat16', 'float16'))}")
     plan = plan_folder(name, "checkpoint")
     for note in plan.notes:
         warnings.warn(note, stacklevel=2)
-    model = build_model(plan, dtype, device)
-    if adapter is not None:
-        apply_adapter(model, adapter)
+    adapter_folder = None if adapter is None else find_adapter(adapter)
+    with intact(plan.folder, verify), intact(adapter_folder, verify):
+        model = build_model(plan, dtype, device)
+        if adapter_folder is not None:
+            apply_adapter(model, adapter_folder)
     return model.eval()
 
 

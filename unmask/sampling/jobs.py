@@ -23,6 +23,7 @@ from unmask.distributed.ranks import ALONE, Ranks
 from unmask.errors import ConfigError, DataError
 from unmask.models.folders import end_ids
 from unmask.models.loading import apply_adapter, build_model
+from unmask.models.manifest import intact
 from unmask.sampling.backends.backend import Backend, backend_for
 from unmask.sampling.plan import JobPlan
 from unmask.sampling.prompts import template_of
@@ -144,15 +145,17 @@ def load(
         ConfigError: `shard` on one rank.
         ModelError, TrainingError: weights that cannot be loaded; too little memory for a part.
     """
-    if not shard:
-        model, joint_calls = build_model(plan.model, dtype, device), nullcontext()
-        if plan.adapter is not None:
-            apply_adapter(model, plan.adapter)
-    elif ranks.size == 1:
+    if shard and ranks.size == 1:
         raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
-    else:
-        model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
-        joint_calls = JointCalls(model, ranks)
+    check = plan.verify and ranks.first
+    with intact(plan.folder, check), intact(plan.adapter, check):
+        if shard:
+            model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
+            joint_calls = JointCalls(model, ranks)
+        else:
+            model, joint_calls = build_model(plan.model, dtype, device), nullcontext()
+            if plan.adapter is not None:
+                apply_adapter(model, plan.adapter)
     return LoadedModel(model.eval(), plan.tokenizer, plan.settings, ranks, joint_calls)
 
 

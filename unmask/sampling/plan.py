@@ -38,6 +38,7 @@ class JobPlan:
     settings: SamplerSettings
     tokenizer_folder: Path  # the adapter's where it has a tokenizer, else the checkpoint's
     where: str = "--checkpoint"  # the flag that named the checkpoint, for messages
+    verify: bool = True  # whether the files of a run are compared with its manifest
 
     @property
     def config(self) -> Any:
@@ -74,7 +75,11 @@ class JobPlan:
 
 
 def plan_job(
-    checkpoint: str, sampler: SamplerConfig | None = None, adapter: str | None = None, where: str = "--checkpoint"
+    checkpoint: str,
+    sampler: SamplerConfig | None = None,
+    adapter: str | None = None,
+    where: str = "--checkpoint",
+    verify: bool = True,
 ) -> JobPlan:
     """Find a checkpoint with its adapter and tokenizer, and resolve the settings that it is sampled with.
 
@@ -90,7 +95,7 @@ def plan_job(
     generation = read_generation(model.folder, adapter_folder)
     settings = resolve_settings(sampler, model.family, model.config, generation)
     tokenizer = tokenizer_folder(str(model.folder), None if adapter_folder is None else str(adapter_folder), where)
-    return JobPlan(checkpoint, model, adapter_folder, generation, settings, tokenizer, where)
+    return JobPlan(checkpoint, model, adapter_folder, generation, settings, tokenizer, where, verify)
 
 
 @dataclass(frozen=True)

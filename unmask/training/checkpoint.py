@@ -15,17 +15,16 @@ import math
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import CheckpointError, DataError
+from unmask.models.manifest import MANIFEST, crc32, find_damage, read_manifest
 from unmask.places import naming
 
 LATEST, BEST = "latest", "best"  # links to checkpoints
-MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP = re.compile(r"step_(\d+)")
 _FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of several ranks
@@ -83,7 +82,7 @@ def list_files(temporary: Path, files: Iterable[Path]) -> dict[str, list[int]]:
     listing = {}
     for path in sorted(files):
         with naming(path):
-            listing[str(path.relative_to(temporary))] = [path.stat().st_size, _crc32(path)]
+            listing[str(path.relative_to(temporary))] = [path.stat().st_size, crc32(path)]
             _to_disk(path)
     return listing
 
@@ -201,22 +200,13 @@ def verify(folder: Path) -> None:
         CheckpointError: naming the checkpoint and the first file that is missing, too short or changed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()}
+        layout, files = read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{folder.name} has format {manifest.get('format')}, this version reads {_FORMAT}{_OTHER_VERSION}"
-        )
-    for name, (size, crc) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder.name} is torn: {name} is missing")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{folder.name} is torn: {name} has {path.stat().st_size} bytes instead of {size}")
-        if _crc32(path) != crc:
-            raise CheckpointError(f"{folder.name} is damaged: {name} does not match its checksum")
+    if layout != _FORMAT:
+        raise CheckpointError(f"{folder.name} has format {layout}, this version reads {_FORMAT}{_OTHER_VERSION}")
+    if damage := find_damage(folder, files):
+        raise CheckpointError(f"{folder.name} {damage}")
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -247,14 +237,6 @@ def point(root: Path, link: str, name: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     os.replace(temporary, root / link)
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 def _to_disk(path: Path) -> None:

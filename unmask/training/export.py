@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from unmask.errors import CheckpointError, ModelError
 from unmask.models.folders import base_note, find_adapter, stored_tensors
+from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
 from unmask.places import part_of
@@ -25,6 +26,7 @@ def export(
     adapter: str | None = None,
     dtype: str | None = None,
     strip_prefix: bool = False,
+    verify: bool = True,
 ) -> list[str]:
     """Write model, config, tokenizer and chat template; written beside `output` and renamed when complete.
 
@@ -34,6 +36,7 @@ def export(
         adapter: LoRA adapter to merge into the weights.
         dtype: dtype of the written weights; None = as stored.
         strip_prefix: whether the tensors have a wrapper's names, such as `_orig_mod.`, which are taken off.
+        verify: whether a run's checkpoint and adapter must be as their manifest says.
 
     Returns:
         warnings for the user, one line each.
@@ -46,8 +49,9 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
     plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""
-    if adapter is not None:
-        other_base = base_note(find_adapter(adapter), Path(str(plan.folder)))
+    adapter_folder = None if adapter is None else find_adapter(adapter)
+    if adapter_folder is not None:
+        other_base = base_note(adapter_folder, Path(str(plan.folder)))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with part_of(output, folder=True) as part:
@@ -55,11 +59,12 @@ def export(
             from unmask.models.loading import build_model, merged_model, save_model, unwrap_weights
 
             unwrapped = part / "unwrapped"
-            if strip_prefix:
-                unwrapped.mkdir()
-                plan = unwrap_weights(plan, unwrapped)
-            model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
-            save_model(model, plan, part)
+            with intact(plan.folder, verify), intact(adapter_folder, verify):
+                if strip_prefix:
+                    unwrapped.mkdir()
+                    plan = unwrap_weights(plan, unwrapped)
+                model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
+                save_model(model, plan, part)
             warnings = [*plan.notes, *([f"--adapter: {other_base}"] if other_base else [])]
             warnings += [*_copy_tokenizer(checkpoint, adapter, part), *_incomplete(checkpoint, plan)]
             shutil.rmtree(unwrapped, ignore_errors=True)

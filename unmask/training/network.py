@@ -33,6 +33,7 @@ from unmask.models.experts import freeze_routers
 from unmask.models.folders import read_generation, stored_tensors
 from unmask.models.loading import build_model, draw_weights, empty_network, write_config, write_generation
 from unmask.models.lora.files import adapter_state, is_trained, read_adapter, write_adapter_config
+from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan
 from unmask.models.weights import Piece, base_tensors, fill
 from unmask.places import temporary_folder
@@ -99,7 +100,8 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     if meshes is None:
         if peft is not None:
             resolve_targets(peft, model)  # refused before the weights are read
-        model = build_model(plan, settings.dtype, seed=settings.seed)
+        with intact(plan.folder):
+            model = build_model(plan, settings.dtype, seed=settings.seed)
     if peft is not None:
         for name in ("load_in_4bit", "use_dora"):
             if meshes is not None and getattr(peft, name):
@@ -111,7 +113,8 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     if meshes is None:
         model.to(runtime.device)
     else:
-        _shard_and_fill(model, adapter, settings, runtime, meshes)
+        with intact(plan.folder, check=runtime.ranks.first):
+            _shard_and_fill(model, adapter, settings, runtime, meshes)
     model.train()
     if settings.freeze_router:
         freeze_routers(model)

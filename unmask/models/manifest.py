@@ -1,0 +1,84 @@
+"""The manifest of a run's checkpoint: size and CRC-32 of every file, against which what is read of it is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+
+from unmask.errors import ModelError
+from unmask.models.folders import SHARDED
+
+MANIFEST = "manifest.json"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+@contextlib.contextmanager
+def intact(folder: Path | None, check: bool = True) -> Iterator[None]:
+    """Context that compares a model's or adapter's files with the manifest of the run that wrote them, if there is one.
+
+    That is done beside what the context does, loading, and has an end when the context has: what was loaded is not used
+    before. The optimizer's files are left out, as nothing but a resume reads them.
+
+    Raises:
+        ModelError: a file is missing, too short or changed, in place of what loading it may have raised.
+    """
+    if folder is None or not check or not (folder / MANIFEST).is_file():
+        yield
+        return
+    with ThreadPoolExecutor(1, "manifest") as beside:
+        checked = beside.submit(_check_model, folder)
+        try:
+            yield
+        except Exception:
+            checked.result()
+            raise
+        checked.result()
+
+
+def _check_model(folder: Path) -> None:
+    try:
+        files = read_manifest(folder)[1]
+    except _UNREADABLE:
+        if not (folder / "state.json").is_file():
+            return  # another tool's file of that name
+        damage = f"is torn: its {MANIFEST} is unreadable"
+    else:
+        read = {name: entry for name, entry in files.items() if PurePath(name).parts[:-1] in ((), (SHARDED,))}
+        damage = find_damage(folder, read)
+    if damage is not None:
+        raise ModelError(
+            f"{folder.resolve()} {damage}; take an older checkpoint of the run, or copy this one again (--no-verify "
+            "reads it as it is; to train from it, export it so)"
+        )
+
+
+def read_manifest(folder: Path) -> tuple[object, dict[str, tuple[int, int]]]:
+    """Return a manifest's format, and (size, CRC-32) of each file by its path in the folder; raises what json does."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest.get("format"), {name: (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()}
+
+
+def find_damage(folder: Path, files: Mapping[str, tuple[int, int]]) -> str | None:
+    """Say what is wrong with the first file that is missing, of another size or changed; None when all are whole."""
+    for name, (size, crc) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"is torn: {name} is missing"
+        if path.stat().st_size != size:
+            return f"is torn: {name} has {path.stat().st_size} bytes instead of {size}"
+        if crc32(path) != crc:
+            return f"is damaged: {name} does not match its checksum"
+    return None
+
+
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file's bytes."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            value = zlib.crc32(chunk, value)
+    return value
