@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 
 import unmask
 from unmask.config import RunConfig, dump_config
@@ -21,6 +20,7 @@ from unmask.data.sources import Rows
 from unmask.distributed.processes import cores, data_workers
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
+from unmask.parsing import parse_yaml
 from unmask.prepare import Prepared
 from unmask.training.run import ResumePoint, TrainingRun
 
@@ -129,12 +129,12 @@ def changes(config: RunConfig, start: ResumePoint) -> list[str]:
         return []
     path = start.folder / "config.yaml"
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        stored = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         stored = None
     if not isinstance(stored, dict):
         return [f"{path} cannot be read, so what changed is not known"]
-    return differences(stored, yaml.safe_load(dump_config(config)))
+    return differences(stored, parse_yaml(dump_config(config)))
 
 
 def skipped(rows: Rows) -> list[str]:

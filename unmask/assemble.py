@@ -25,6 +25,7 @@ from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
 from unmask.parts import Parts, build_parts, seen_later_turns
+from unmask.paths import user_path
 from unmask.prepare import Prepared
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.plots import plot_runs
@@ -59,7 +60,7 @@ def assemble(
         is_good_enough: called with what was measured at a step; True ends the run.
         processes: worker processes that may check rows before the first step.
     """
-    config, root = prepared.config, Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
+    config, root = prepared.config, user_path(prepared.config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
     parts = build_parts(prepared, runtime.ranks)
     checked = from_first(runtime.ranks, lambda: _check_rows(prepared, parts, root, console, processes))
     total_steps = config.step_scheduler.total_steps(parts.loader.steps_per_epoch)
@@ -146,7 +147,7 @@ def run_training(
     process does nothing else, so that on a CPU it may keep the memory that it frees.
     """
     section = prepared.config.checkpoint
-    root = Path(section.checkpoint_dir).expanduser()
+    root = user_path(section.checkpoint_dir, "checkpoint.checkpoint_dir")
     with contextlib.ExitStack() as stack:
         if prepared.degrees.world == 1:
             stack.enter_context(hold_run_dir(root, section))

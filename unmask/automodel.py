@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
+from unmask.paths import user_path
 
 # The classes that our own code stands for; another `_target_` in these places would train something else.
 _TARGETS = {
@@ -259,7 +260,7 @@ def _dataset(section: Any, where: str, from_automodel: bool, dropped: list[str])
             raise ConfigError(f"{where}.tokenizer.{next(iter(tokenizer))}: not available here; remove it")
         section["tokenizer"] = name
     template = Path(str(section.get("chat_template")))
-    if from_automodel and template.name in _TEMPLATES and not template.expanduser().exists():
+    if from_automodel and template.name in _TEMPLATES and not user_path(template, "dataset.chat_template").exists():
         section["chat_template"] = _TEMPLATES[template.name]
     if from_automodel and section.get("mask_history") is None:
         section.setdefault("answers", "all")  # it supervises every answer, whatever the model's attention

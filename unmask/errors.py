@@ -8,11 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters of a message
+
 
 class UnmaskError(Exception):
     """Root of every error raised on purpose by this package."""
 
     exit_status = 2
+
+    def __init__(self, message: str = "") -> None:
+        # What is wrong stands at the start, the remedy at the end, a value of any size between them.
+        super().__init__(message if len(message) <= _LONGEST else f"{message[: _LONGEST - 500]} … {message[-490:]}")
 
 
 class ConfigError(UnmaskError):

@@ -21,6 +21,7 @@ from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model, most_padding
+from unmask.paths import user_path
 from unmask.report.trackers import check_tracker
 from unmask.sampling.settings import SamplerSettings, resolve_settings
 
@@ -57,7 +58,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     """
     config = loaded.config
     processes = processes or world_size()
-    root = Path(config.checkpoint.checkpoint_dir).expanduser()
+    root = user_path(config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
     if root.exists() and not root.is_dir():
         raise ConfigError(f"checkpoint.checkpoint_dir: {root} is a file; choose a folder")
     check_tracker(config.wandb)

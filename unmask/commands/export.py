@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from unmask.config.flags import add_verify_flag, command, flag
+from unmask.paths import user_path
 
 
 def add(commands: Any) -> None:
@@ -25,8 +25,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.training.export import export
 
+    output = user_path(arguments.output, "--output")
     for warning in export(
-        arguments.checkpoint, Path(arguments.output), arguments.adapter, arguments.dtype, arguments.strip_prefix,
+        arguments.checkpoint, output, arguments.adapter, arguments.dtype, arguments.strip_prefix,
         not arguments.no_verify,
     ):  # fmt: skip
         print(f"warning: {warning}", file=sys.stderr)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from unmask.config.flags import command, flag
+from unmask.paths import user_path
 
 
 def add(commands: Any) -> None:
@@ -20,9 +20,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.report.plots import find_log, plot_runs
 
-    runs = [Path(folder) for folder in arguments.runs]
+    runs = [user_path(folder, "RUN_DIR") for folder in arguments.runs]
     for folder in runs:
         find_log(folder)
-    output = Path(arguments.output) if arguments.output else runs[0] / "loss.png"
+    output = user_path(arguments.output or runs[0] / "loss.png", "--output")
     print(f"wrote {plot_runs(runs, output)}")
     return 0

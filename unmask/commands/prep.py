@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from unmask.config.flags import command, flag
 from unmask.errors import ConfigError, choice_problem
+from unmask.paths import user_path
 
 
 def add(commands: Any) -> None:
@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int | None:
 
     if arguments.dataset not in PREPARERS:
         raise ConfigError(f"prep: {choice_problem(arguments.dataset, PREPARERS)}")
-    for path in PREPARERS[arguments.dataset](arguments.source, Path(arguments.output), arguments.split):
+    for path in PREPARERS[arguments.dataset](
+        arguments.source, user_path(arguments.output, "--output"), arguments.split
+    ):
         print(f"wrote {path}")
     return 0

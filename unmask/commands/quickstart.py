@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from unmask.config.flags import command, flag
+from unmask.paths import user_path
 
 
 def add(commands: Any) -> None:
@@ -20,4 +20,4 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     from unmask.quickstart import quickstart
 
-    return quickstart(Path(arguments.output), arguments.seed, own_process=True)
+    return quickstart(user_path(arguments.output, "--output"), arguments.seed, own_process=True)

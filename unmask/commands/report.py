@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from unmask.config.flags import command, flag
+from unmask.paths import user_path
 
 _REPORT_HELP = """\
 The page needs nothing but itself: what differs between the configurations, curves, validation by noise level,
@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     from unmask.report.plots import find_log
     from unmask.report.report import write_report
 
-    folders = [Path(folder) for folder in arguments.runs]
-    evaluations = [Path(folder) for folder in arguments.evaluation or ()]
-    output = Path(arguments.output) if arguments.output else find_log(folders[0]).parent / "report.html"
+    folders = [user_path(folder, "RUN_DIR") for folder in arguments.runs]
+    evaluations = [user_path(folder, "--evaluation") for folder in arguments.evaluation or ()]
+    output = user_path(arguments.output or find_log(folders[0]).parent / "report.html", "--output")
     print(f"wrote {write_report(folders, output, evaluations)}")
     return 0

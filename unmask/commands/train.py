@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from unmask.config import load_config
 from unmask.config.flags import command, flag
 from unmask.distributed.processes import process_rank, world_size
 from unmask.errors import ConfigError
+from unmask.paths import user_path
 
 _TRAIN_HELP = """\
 Any field of the configuration can be set after the file:  --optimizer.lr 1e-4  --step_scheduler.max_steps=200
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
         show_plan(prepared, Console())
         return 0
-    root = Path(prepared.config.checkpoint.checkpoint_dir).expanduser()
+    root = user_path(prepared.config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
     if world_size() == 1:
         with hold_run_dir(root, prepared.config.checkpoint):
             pass  # a place that cannot be trained in is refused before torch loads

@@ -18,6 +18,8 @@ from unmask.config.reader import read_section, to_mapping
 from unmask.config.results import METRICS, CheckpointConfig, ValidationConfig, WandbConfig
 from unmask.config.training import ClipConfig, LRSchedulerConfig, OptimizerConfig, StepSchedulerConfig
 from unmask.errors import ConfigError
+from unmask.parsing import ParseProblem, parse_yaml
+from unmask.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     Raises:
         ConfigError: no such file, not YAML, or anything in it that cannot be honoured.
     """
-    values = _read_yaml(Path(path))
+    values = _read_yaml(path)
     for key, value in parse_overrides(overrides):
         _set(values, key, value)
     return config_from_mapping(values)
@@ -193,9 +195,9 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key}: a value must follow, as in --{key} VALUE")
             text = queue.pop(0)
         try:
-            pairs.append((key, yaml.load(text, Loader=_Loader)))
-        except yaml.YAMLError:
-            raise ConfigError(f"--{key}: {text!r} is not a YAML value; quote it") from None
+            pairs.append((key, parse_yaml(text)))
+        except ParseProblem as problem:
+            raise ConfigError(f"--{key}: {text!r} is not a YAML value ({problem}); quote it") from None
     return pairs
 
 
@@ -211,40 +213,16 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     place[name] = value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(name: str | Path) -> dict[str, Any]:
+    path = user_path(name, "-c")
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        values = parse_yaml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"-c {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"-c {path}: not UTF-8 text; save it as UTF-8") from None
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"-c {path}: not valid YAML: {_yaml_problem(error)}") from None
+    except ParseProblem as problem:
+        raise ConfigError(f"-c {path}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"-c {path}: expected sections such as model, dataset and step_scheduler")
     return values
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Say what is wrong and on which line, in one line."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        return f"{error.problem or error.context}" + (f" (line {mark.line + 1})" if mark else "")
-    return " ".join(str(error).split())
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML readers silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # merged keys may be given again, and SafeLoader itself refuses a key that is no scalar
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)

@@ -14,6 +14,7 @@ from typing import Any
 
 from unmask.data.keys import FLAGS, REASONING, RowProblem, is_blank, is_given, kind_of, read_object, unread_keys
 from unmask.errors import nearest
+from unmask.parsing import parse_json
 
 __all__ = ["REASONING", "Conversation", "Message", "RowProblem", "read_content", "read_tools", "read_turns"]
 
@@ -257,8 +258,8 @@ def _parsed(value: object, place: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, object_pairs_hook=read_object)
-    except (ValueError, RecursionError) as error:
+        return parse_json(value, read_object, strict=False)
+    except ValueError as error:
         raise RowProblem(f"{place} is not JSON ({error})") from None
 
 

@@ -19,6 +19,7 @@ from unmask.data.conversation import Conversation, RowProblem
 from unmask.data.formats import Columns, check_row, read_conversation
 from unmask.data.keys import read_object
 from unmask.errors import DataError
+from unmask.paths import check_regular
 
 _BLANK = " \t\r\n"
 _BOM = b"\xef\xbb\xbf"
@@ -46,6 +47,7 @@ class FileRows:
         self.skipped: list[str] = []
         places = array("q")  # start, end and line number of each row
         try:
+            check_regular(path)
             for start, end, line, problem in _scan(path, columns):
                 if max_rows is not None and len(places) >= 3 * max_rows:
                     break
@@ -74,7 +76,7 @@ class FileRows:
                 file.seek(start)
                 raw = file.read(end - start)
             return read_conversation(json.loads(raw.decode()), self.columns)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{self.describe(index)}: the file has changed since it was opened ({error})") from None
 
     def text_length(self, index: int) -> int:
@@ -115,7 +117,7 @@ def _is_json(text: bytes) -> bool:
 def _is_row(line: bytes, columns: Columns) -> bool:
     try:
         check_row(json.loads(line), columns)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -171,9 +173,10 @@ def _scan_document(path: Path, columns: Columns) -> Iterator[tuple[int, int, int
             f"{path}:{error.lineno}: not JSON ({error.msg} at character {error.colno} of the line); "
             "the file may have been cut short"
         ) from None
-    except (RowProblem, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else error
         raise DataError(
-            f"{path}: {error}; give a list of rows, or an object with a single list, each key once"
+            f"{path}: {problem}; give a list of rows, or an object with a single list, each key once"
         ) from None
     # Offsets count characters so far; rows are read by bytes.
     byte, place, line = start, 0, 1
@@ -189,6 +192,8 @@ def _scan_document(path: Path, columns: Columns) -> Iterator[tuple[int, int, int
             check_row(row, columns)
         except RowProblem as error:
             problem = error
+        except RecursionError:
+            problem = RowProblem("nested too deeply")
         yield byte, byte + size, line, problem
         byte, line, place = byte + size, line + text.count("\n", begin, end), end
 

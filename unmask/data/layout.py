@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unmask.errors import DataError, nearest
+from unmask.parsing import parse_yaml
+from unmask.paths import read_bytes, user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _CARD = "README.md"
@@ -88,13 +88,13 @@ def _configuration(folder: Path, name: str | None, where: str) -> dict[Path, str
 def _listed(card: Path) -> dict[str, Mapping[str, Any]]:
     """Return the configurations that the metadata at the top of a README.md lists, by name."""
     try:
-        metadata = re.match(r"---\n(.*?\n)---\n", card.read_text(encoding="utf-8").replace("\r\n", "\n"), re.DOTALL)
+        metadata = re.match(r"---\n(.*?\n)---\n", read_bytes(card).decode("utf-8-sig").replace("\r\n", "\n"), re.DOTALL)
         if metadata is None or re.search(r"^configs:", metadata[1], re.MULTILINE) is None:
             return {}
-        return {str(entry["config_name"]): dict(entry) for entry in yaml.safe_load(metadata[1])["configs"] or ()}
+        return {str(entry["config_name"]): dict(entry) for entry in parse_yaml(metadata[1])["configs"] or ()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{card}: its list of configurations cannot be read; mend it, or name a file") from None
 
 
@@ -135,8 +135,10 @@ def _data(folder: Path, files: Iterable[Path], where: str) -> list[Path]:
     for file in sorted(files):
         above = file.relative_to(folder).parts[:-1]
         hidden = file.name.startswith(".") or any(part.startswith((".", "__")) for part in above)
-        if hidden or file.name in _DESCRIPTIONS or not file.is_file():
+        if hidden or file.name in _DESCRIPTIONS or file.is_dir():
             continue
+        if file.suffix in SUFFIXES:
+            user_path(file, f"{where}.path_or_dataset_id")  # refused: a link to nothing, a pipe
         if _UNREAD.search(file.name):
             raise DataError(
                 f"{where}.path_or_dataset_id: {file} is none of {', '.join(SUFFIXES)}; convert or unpack it, move it "

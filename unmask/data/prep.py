@@ -12,6 +12,8 @@ from unmask.data.conversation import RowProblem
 from unmask.data.formats import Columns, read_conversation
 from unmask.data.tables import read_hub
 from unmask.errors import DataError, choice_problem
+from unmask.parsing import ParseProblem, parse_json
+from unmask.paths import check_regular, user_path
 from unmask.places import part_of
 
 GSM8K_HUB_ID = "openai/gsm8k"
@@ -33,7 +35,7 @@ def prep_gsm8k(source: str | None = None, output_dir: str | Path = ".", split: s
     if split not in (*GSM8K_SPLITS, "all"):
         raise DataError(f"--split: {choice_problem(split, (*GSM8K_SPLITS, 'all'))}")
     splits = GSM8K_SPLITS if split == "all" else (split,)
-    folder = Path(output_dir).expanduser()
+    folder = user_path(output_dir, "--output")
     sources = {name: _gsm8k_rows(source, name) for name in splits}
     written = []
     for name, rows in sources.items():
@@ -57,7 +59,7 @@ def _chat(row: object, place: str) -> dict[str, Any]:
 def _gsm8k_rows(source: str | None, split: str) -> Iterable[tuple[str, object]]:
     """Open one split; yields (place, row)."""
     text = GSM8K_HUB_ID if source is None else source
-    path = Path(text).expanduser()
+    path = user_path(text, "--source")
     if path.is_dir():
         file = path / f"{split}.jsonl"
         if not file.is_file():
@@ -71,11 +73,12 @@ def _gsm8k_rows(source: str | None, split: str) -> Iterable[tuple[str, object]]:
 
 def _lines(file: Path) -> Iterator[tuple[str, object]]:
     try:
+        check_regular(file)
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{file}:{number}", json.loads(line.decode())
-    except ValueError as error:
+                    yield f"{file}:{number}", parse_json(line, strict=False)
+    except ParseProblem as error:
         raise DataError(f"{file}: a line is not JSON in UTF-8 ({error}); fetch the file again") from None
 
 

@@ -17,6 +17,7 @@ from unmask.data.formats import Columns
 from unmask.data.layout import SUFFIXES, split_files
 from unmask.data.tables import TableRows, read_hub, read_saved, read_table
 from unmask.errors import DataError, nearest
+from unmask.paths import user_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -90,7 +91,7 @@ def open_rows(config: DatasetConfig, where: str = "dataset") -> Rows:
         DataError: nothing there, nothing in it, not readable, malformed (with file and line), or ambiguous splits.
     """
     text = config.path_or_dataset_id
-    path = Path(text).expanduser()
+    path = user_path(text, f"{where}.path_or_dataset_id")
     if not path.exists():
         if _looks_local(text):
             raise DataError(f"{where}.path_or_dataset_id: {_missing(path)}")
@@ -122,7 +123,7 @@ def _open_file(path: Path, config: DatasetConfig, where: str, max_rows: int | No
 
 
 def _open_folder(path: Path, config: DatasetConfig, where: str) -> Rows:
-    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         if config.name is not None:
             raise DataError(f"{where}.name: {path} is a saved dataset and has no configurations; delete it")
         table = read_saved(path, config.split, where)

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError, nearest
+from unmask.paths import user_path
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
@@ -31,8 +31,9 @@ def read_template(chat_template: str) -> str:
     """Return the source of a template: one of ours by name, or a file by path; DataError when it is neither."""
     if chat_template in template_names():
         return (resources.files("unmask.data") / "templates" / f"{chat_template}.jinja").read_text("utf-8")
+    path = user_path(chat_template, "dataset.chat_template")
     try:
-        return Path(chat_template).expanduser().read_text("utf-8")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         names = template_names()
         raise DataError(

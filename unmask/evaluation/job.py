@@ -14,6 +14,7 @@ from unmask.errors import ConfigError, DataError
 from unmask.evaluation.grade import check_grader, expected_answer
 from unmask.evaluation.harness import check_names, task_manager
 from unmask.evaluation.tasks import HARNESS, TASKS, Question, as_text, read_questions, refuse_leaks, with_shots
+from unmask.paths import user_path
 from unmask.sampling.plan import JobPlan, plan_job
 
 
@@ -94,11 +95,11 @@ class EvalJob:
         if (self.prompt_column is None) != (self.completion_column is None):
             missing = "prompt_column" if self.prompt_column is None else "completion_column"
             raise ConfigError(f"--{missing}: give both columns, or neither")
-        output = Path(self.output).expanduser()
+        output = user_path(self.output, "--output")
         if output.exists() and not output.is_dir():
             raise ConfigError(f"--output: {output} is no folder; name one, or a new one")
         for name, folder in {"against": self.against, "include_path": self.include_path}.items():
-            if folder is not None and not Path(folder).expanduser().is_dir():
+            if folder is not None and not user_path(folder, f"--{name}").is_dir():
                 raise ConfigError(f"--{name}: {folder} is no folder; name one")
 
     def _check_meaning(self) -> None:
@@ -165,8 +166,8 @@ def plan_evaluation(job: EvalJob) -> EvalPlan:
     manager = None
     if job.harness_tasks:  # the last check, since the harness reads thousands of files for it
         manager = task_manager(job.harness_tasks, job.include_path)
-    against = None if job.against is None else Path(job.against).expanduser()
-    return EvalPlan(job, checkpoints, questions, manager, Path(job.output).expanduser(), against)
+    against = None if job.against is None else user_path(job.against, "--against")
+    return EvalPlan(job, checkpoints, questions, manager, user_path(job.output, "--output"), against)
 
 
 def _questions(job: EvalJob) -> dict[str, list[Question]]:
@@ -207,6 +208,6 @@ def _labels(pairs: Sequence[tuple[str, str | None]]) -> list[str]:
 
 def _label(name: str, folders: int) -> str:
     """Return the last parts of a folder or hub id; a step's own number counts as none of them."""
-    parts = [part for part in Path(name).expanduser().absolute().parts if part not in ("/", "latest")]
+    parts = [part for part in user_path(name, "--checkpoint").absolute().parts if part not in ("/", "latest")]
     steps = sum(part.startswith("step_") for part in parts[-1:])
     return "-".join(parts[-folders - steps :])

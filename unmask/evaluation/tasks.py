@@ -7,7 +7,6 @@ caller. The last answer that may be learned is the reference.
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from unmask.data.conversation import Conversation, Message, RowProblem
 from unmask.data.formats import FORMATS, NO_COLUMNS, Columns, read_conversation
 from unmask.data.keys import is_blank, read_object
 from unmask.errors import DataError
+from unmask.parsing import ParseProblem, parse_json
+from unmask.paths import user_path
 
 if TYPE_CHECKING:
     from unmask.data.sources import Rows
@@ -94,7 +95,7 @@ def read_questions(
     Raises:
         DataError: no such file, no rows, or a row without a question and an answer, with its file and line.
     """
-    path = Path(path).expanduser()
+    path = user_path(path, where)
     questions: list[Question] = []
     try:
         for label, row in _rows(path):
@@ -210,10 +211,10 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
                 continue
             label = f"{path}:{number}"
             try:
-                yield label, json.loads(line.decode("utf-8-sig"), object_pairs_hook=read_object)
+                yield label, parse_json(line, read_object, strict=False)
             except RowProblem as problem:
                 raise DataError(f"{label}: {problem}; keep one of them") from None
-            except ValueError as error:
+            except ParseProblem as error:
                 raise DataError(
                     f"{label}: not JSON in UTF-8 ({error}); give a file of one JSON object a line"
                 ) from None

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import huggingface_hub  # which loads what is asked of it, when it is
 from safetensors import SafetensorError, safe_open
 
 from unmask.errors import ModelError
+from unmask.parsing import ParseProblem, parse_json
+from unmask.paths import check_regular, read_bytes, user_path
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +48,7 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     Raises:
         ModelError: no such folder, a folder that is no checkpoint, or a hub that does not answer.
     """
-    path = Path(name).expanduser()
+    path = user_path(name, where)
     if path.is_dir():
         for candidate in (path, path / "latest"):
             if (candidate / "config.json").is_file():
@@ -65,7 +67,7 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
 
 def find_adapter(folder: str | Path) -> Path:
     """Return the adapter folder that a path (or a run directory) stands for; ModelError when it holds none."""
-    path = Path(folder).expanduser()
+    path = user_path(folder, "adapter")
     for candidate in (path, path / "latest"):
         if (candidate / ADAPTER_CONFIG).is_file() and (candidate / ADAPTER_WEIGHTS).is_file():
             return candidate
@@ -121,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     A key that is given twice is refused, too: which of its values is meant is unknown.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_read_object)
+        values = parse_json(read_bytes(path), _read_object)
     except KeyError as error:
         raise ModelError(
             f"{path}: the key {error.args[0]!r} is given twice in one object, and which value is meant is unknown; "
@@ -129,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); copy the checkpoint again") from None
-    except ValueError as error:
+    except ParseProblem as error:
         raise ModelError(f"{path}: not valid JSON ({error}); the file may be cut short, copy it again") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object")
@@ -228,7 +230,13 @@ def _indexed_tensors(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelError(f"{folder / INDEX}: no weight_map; copy the checkpoint again")
-    promised = {(key, str(file)) for key, file in weight_map.items()}
+    for file in weight_map.values():
+        if not isinstance(file, str) or not _inside(file):
+            raise ModelError(
+                f"{folder / INDEX}: {file!r} is no file of its folder, and shards elsewhere are not read; copy the "
+                "checkpoint again"
+            )
+    promised = set(weight_map.items())
     headers = {name: _header(folder / name) for name in sorted({name for _, name in promised})}
     stored = {(key, name) for name, header in headers.items() for key in header}
     if promised != stored:
@@ -237,12 +245,19 @@ def _indexed_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {key: _joined(folder, key, [part]) for header in headers.values() for key, part in header.items()}
 
 
+def _inside(name: str) -> bool:
+    """Say whether a name stays in the folder that it is of."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
+
+
 def _header(file: Path) -> dict[str, tuple[str, Chunk]]:
     """Return (dtype, part) of each key of a safetensors file."""
     try:
+        check_regular(file)
         with safe_open(file, framework="numpy") as opened:
             # torch.distributed.checkpoint writes here where each part begins; other files hold whole tensors.
-            begins = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            begins = parse_json((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             header = {}
             for key in opened.keys():  # noqa: SIM118 - no mapping
                 part = opened.get_slice(key)
@@ -315,7 +330,7 @@ def base_note(adapter: Path, checkpoint: Path) -> str:
     What an adapter was trained over stands in the state.json of the run that made it.
     """
     try:
-        base = json.loads((adapter / "state.json").read_text(encoding="utf-8"))["identity"]["base"]
+        base = parse_json(read_bytes(adapter / "state.json"), strict=False)["identity"]["base"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if base is None or base == weights_fingerprint(checkpoint):

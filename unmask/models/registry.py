@@ -13,6 +13,7 @@ from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
 from unmask.models.folders import INDEX, WEIGHTS, find_folder, read_generation, read_json, stored_tensors
 from unmask.models.pretrained_config import generation_note
+from unmask.paths import user_path
 
 # Key of a family → the module whose FAMILY describes it. A new family is a folder and a line here. The key is the
 # model_type of its config.json, or its architecture where an earlier family has that model_type; its parsed
@@ -110,7 +111,7 @@ def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
     if section.pretrained_model_name_or_path is not None:
         return plan_folder(section.pretrained_model_name_or_path, "model.pretrained_model_name_or_path", weights)
     if isinstance(section.config, str):
-        path = Path(section.config).expanduser()
+        path = user_path(section.config, "model.config")
         if path.is_dir():
             path = path / "config.json"
         values, where = read_json(path), str(path)
@@ -123,7 +124,7 @@ def plan_model(section: ModelConfig, weights: bool = True) -> ModelPlan:
 
 def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     """As `plan_model`, for a folder, run directory or hub id given by name."""
-    hub_id = None if Path(name).expanduser().is_dir() else name
+    hub_id = None if user_path(name, where).is_dir() else name
     folder = find_folder(name, where, weights)
     path = folder / "config.json"
     values = read_json(path)

@@ -10,6 +10,7 @@ from unmask.errors import ModelError
 from unmask.models.family import ControlTokens
 from unmask.models.folders import find_adapter, find_folder, read_json
 from unmask.models.registry import register_configs
+from unmask.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 
 def find_tokenizer(name: str, where: str = "tokenizer") -> Path:
     """Return the folder that holds a tokenizer's files; ModelError says where it looked. Needs no torch."""
-    path = Path(name).expanduser()
+    path = user_path(name, where)
     for candidate in (path, path / "latest"):
         if any((candidate / file).is_file() for file in FILES):
             return candidate

@@ -22,6 +22,7 @@ from unmask.distributed.inference import divide_rows, own_rows
 from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
+from unmask.paths import user_path
 from unmask.places import hold
 from unmask.report.progress import AnswerProgress
 from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
@@ -56,7 +57,7 @@ def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, devic
     if request.output is None:
         _answer(job, None, ranks, place, dtype, shard)
         return
-    path = Path(request.output)
+    path = user_path(request.output, "--output")
     with ExitStack() as stack:
         lock = hold(path.with_name(f".{path.name}.lock"), "--output", path, "writes")
         from_first(ranks, lambda: stack.enter_context(lock))
@@ -191,7 +192,7 @@ def _following(job: _Job, loaded: LoadedModel, rows: list[int]) -> Iterator[Call
         try:
             yield follow
         finally:
-            written = trace is not None and trace.write(Path(request.trace or ""))
+            written = trace is not None and trace.write(user_path(request.trace or "", "--trace"))
     if written:
         print(f"wrote {request.trace}")
 

@@ -18,6 +18,7 @@ from unmask.data.keys import is_blank
 from unmask.data.template_source import template_names
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
+from unmask.paths import user_path
 from unmask.places import part_of
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
@@ -184,10 +185,7 @@ def _seed(conversation: Conversation, argument: str) -> Outcome:
 def _save(conversation: Conversation, argument: str) -> Outcome:
     if not argument:
         raise SamplingError("/save: name the file to add the conversation to: /save FILE.jsonl")
-    try:
-        path = Path(argument).expanduser()
-    except RuntimeError:  # ~NAME of nobody
-        raise SamplingError(f"/save: {argument}: there is no user of that name; write the folder out") from None
+    path = user_path(argument, "/save")
     rows = save(conversation, path)
     turns = len(conversation.answered)
     left_out = (

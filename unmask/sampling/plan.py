@@ -21,6 +21,7 @@ from unmask.models.folders import (
 )
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
+from unmask.paths import user_path
 from unmask.sampling.settings import SamplerSettings, resolve_settings
 
 if TYPE_CHECKING:
@@ -123,9 +124,12 @@ class GenerateRequest:
             raise SamplingError(f"--batch_size: must be at least 1, got {self.batch_size}")
         for name in ("output", "trace"):
             value = getattr(self, name)
-            if value is not None and not Path(value).absolute().parent.is_dir():
-                raise ConfigError(f"--{name}: {Path(value).absolute().parent} is no folder; create it first")
-            if value is not None and Path(value).is_dir():
+            if value is None:
+                continue
+            path = user_path(value, f"--{name}").absolute()
+            if not path.parent.is_dir():
+                raise ConfigError(f"--{name}: {path.parent} is no folder; create it first")
+            if path.is_dir():
                 raise ConfigError(f"--{name}: {value} is a folder; name a file in it")
 
 

@@ -9,7 +9,6 @@ prompts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from unmask.data.conversation import ROLES, Message, read_content, read_tools, r
 from unmask.data.formats import with_system
 from unmask.data.keys import FLAGS, REASONING, SYSTEM, RowProblem, is_blank, is_given, read_object, unread_keys
 from unmask.errors import DataError
+from unmask.parsing import ParseProblem, parse_json
 
 KEYS = ("messages", "conversations", "prompt", "prompt_ids")
 _ANSWERS = (
@@ -126,8 +126,8 @@ def read_prompts(path: Path, infill: bool = False) -> dict[str, Any]:
 
 def _read_line(label: str, line: str, infill: bool) -> Any:
     try:
-        return read_row(json.loads(line, object_pairs_hook=read_object), infill)
+        return read_row(parse_json(line, read_object, strict=False), infill)
     except RowProblem as problem:
         raise DataError(f"{label}: {problem}; mend the line") from None
-    except (ValueError, RecursionError) as error:
+    except ParseProblem as error:
         raise DataError(f"{label}: not JSON ({error}); write one object a line") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.data.chat import ChatTemplate
@@ -14,6 +13,7 @@ from unmask.data.renderings import control_pattern
 from unmask.data.template_loading import load_template
 from unmask.data.turns import special_words
 from unmask.errors import ConfigError, DataError, SamplingError
+from unmask.paths import user_path
 from unmask.sampling.prompt_rows import KEYS, is_row, read_prompts, read_row
 from unmask.sampling.settings import SamplerSettings
 
@@ -239,7 +239,7 @@ def given_prompts(texts: Sequence[str] | None, file: str | None, infill: bool = 
     if file is not None and texts is not None:
         raise ConfigError("--prompt and --input: prompts come from one of them; leave the other out")
     if file is not None:
-        return read_prompts(Path(file), infill)
+        return read_prompts(user_path(file, "--input"), infill)
     if not all(text.strip() for text in texts or ()):
         raise SamplingError("--prompt: the text is empty; write what the model should answer")
     return {f"prompt {index}": text for index, text in enumerate(texts or ())}

@@ -14,6 +14,7 @@ from unmask.models.folders import base_note, find_adapter, stored_tensors
 from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
+from unmask.paths import user_path
 from unmask.places import part_of
 
 # A tensor of one of a stack's layers.
@@ -45,7 +46,7 @@ def export(
         ModelError: the checkpoint or adapter cannot be used.
         CheckpointError: `output` is taken or cannot be written; nothing half-written is left.
     """
-    output = output.expanduser()
+    output = user_path(output, "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
     plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""

@@ -23,6 +23,7 @@ from unmask.models.lora.experts import AdaptedExperts, from_file, to_file
 from unmask.models.registry import family_of
 from unmask.models.weights import write_tensors
 from unmask.models.wrappers import without_parts
+from unmask.paths import check_regular
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
 _MAGNITUDE = ".lora_magnitude_vector.default.weight"
@@ -83,6 +84,7 @@ def _expert_slot(owner: str, name: str, parameter: nn.Parameter, experts: Adapte
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
     try:
+        check_regular(folder / ADAPTER_WEIGHTS)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
