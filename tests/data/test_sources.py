@@ -475,3 +475,12 @@ def test_bytes_that_are_not_text_are_refused_by_row_where_text_must_be(tmp_path,
         DataError, match=r"rows.parquet row 1: messages\[1\].content must be text, got bytes that are not UTF-8"
     ):
         rows[1]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "data/train-00000-of-00001.parquet"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError, match=f"{path.name}: a Git LFS pointer in place of the data; .*git lfs pull"):
+        open_rows(DatasetConfig(str(tmp_path)))

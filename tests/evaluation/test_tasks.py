@@ -105,6 +105,9 @@ def test_a_file_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:
     path.write_text("{'a'\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: not JSON"):
         read_questions(path)
+    path.write_text('{"question": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: not JSON"):
+        read_questions(path)
     path.write_text('{"question": "a", "answer": "1", "answer": "2"}\n')
     with pytest.raises(DataError, match=r"rows.jsonl:1: the key 'answer' is given twice"):
         read_questions(path)

@@ -309,3 +309,9 @@ def test_a_key_given_twice_in_a_checkpoints_json_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match="config.json: the key 'n_heads' is given twice in one object"):
         folders.read_json(tmp_path / "config.json")
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ModelError, match="config.json: not valid JSON"):
+        folders.read_json(tmp_path / "config.json")

@@ -19,6 +19,7 @@ from unmask.data.tables import TableRows, read_hub, read_saved, read_table
 from unmask.errors import DataError, nearest
 from unmask.paths import user_path
 
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a clone without Git LFS has a large file
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -117,9 +118,19 @@ def _columns(config: DatasetConfig) -> Columns:
 def _open_file(path: Path, config: DatasetConfig, where: str, max_rows: int | None) -> Rows:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{where}.path_or_dataset_id: {path} is none of {', '.join(SUFFIXES)}")
+    if _is_pointer(path):
+        raise DataError(f"{path}: a Git LFS pointer in place of the data; fetch them with `git lfs pull`")
     if path.suffix in (".jsonl", ".json"):
         return FileRows(path, _columns(config), where, config.on_malformed == "skip", max_rows)
     return TableRows(read_table(path), str(path), _columns(config), where, max_rows)
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False  # whoever reads it says why
 
 
 def _open_folder(path: Path, config: DatasetConfig, where: str) -> Rows:
