@@ -16,7 +16,7 @@ from unmask.config.data import DatasetConfig
 from unmask.config.reader import read_section
 from unmask.data.conversation import Conversation, Message, RowProblem, read_turns
 from unmask.data.formats import Columns, check_row, is_plain, read_conversation
-from unmask.data.keys import _WHY, FLAGS, SYSTEM, is_given
+from unmask.data.keys import _KEYS_BY_REASON, FLAGS, SYSTEM, is_given
 from unmask.data.sources import open_rows
 from unmask.errors import ConfigError, DataError
 
@@ -176,7 +176,7 @@ def test_a_key_nested_deeply_is_unread_as_others_are():
     assert is_plain(row) and read_conversation(row).unread == ()
 
 
-@pytest.mark.parametrize("key", sorted({key for keys in _WHY.values() for key in keys}))
+@pytest.mark.parametrize("key", sorted({key for keys in _KEYS_BY_REASON.values() for key in keys}))
 def test_a_key_that_changes_what_a_row_teaches_is_refused_with_the_remedy(key, tmp_path):
     if key not in (*SYSTEM, "tools", "messages"):
         problem = refusal({"messages": [Q, A], key: "x"})
@@ -358,7 +358,7 @@ class RandomRows:
 
     def __init__(self, seed: int) -> None:
         self.random, self.number = random.Random(seed), itertools.count()
-        known = [key for keys in _WHY.values() for key in keys]
+        known = [key for keys in _KEYS_BY_REASON.values() for key in keys]
         self.keys = [*known, *("id", "source", "name", "lang", "url", "score")]
 
     def word(self) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from unmask.batch import Batch
 from unmask.config.data import rounded_up
-from unmask.data.encode import Encode, EncodedRow, count_notes
+from unmask.data.encode import Encode, EncodedRow, count_dropped, count_notes
 from unmask.data.sources import Rows
 from unmask.errors import DataError
 from unmask.ops.padding import padded
@@ -100,8 +100,7 @@ def validation_set(
         if isinstance(row, EncodedRow):
             encoded.append((index, row))
         else:
-            dropped[row.reason] += 1
-            examples.setdefault(row.reason, row.detail or rows.describe(index))
+            count_dropped(index, row, rows, dropped, examples)
     if not encoded:
         raise DataError(
             f"validation_dataset: none of its {len(rows)} rows has a supervised token within seq_length; raise it"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from unmask.data.encode import Dropped, Encode, Visit, count_notes, encoded_ahead
+from unmask.data.encode import Dropped, Encode, Visit, count_dropped, count_notes, encoded_ahead
 from unmask.data.sources import Rows
 
 _MOST_SECONDS = 60.0  # all rows are checked if that takes less, else a sample of them
@@ -79,8 +79,7 @@ def check_rows(rows: Rows, encode: Encode, processes: int = 0, tick: Tick = lamb
             for visit, row in stream:
                 done += 1
                 if isinstance(row, Dropped):
-                    dropped[row.reason] += 1
-                    examples.setdefault(row.reason, row.detail or rows.describe(visit.index))
+                    count_dropped(visit.index, row, rows, dropped, examples)
                 else:
                     count_notes([(visit.index, row)], rows, noted, examples)
                 if done % _TICK == 0:

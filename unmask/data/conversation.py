@@ -1,8 +1,8 @@
-"""What one training row is once read, a conversation of text turns; and how a list of raw turns is read and checked.
+"""`Conversation`, a training row of text turns, and how it is read from a list of raw turns.
 
-A turn has a role and a text: `role` and `content`, or `from` and `value`. Nothing is repaired or guessed: a turn that
-is not read whole raises `RowProblem`. So does one with an image, sound or video: a model that learnt its text alone
-would learn to make up what it shows. Which keys of a row hold its turns is `formats.py`'s.
+A raw turn has a role and a text: `role` and `content`, or `from` and `value`. Nothing is repaired or guessed: what
+cannot be read as a whole raises `RowProblem`. So do images, sound and video: a model that learnt the text alone would
+learn to make up what they show. `formats.py` knows which keys of a row hold its turns.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmask.data.keys import FLAGS, REASONING, RowProblem, is_blank, is_given, kind_of, read_object, unread_keys
+from unmask.data.keys import FLAGS, REASONING, RowProblem, is_blank, is_given, json_type, read_object, unread_keys
 from unmask.errors import nearest
 from unmask.parsing import parse_json
 
 __all__ = ["REASONING", "Conversation", "Message", "RowProblem", "read_content", "read_tools", "read_turns"]
 
-# How rows spell who speaks → how chat templates do.
+# A role as rows spell it → as chat templates do.
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
@@ -39,7 +39,7 @@ class Message:
         content: its text, as written in the row; the texts of several parts one after the other.
         extra: what else chat templates may know: an assistant's `tool_calls`, and keys that are not read here.
         reasoning: what the assistant thought before it answered, "" for nothing.
-        supervised: whether training learns the turn, where the row says so; None = it does not.
+        supervised: whether the row wants the turn trained on; None = it does not say.
         unread: keys of its parts that nothing reads.
     """
 
@@ -84,7 +84,7 @@ def read_turns(turns: object, name: str, *, prompt: bool = False, ignore: Collec
             to learn.
     """
     if not isinstance(turns, (list, tuple)):
-        raise RowProblem(f"{name!r} must be a list, got {kind_of(turns)}")
+        raise RowProblem(f"{name!r} must be a list, got {json_type(turns)}")
     if not turns:
         raise RowProblem(f"{name!r} is empty")
     messages = []
@@ -114,17 +114,17 @@ def read_content(content: object, place: str, ignore: Collection[str] = ()) -> t
         _check_characters(content, place)
         return content, ()
     if not isinstance(content, list):
-        raise RowProblem(f"{place} must be text, got {kind_of(content)}")
+        raise RowProblem(f"{place} must be text, got {json_type(content)}")
     texts, unread = [], {}
     for number, part in enumerate(content):
         here = f"{place}[{number}]"
         if not isinstance(part, dict):
-            raise RowProblem(f"{here} must be an object with a type, got {kind_of(part)}")
+            raise RowProblem(f"{here} must be an object with a type, got {json_type(part)}")
         if part.get("type") != "text":
             raise RowProblem(f"{here} is of type {_shown(part.get('type'))}, and training takes text alone")
         text = part.get("text")
         if not isinstance(text, str):
-            raise RowProblem(f"{here}.text must be text, got {kind_of(text)}")
+            raise RowProblem(f"{here}.text must be text, got {json_type(text)}")
         _check_characters(text, f"{here}.text")
         texts.append(text)
         unread.update(dict.fromkeys(unread_keys(part, ("type", "text", *ignore), here)))
@@ -141,7 +141,7 @@ def read_tools(tools: object, place: str) -> tuple[dict[str, Any], ...]:
     if listed is None:
         return ()
     if not isinstance(listed, list):
-        raise RowProblem(f"{place} must be a list, got {kind_of(listed)}", place)
+        raise RowProblem(f"{place} must be a list, got {json_type(listed)}", place)
     read = []
     for number, tool in enumerate(listed):
         tool = _parsed(tool, f"{place}[{number}]")
@@ -155,7 +155,7 @@ def read_tools(tools: object, place: str) -> tuple[dict[str, Any], ...]:
 def _read_turn(turn: object, ignore: Collection[str]) -> Message:
     """Return one turn; the text of a RowProblem goes on from the turn's place."""
     if not isinstance(turn, dict):
-        raise RowProblem(f" must be an object, got {kind_of(turn)}")
+        raise RowProblem(f" must be an object, got {json_type(turn)}")
     given = {key: value for key, value in turn.items() if value is not None and key not in ignore}
     speaker = _either(given, "role", "from")
     if not isinstance(speaker, str) or speaker not in ROLES:
@@ -193,7 +193,7 @@ def _reasoning(given: Mapping[str, Any], role: str) -> str:
     names = [name for name in REASONING if name in given]
     for name in names:
         if not isinstance(given[name], str):
-            raise RowProblem(f".{name} must be text, got {kind_of(given[name])}")
+            raise RowProblem(f".{name} must be text, got {json_type(given[name])}")
         _check_characters(given[name], f".{name}")
         if given[name] and role != "assistant":
             raise RowProblem(f".{name} is given, and only the assistant's turns have reasoning")
@@ -246,7 +246,7 @@ def _read_calls(given: Mapping[str, Any], speaker: str, content: object) -> list
         arguments = function.get("arguments")
         arguments = _parsed(arguments, f"{place}.arguments") if is_given(arguments) else {}
         if not isinstance(arguments, dict):
-            raise RowProblem(f"{place}.arguments must be an object, got {kind_of(arguments)}", key)
+            raise RowProblem(f"{place}.arguments must be an object, got {json_type(arguments)}", key)
         about = {k: v for k, v in call.items() if v is not None} if "function" in call else {}
         calls.append({"type": "function", **about, "function": {**function, "arguments": arguments}})
     _check_characters(calls, f".{key}")

@@ -1,6 +1,6 @@
-"""From a row to the tokens that training sees: render, tokenise, cut, or drop with a reason.
+"""Encodes rows as the tokens that training sees: rendered, tokenised and cut to length, or dropped with a reason.
 
-Rows are encoded in the process that asks for them, and remembered, or ahead of their use by worker processes.
+The process that needs a row encodes it and caches it, or worker processes encode rows ahead of their use.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TOO_LONG = "longer than seq_length, and truncation is off"
 NOTHING_LEFT = "no supervised token within seq_length"
 MALFORMED = "malformed"
 
-MOST_BYTES = 2**26  # of rows that one process remembers
-_ROW_BYTES = 512  # of a row's objects beside its numbers
-_CHUNK = 16  # rows a task: sending one costs about as much as encoding one
+MOST_BYTES = 2**26  # of the rows that a process caches
+_ROW_BYTES = 512  # of a cached row's Python objects, beside its arrays
+_CHUNK = 16  # rows a task: sending a task costs about as much as encoding a row
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class EncodedRow:
 
     Attributes:
         input_ids: int64 (n,).
-        supervised: bool (n,), True where the loss may look.
+        supervised: bool (n,), True for the tokens that training learns.
         cut: whether it lost its end to `seq_length`.
-        notes: what of the row is not in the tokens, though it trains; the same texts for all rows of a kind.
+        notes: what of the row is not in the tokens, in the same words for every row, so that notes can be counted.
         digest: of the row as read (`position.row_digest`).
-        drawn: whether it ends with one of several answers, so that another epoch may see another.
+        drawn: whether its answer was drawn from several, so that another epoch may see another.
     """
 
     input_ids: np.ndarray
@@ -61,12 +61,12 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that gives nothing to train on.
+    """A row that is left out of training.
 
     Attributes:
-        reason: the same text for all rows of its kind, so that it can be counted.
-        detail: what was wrong with this very row; "" when `reason` says all.
-        digest: as of an `EncodedRow`; 0 where the row cannot be read.
+        reason: in the same words for every row, so that reasons can be counted.
+        detail: the error message of this row; "" when `reason` says all.
+        digest: as in `EncodedRow`; 0 where the row cannot be read.
     """
 
     reason: str
@@ -105,7 +105,7 @@ def encode_row(
 
 
 def _notes(conversation: Conversation, template: ChatTemplate, encoded: Encoded) -> tuple[str, ...]:
-    """Return a line for each thing that the row says and the tokens do not."""
+    """Return what the row says and its tokens do not, a line for each thing."""
     unread = [f"the key {key!r}, which nothing reads" for key in conversation.unread]
     for turn in conversation.messages:
         unread += (f"the key {key!r} of a part, which nothing reads" for key in turn.unread)
@@ -123,14 +123,20 @@ def count_notes(
             examples.setdefault(note, rows.describe(index))
 
 
+def count_dropped(index: int, row: Dropped, rows: Rows, dropped: Counter[str], examples: dict[str, str]) -> None:
+    """Count a dropped row by its reason; the first of each reason becomes its example."""
+    dropped[row.reason] += 1
+    examples.setdefault(row.reason, row.detail or rows.describe(index))
+
+
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes row i of a source as an epoch sees it: what the loaders call, in this process or in a worker.
+    """Encodes a row of a source as an epoch sees it, for the loaders, in this process or in a worker.
 
     Attributes:
-        config: its section, with `answers` chosen.
-        seed: of the answers that are drawn.
-        where: the section's name, for messages.
+        config: the data set's section, with `answers` resolved.
+        seed: keys the draw of answers.
+        where: name of the section, for messages.
     """
 
     rows: Rows
@@ -163,10 +169,10 @@ class RowEncoder:
         template, messages = self.template.with_tools(conversation.tools), conversation.messages
         ends = [answer.stop for answer in template.answers(messages)]
         if len(ends) > 1:
-            # A row that is refused is refused whichever answer is drawn.
+            # So that whether a row is refused does not depend on the draw.
             template.check_conversation(messages[: ends[-1]], self.config.supervise_reasoning)
         row: EncodedRow | Dropped = Dropped(NOTHING_LEFT)
-        # In the order of the draw, so that the first one that fits is drawn uniformly from those that fit.
+        # The first that fits, of the answers in random order, is drawn uniformly from those that fit.
         for choice in generator(self.seed, "data/answer", epoch, index).permutation(len(ends)):
             row = encode_row(conversation, self.template, self.config, True, ends[choice])
             if isinstance(row, EncodedRow):
@@ -178,10 +184,10 @@ Encode = Callable[[int, int], EncodedRow | Dropped]  # row, epoch → its tokens
 
 
 class RememberedRows:
-    """Gives what `encode`, a function of row and epoch, gives; a row that trains and never changes is encoded once.
+    """A cache around `encode`, without dropped rows and rows whose answer is drawn anew in each epoch.
 
-    When its memory is full it stays as it is: rows come in a new order each epoch, so the ones that it has are as good
-    as any, while making room for the newest would throw each one out before its turn comes.
+    When it is full it keeps what it has. Rows come in a new order each epoch, so these are as good as any others, and
+    an LRU cache smaller than the data would throw each row out before it comes again.
     """
 
     def __init__(self, encode: Encode, most_bytes: int = MOST_BYTES) -> None:
@@ -202,7 +208,7 @@ class RememberedRows:
 
 
 class Visit(NamedTuple):
-    """A place in an epoch's order, the row that comes there, and the stretch of the order that it stands in."""
+    """A place in an epoch's order, the row that comes there, and the window of the order that it stands in."""
 
     epoch: int
     place: int
@@ -228,7 +234,7 @@ def encoded_ahead(
         for visit in visits:
             yield visit, encode(visit.index, visit.epoch)
         return
-    # Started afresh, never forked: this process has torch's threads, and perhaps a device, by now.
+    # Spawned, never forked: by now this process has torch's threads, and perhaps a device.
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), worker.Start(), (encode,))
     remaining = iter(visits)
     pending: deque[tuple[list[Visit], Future[list[EncodedRow | Dropped]]]] = deque()

@@ -1,7 +1,8 @@
-"""The formats of raw rows: which keys hold the conversation, and how each is read whole or refused.
+"""Reads a raw row as a conversation, by the data formats that people use, or refuses it.
 
-`FORMATS` is the table. A row has the first format whose keys it has. What else it says is read (a system turn, tools),
-says the same once more, is refused since it changes what the row teaches (`keys.py`), or is left out and listed.
+`FORMATS` is the table; a row has the first format whose keys it has. Each other key is read in every format (`system`,
+`tools`), repeats what the turns say, is refused because it changes what the row teaches (`keys.py`), or is left out and
+named to the user.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from unmask.data.conversation import Conversation, Message, read_content, read_tools, read_turns
-from unmask.data.keys import REASONS, SYSTEM, RowProblem, is_blank, is_given, kind_of, unread_keys
+from unmask.data.keys import REFUSED_KEYS, SYSTEM, RowProblem, is_blank, is_given, json_type, unread_keys
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Format:
     """How rows of one format hold a conversation.
 
     Attributes:
-        keys: the key of a list of turns; or those of a question and its answer, each a text or a list of turns.
-        further: keys that it reads besides: `input` goes on below the question, `history` holds earlier pairs of
-            question and answer.
+        keys: the key of a list of turns; or those of a question and of its answer, each a text or a list of turns.
+        optional: `input` is appended to the question, on a line of its own; `history` holds earlier pairs of question
+            and answer.
     """
 
     keys: tuple[str, ...]
-    further: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 FORMATS = (
@@ -35,16 +36,23 @@ FORMATS = (
     Format(("instruction", "output"), ("input", "history")),
     Format(("query", "response"), ("history",)),
 )
-_EVERY = (*SYSTEM, "tools")  # keys of a row that every format reads
-_ASKS = ("prompt", "instruction", "input", "query")  # keys that may repeat a question of the turns
-_ANSWERS = ("completion", "output", "response")
-_MEANING = frozenset(REASONS)
+_ALWAYS_READ = (*SYSTEM, "tools")  # in every format
+# Keys under which a row of turns may repeat a question or an answer.
+_QUESTION_KEYS = ("prompt", "instruction", "input", "query")
+_ANSWER_KEYS = ("completion", "output", "response")
+_REFUSED = frozenset(REFUSED_KEYS)
 _PLAIN_ROLES = ("user", "assistant", "human", "gpt", "system")
 _PLAIN_ANSWERS = ("assistant", "gpt")
 
 
 class Columns(NamedTuple):
-    """Which columns hold the question and the answer of a row, None for what `FORMATS` says; and keys to leave out."""
+    """What the user says of a row's keys.
+
+    Attributes:
+        prompt: key of the question; None = as in `FORMATS`.
+        completion: key of the answer; None = as in `FORMATS`.
+        ignore: keys to leave out.
+    """
 
     prompt: str | None = None
     completion: str | None = None
@@ -69,62 +77,64 @@ def read_conversation(row: object, columns: Columns = NO_COLUMNS) -> Conversatio
     """Return the conversation that a raw row holds.
 
     Raises:
-        RowProblem: not an object, no format or a turn that is none, contradictions, a key that changes what the row
-            teaches and is not read, nothing to learn.
+        RowProblem: it is no object, has no known format, a malformed turn, two keys that contradict each other, a key
+            of `REFUSED_KEYS`, or no answer to learn.
     """
     if not isinstance(row, dict):
-        raise RowProblem(f"a row must be an object, got {kind_of(row)}")
+        raise RowProblem(f"a row must be an object, got {json_type(row)}")
     given = {key: value for key, value in row.items() if key not in columns.ignore and is_given(value)}
-    form = columns.format_of(given) or columns.format_of([key for key in row if key not in columns.ignore])
-    if form is None:
+    row_format = columns.format_of(given) or columns.format_of([key for key in row if key not in columns.ignore])
+    if row_format is None:
         raise RowProblem(_no_format(row, columns))
-    if len(form.keys) == 1:
-        messages = read_turns(row[form.keys[0]], form.keys[0], ignore=columns.ignore)
+    if len(row_format.keys) == 1:
+        messages = read_turns(row[row_format.keys[0]], row_format.keys[0], ignore=columns.ignore)
     else:
-        messages = _exchanges(row, given, form, columns.ignore)
-    further = {key: value for key, value in given.items() if key not in form.keys and key not in form.further}
-    if not further:
+        messages = _read_exchange(row, given, row_format, columns.ignore)
+    others = {key: value for key, value in given.items() if key not in (*row_format.keys, *row_format.optional)}
+    if not others:
         return Conversation(messages)
     messages = with_system(messages, given, columns.ignore)
     tools = read_tools(given["tools"], "tools") if "tools" in given else ()
-    read = {key for key, value in further.items() if key in _EVERY or _repeats(key, value, messages)}
-    whole = tuple(key for key, value in further.items() if key not in read and _holds(key, value, messages))
-    return Conversation(messages, tools, (*whole, *unread_keys(further, {*read, *whole}, "the row")))
+    read = {key for key, value in others.items() if key in _ALWAYS_READ or _repeats_turns(key, value, messages)}
+    rendered = tuple(key for key, value in others.items() if key not in read and _renders_turns(key, value, messages))
+    return Conversation(messages, tools, (*rendered, *unread_keys(others, {*read, *rendered}, "the row")))
 
 
-def _exchanges(row: Mapping[str, Any], given: Mapping[str, Any], form: Format, ignore: Any) -> tuple[Message, ...]:
-    """Return the turns of a row of questions and answers."""
+def _read_exchange(
+    row: Mapping[str, Any], given: Mapping[str, Any], row_format: Format, ignore: Collection[str]
+) -> tuple[Message, ...]:
+    """Return the turns of a row that holds a question and its answer, perhaps behind earlier pairs."""
     messages: list[Message] = []
-    if "history" in form.further and "history" in given:
-        messages += _history(given["history"])
-    asks, answers = form.keys
-    if isinstance(row[asks], list) and "input" not in form.further:
-        # A list of turns that the answer goes on from: what the assistant says in it is context.
-        asked = read_turns(row[asks], asks, prompt=True, ignore=ignore)
+    if "history" in row_format.optional and "history" in given:
+        messages += _read_history(given["history"])
+    question_key, answer_key = row_format.keys
+    if isinstance(row[question_key], list) and "input" not in row_format.optional:
+        # What the assistant says within a prompt is context, as TRL treats it.
+        asked = read_turns(row[question_key], question_key, prompt=True, ignore=ignore)
         messages += (
             replace(turn, supervised=False) if turn.role == "assistant" and turn.supervised is None else turn
             for turn in asked
         )
     else:
-        question = _text(row[asks], asks)
-        if "input" in form.further and "input" in given:
+        question = _text(row[question_key], question_key)
+        if "input" in row_format.optional and "input" in given:
             more = _text(given["input"], "input")
             question = more if is_blank(question) else f"{question}\n{more}"
-        messages.append(_turn("user", question, asks))
-    if isinstance(row[answers], list):
-        messages += read_turns(row[answers], answers, ignore=ignore)
+        messages.append(_turn("user", question, question_key))
+    if isinstance(row[answer_key], list):
+        messages += read_turns(row[answer_key], answer_key, ignore=ignore)
     else:
-        messages.append(_turn("assistant", _text(row[answers], answers), answers))
+        messages.append(_turn("assistant", _text(row[answer_key], answer_key), answer_key))
     return tuple(messages)
 
 
-def _history(history: object) -> list[Message]:
+def _read_history(history: object) -> list[Message]:
     """Return the turns of earlier pairs of question and answer."""
     messages = []
     for number, pair in enumerate(history if isinstance(history, list) else [history]):
         place = f"history[{number}]"
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise RowProblem(f"{place} must be a pair of question and answer, got {kind_of(pair)}", "history")
+            raise RowProblem(f"{place} must be a pair of question and answer, got {json_type(pair)}", "history")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append(_turn(role, _text(text, place), place))
     return messages
@@ -132,7 +142,7 @@ def _history(history: object) -> list[Message]:
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise RowProblem(f"column {name!r} must be text, got {kind_of(value)}")
+        raise RowProblem(f"column {name!r} must be text, got {json_type(value)}")
     return read_content(value, f"column {name!r}")[0]
 
 
@@ -144,7 +154,11 @@ def _turn(role: str, text: str, name: str) -> Message:
 
 
 def with_system(messages: tuple[Message, ...], given: Mapping[str, Any], ignore: Any) -> tuple[Message, ...]:
-    """Put the row's own system text before its turns, unless a system turn says it already."""
+    """Return the turns with the row's `system` text before them, unless a system turn says it already.
+
+    Raises:
+        RowProblem: the system texts of the row and of its turns differ.
+    """
     said = {key: read_content(given[key], key, ignore) for key in SYSTEM if key in given}
     if not said:
         return messages
@@ -157,19 +171,19 @@ def with_system(messages: tuple[Message, ...], given: Mapping[str, Any], ignore:
     return messages if turns else (Message("system", text, unread=unread), *messages)
 
 
-def _repeats(key: str, value: object, messages: tuple[Message, ...]) -> bool:
-    """Say whether a key only says again what the turns or one of them say, as the `prompt` of many data sets does."""
+def _repeats_turns(key: str, value: object, messages: tuple[Message, ...]) -> bool:
+    """Return whether a key only repeats the turns or one of them, as `prompt` does in many data sets."""
     if isinstance(value, list) and len(messages) == len(value) and key in ("messages", "conversations"):
         return read_turns(value, key) == messages
     if not isinstance(value, str):
         return False
-    role = "user" if key in _ASKS else "assistant" if key in _ANSWERS else None
+    role = "user" if key in _QUESTION_KEYS else "assistant" if key in _ANSWER_KEYS else None
     return any(turn.role == role and turn.content.strip() == value.strip() for turn in messages)
 
 
-def _holds(key: str, value: object, messages: tuple[Message, ...]) -> bool:
-    """Say whether a text holds every line of the turns: somebody rendered them, and the turns say enough."""
-    if key not in (*_ASKS, "text") or not isinstance(value, str):
+def _renders_turns(key: str, value: object, messages: tuple[Message, ...]) -> bool:
+    """Return whether a text contains every line of the turns: then it is a rendering of them, and adds nothing."""
+    if key not in (*_QUESTION_KEYS, "text") or not isinstance(value, str):
         return False
     return all(line.strip() in value for turn in messages for line in turn.content.splitlines())
 
@@ -179,20 +193,20 @@ def _no_format(row: Mapping[Any, Any], columns: Columns) -> str:
     if columns.prompt is not None:
         missing = next(name for name in columns[:2] if name not in row or name in columns.ignore)
         return f"no column {missing!r}, the row has {names}"
-    known = " | ".join(", ".join(form.keys) for form in FORMATS)
+    known = " | ".join(", ".join(row_format.keys) for row_format in FORMATS)
     return f"no messages: among its keys ({names}) are none of {known}"
 
 
 def check_row(row: object, columns: Columns = NO_COLUMNS) -> None:
-    """Raise what `read_conversation` raises; most rows are known to be whole at a glance."""
+    """Raise what `read_conversation` raises; quicker, because most rows need no reading (`is_plain`)."""
     if not is_plain(row, columns):
         read_conversation(row, columns)
 
 
 def is_plain(row: object, columns: Columns = NO_COLUMNS) -> bool:
-    """Say whether all that a row means is in roles and texts that can be seen, as in most rows of large files.
+    """Return whether a row has only common roles and visible texts, and so can be read without a closer look.
 
-    That is much quicker than reading it, and opening a file asks for every row.
+    Opening a file asks this of every row, and reading each would take much longer.
     """
     if type(row) is not dict or columns.ignore:
         return False
@@ -200,17 +214,17 @@ def is_plain(row: object, columns: Columns = NO_COLUMNS) -> bool:
         names = columns[:2]
     else:
         names = ("messages",) if "messages" in row else ("conversations",)
-    if len(row) > len(names) and not _MEANING.isdisjoint(row.keys() - set(names)):
+    if len(row) > len(names) and not _REFUSED.isdisjoint(row.keys() - set(names)):
         return False
     if len(names) == 2:
-        return _is_plain(row.get(names[0])) and _is_plain(row.get(names[1]))
+        return _is_plain_text(row.get(names[0])) and _is_plain_text(row.get(names[1]))
     turns = row.get(names[0])
     if type(turns) is not list:
         return False
     role_key, text_key = ("role", "content") if names[0] == "messages" else ("from", "value")
     role = None
     for turn in turns:
-        if type(turn) is not dict or len(turn) != 2 or not _is_plain(turn.get(text_key)):
+        if type(turn) is not dict or len(turn) != 2 or not _is_plain_text(turn.get(text_key)):
             return False
         role = turn.get(role_key)
         if role not in _PLAIN_ROLES:
@@ -218,7 +232,7 @@ def is_plain(row: object, columns: Columns = NO_COLUMNS) -> bool:
     return role in _PLAIN_ANSWERS
 
 
-def _is_plain(text: object) -> bool:
+def _is_plain_text(text: object) -> bool:
     if type(text) is not str or not "!" <= text[:1] <= "~":
         return False
     try:

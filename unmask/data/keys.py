@@ -1,8 +1,8 @@
-"""Which keys of a row, a turn or a part of a text change what it teaches: those that nobody reads are refused by name.
+"""The keys of rows, turns and parts of a text that change what a row teaches, and why each is refused if not read.
 
-The names are those of the formats that people have: OpenAI's fine-tuning, TRL, LLaMA-Factory, axolotl, ms-swift,
-ShareGPT, LLaVA. A key that is in none of these lists changes nothing that we know of (`id`, `source`, …): it is left
-out, and whoever reads many rows says once how many had it.
+The names come from OpenAI's fine-tuning format, TRL, LLaMA-Factory, axolotl, ms-swift, ShareGPT and LLaVA. A key in
+none of these lists (`id`, `source`, …) changes nothing that we know of: it is left out, and the number of rows that
+have it is printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class RowProblem(ValueError):
     """A raw row that is no conversation; the text says why, as the end of a sentence that starts with the row's place.
 
     Attributes:
-        key: the key without which the row could be read; None where leaving out a key is no remedy.
+        key: leaving out this key would let the row be read; None where that is no remedy.
     """
 
     def __init__(self, text: str, key: str | None = None) -> None:
@@ -30,21 +30,22 @@ class RowProblem(ValueError):
         return f"{leave_out}fix the row or set {where}.on_malformed: skip"
 
 
-# The names under which data sets and chat templates know the reasoning of a turn.
+# What data sets and chat templates call the reasoning of a turn.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# Keys of a turn that say whether its answer is trained on, each with what 1 or true means.
+# Keys of a turn that say whether it is trained on → whether 1 and true mean that it is.
 FLAGS = {
     "weight": True, "loss_weight": True, "train": True, "training": True, "trainable": True, "loss": True,
     "loss_mask": True, "masked": False,
 }  # fmt: skip
-# Keys of a row that hold the text of a system turn.
+# What data sets call a row's system text.
 SYSTEM = ("system", "system_prompt", "system_message")
 
 _MEDIA = (
     "image", "images", "image_url", "image_urls", "image_path", "image_paths", "video", "videos", "video_url",
     "video_path", "audio", "audios", "audio_url", "audio_path", "input_audio", "pixel_values", "objects",
 )  # fmt: skip
-_WHY = {
+# Why it is refused, as the end of "the row has 'KEY', …" → the keys.
+_KEYS_BY_REASON = {
     "and training takes text alone": _MEDIA,
     "which compares or judges answers, and training takes every answer as right": (
         "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "preferred_output",
@@ -77,14 +78,15 @@ _WHY = {
         "instruction", "input", "output", "query", "response", "text", *SYSTEM,
     ),
 }  # fmt: skip
-# Letters, marks and symbols that show nothing: fillers of Hangul, an empty Braille cell, selectors of variants.
+# Characters that show nothing though Unicode says printable: Hangul fillers, the blank Braille cell, variation
+# selectors, the combining grapheme joiner.
 _INVISIBLE = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f" + "".join(map(chr, range(0xFE00, 0xFE10))))
-# key → why a row, a turn or a part that says it cannot be read
-REASONS = {key: why for why, keys in reversed(_WHY.items()) for key in keys}
+# key → why it is refused; of a key in two lists the first counts
+REFUSED_KEYS = {key: why for why, keys in reversed(_KEYS_BY_REASON.items()) for key in keys}
 
 
 def is_given(value: object) -> bool:
-    """Say whether a value says anything: not null, blank text, nor a container of such. False and 0 are said."""
+    """Return whether a value says anything; null, blank text and containers of only these do not, False and 0 do."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -98,7 +100,7 @@ def is_given(value: object) -> bool:
 
 
 def is_blank(text: str) -> bool:
-    """Say whether nothing of a text can be seen: only spaces, fillers, controls and formats such as U+200B."""
+    """Return whether a text shows nothing: only spaces, fillers, control and format characters such as U+200B."""
     visible = text.strip()
     return not visible or (
         (visible[0] in _INVISIBLE or not visible[0].isprintable())
@@ -107,27 +109,27 @@ def is_blank(text: str) -> bool:
 
 
 def unread_keys(holder: Mapping[str, Any], read: Collection[str], place: str = "") -> tuple[str, ...]:
-    """Return the keys of a row, a turn or a part that are given and not among those that are `read`.
+    """Return the keys of a row, a turn or a part that say something and are not in `read`.
 
     Raises:
-        RowProblem: one of them is known to change what the row teaches.
+        RowProblem: one of them changes what the row teaches (`REFUSED_KEYS`).
     """
     unread = tuple(key for key, value in holder.items() if key not in read and is_given(value))
     for key in unread:
-        if key in REASONS:
-            raise RowProblem(f"{place} has {key!r}, {REASONS[key]}", key)
+        if key in REFUSED_KEYS:
+            raise RowProblem(f"{place} has {key!r}, {REFUSED_KEYS[key]}", key)
     return unread
 
 
-def kind_of(value: object) -> str:
-    """Return what a JSON value is, in words."""
+def json_type(value: object) -> str:
+    """Return the JSON type of a value in words, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    names[bytes] = "bytes that are not UTF-8"  # others were decoded
+    names[bytes] = "bytes that are not UTF-8"  # tables.py has decoded the others
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
 def read_object(members: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object; RowProblem when a key is there twice: which of its values is meant is unknown."""
+    """Return the dict of a JSON object's members: an `object_pairs_hook` that refuses repeated keys (RowProblem)."""
     made = dict(members)
     if len(made) != len(members):
         twice, _ = Counter(key for key, _ in members).most_common(1)[0]

@@ -16,7 +16,7 @@ from typing import Any
 from unmask.batch import Batch
 from unmask.config.data import DataloaderConfig
 from unmask.data.batches import collate, rounded
-from unmask.data.encode import Dropped, Encode, EncodedRow, Visit, count_notes, encoded_ahead
+from unmask.data.encode import Dropped, Encode, EncodedRow, Visit, count_dropped, count_notes, encoded_ahead
 from unmask.data.position import DataOrder, Position, add_digests
 from unmask.data.sources import Rows
 from unmask.errors import ConfigError, DataError
@@ -132,8 +132,7 @@ class TrainLoader:
             self.position = batch.end
             for epoch, index, row in batch.passed_over:
                 if epoch == 0:
-                    self.dropped[row.reason] += 1
-                    self.examples.setdefault(row.reason, row.detail or self.rows.describe(index))
+                    count_dropped(index, row, self.rows, self.dropped, self.examples)
             if batch.end.epoch == 0:
                 count_notes(batch.rows, self.rows, self.noted, self.examples)
             yield self._micro_batches(batch)

@@ -1,7 +1,8 @@
-"""What of a conversation a chat template leaves out of the text, found by rendering it with probes.
+"""Finds what a chat template leaves out of a conversation's text, by rendering the conversation with probes.
 
-A probe stands in the place of each text, reasoning, call's name and call's argument. Templates look at roles, at which
-turns have reasoning or calls, and at keys of their own, hardly at texts, so conversations of one shape are probed once.
+A probe takes the place of each text, reasoning, and name and argument of a call, and is then looked for in the rendered
+text. Templates hardly look at texts themselves: they look at roles, at which turns have reasoning or calls, and at keys
+of their own. Conversations that agree in these have one shape, and each shape is probed once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Shape = tuple[Any, ...]
 
 
 def shape_of(turns: Sequence[Turn]) -> Shape:
-    """Return what a template may go by: each turn's role, and what it has; of keys that only templates know, all."""
+    """Return what a rendering may depend on: each turn's role, which of text, reasoning and calls it has, the rest."""
     return tuple(
         (turn["role"], bool(text_of(turn)), bool(reasoning_of(turn)), _calls(turn), _text_of_keys(turn))
         for turn in turns
@@ -48,16 +49,16 @@ def with_probes(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None] | None, name: str) -> tuple[str, ...]:
-    """Refuse a template that leaves a turn's text or calls out; return what else it leaves out, in words.
+    """Raise DataError if a template leaves out the text or the calls of a turn; return notes on what else it omits.
 
     Args:
         turns: as given to `with_probes`.
-        text: its turns as the template renders them.
+        text: the rendering of what `with_probes` returned.
         answers: where the answers lie in it, which calls must be part of; None where nothing is learned.
         name: what messages call the template.
 
     Raises:
-        DataError: of what is missing from the text or from its answers.
+        DataError: a turn's text or calls are missing from the text, or calls from its answers.
     """
     for number, turn in enumerate(turns):
         where = f"turn {number}, of the {turn['role']}"
@@ -84,12 +85,12 @@ def check_shown(turns: Sequence[Turn], text: str, answers: Sequence[Span | None]
 
 
 def text_of(turn: Turn) -> str:
-    """Return the text of a turn, without blanks around it, which templates may trim."""
+    """Return the text of a turn, stripped, since templates may strip it."""
     return turn["content"].strip() if isinstance(turn.get("content"), str) else ""
 
 
 def more_keys(turn: Turn) -> list[str]:
-    """Return the keys of a turn that the template alone may know."""
+    """Return the keys of a turn that only the chat template may read."""
     return [key for key in turn if key not in ("role", "content", "tool_calls", *REASONING)]
 
 
