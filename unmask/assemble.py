@@ -25,7 +25,7 @@ from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
 from unmask.parts import Parts, build_parts, seen_later_turns
-from unmask.paths import user_path
+from unmask.places import user_path
 from unmask.prepare import Prepared
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.plots import plot_runs

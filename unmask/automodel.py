@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
-from unmask.paths import user_path
+from unmask.places import user_path
 
 # The classes that our own code stands for; another `_target_` in these places would train something else.
 _TARGETS = {

@@ -21,7 +21,7 @@ from unmask.models.folders import read_generation
 from unmask.models.registry import ModelPlan, plan_model
 from unmask.models.tokenizer import find_tokenizer
 from unmask.objectives.registry import check_against_model, most_padding
-from unmask.paths import user_path
+from unmask.places import user_path
 from unmask.report.trackers import check_tracker
 from unmask.sampling.settings import SamplerSettings, resolve_settings
 

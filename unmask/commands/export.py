@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from unmask.config.flags import add_verify_flag, command, flag
-from unmask.paths import user_path
+from unmask.places import user_path
 
 
 def add(commands: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from unmask.config.flags import command, flag
 from unmask.errors import ConfigError, choice_problem
-from unmask.paths import user_path
+from unmask.places import user_path
 
 
 def add(commands: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from unmask.config.flags import command, flag
-from unmask.paths import user_path
+from unmask.places import user_path
 
 
 def add(commands: Any) -> None:

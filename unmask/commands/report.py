@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from unmask.config.flags import command, flag
-from unmask.paths import user_path
+from unmask.places import user_path
 
 _REPORT_HELP = """\
 The page needs nothing but itself: what differs between the configurations, curves, validation by noise level,

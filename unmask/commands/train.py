@@ -9,7 +9,7 @@ from unmask.config import load_config
 from unmask.config.flags import command, flag
 from unmask.distributed.processes import process_rank, world_size
 from unmask.errors import ConfigError
-from unmask.paths import user_path
+from unmask.places import user_path
 
 _TRAIN_HELP = """\
 Any field of the configuration can be set after the file:  --optimizer.lr 1e-4  --step_scheduler.max_steps=200

@@ -19,7 +19,7 @@ from unmask.config.results import METRICS, CheckpointConfig, ValidationConfig, W
 from unmask.config.training import ClipConfig, LRSchedulerConfig, OptimizerConfig, StepSchedulerConfig
 from unmask.errors import ConfigError
 from unmask.parsing import ParseProblem, parse_yaml
-from unmask.paths import user_path
+from unmask.places import user_path
 
 
 @dataclass(frozen=True)

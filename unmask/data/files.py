@@ -19,7 +19,7 @@ from unmask.data.conversation import Conversation, RowProblem
 from unmask.data.formats import Columns, check_row, read_conversation
 from unmask.data.keys import read_object
 from unmask.errors import DataError
-from unmask.paths import check_regular
+from unmask.places import check_regular
 
 _BLANK = " \t\r\n"
 _BOM = b"\xef\xbb\xbf"

@@ -14,7 +14,7 @@ from typing import Any
 
 from unmask.errors import DataError, nearest
 from unmask.parsing import parse_yaml
-from unmask.paths import read_bytes, user_path
+from unmask.places import read_bytes, user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 _CARD = "README.md"

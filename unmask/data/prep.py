@@ -13,8 +13,7 @@ from unmask.data.formats import Columns, read_conversation
 from unmask.data.tables import read_hub
 from unmask.errors import DataError, choice_problem
 from unmask.parsing import ParseProblem, parse_json
-from unmask.paths import check_regular, user_path
-from unmask.places import part_of
+from unmask.places import check_regular, part_of, user_path
 
 GSM8K_HUB_ID = "openai/gsm8k"
 GSM8K_SPLITS = ("train", "test")

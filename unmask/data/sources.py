@@ -17,7 +17,7 @@ from unmask.data.formats import Columns
 from unmask.data.layout import SUFFIXES, split_files
 from unmask.data.tables import TableRows, read_hub, read_saved, read_table
 from unmask.errors import DataError, nearest
-from unmask.paths import user_path
+from unmask.places import user_path
 
 _POINTER = b"version https://git-lfs.github.com/spec/"  # how a clone without Git LFS has a large file
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any
 
 from unmask.errors import DataError, nearest
-from unmask.paths import user_path
+from unmask.places import user_path
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 

@@ -14,7 +14,7 @@ from unmask.errors import ConfigError, DataError
 from unmask.evaluation.grade import check_grader, expected_answer
 from unmask.evaluation.harness import check_names, task_manager
 from unmask.evaluation.tasks import HARNESS, TASKS, Question, as_text, read_questions, refuse_leaks, with_shots
-from unmask.paths import user_path
+from unmask.places import user_path
 from unmask.sampling.plan import JobPlan, plan_job
 
 

@@ -18,7 +18,7 @@ from unmask.data.formats import FORMATS, NO_COLUMNS, Columns, read_conversation
 from unmask.data.keys import is_blank, read_object
 from unmask.errors import DataError
 from unmask.parsing import ParseProblem, parse_json
-from unmask.paths import user_path
+from unmask.places import user_path
 
 if TYPE_CHECKING:
     from unmask.data.sources import Rows

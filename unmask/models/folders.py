@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from unmask.errors import ModelError
 from unmask.parsing import ParseProblem, parse_json
-from unmask.paths import check_regular, read_bytes, user_path
+from unmask.places import check_regular, read_bytes, user_path
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

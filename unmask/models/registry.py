@@ -13,7 +13,7 @@ from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
 from unmask.models.folders import INDEX, WEIGHTS, find_folder, read_generation, read_json, stored_tensors
 from unmask.models.pretrained_config import generation_note
-from unmask.paths import user_path
+from unmask.places import user_path
 
 # Key of a family → the module whose FAMILY describes it. A new family is a folder and a line here. The key is the
 # model_type of its config.json, or its architecture where an earlier family has that model_type; its parsed

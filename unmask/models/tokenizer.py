@@ -10,7 +10,7 @@ from unmask.errors import ModelError
 from unmask.models.family import ControlTokens
 from unmask.models.folders import find_adapter, find_folder, read_json
 from unmask.models.registry import register_configs
-from unmask.paths import user_path
+from unmask.places import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

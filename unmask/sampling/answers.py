@@ -22,8 +22,7 @@ from unmask.distributed.inference import divide_rows, own_rows
 from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
-from unmask.paths import user_path
-from unmask.places import hold
+from unmask.places import hold, user_path
 from unmask.report.progress import AnswerProgress
 from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
 from unmask.sampling.blanks import encode_blanks, has_blank

@@ -18,8 +18,7 @@ from unmask.data.keys import is_blank
 from unmask.data.template_source import template_names
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import DataError, SamplingError, choice_problem
-from unmask.paths import user_path
-from unmask.places import part_of
+from unmask.places import part_of, user_path
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
 from unmask.sampling.plan import JobPlan

@@ -21,7 +21,7 @@ from unmask.models.folders import (
 )
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
-from unmask.paths import user_path
+from unmask.places import user_path
 from unmask.sampling.settings import SamplerSettings, resolve_settings
 
 if TYPE_CHECKING:

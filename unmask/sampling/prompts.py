@@ -13,7 +13,7 @@ from unmask.data.renderings import control_pattern
 from unmask.data.template_loading import load_template
 from unmask.data.turns import special_words
 from unmask.errors import ConfigError, DataError, SamplingError
-from unmask.paths import user_path
+from unmask.places import user_path
 from unmask.sampling.prompt_rows import KEYS, is_row, read_prompts, read_row
 from unmask.sampling.settings import SamplerSettings
 

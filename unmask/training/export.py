@@ -14,8 +14,7 @@ from unmask.models.folders import base_note, find_adapter, stored_tensors
 from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
-from unmask.paths import user_path
-from unmask.places import part_of
+from unmask.places import part_of, user_path
 
 # A tensor of one of a stack's layers.
 _LAYER = re.compile(r"(?P<stack>.*\.(?:layers|blocks))\.(?P<layer>\d+)\.(?P<name>.+)")

@@ -23,7 +23,7 @@ from unmask.models.lora.experts import AdaptedExperts, from_file, to_file
 from unmask.models.registry import family_of
 from unmask.models.weights import write_tensors
 from unmask.models.wrappers import without_parts
-from unmask.paths import check_regular
+from unmask.places import check_regular
 
 PREFIX = "base_model.model."  # PEFT's name for the wrapped network in its files
 _MAGNITUDE = ".lora_magnitude_vector.default.weight"

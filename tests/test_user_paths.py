@@ -17,7 +17,7 @@ from unmask.config.data import DatasetConfig
 from unmask.data.sources import open_rows
 from unmask.errors import ConfigError, UnmaskError
 from unmask.models.folders import INDEX, stored_tensors
-from unmask.paths import user_path
+from unmask.places import user_path
 
 NAMES = ["~nosuchuser/x", "a\0b", "half\ud83d", "x" * 300, "link/inside", ""]
 
