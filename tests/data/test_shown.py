@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from unmask.config.data import DatasetConfig
 from unmask.data.conversation import read_turns
 from unmask.data.encode import Dropped, EncodedRow, RowEncoder
-from unmask.data.shown import CHANGED_TEXT, UNSHOWN_REASONING
+from unmask.data.shown import CHANGED_TEXT, UNSHOWN_REASONING, UNTAGGED
 from unmask.data.sources import open_rows
 from unmask.data.template_loading import load_template
 from unmask.data.template_source import read_template
@@ -285,3 +285,21 @@ def test_what_a_key_makes_the_template_leave_out_is_refused_after_rows_without_i
     assert isinstance(encode(0, 0), EncodedRow)
     with pytest.raises(DataError, match="does not show the text of turn 0, of the user"):
         encode(1, 0)
+
+
+def test_each_tool_must_be_shown(encoder):
+    row = {**ROW, "tools": [{"name": "add"}, {"name": "sub"}]}
+    assert '"sub"' in shown(encoder(WHOLE, row))[0]
+    with pytest.raises(DataError, match="does not show the row's tools, all of them"):
+        encoder(WHOLE.replace("tools | tojson", "tools[:1] | tojson"), row)(0, 0)
+
+
+def test_answers_that_a_template_does_not_tag_are_noted(encoder):
+    last = (
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content }}<|eot_id|>"
+        "{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+    )
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a"}] * 2}
+    _, learned, notes = shown(encoder(last, row))
+    assert learned == ["a<|eot_id|>"] and notes == (UNTAGGED,)
+    assert shown(encoder(last, row, answers="one"))[2] == ()

@@ -39,7 +39,17 @@ from unmask.data.renderings import (
     mark_controls,
     reasoning_of,
 )
-from unmask.data.shown import CHANGED_TEXT, UNREAD_KEY, Shape, check_shown, more_keys, shape_of, text_of, with_probes
+from unmask.data.shown import (
+    CHANGED_TEXT,
+    UNREAD_KEY,
+    UNTAGGED,
+    Shape,
+    check_shown,
+    more_keys,
+    shape_of,
+    text_of,
+    with_probes,
+)
 from unmask.data.supervision import (
     Rendered,
     check_tagged_reasoning,
@@ -169,8 +179,11 @@ class ChatTemplate:
         turns = marked.turns
         text, spans = self._answers(turns, supervise_reasoning=supervise_reasoning)
         notes = self._check_shown(turns, False, supervise_reasoning)
+        self._check_tools(text)
         if not all(map(marked.restored(text).__contains__, map(text_of, map(_as_dict, messages[: len(turns)])))):
             notes = (*notes, CHANGED_TEXT)
+        if self.tagged and len(spans) < len(wanted):
+            notes = (*notes, UNTAGGED)
         render = self.render_spans
         supervised = spans_of_answers(render, turns, spans, wanted, supervise_reasoning, self.name)
         if None in supervised:
@@ -195,6 +208,7 @@ class ChatTemplate:
         marked = self._marked(messages, prompt=True)
         text, spans = self._answers(marked.turns, add_generation_prompt=True)
         self._check_shown(marked.turns, True)
+        self._check_tools(text)
         return [piece for start, end in cut_at(spans, len(text)) for piece in marked.pieces(text[start:end])]
 
     def literal_pieces(self, text: str) -> list[str]:
@@ -221,15 +235,24 @@ class ChatTemplate:
             probed = with_probes(turns)
             text, spans = self._answers(probed, add_generation_prompt, supervise_reasoning)
             if self.tools and text == replace(self, tools=()).render(probed, add_generation_prompt):
-                raise DataError(
-                    f"dataset.chat_template: {self.name} does not show the row's tools; name a template that renders "
-                    "them, or set dataset.ignore_keys: [tools]"
-                )
+                raise DataError(self._hidden_tools())
             keys = dict.fromkeys(key for turn in turns for key in more_keys(turn))
             unread = [UNREAD_KEY.format(key) for key in keys if not self._reads(key, probed, add_generation_prompt)]
             shown = check_shown(turns, text, None if add_generation_prompt else spans, self.name)
             self.shapes[shape] = (*shown, *unread)
         return self.shapes[shape]
+
+    def _check_tools(self, text: str) -> None:
+        """Refuse a template that shows some of the tools only."""
+        functions = [tool["function"] for tool in self.tools]
+        if not all(str(each.get("name", "")) in text for each in functions if isinstance(each, Mapping)):
+            raise DataError(self._hidden_tools())
+
+    def _hidden_tools(self) -> str:
+        return (
+            f"dataset.chat_template: {self.name} does not show the row's tools, all of them; name a template that "
+            "renders them, or set dataset.ignore_keys: [tools]"
+        )
 
     def _reads(self, key: str, turns: list[Turn], add_generation_prompt: bool) -> bool:
         """Say whether a key of the turns changes their text."""

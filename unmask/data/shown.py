@@ -17,6 +17,7 @@ from unmask.errors import DataError
 
 UNSHOWN_REASONING = "reasoning that the chat template does not show, so nothing learns from it"
 CHANGED_TEXT = "a text that the chat template changes or shows in part"
+UNTAGGED = "an answer that the chat template does not tag, so nothing learns it"
 UNREAD_KEY = "the key {!r} of a turn, which nothing reads"
 _TEXT, _REASONING, _NAME, _ARGUMENTS = "text", "reasoning", "name", "arguments"
 Shape = tuple[Any, ...]
