@@ -58,6 +58,17 @@ def test_what_is_saved_is_found(tmp_path: Path) -> None:
         (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {"weights": 5}}'), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": [["weights", 5]]}'), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json"),
+        (
+            lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {"weights": [Infinity, 1]}}'),
+            "manifest.json",
+        ),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {}}'), "manifest.json"),
+        (
+            lambda f: (f / "manifest.json").write_text(
+                '{"format": 2, "files": {"%s": [1, 2], "state.json": [1, 2]}}' % ("x" * 999)
+            ),
+            "xxx",
+        ),
         (lambda f: (f / "weights").unlink(), "weights is missing"),
         (lambda f: (f / "weights").write_bytes(b"w" * 999), "999 bytes instead of 1000"),
         (lambda f: (f / "weights").write_bytes(b"w" * 500 + b"x" + b"w" * 499), "checksum"),
@@ -76,7 +87,17 @@ def test_a_torn_one_is_refused_by_name_and_the_previous_one_used(tmp_path: Path,
         find_checkpoint(tmp_path, IDENTITY)
 
 
-@pytest.mark.parametrize("state", ["5", "[]", '{"step": 4}', '{"step": 4, "loader": 5, "identity": {}}', "\udcff"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        "5", "[]", '{"step": 4}', '{"step": 4, "loader": 5, "identity": {}}', "\udcff", "[" * 100_000,
+        *(f'{{"step": {step}, "loader": {{}}, "identity": {{}}}}' for step in ("5", "4.0", "Infinity", "[]", '"4"')),
+        *(f'{{"step": 4, "loader": {{}}, "identity": {{}}, "best": {best}}}' for best in (
+            "5", "[]", "{}", '{"metric": 1, "value": 1.0, "step": 2}', '{"metric": "m", "value": "1", "step": 2}',
+            '{"metric": "m", "value": 1.0, "step": "/"}',
+        )),
+    ],
+)  # fmt: skip
 def test_a_state_of_another_shape_is_torn(tmp_path: Path, state: str) -> None:
     good, torn = save(tmp_path, 2), save(tmp_path, 4)
     (torn / "state.json").write_bytes(state.encode("utf-8", "surrogateescape"))
@@ -85,6 +106,19 @@ def test_a_state_of_another_shape_is_torn(tmp_path: Path, state: str) -> None:
     found = find_checkpoint(tmp_path, IDENTITY)
     assert found is not None and found.folder == good
     assert found.refused == ("step_4 is torn: its state.json is missing or unreadable",)
+
+
+def test_a_data_position_of_another_shape_makes_the_older_one_be_used(tmp_path: Path) -> None:
+    def fit(position: dict) -> tuple[dict, None]:
+        return {"epoch": position["order"]["epoch"]}, None
+
+    for step, position in ((2, {"order": {"epoch": 0}}), (4, {"order": 5})):
+        temporary = begin_checkpoint(tmp_path, step)
+        write_state(temporary, step, {"identity": IDENTITY, "loader": position})
+        commit_checkpoint(tmp_path, step, temporary, {})
+    found = find_checkpoint(tmp_path, IDENTITY, fit)
+    assert found is not None and found.folder.name == "step_2"
+    assert found.refused == ("step_4 is torn: the data position in its state.json is none",)
 
 
 def test_a_foreign_one_is_refused_by_name(tmp_path: Path) -> None:

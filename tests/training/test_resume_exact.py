@@ -321,6 +321,18 @@ def test_a_torn_last_line_of_the_log_is_cut(tiny, train_tiny: Train, tmp_path: P
     assert {step: again.losses[step] for step in whole.losses} == whole.losses
 
 
+def test_a_damaged_line_of_the_log_does_not_block_a_resume(tiny, train_tiny: Train, tmp_path: Path) -> None:
+    values = tiny.config(tmp_path, step_scheduler__ckpt_every_steps=2)
+    train_tiny({**values, "step_scheduler": {**values["step_scheduler"], "max_steps": 4}})
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_bytes().splitlines()
+    lines[1:1] = [b'{"event": "tr\xff', b'{"event": "train", "step": "1"}', b"[" * 100_000]
+    log.write_bytes(b"\n".join(lines) + b"\n")
+    again = train_tiny(values)
+    assert list(again.losses) == [1, 2, 3, 4, 5, 6]
+    assert f"{log}: 3 damaged lines were removed, the first of them line 2" in again.output
+
+
 def test_a_checkpoint_of_the_whole_model_is_refused_by_a_run_of_an_adapter(tiny, tiny_base, train_tiny, tmp_path):
     from unmask.errors import CheckpointError
 

@@ -152,7 +152,9 @@ class TrainLoader:
 
         Raises:
             DataError: rows that were trained on have changed, and `accept_changed` is False.
+            ValueError, KeyError, TypeError, AttributeError: it is nothing that `state_dict` returned.
         """
+        _check_state(state)
         return self.order.reconcile(state, accept_changed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,3 +243,16 @@ class TrainLoader:
                 )
             )
         return micro_batches
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise an error of Python where a state, read from a file, has not the shape that `state_dict` gives it."""
+    order, counts = state["order"], [*state["dropped"].values(), *state.get("noted", {}).values()]
+    places = [*(state.get("window") or ()), *state.get("carried", ())]
+    if not all(type(number) is int and number >= 0 for number in (state["epoch"], state["cursor"], *places, *counts)):
+        raise ValueError("a position is made of whole numbers")
+    if state["cursor"] > order["rows"] or any(place >= order["rows"] for place in places):
+        raise ValueError("a position lies within its rows")
+    if not isinstance(order["fingerprint"], str) or not isinstance(state["examples"], dict):
+        raise TypeError("examples are an object, and a fingerprint is text")
+    int(state.get("visited", "0"), 16)

@@ -17,6 +17,7 @@ from rich.table import Table
 from unmask.errors import ConfigError
 from unmask.evaluation.job import Checkpoint, EvalPlan
 from unmask.evaluation.tasks import HARNESS
+from unmask.report.metrics import is_number
 from unmask.report.resumable import Record, first_difference, write_lines
 from unmask.report.runs import RESULTS as RESULTS
 from unmask.report.runs import shown
@@ -86,10 +87,10 @@ def read_results(plan: EvalPlan) -> Results:
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": [], "results": []}
         earlier = Results(
-            {model["label"]: dict(model) for model in values["models"]},
-            {(entry["task"], entry["model"]): dict(entry) for entry in values["results"]},
+            {model["label"]: {**model, "fingerprint": dict(model["fingerprint"])} for model in values["models"]},
+            {(entry["task"], entry["model"]): _checked(entry) for entry in values["results"]},
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{path}: not a file of `unmask eval`; choose another --output or delete it") from None
     remedy = "choose another --output, or delete the folder"
     for checkpoint in plan.checkpoints:
@@ -100,12 +101,19 @@ def read_results(plan: EvalPlan) -> Results:
             raise ConfigError(f"{path}: {checkpoint.label} is another model there ({different}); {remedy}")
         for name in plan.job.harness_tasks:
             entry = earlier.entries.get((HARNESS + name.removeprefix(HARNESS), checkpoint.label))
-            if entry is not None and entry["settings"]["limit"] != plan.job.limit:
-                had, wanted = (number or "all" for number in (entry["settings"]["limit"], plan.job.limit))
+            if entry is not None and entry["settings"].get("limit") != plan.job.limit:
+                had, wanted = (number or "all" for number in (entry["settings"].get("limit"), plan.job.limit))
                 raise ConfigError(
                     f"{path}: holds {entry['task']}, {entry['model']}, of {had} documents, not {wanted}; {remedy}"
                 )
     return earlier
+
+
+def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry, of which this module reads the settings and the time; ValueError or TypeError if malformed."""
+    if not is_number(entry.get("seconds", 0)) or type(entry.get("timed_rows", 0)) is not int:
+        raise ValueError(entry)
+    return {**entry, "settings": dict(entry["settings"])}
 
 
 def write_results(plan: EvalPlan, outcomes: Sequence[Outcome], earlier: Results) -> None:

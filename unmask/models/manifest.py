@@ -13,7 +13,7 @@ from unmask.errors import ModelError
 from unmask.models.folders import SHARDED
 
 MANIFEST = "manifest.json"
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -66,12 +66,15 @@ def find_damage(folder: Path, files: Mapping[str, tuple[int, int]]) -> str | Non
     """Say what is wrong with the first file that is missing, of another size or changed; None when all are whole."""
     for name, (size, crc) in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"is torn: {name} is missing"
-        if path.stat().st_size != size:
-            return f"is torn: {name} has {path.stat().st_size} bytes instead of {size}"
-        if crc32(path) != crc:
-            return f"is damaged: {name} does not match its checksum"
+        try:
+            if not path.is_file():
+                return f"is torn: {name} is missing"
+            if path.stat().st_size != size:
+                return f"is torn: {name} has {path.stat().st_size} bytes instead of {size}"
+            if crc32(path) != crc:
+                return f"is damaged: {name} does not match its checksum"
+        except OSError as error:
+            return f"is torn: {name[:60]} cannot be read ({error.strerror})"
     return None
 
 

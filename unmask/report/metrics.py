@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,25 @@ from typing import Any
 from unmask.errors import DataError
 
 FILE = "metrics.jsonl"
+
+# What plots and reports take from events, by what it must be where it is there.
+_NUMBERS = {
+    "step", "time", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "memory_gib", "exact_match", "value",
+    "total_steps", "parameters", "trainable_parameters", "rows",
+}  # fmt: skip
+_TEXTS = {"event", "reason", "metric", "row", "prompt", "text", "reference"}
+_OBJECTS = {"environment", "versions"}
+_LEVELS = 5  # parts of the noise levels in loss_by_noise_level
+# Event → what it cannot be without.
+_NEEDED = {
+    "train": {"step"},
+    "validation": {"step"},
+    "exact_match": {"step"},
+    "best": {"step", "metric", "value"},
+    "end": {"reason"},
+    "sample": {"step", "prompt", "text", "reference"},
+}
+_LARGEST = 1e100  # no number of a run is larger
 
 
 class MetricsLog:
@@ -76,30 +96,81 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: no such file, or a damaged line before the last.
     """
+    events, damaged = _read(path)
+    if damaged:
+        raise DataError(
+            f"{path}:{damaged[0]}: not an event of a run; the log is damaged there: remove that line, or resume the "
+            "run, which does so"
+        )
+    return events
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the events of a log, and the numbers of damaged lines before the last."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a run directory with a {FILE}") from None
-    events = []
+    events, damaged = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             event = None
-        if isinstance(event, dict) and "event" in event:
+        if _is_event(event):
             events.append(event)
         elif number < len(lines):
-            raise DataError(f"{path}:{number}: not an event of a run; the log is damaged there")
-    return events
+            damaged.append(number)
+    return events, damaged
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Drop the events of later steps, which a resumed run will write again; atomic."""
+def _is_event(event: Any) -> bool:
+    return (
+        isinstance(event, dict)
+        and event.keys() >= _NEEDED.get(str(event.get("event")), {"event"})
+        and all(_fits(name, value) for name, value in event.items())
+    )
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in ("step", "time"):
+        return is_number(value) and math.isfinite(value)
+    if name in _NUMBERS or name.endswith("_loss"):
+        return is_number(value)
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if name in _OBJECTS:
+        return isinstance(value, dict)
+    if name == "loss_by_noise_level":
+        return isinstance(value, list) and len(value) == _LEVELS and all(v is None or is_number(v) for v in value)
+    if name == "frames":
+        return isinstance(value, list) and all(
+            isinstance(frame, dict) and is_number(frame.get("nfe")) and isinstance(frame.get("text"), str)
+            for frame in value
+        )
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a JSON value is a number that can be drawn, or one that is not finite, which is left out."""
+    return type(value) in (int, float) and not (abs(value) > _LARGEST and abs(value) != math.inf)
+
+
+def cut_after(path: Path, step: int) -> str | None:
+    """Drop the events of later steps, which a resumed run will write again, and damaged lines; atomic.
+
+    Returns:
+        A note about the damaged lines; None where there were none.
+    """
     if not path.exists():
-        return
-    kept = [event for event in read_metrics(path) if event.get("step", 0) <= step]
+        return None
+    events, damaged = _read(path)
+    kept = [event for event in events if event.get("step", 0) <= step]
     temporary = path.with_name(path.name + ".part")
     temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
     os.replace(temporary, path)
+    if not damaged:
+        return None
+    return f"{path}: {len(damaged)} damaged lines were removed, the first of them line {damaged[0]}"

@@ -60,7 +60,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     ]
     top, middle, bottom = above.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     for number, (run, events) in enumerate(zip(runs, logs, strict=True)):
-        train = [event for event in events if event["event"] == "train"]
+        train = [e for e in events if e["event"] == "train" and math.isfinite(e.get("loss", math.nan))]
         if not train:
             raise DataError(f"{run}: the log has no finished step to plot yet")
         label = "" if len(runs) == 1 else f" {run.resolve().name}"
@@ -99,7 +99,7 @@ def by_level(events: Sequence[Mapping[str, Any]]) -> list[tuple[list[float], lis
         if event["event"] != "validation" or not event.get("loss_by_noise_level"):
             continue
         for (steps, losses), value in zip(found, event["loss_by_noise_level"], strict=True):
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 steps.append(float(event["step"]))
                 losses.append(float(value))
     return found
@@ -145,5 +145,5 @@ def _draw(
         points = [e["step"] for e in validation], [e["loss"] for e in validation]
         top.plot(*points, style, color=colour, marker="o", markersize=4, markerfacecolor="white",
                  label=f"validation{label}")  # fmt: skip
-    middle.plot(steps, [e["grad_norm"] for e in train], style, color=colour, linewidth=0.8)
-    bottom.plot(steps, [e["lr"] for e in train], style, color=colour)
+    middle.plot(steps, [e.get("grad_norm", math.nan) for e in train], style, color=colour, linewidth=0.8)
+    bottom.plot(steps, [e.get("lr", math.nan) for e in train], style, color=colour)

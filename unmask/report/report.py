@@ -15,7 +15,7 @@ from unmask.places import part_of
 from unmask.report.chart import Line, line_chart
 from unmask.report.page import answer, folded, page, table
 from unmask.report.plots import LEVELS, by_level, smooth
-from unmask.report.runs import Event, Points, Result, Run, differing, find_results, read_runs
+from unmask.report.runs import Event, Points, Result, Run, differing, find_results, flat, read_runs
 
 Draw = Callable[..., str]  # `line_chart` with the x axis that all charts share
 _NOT_COMPARED = ("checkpoint.checkpoint_dir",)  # differs in every run and says nothing
@@ -39,7 +39,7 @@ def write_report(folders: Sequence[Path], output: Path, evaluations: Sequence[Pa
     text = report(runs, find_results([run.folder for run in runs], evaluations))
     try:
         with part_of(output) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, "utf-8", errors="replace")  # half a surrogate pair, which JSON may hold, is no text
             part.replace(output)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another place") from None
@@ -246,7 +246,7 @@ def percent(value: float) -> str:
 
 
 def _unit(runs: Sequence[Run]) -> str:
-    kinds = {run.config.get("dllm", {}).get("normalization") for run in runs}
+    kinds = [flat(run.config).get("dllm.normalization") for run in runs]
     return "nats per token" if "sequence" not in kinds else "nats per token, mean over rows"
 
 

@@ -34,8 +34,10 @@ def read_records(path: Path, kind: str) -> tuple[dict[str, Any], list[Record]]:
     whole = [line for line in lines[:-1] if line]  # what follows the last line break is empty or torn
     try:
         head, *records = (json.loads(line) for line in whole)
+        if not all(isinstance(record, dict) and type(record["row"]) is int for record in records):
+            raise TypeError(records)
         return dict(head[kind]), records
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{path}: is no file of this kind: {kind}; delete it or choose another --output") from None
 
 

@@ -52,8 +52,8 @@ class Run:
         return [event for event in self.events if event["event"] == kind]
 
     def points(self, kind: str, field: str) -> Points:
-        """Return steps and values of a numeric field, leaving out events that lack it."""
-        found = [(e["step"], e[field]) for e in self.of(kind) if isinstance(e.get(field), (int, float))]
+        """Return steps and finite values of a numeric field, leaving out events that lack it."""
+        found = [(e["step"], e[field]) for e in self.of(kind) if math.isfinite(e.get(field, math.nan))]
         return [float(step) for step, _ in found], [float(value) for _, value in found]
 
     def exact_match(self) -> Points:
@@ -170,7 +170,7 @@ class Result:
 
 def shown(value: float, error: float | None = None) -> str:
     """Return a number with two digits of its error, or four digits where there is none; 1e-05 for what is tiny."""
-    if not error or not math.isfinite(error):
+    if not error or not 0 < error < math.inf:
         return f"{value:.4g}"
     places = max(0, 1 - math.floor(math.log10(error) + 1e-9))
     return f"{value:.{places}f}" if places <= 8 and abs(value) < 1e8 else f"{value:.4g}"
@@ -206,7 +206,7 @@ def read_results(path: Path) -> list[Result]:
     try:
         entries: Any = json.loads(path.read_text(encoding="utf-8"))["results"]
         return [result for entry in entries for result in _results(entry)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise DataError(f"{path}: not a file of `unmask eval`; evaluate again, or take the file away") from None
 
 
@@ -227,6 +227,7 @@ def _results(entry: Mapping[str, Any]) -> list[Result]:
         elif entry.get("standard_error") is not None and field != "ar_nats_per_token":
             interval = _around(value, entry["standard_error"])
         rows = entry.get("total", entry.get("rows"))
+        rows = None if rows is None else int(rows)
         found.append(Result(task, of, measure, float(value), share, interval, rows))
     return [replace(result, compared=_compared(entry), settings=_settings(entry)) for result in found]
 

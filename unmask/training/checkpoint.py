@@ -34,8 +34,11 @@ _OTHER_VERSION = (
 
 _CHANGED_DATA = "; put them back, or set checkpoint.accept_changed_data: true to go on with them as they are"
 
+# What reading JSON as what it is not ends with.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
 # A checkpoint's data position → that position in the data as they are now, and how they have changed since, if they
-# have; DataError when it means nothing in them.
+# have; DataError when it means nothing in them, an error of `_MALFORMED` when it is none.
 Reconcile = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]
 
 
@@ -170,6 +173,9 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any], reconcile: Reconcil
         except CheckpointError as error:
             refused.append(str(error))
             continue
+        except _MALFORMED:
+            refused.append(f"{folder.name} is torn: the data position in its {STATE} is none")
+            continue
         except DataError as error:
             refused.append(f"{folder.name} is foreign: {error}{_CHANGED_DATA}")
             continue
@@ -201,10 +207,14 @@ def verify(folder: Path) -> None:
     """
     try:
         layout, files = read_manifest(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if STATE not in files:
+            raise KeyError(STATE)
+    except (OSError, *_MALFORMED):
         raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
     if layout != _FORMAT:
-        raise CheckpointError(f"{folder.name} has format {layout}, this version reads {_FORMAT}{_OTHER_VERSION}")
+        raise CheckpointError(
+            f"{folder.name} has format {_short(layout)}, this version reads {_FORMAT}{_OTHER_VERSION}"
+        )
     if damage := find_damage(folder, files):
         raise CheckpointError(f"{folder.name} {damage}")
 
@@ -212,13 +222,11 @@ def verify(folder: Path) -> None:
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return {
-            **state,
-            "identity": dict(state["identity"]),
-            "loader": dict(state["loader"]),
-            "step": int(state["step"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        if type(state["step"]) is not int or folder.name != f"step_{state['step']}":
+            raise ValueError(state["step"])
+        _check_best(state.get("best"))
+        return {**state, "identity": dict(state["identity"]), "loader": dict(state["loader"])}
+    except (OSError, *_MALFORMED):
         raise CheckpointError(f"{folder.name} is torn: its {STATE} is missing or unreadable") from None
 
 
@@ -289,7 +297,15 @@ def better(metric: str | None, best: Best | None, measured: Mapping[str, Mapping
     return Best(metric, float(value), step)
 
 
+def _check_best(best: Any) -> None:
+    """Raise an error of `_MALFORMED` where what a state tells of the best evaluation is no such thing."""
+    if best is not None and not (
+        isinstance(best["metric"], str) and math.isfinite(best["value"]) and type(best["step"]) is int
+    ):
+        raise ValueError(best)
+
+
 def stored_best(state: Mapping[str, Any], metric: str | None) -> Best | None:
     """Return the best evaluation that a checkpoint's state tells of; None where it compared by another metric."""
     best = state.get("best")
-    return Best(**best) if best and best["metric"] == metric else None
+    return Best(best["metric"], best["value"], best["step"]) if best and best["metric"] == metric else None

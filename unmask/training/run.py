@@ -186,18 +186,17 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
     reconcile = partial(parts.loader.reconcile, accept_changed=section.accept_changed_data)
     newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity, reconcile) if section.enabled else None)
     if newest is None:
-        _cut(parts, -1)
-        return ResumePoint(0, None, ())
+        return ResumePoint(0, None, (), notes=_cut(parts, -1))
     parts.restore(newest.folder)
     parts.loader.load_state_dict(newest.state["loader"])
-    _cut(parts, newest.state["step"])
+    cut = _cut(parts, newest.state["step"])
     best, notes = from_first(parts.ranks, lambda: _restore_best(root, stored_best(newest.state, section.best_metric)))
-    return ResumePoint(newest.state["step"], newest.folder, newest.refused, best, notes, newest.changed_data)
+    return ResumePoint(newest.state["step"], newest.folder, newest.refused, best, (*cut, *notes), newest.changed_data)
 
 
-def _cut(parts: ResumeParts, step: int) -> None:
-    for log in parts.logs if parts.ranks.first else ():
-        cut_after(log, step)
+def _cut(parts: ResumeParts, step: int) -> tuple[str, ...]:
+    """Cut the logs; return what is to be said about them, on rank 0."""
+    return tuple(filter(None, (cut_after(log, step) for log in parts.logs if parts.ranks.first)))
 
 
 def _restore_best(root: Path, best: Best | None) -> tuple[Best | None, tuple[str, ...]]:
