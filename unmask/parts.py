@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.chat import ChatTemplate
+from unmask.data.check import count_later_turns
 from unmask.data.encode import Encode, RememberedRows, RowEncoder
-from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
 from unmask.data.template_loading import check_end, load_template
 from unmask.distributed.processes import data_workers

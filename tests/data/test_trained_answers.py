@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from unmask.config.data import DataloaderConfig, DatasetConfig, resolve_answers
 from unmask.config.reader import read_section
 from unmask.data.chat import ChatTemplate
+from unmask.data.check import count_later_turns
 from unmask.data.conversation import Conversation, Message
 from unmask.data.encode import Dropped, EncodedRow, RememberedRows, RowEncoder
-from unmask.data.later_turns import count_later_turns
 from unmask.data.loader import TrainLoader
 from unmask.data.sources import open_rows
 from unmask.data.template_loading import load_template

@@ -1,17 +1,16 @@
-"""The chat template: how a conversation becomes tokens, and which of them training supervises.
+"""`ChatTemplate` turns a conversation into tokens, and says which of them training supervises.
 
-Supervision belongs to the template. Where it has `{% generation %}` tags, the tagged text is supervised. Where it has
-none, each assistant turn is found by comparing renderings (`renderings.py`): its closing token is supervised,
-its header never, its reasoning if asked for.
+Supervision: the text within the template's `{% generation %}` tags. Without tags, each assistant turn is found by
+comparing renderings (`renderings.py`): its closing token is supervised, its header never, its reasoning if asked for.
 
-An answer is tokenised apart from the text before it, as at inference, where the prompt is tokens before the answer is
-text. So no token straddles the two, and a header has the same tokens in training and in use also where a tokenizer
-looks ahead (many make other tokens of "\\n\\n" before a letter than at the end of the text).
+Tokenising: an answer is tokenised apart from the text before it, because at inference the prompt is tokenised before
+there is an answer. So no token straddles the two, and a header has the same tokens in training and at inference. Many
+tokenizers encode "\\n\\n" before a letter otherwise than at the end of a text.
 
-Control tokens come from the template alone: the tokenizer's special tokens, and what the template writes around turns,
-special or not (`turns.py`). Where the text of a turn spells one (`<|eot_id|>`, the mask token, …), it is encoded as
-ordinary characters, in training and in prompts alike, so no row can forge a turn or inject a mask. A template that
-itself removes such text from a turn (reasoning spelt within an answer, say) has its way.
+Control tokens (the tokenizer's special tokens and those that the template writes around turns, see `turns.py`) come
+from the template alone. Where the text of a turn spells one (`<|eot_id|>`, the mask token, …), it is encoded as
+ordinary characters, in training and in prompts, so no row can forge a turn or inject a mask. What a template itself
+removes from a turn, such as reasoning spelt within an answer, stays removed.
 """
 
 from __future__ import annotations
@@ -61,14 +60,16 @@ from unmask.data.template_source import words_of
 from unmask.data.turns import AnswerForm, answer_form
 from unmask.errors import DataError
 
-_SHAPES = 4096  # shapes of conversations that are remembered
+_SHAPES = 4096  # most shapes of conversations in the cache
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as token ids, for each whether it is part of an answer that training supervises, and notes.
+    """A conversation as token ids.
 
-    A note says what the text lacks of the conversation, in the same words for every conversation.
+    Attributes:
+        supervised: for each token, whether training learns it.
+        notes: what the tokens lack of the conversation, in the same words for every conversation.
     """
 
     ids: list[int]
@@ -84,10 +85,10 @@ class ChatTemplate:
         source: the template's Jinja source.
         name: what messages call it.
         tagged: whether it has `{% generation %}` tags.
-        controls: matches every control token that text may spell.
+        controls: matches every control token that the text of a turn might spell.
         turn_ids: the tokens that the template writes around the texts of turns, special or not.
-        tools: what the assistant may call, for templates that show it.
-        shapes: what the text lacks of conversations of each shape that was met.
+        tools: what the assistant may call.
+        shapes: a cache: the shape of a conversation → notes on what its text lacks (`shown.py`).
     """
 
     tokenizer: Any
@@ -121,7 +122,7 @@ class ChatTemplate:
         return replace(self, tools=tools)
 
     def knows(self, key: str) -> bool:
-        """Say whether the template can know a key of a turn, since it has the word."""
+        """Return whether the template may read a key of a turn: its source has the word."""
         return key in words_of(self.source)
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
@@ -162,8 +163,8 @@ class ChatTemplate:
     ) -> Encoded:
         """Return the tokens of a conversation up to its last supervised one, and which of them are supervised.
 
-        Behind the last answer that may be supervised nothing is rendered: neither the answer nor the template's view of
-        it depends on what came after. Without such an answer everything is rendered, and nothing supervised.
+        Turns after the last answer that may be supervised are not rendered, so nothing about the answer depends on
+        them. Without such an answer everything is rendered, and nothing supervised.
 
         Args:
             messages: a turn whose `supervised` is False is context.
@@ -225,8 +226,8 @@ class ChatTemplate:
     def _check_shown(
         self, turns: list[Turn], add_generation_prompt: bool, supervise_reasoning: bool = False
     ) -> tuple[str, ...]:
-        """Return what the text lacks of the conversation; DataError where that is something it must have."""
-        # What the template has no word for cannot change its text.
+        """Return notes on what the text lacks of the conversation; DataError if it lacks what it must have."""
+        # A key that the template does not mention cannot change its text.
         turns = [{key: turn[key] for key in turn if key not in more_keys(turn) or self.knows(key)} for turn in turns]
         shape = (add_generation_prompt, bool(self.tools), supervise_reasoning, shape_of(turns))
         if len(self.shapes) > _SHAPES:
@@ -255,7 +256,7 @@ class ChatTemplate:
         )
 
     def _reads(self, key: str, turns: list[Turn], add_generation_prompt: bool) -> bool:
-        """Say whether a key of the turns changes their text."""
+        """Return whether a key of the turns changes their text."""
         less = [{name: value for name, value in turn.items() if name != key} for turn in turns]
         try:
             return self.render(less, add_generation_prompt) != self.render(turns, add_generation_prompt)

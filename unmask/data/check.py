@@ -1,6 +1,10 @@
-"""A check of the rows before training: each is rendered and tokenised as training will do it.
+"""Looks at the rows before training: renders and tokenises them as training will, and counts answers with later turns.
 
 So a row of a table, or one that only the chat template refuses, is named before a GPU-hour is spent, not in mid-run.
+
+Later turns are what `dataset.answers: all` costs without causality: a network with bidirectional attention sees the
+turns behind an answer while it learns the answer. Where they give it away ("So 7 eggs."), it learns to copy from them,
+and has nothing to copy from at inference.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from unmask.data.chat import ChatTemplate
 from unmask.data.encode import Dropped, Encode, Visit, count_dropped, count_notes, encoded_ahead
 from unmask.data.sources import Rows
+from unmask.errors import DataError
 
 _MOST_SECONDS = 60.0  # all rows are checked if that takes less, else a sample of them
 _SAMPLE_SECONDS = 10.0
@@ -22,6 +28,7 @@ _START_SECONDS = 10.0  # until worker processes are there, which import much
 _MOST_WORKERS = 8  # each holds a tokenizer, and what that imports
 _TRIAL = 64  # rows whose time tells that of the others
 _TICK = 64  # rows between two reports of progress
+MOST_ROWS = 2048  # of which later turns are counted, in under a second
 
 Tick = Callable[[int, int], object]  # rows done, rows to do
 
@@ -103,3 +110,30 @@ def check_rows(rows: Rows, encode: Encode, processes: int = 0, tick: Tick = lamb
         check(order, total, workers if helped < alone else 0, began + _MOST_SECONDS)
     seconds = (time.monotonic() - began) * total / done
     return Checked(done, total, seconds, dropped, noted, examples)
+
+
+@dataclass(frozen=True)
+class LaterTurns:
+    """A count over rows evenly spread over the data; malformed ones have no answers.
+
+    Attributes:
+        rows: how many were looked at.
+        answers: how many of theirs are supervised.
+        followed: how many of these have a later supervised answer in their text, and so all turns between.
+    """
+
+    rows: int
+    answers: int
+    followed: int
+
+
+def count_later_turns(rows: Rows, template: ChatTemplate, most_rows: int = MOST_ROWS) -> LaterTurns:
+    """Count over all rows, or over about `most_rows` of them if there are more."""
+    answers, looked_at = [], range(0, len(rows), -(-len(rows) // most_rows))
+    for index in looked_at:
+        try:
+            row = rows[index]
+            answers.append(len(template.with_tools(row.tools).answers(row.messages)))
+        except DataError:
+            continue  # what is wrong with it is said where it is trained on
+    return LaterTurns(len(looked_at), sum(answers), sum(count - 1 for count in answers if count))

@@ -1,7 +1,7 @@
-"""What a chat template writes around the texts of turns, found by rendering probes: turn tokens, and how answers end.
+"""Finds what a chat template writes around the texts of turns: its turn tokens, and how it starts and ends an answer.
 
-No token is known by its name. A template is asked to render conversations whose texts are probes; what stands between
-the probes it has written itself.
+No token is known by its name. The template renders conversations whose texts are probes, and whatever stands between
+the probes comes from the template.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CALL: Turn = {
 }
 # Some templates insist on a system turn, others refuse one.
 STARTS: tuple[tuple[Turn, ...], ...] = ((_ASK,), (_SYSTEM, _ASK))
-# A vocabulary's own word that is markup, such as <|end|>, </s> or [INST]; plain words are part of texts, too.
+# Tokens that look like markup, such as <|end|>, </s> or [INST]; one that is a plain word may be part of any text.
 MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
@@ -33,17 +33,21 @@ MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 class AnswerForm:
     """What a chat template writes around the text of an answer; all empty where it renders no plain exchange.
 
+    A conversation that ends with its answer is rendered as `question{header}{opening}answer{closing}`; where another
+    question follows, `answer{middle}question` is in it.
+
     Attributes:
-        start: the turns of the exchange that it was asked to render, before the answer.
-        header: between the text of the question and where a prompt ends.
-        opening: between there and the text of a last answer: part of what a model learns to write.
-        lead: behind that text, up to the first token that ends an answer.
-        closing: all behind the text of a last answer.
-        tail: the end of `closing` that only a conversation has; "" where an answer within it would have no end.
-        middle: between the text of an answer and that of a question after it; None where the template refuses that.
-        unprompted: a generation prompt adds nothing.
-        stop_ids: the control tokens that come first in `closing` and in `middle`; and the last behind an answer that
-            calls a tool, where it ends with none of these nor EOS.
+        start: the turns before the answer that it was asked to render: a question, perhaps behind a system turn.
+        header: from the text of the question to where a prompt ends.
+        opening: from there to the text of the conversation's last answer; a model learns to write it.
+        lead: from the text of the last answer to the first token that ends an answer, such as a line break.
+        closing: all that follows the text of the last answer.
+        tail: the end of `closing` that ends the conversation, not the answer, such as EOS behind a turn token; "" where
+            the rest of `closing` has no control token, so that an answer would have no end without it.
+        middle: from the text of an answer to that of the next question; None where the template refuses a second one.
+        unprompted: whether renderings with and without the generation prompt are the same.
+        stop_ids: the tokens that end an answer: the first control tokens of `closing` and of `middle`, and the last
+            control token behind a tool call that has none of these nor EOS.
     """
 
     start: tuple[Turn, ...] = ()
@@ -58,27 +62,28 @@ class AnswerForm:
 
     @property
     def shows_start(self) -> bool:
-        """Whether renderings with and without an answer show where it starts, and not its header with it."""
+        """Whether comparing renderings with and without an answer shows where the answer starts, behind its header."""
         if not self.unprompted:
             return True
-        # Templates without a header show it. Some end every conversation as they end a prompt, one with an answer too.
+        # Either the template writes no header, or it appends a generation prompt to every conversation, even to one
+        # that ends with an answer: then `closing` ends as `header` does.
         shared = commonprefix([self.header[::-1], self.closing[::-1]]).strip()
         goes_on = self.middle is not None and self.middle.startswith(self.closing)
         return not self.opening.strip() and (goes_on or not shared)
 
 
 def special_words(tokenizer: Any, more_ids: Iterable[int] = ()) -> set[str]:
-    """Return how a tokenizer's special tokens, and those of further ids, are spelt."""
+    """Return the texts of a tokenizer's special tokens and of the tokens `more_ids`."""
     words = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     words.update(tokenizer.all_special_tokens)
     return words | {word for word in tokenizer.convert_ids_to_tokens(list(more_ids)) if word}
 
 
 def turn_tokens(tokenizer: Any, render: Render) -> dict[int, str]:
-    """Return the tokens that a template writes around the texts of turns, whatever their `special` flag, by id.
+    """Return id → text of the tokens that a template writes around the texts of turns, whatever their `special` flag.
 
-    Those are added tokens that are no plain words, and single tokens of the vocabulary that look like markup. What is
-    written in front of a last answer only, such as an empty thought, delimits no turn.
+    They are added tokens that are no plain words, and single tokens of the vocabulary that look like markup. What the
+    template writes in front of the last answer alone, such as an empty thought, does not count.
     """
     added = {token: str(word) for token, word in tokenizer.added_tokens_decoder.items()}
     found: dict[int, str] = {}

@@ -1,9 +1,10 @@
-"""lm-evaluation-harness's requests as tokens and settings: contexts, continuations and the options of generation.
+"""Turns lm-evaluation-harness's requests into tokens and sampler settings.
 
-The harness keeps a rendered chat as one text, in which a control token that the template writes looks like one that a
-question spells. So a chat is given to it in the pieces that are tokenised apart, each behind a private-use character,
-a spelt control token cut in two: its tokens are those of `unmask generate`. Any other context is literal text, in which
-control tokens count, as in the harness's own models; but a mask is text everywhere.
+The harness stores a rendered chat as one string, in which a control token from the template looks like one that a
+question spells. So `RequestEncoder.chat` gives it the pieces that are tokenised apart, each behind a private-use
+character, with a spelt control token cut into two pieces. The tokens are then those of `unmask generate`. Any other
+context is literal text, in which control tokens are control tokens, as in the harness's own models; the mask is an
+exception, and is ordinary characters everywhere.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from unmask.sampling.settings import SamplerSettings
 
 Ids = tuple[int, ...]
 
-# Answers' length in tokens where neither the task nor --model_args says one: the harness's own default.
+# Tokens of an answer if neither the task nor --model_args says how many: the harness's own default.
 DEFAULT_LENGTH = 256
-# Options of other samplers, with the values that leave every token as likely as it is.
+# Options that the sampler does not have → the values that change nothing, which are accepted.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1),
     "top_k": (None, 0, -1),
@@ -37,7 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "repetition_penalty": (None, 1),
 }
-# Begins each piece of a chat; and what a piece itself has of the two is written as.
+# _PIECE starts each piece of a chat. Where the text of a piece has one of the two characters, it is escaped.
 _PIECE, _ESCAPE = "\ue0f2", "\ue0f3"
 _ESCAPED = {_ESCAPE: f"{_ESCAPE}0", _PIECE: f"{_ESCAPE}1"}
 
@@ -62,16 +63,16 @@ class Options:
 def read_options(
     task: str | None, given: Mapping[str, Any], asked: SamplerConfig, settings: SamplerSettings, longest: int
 ) -> Options:
-    """Return what a task's `generation_kwargs` say, in any of the harness's spellings.
+    """Return the options of a task's `generation_kwargs`, in any of the harness's spellings.
 
-    Settings of our own sampler may be among them. A sampler without a temperature of its own keeps its schedule.
+    They may include settings of our sampler. A sampler with a temperature schedule (t_max to t_min) keeps it.
 
     Args:
         task: its name, for messages.
         given: its `generation_kwargs`.
         asked: the settings of --model_args, which win over the task's.
-        settings: those in force where the task says nothing.
-        longest: the positions that the model takes.
+        settings: those that apply if the task says nothing.
+        longest: the model's maximum sequence length.
 
     Raises:
         ConfigError: an option that the sampler does not have, or a value out of range; names task and option.
@@ -118,9 +119,9 @@ class RequestEncoder:
 
     Attributes:
         tokenizer: the model's.
-        mask_id: the model's mask, which no text of a chat can spell.
-        needs_context: whether a continuation without a context is put behind one token (`prefix`).
-        template_name: which chat template: one that the tokenizer or we have by that name, a path, or None for its own.
+        mask_id: the model's mask token, which no text can spell.
+        needs_context: whether an empty context becomes the token `prefix`.
+        template_name: of one of the tokenizer's or our chat templates, or a path; None = the tokenizer's default.
     """
 
     tokenizer: Any
@@ -142,25 +143,25 @@ class RequestEncoder:
 
     @cached_property
     def _mask(self) -> re.Pattern[str] | None:
-        """What a text cannot spell even without a chat: to be filled in is no meaning that a task gives to a place."""
+        """Matches the mask token in literal text, where no task means a position to be filled in."""
         mask = None if self.mask_id is None else self.tokenizer.convert_ids_to_tokens(self.mask_id)
         return control_pattern([mask]) if isinstance(mask, str) else None
 
     @cached_property
     def start(self) -> list[int]:
-        """What stands before every literal text."""
+        """The tokens before every literal text, such as BOS."""
         return start_of_text(self.tokenizer)
 
     @property
     def prefix(self) -> int:
-        """The token that stands before a text without a context."""
+        """The token that takes the place of an empty context."""
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None else self.tokenizer.eos_token_id
 
     def chat(self, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as the text of a context.
+        """Return a conversation as a context: its pieces in one string, which `context` and `pair` take apart again.
 
-        Without a generation prompt its last turn is the beginning of the answer.
+        Without a generation prompt the last turn is the start of the answer.
 
         Raises:
             ConfigError: the template refuses the conversation, or there is none.
@@ -179,7 +180,7 @@ class RequestEncoder:
         )
 
     def context(self, text: str) -> list[int]:
-        """Return the tokens of a context that an answer is written behind; at least one."""
+        """Return the tokens of a context for generation; at least one."""
         before, literal = _pieces(text)
         if before:
             return self._encode([*before, literal])
@@ -188,8 +189,8 @@ class RequestEncoder:
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a context and of its continuation.
 
-        Blanks at the context's end belong to the continuation's first token, as in the harness's own models. Where the
-        tokens of the two would join, the continuation is encoded apart.
+        Blanks at the end of the context move to the continuation, as in the harness's own models. Where a token would
+        straddle the two, the continuation is encoded by itself.
 
         Raises:
             UnscorableError: nothing to score.
@@ -213,11 +214,11 @@ class RequestEncoder:
         return prompt if prompt or not self.needs_context else [self.prefix], tokens
 
     def text(self, text: str) -> list[int]:
-        """Return the tokens of a literal text, without what stands before a document."""
+        """Return the tokens of a literal text, without those of `start`."""
         return self._encode([text] if self._mask is None else literal_pieces(text, self._mask))
 
     def cut(self, ids: Sequence[int], room: int) -> Ids:
-        """Return a context cut on the left to `room` tokens, at least one; the start of text stays before the rest."""
+        """Return the last `room` tokens of a context, `room` ≥ 1; tokens of `start` stay in front."""
         if len(ids) <= room:
             return tuple(ids)
         kept = len(self.start) if list(ids[: len(self.start)]) == self.start and room > len(self.start) else 0
@@ -228,7 +229,7 @@ class RequestEncoder:
 
 
 def _pieces(context: str) -> tuple[list[str], str]:
-    """Return the pieces of a chat but the last, none for another context; and the text that an answer continues."""
+    """Return the pieces of a chat but the last ([] for a literal context), and the last, which the answer continues."""
     if not context.startswith(_PIECE):
         return [], context
     written = {escaped: character for character, escaped in _ESCAPED.items()}

@@ -33,14 +33,14 @@ from unmask.sampling.text import decoded, split_reasoning
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HEADER = 64  # tokens of a prompt's end, in which a template's header is looked for
+_HEADER = 64  # tokens at a prompt's end that are compared with the template's header
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network that can be sampled from, on one rank or several.
+    """A network ready to sample from, on one rank or several.
 
-    `template` is what its prompts are rendered with; None takes the tokenizer's own, where it has one.
+    `template` renders its prompts; None = the tokenizer's chat template, if it has one.
     """
 
     model: nn.Module
@@ -72,7 +72,7 @@ class LoadedModel:
             return self.template
         try:
             return template_of(self.tokenizer, self.mask_id)
-        except DataError:  # literal prompts need none, and others are refused when they are encoded
+        except DataError:  # prompts of token ids or literal text need none; chats are refused when they are encoded
             return None
 
     @cached_property
@@ -84,14 +84,16 @@ class LoadedModel:
 
     @property
     def turn_ids(self) -> frozenset[int]:
-        """The tokens that the template writes around turns; no part of an answer's text."""
+        """The tokens that the template writes around turns, which an answer's text leaves out."""
         return frozenset() if self._template is None else self._template.turn_ids
 
     def read(self, prompt_ids: Sequence[int], token_ids: Sequence[int], ended: bool) -> tuple[str, str | None]:
-        """Return the text of an answer to a prompt, and its reasoning (None without), without special tokens.
+        """Return the text of an answer and its reasoning (None if it has none), both without special tokens.
 
-        Behind a prompt that ends as the template's do, the text is without what the template writes around an answer.
-        `ended`: a stop token came behind the answer's tokens.
+        If the prompt ends with the template's header, what the template writes around an answer is left out, too.
+
+        Args:
+            ended: whether a stop token followed the answer's tokens.
         """
         assert self.tokenizer is not None
         text, reasoning = split_reasoning(token_ids, self.tokenizer, self.turn_ids)
@@ -118,15 +120,15 @@ def stop_ids_of(
     tokenizer: PreTrainedTokenizerBase | None,
     template: ChatTemplate | None,
 ) -> tuple[int, ...]:
-    """Return the tokens that end an answer, sorted: by the checkpoint, its tokenizer, and what its template writes.
+    """Return the tokens that end an answer, sorted: those of the checkpoint, its tokenizer and its chat template.
 
     Args:
-        config: the family's configuration; its end of text counts where `generation` names none.
+        config: the family's configuration; its EOS counts where `generation` names none.
         generation: the values of generation_config.json.
-        template: closes an answer with a control token; None = there is none.
+        template: None = there is none.
     """
-    own = getattr(config, "eos_token_ids", (config.eos_token_id,))
-    ends = {*(end_ids(generation) or own), *(() if template is None else template.form.stop_ids)}
+    eos_ids = getattr(config, "eos_token_ids", (config.eos_token_id,))
+    ends = {*(end_ids(generation) or eos_ids), *(() if template is None else template.form.stop_ids)}
     if tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
         ends.add(tokenizer.eos_token_id)
     return tuple(sorted(ends))

@@ -1,8 +1,8 @@
-"""AdamW over what a run trains, and the clipping of its gradients.
+"""AdamW over the trainable parameters, and the clipping of their gradients.
 
-bf16 has eight bits of precision: a step of less than 1/512 of a weight, as most are, rounds back to that weight, and
-nothing is learnt. So a bf16 parameter is trained through an fp32 copy (`MasterAdamW`), or its steps are rounded up or
-down at random, right on average (`optimizer.stochastic_rounding`).
+bf16 has eight bits of precision, so a step smaller than 1/512 of a weight rounds back to that weight. Most steps are
+smaller, and would be lost. A bf16 parameter therefore has an fp32 copy, its master, to which the steps are added
+(`MasterAdamW`); or its steps are rounded up or down at random, unbiased (`optimizer.stochastic_rounding`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from unmask.rng import key
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """Fused AdamW that trains each bf16 parameter through an fp32 copy, its master (Micikevicius et al. 2018).
+    """Fused AdamW that updates an fp32 copy of each bf16 parameter, its master (Micikevicius et al. 2018).
 
-    The master takes the parameter's place in `param_groups` and `state`. Gradients are added up in its `grad`, in fp32,
-    as backward passes make them; after each step the parameter is the master rounded.
+    `param_groups` and `state` hold the master in place of the parameter. Each backward pass adds the parameter's
+    gradient to the master's `grad`, in fp32; after each step the master is rounded into the parameter.
 
     Attributes:
-        masters: bf16 parameter → master, sharded alike; fp32 parameters have none.
+        masters: bf16 parameter → master, sharded like it; fp32 parameters have none.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
@@ -47,7 +47,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def _move_gradient(master: Tensor, parameter: Tensor) -> None:
-    """Add a parameter's gradient to its master's, and free it."""
+    """Add a parameter's gradient to its master's, and free the parameter's."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
@@ -59,14 +59,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def masters_of(optimizer: Optimizer) -> Mapping[Tensor, Tensor]:
-    """Return parameter → the master that an optimizer updates in its place."""
+    """Return parameter → master, empty for an optimizer that has no masters."""
     return optimizer.masters if isinstance(optimizer, MasterAdamW) else {}
 
 
 def build_optimizer(section: OptimizerConfig, model: nn.Module, seed: int = 42, shard: int = 0) -> Optimizer:
-    """Build AdamW over the trainable parameters: matrices with decay, vectors without.
+    """Build AdamW over the trainable parameters, with weight decay for matrices and none for vectors.
 
-    Parameters that are sharded over different ranks are in groups of their own, as one fused kernel takes one mesh.
+    Parameters on different device meshes are in different groups, because one fused kernel takes one mesh.
 
     Args:
         seed, shard: key the draws of stochastic rounding; `shard` numbers the ranks that hold different parts.
@@ -100,8 +100,8 @@ def check_rounding(section: OptimizerConfig, model: nn.Module) -> None:
 def _rounding_adamw(section: OptimizerConfig, groups: list[dict[str, Any]], seed: int, shard: int) -> Optimizer:
     """Return torchao's AdamW, which computes in fp32 and rounds bf16 weights up or down at random.
 
-    It draws from torch's generator, which is seeded before each step by (seed, shard, step): a resumed run rounds as
-    one that never stopped, and copies of a shard round alike.
+    It draws from torch's global generator, which is therefore seeded by (seed, shard, step) before each step: a resumed
+    run rounds as one that never stopped, and ranks that hold the same shard round alike.
     """
     from torchao.optim import _AdamW
 
@@ -114,7 +114,9 @@ def _rounding_adamw(section: OptimizerConfig, groups: list[dict[str, Any]], seed
         optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": average, "exp_avg_sq": squares}
 
     def before(*_: Any) -> None:
-        step = max(int(state["step"]) for state in optimizer.state.values())  # what has no gradient counts none
+        step = max(
+            int(state["step"]) for state in optimizer.state.values()
+        )  # a parameter without a gradient counts no steps
         torch.manual_seed(key(seed, "rounding", epoch=shard, sample=step) % 2**32)
         if not compiles_on(parameters[0].device):  # torchao compiles the update of each shape
             torch.compiler.set_stance("force_eager")
@@ -128,7 +130,7 @@ def _rounding_adamw(section: OptimizerConfig, groups: list[dict[str, Any]], seed
 
 
 def held_bytes(section: OptimizerConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes that the gradient and the optimizer's state of one trained element of a dtype take."""
+    """Return (bytes of the gradient, bytes of the optimizer's state) for one element of a trained weight."""
     if dtype != torch.bfloat16:
         return dtype.itemsize, 2 * dtype.itemsize
     return (2, 2 + 4) if section.stochastic_rounding else (4, 4 + 8)
@@ -149,10 +151,10 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None, norm: Tensor | None = None) -> Tensor:
-    """Scale all gradients in place so that their global 2-norm is at most `max_norm`; None = any.
+    """Scale all gradients in place so that their global 2-norm is at most `max_norm`; None = leave them.
 
     Args:
-        norm: the global norm, where ranks have summed their shares of it; None = all gradients are here.
+        norm: the global norm, if ranks have summed their shares of it; None = this rank holds all gradients.
 
     Returns:
         the norm before scaling, float32 scalar. A norm that is not finite is returned and nothing is scaled.
@@ -160,9 +162,9 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None, norm: Tensor | 
     gradients = _gradients(optimizer)
     if norm is None:
         norm = torch.nn.utils.get_total_norm(gradients).float()
-    norm = norm.to(gradients[0].device)  # which is the host's where they are offloaded
-    # Where the norm is on the host, a comparison is free and saves a pass over all gradients in most steps; on an
-    # accelerator it would wait for the whole backward pass, which costs more than the multiplication.
+    norm = norm.to(gradients[0].device)  # offloaded gradients are on the host
+    # On the host the comparison is free, and saves a pass over all gradients in most steps. On an accelerator it would
+    # wait for the whole backward pass, which costs more than multiplying.
     if max_norm is not None and (norm.device.type != "cpu" or norm > max_norm):
         scale_gradients(gradients, norm, max_norm)
     return norm
@@ -180,7 +182,7 @@ def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> N
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's, which compiled code reads
+        if isinstance(group["lr"], Tensor):  # as torchao has it, because compiled code reads it
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

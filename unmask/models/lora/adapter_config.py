@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT's LoRA: what each field of `peft.LoraConfig` is to an adapter that is applied."""
+"""Reads adapter_config.json of a PEFT LoRA adapter; every field of `peft.LoraConfig` is used, ignored or refused."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from unmask.models.folders import ADAPTER_CONFIG, read_json
 
 @dataclass(frozen=True)
 class Field:
-    """How a field is treated.
+    """How a field of the file is treated.
 
     Attributes:
-        types: of its value where it is read, and of the entries of a list; () = it changes nothing that is computed.
-        refused: why a value that asks for something is refused; "" = none is.
+        types: allowed types of its value and of a list's entries; () = the field is not used.
+        refused: why any value but null, false and empty is refused; "" = the field is not refused.
     """
 
     types: tuple[type, ...] = ()
@@ -33,9 +33,9 @@ class Field:
 
 
 _NAMES = Field((str, list, NoneType))
-_NOT_READ = Field()
+_IGNORED = Field()
 FIELDS: dict[str, Field] = {
-    # What is computed.
+    # What the adapter computes.
     "peft_type": Field((str,)),
     "r": Field((int,)),
     "lora_alpha": Field((int, float)),
@@ -44,23 +44,24 @@ FIELDS: dict[str, Field] = {
     "init_lora_weights": Field((bool, str, NoneType)),
     "rank_pattern": Field((dict, NoneType)),
     "alpha_pattern": Field((dict, NoneType)),
-    # Where: the tensors say it, and these are held against them.
+    # Which layers it adapts. The tensors' names say it, and must agree with these.
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_to_transform": Field((int, list, NoneType)),
     "layers_pattern": _NAMES,
     "modules_to_save": Field((list, NoneType)),
     "target_parameters": Field((list, NoneType)),
-    # Records; training; what the tensors alone say (bias); what holds for other layers than nn.Linear (fan_in_fan_out).
+    # Changes nothing here: records, options of training, what tensors show by themselves (bias), and what does not
+    # concern nn.Linear (fan_in_fan_out).
     **dict.fromkeys(
         (
             "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
             "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
             "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
         ),
-        _NOT_READ,
+        _IGNORED,
     ),
-    # Other computations.
+    # Asks for a computation that is not implemented.
     "alora_invocation_tokens": Field(refused="it applies behind these tokens alone"),
     "arrow_config": Field(refused="it routes each token to one of several adapters"),
     "kasa_config": Field(refused="it cuts the base's weights and scales the update"),
@@ -74,12 +75,12 @@ FIELDS: dict[str, Field] = {
     "velora_config": Field(refused="it stores more than the update"),
 }  # fmt: skip
 
-# Values of init_lora_weights that leave the base as it is, so that the stored tensors say everything.
-_PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
-# Those that take out of the base what the adapter starts with, which is computed from the base alone: repeatable.
-_REPEATED_STARTS = ("pissa", "olora")
-# Those that cannot, and what it would take.
-_LOST_STARTS = {
+# Values of init_lora_weights that leave the base model as it is.
+_INITS_KEEPING_BASE = ("gaussian", "orthogonal", "eva", "mica")
+# Those that subtract the initial adapter from the base. These compute it from the base alone, so it can be repeated.
+_REPEATABLE_INITS = ("pissa", "olora")
+# These do not → what else it would take.
+_UNREPEATABLE_INITS = {
     "pissa_niter": "the random numbers that it was drawn with",
     "corda": "its layers' inputs on the data that it was drawn with",
     "lora_ga": "the gradients that it was drawn with",
@@ -89,7 +90,7 @@ _LOST_STARTS = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of an adapter_config.json is read; fields and defaults are those of `peft.LoraConfig`."""
+    """The fields of an adapter_config.json that are used, with the defaults of `peft.LoraConfig`."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -107,18 +108,18 @@ class AdapterConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the adapter belongs to a base from which its start is taken out."""
-        return self.init_lora_weights in _REPEATED_STARTS
+        """Whether the adapter belongs to a base from which its initial value was subtracted (PiSSA, OLoRA)."""
+        return self.init_lora_weights in _REPEATABLE_INITS
 
     def adapts(self, name: str) -> bool:
-        """Say whether PEFT would adapt the linear layer of that name, which is no head."""
+        """Return whether PEFT would adapt the linear layer of that name; not for the head."""
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             return True
         return bool(check_target_module_exists(self, name))
 
 
 def rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
-    """Return the rank and alpha of the layer or stacked matrix of that name: of the first pattern that matches."""
+    """Return the rank and alpha of a layer or stacked matrix, by the first pattern that matches its name."""
     ranks, alphas = config.rank_pattern, config.alpha_pattern
     return (
         ranks.get(get_pattern_key(ranks, name), config.r),
@@ -130,8 +131,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read a folder's adapter_config.json.
 
     Raises:
-        ModelError: no LoRA adapter, a field of another type, one that asks for what is not computed here, or a start
-            that cannot be repeated; names all such fields.
+        ModelError: it is no LoRA adapter, a value has a wrong type, fields ask for what is not implemented (all of
+            them are named), or its initialisation cannot be repeated.
     """
     path = folder / ADAPTER_CONFIG
     values = read_json(path)
@@ -149,11 +150,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         if not _has_type(name, value):
             raise ModelError(f"{path}: {name} cannot be {_shown(value)}; copy the adapter again")
     config = AdapterConfig(**{name: value for name, value in given.items() if value is not None})
-    return dataclasses.replace(config, init_lora_weights=_start(config.init_lora_weights, path))
+    return dataclasses.replace(config, init_lora_weights=_initialisation(config.init_lora_weights, path))
 
 
 def _refusals(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield (field, value, reason) of what a file asks for and is not computed here."""
+    """Yield (field, value, reason) for each field that asks for what is not implemented."""
     defaults = LoraConfig().to_dict()
     for name, value in values.items():
         known = FIELDS.get(name)
@@ -177,14 +178,14 @@ def _has_type(name: str, value: Any) -> bool:
     return True
 
 
-def _start(value: bool | str, path: Path) -> bool | str:
-    """Return how PEFT must start an adapter over a base so that the stored tensors belong to it."""
+def _initialisation(value: bool | str, path: Path) -> bool | str:
+    """Return the init_lora_weights with which PEFT makes the base that the stored tensors belong to."""
     name = value.lower() if isinstance(value, str) else value
-    if isinstance(name, bool) or name in _PLAIN_STARTS:
+    if isinstance(name, bool) or name in _INITS_KEEPING_BASE:
         return True
-    if name in _REPEATED_STARTS:
+    if name in _REPEATABLE_INITS:
         return name
-    need = next((need for lost, need in _LOST_STARTS.items() if name.startswith(lost)), None)
+    need = next((need for lost, need in _UNREPEATABLE_INITS.items() if name.startswith(lost)), None)
     if need is None:
         raise ModelError(f"{path}: init_lora_weights={_shown(value)} is not known here; convert the adapter with PEFT")
     raise ModelError(
