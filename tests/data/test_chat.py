@@ -143,6 +143,16 @@ def test_a_template_whose_renderings_are_no_prefixes_is_refused_with_the_remedy(
         load_template(tokenizer)
 
 
+def test_tags_around_what_is_asked_are_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    with pytest.raises(DataError, match="has turns before the answer inside its"):
+        load_template(tokenizer)
+
+
 def test_no_template_is_refused_with_the_remedy(tokenizer):
     with pytest.raises(DataError, match="no chat template; set dataset.chat_template: diffusion_gemma or llada"):
         load_template(tokenizer)

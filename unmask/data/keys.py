@@ -53,11 +53,11 @@ _KEYS_BY_REASON = {
     ),
     "which weights or masks what is learned; turns can say so of themselves, with weight: 0 or 1": (
         *FLAGS, "sample_weight", "loss_scale", "mask", "train_on_inputs", "train_on_input", "train_detail",
-        "training_detail",
+        "training_detail", "ignore_loss", "is_masked", "train_on_turn",
     ),
     "and the text would lack it; write it into a turn": (
         "context", "contexts", "documents", "choices", "options", "passage", "suffix", "prefix", "history", "channel",
-        "recipient", "refusal",
+        "recipient", "refusal", "system_instruction",
     ),
     "which is about tools; give `tools` of the row and `tool_calls` of a turn": (
         "tools", "functions", "tool_choice", "tool_calls", "function_call",

@@ -13,7 +13,7 @@ from typing import Any
 
 from unmask.data.chat import ChatTemplate, Encoded
 from unmask.data.conversation import Message
-from unmask.data.renderings import control_pattern
+from unmask.data.renderings import PROBE, control_pattern
 from unmask.data.template_source import read_template, remedy, template_names, with_variables
 from unmask.data.turns import MARKUP, STARTS, special_words, turn_tokens
 from unmask.errors import DataError
@@ -96,6 +96,8 @@ def check_answer(template: ChatTemplate, supervise_reasoning: bool = False) -> N
     if not any(encoded.supervised):
         raise DataError(f"dataset.chat_template: {template.name} supervises nothing; {remedy()}")
     _check_header(template, template.encode_prompt(turns[:-1]), encoded)
+    if template.tagged:
+        _check_tags(template)
     if not supervise_reasoning:
         return
     thoughtful = [*turns[:-1], replace(turns[-1], reasoning="r")]
@@ -158,4 +160,15 @@ def _check_header(template: ChatTemplate, prompt: list[int], encoded: Encoded) -
             f"dataset.chat_template: {template.name} writes {text!r} in front of an answer, outside its "
             "{% generation %} tags, and not where it is asked for a prompt, so a model would be asked otherwise "
             "than it was trained; write it where add_generation_prompt is set, too"
+        )
+
+
+def _check_tags(template: ChatTemplate) -> None:
+    """Refuse tags that take in what is asked: it would be learned as an answer."""
+    text, spans = template.render_spans([*(template.form.start or STARTS[0]), {"role": "assistant", "content": PROBE}])
+    answer = text.rfind(PROBE)
+    if any(stop <= answer and text[start:stop].strip() for start, stop in filter(None, spans)):
+        raise DataError(
+            f"dataset.chat_template: {template.name} has turns before the answer inside its {{% generation %}} tags, "
+            "so they would be learned as answers; tag what the assistant writes alone"
         )
