@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from unmask.data.conversation import Message
@@ -56,6 +55,7 @@ from unmask.data.supervision import (
     spans_of_answers,
     unknown_answers,
 )
+from unmask.data.template_bounds import TEMPLATE_ERRORS, bounded_rendering
 from unmask.data.template_source import words_of
 from unmask.data.turns import AnswerForm, answer_form
 from unmask.errors import DataError
@@ -277,16 +277,17 @@ class ChatTemplate:
     ) -> Rendered:
         """Return the text and, for a tagged template, the tagged stretches; those that touch are one."""
         try:
-            rendered: Any = render_jinja_template(
-                [list(turns)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.tagged,
-                tools=[dict(tool) for tool in self.tools] or None,
-                add_generation_prompt=add_generation_prompt,
-                supervise_reasoning=supervise_reasoning,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            with bounded_rendering():
+                rendered: Any = render_jinja_template(
+                    [list(turns)],
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=self.tagged,
+                    tools=[dict(tool) for tool in self.tools] or None,
+                    add_generation_prompt=add_generation_prompt,
+                    supervise_reasoning=supervise_reasoning,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except TEMPLATE_ERRORS as error:
             raise DataError(f"dataset.chat_template: {self.name} refuses the conversation: {_reason(error)}") from None
         texts, spans = rendered
         return texts[0], joined(spans[0]) if self.tagged else []
