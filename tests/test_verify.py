@@ -106,9 +106,10 @@ def test_what_is_wrong_is_told_rather_than_what_it_led_to(runs: dict[str, Path],
         unmask.load_model(str(root))
 
 
-def test_the_optimizer_is_not_read_and_not_checked(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_only_a_resume_reads_is_not_checked(runs: dict[str, Path], tmp_path: Path) -> None:
     root = shutil.copytree(runs["whole"] / "step_2", tmp_path / "step_2")
     shutil.rmtree(root / "optimizer")
+    (root / "config.yaml").write_text("# read")
     unmask.load_model(str(root))
 
 

@@ -40,9 +40,11 @@ def run(arguments: argparse.Namespace) -> int | None:
         raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
     from unmask.prepare import prepare
-    from unmask.training.run_directory import hold_run_dir
+    from unmask.training.run_directory import hold_run_dir, refuse_model_folder
 
     prepared = prepare(loaded, weights=not arguments.dry_run, processes=processes if processes > 1 else None)
+    root = user_path(prepared.config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
+    refuse_model_folder(root)
     if processes > 1 and not arguments.dry_run:
         from unmask.distributed.launch import launch
 
@@ -56,7 +58,6 @@ def run(arguments: argparse.Namespace) -> int | None:
 
         show_plan(prepared, Console())
         return 0
-    root = user_path(prepared.config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
     if world_size() == 1:
         with hold_run_dir(root, prepared.config.checkpoint):
             pass  # a place that cannot be trained in is refused before torch loads

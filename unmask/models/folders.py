@@ -41,7 +41,7 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     """Return the local folder that `name` stands for, downloading from the hub when it is a hub id.
 
     Args:
-        name: a folder with a config.json, a run directory (its `latest` checkpoint is taken), or `owner/name`.
+        name: a run directory (its newest checkpoint is taken), a folder with a config.json, or `owner/name`.
         where: the flag or field the name came from, for messages.
         weights: False downloads the configuration and the tokenizer alone.
 
@@ -50,7 +50,7 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     """
     path = user_path(name, where)
     if path.is_dir():
-        for candidate in (path, path / "latest"):
+        for candidate in candidates(path):
             if (candidate / "config.json").is_file():
                 return candidate
         _refuse_adapter(path, name, where)
@@ -65,10 +65,41 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     return _download(name, where, [*_LIGHT, *(_WEIGHTS if weights else ())])
 
 
+def candidates(path: Path) -> tuple[Path, ...]:
+    """Return where in a folder a model, adapter or tokenizer may be: a run's newest checkpoint, then the folder itself.
+
+    So of a base model's folder in which somebody trained, what was trained is taken, and not the base.
+    """
+    newest = _newest_checkpoint(path)
+    return (path,) if newest is None else (newest, path)
+
+
+def _newest_checkpoint(path: Path) -> Path | None:
+    """Return `latest`, or the last `step_N` where copying lost that link; None in a folder that is no run directory."""
+    if (path / "latest").is_dir():
+        return path / "latest"
+    steps = [child for child in path.glob("step_*") if child.name[5:].isdecimal() and child.is_dir()]
+    return max(steps, key=lambda child: int(child.name[5:]), default=None)
+
+
+def choice_note(path: Path, taken: Path, file: str = "config.json") -> str:
+    """Say which of several models (or adapters, by their `file`) in a folder was taken; "" where there is one."""
+    newest = _newest_checkpoint(path)
+    if taken == newest and (path / file).is_file():
+        return f"{path}: took the run's checkpoint {newest.resolve().name}, not the {file} beside it"
+    if taken == newest and newest.name != "latest":
+        return f"{path}: took {newest.name}, the last one, since the link `latest` is missing"
+    if taken != path or newest is None:
+        return ""
+    adapter = file != ADAPTER_CONFIG and (newest / ADAPTER_CONFIG).is_file()
+    what = f"is an adapter: --adapter {path} adds it" if adapter else f"has no {file}"
+    return f"{path}: took the {file} in it, not the run's checkpoint {newest.resolve().name}, which {what}"
+
+
 def find_adapter(folder: str | Path) -> Path:
     """Return the adapter folder that a path (or a run directory) stands for; ModelError when it holds none."""
     path = user_path(folder, "adapter")
-    for candidate in (path, path / "latest"):
+    for candidate in candidates(path):
         if (candidate / ADAPTER_CONFIG).is_file() and (candidate / ADAPTER_WEIGHTS).is_file():
             return candidate
     raise ModelError(
@@ -97,7 +128,7 @@ def _run_inside(path: Path) -> Path | None:
 
 
 def _refuse_adapter(path: Path, name: str, where: str) -> None:
-    for candidate in (path, path / "latest"):
+    for candidate in candidates(path):
         if (candidate / ADAPTER_CONFIG).is_file():
             base = read_json(candidate / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
             raise ModelError(

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
 from unmask.errors import ModelError
-from unmask.models.folders import SHARDED
+from unmask.models.folders import ADAPTER_CONFIG, INDEX, SHARDED
 
 MANIFEST = "manifest.json"
+_BESIDE_WEIGHTS = ("config.json", ADAPTER_CONFIG, "tokenizer.json")  # compared where they are there
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
@@ -21,7 +22,8 @@ def intact(folder: Path | None, check: bool = True) -> Iterator[None]:
     """Context that compares a model's or adapter's files with the manifest of the run that wrote them, if there is one.
 
     That is done beside what the context does, loading, and has an end when the context has: what was loaded is not used
-    before. The optimizer's files are left out, as nothing but a resume reads them.
+    before. The optimizer's files, which only a resume reads, are left out, and so are settings that people edit: the
+    chat template, generation_config.json, tokenizer_config.json.
 
     Raises:
         ModelError: a file is missing, too short or changed, in place of what loading it may have raised.
@@ -47,13 +49,19 @@ def _check_model(folder: Path) -> None:
             return  # another tool's file of that name
         damage = f"is torn: its {MANIFEST} is unreadable"
     else:
-        read = {name: entry for name, entry in files.items() if PurePath(name).parts[:-1] in ((), (SHARDED,))}
-        damage = find_damage(folder, read)
+        damage = find_damage(folder, {name: entry for name, entry in files.items() if _is_model(folder, name)})
     if damage is not None:
         raise ModelError(
             f"{folder.resolve()} {damage}; take an older checkpoint of the run, or copy this one again (--no-verify "
             "reads it as it is; to train from it, export it so)"
         )
+
+
+def _is_model(folder: Path, name: str) -> bool:
+    path = PurePath(name)
+    if path.parts[:-1] not in ((), (SHARDED,)):
+        return False
+    return path.suffix == ".safetensors" or name == INDEX or (name in _BESIDE_WEIGHTS and (folder / name).is_file())
 
 
 def read_manifest(folder: Path) -> tuple[object, dict[str, tuple[int, int]]]:

@@ -11,7 +11,15 @@ from typing import Any
 from unmask.config.model import ModelConfig
 from unmask.errors import ModelError, choice_problem
 from unmask.models.family import Family
-from unmask.models.folders import INDEX, WEIGHTS, find_folder, read_generation, read_json, stored_tensors
+from unmask.models.folders import (
+    INDEX,
+    WEIGHTS,
+    choice_note,
+    find_folder,
+    read_generation,
+    read_json,
+    stored_tensors,
+)
 from unmask.models.pretrained_config import generation_note
 from unmask.places import user_path
 
@@ -132,7 +140,8 @@ def plan_folder(name: str, where: str, weights: bool = True) -> ModelPlan:
     config = family.parse_config(values, str(path))
     if weights or hub_id is None:
         stored_tensors(folder)
-    return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id, _notes(family, values, folder))
+    notes = (choice_note(user_path(name, where), folder), *_notes(family, values, folder))
+    return ModelPlan(family, config, _portable(values, hub_id), folder, hub_id, tuple(note for note in notes if note))
 
 
 def _notes(family: Family, values: Mapping[str, Any], folder: Path | None) -> tuple[str, ...]:

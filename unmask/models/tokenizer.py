@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.errors import ModelError
 from unmask.models.family import ControlTokens
-from unmask.models.folders import find_adapter, find_folder, read_json
+from unmask.models.folders import candidates, find_adapter, find_folder, read_json
 from unmask.models.registry import register_configs
 from unmask.places import user_path
 
@@ -21,7 +21,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 def find_tokenizer(name: str, where: str = "tokenizer") -> Path:
     """Return the folder that holds a tokenizer's files; ModelError says where it looked. Needs no torch."""
     path = user_path(name, where)
-    for candidate in (path, path / "latest"):
+    # The model that would be taken comes first, so that both are of one folder.
+    for candidate in sorted(candidates(path), key=lambda folder: not (folder / "config.json").is_file()):
         if any((candidate / file).is_file() for file in FILES):
             return candidate
     folder = find_folder(name, where, weights=False)

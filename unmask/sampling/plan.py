@@ -15,6 +15,7 @@ from unmask.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_note,
+    choice_note,
     find_adapter,
     read_generation,
     weights_fingerprint,
@@ -40,6 +41,7 @@ class JobPlan:
     tokenizer_folder: Path  # the adapter's where it has a tokenizer, else the checkpoint's
     where: str = "--checkpoint"  # the flag that named the checkpoint, for messages
     verify: bool = True  # whether the files of a run are compared with its manifest
+    adapter_note: str = ""  # which of several adapters was taken
 
     @property
     def config(self) -> Any:
@@ -72,7 +74,7 @@ class JobPlan:
     def notes(self) -> list[str]:
         """Return warnings about the files: what of them is not used, an adapter that was trained over another base."""
         other_base = "" if self.adapter is None else base_note(self.adapter, self.folder)
-        return [*self.model.notes, *([f"--adapter: {other_base}"] if other_base else [])]
+        return [*self.model.notes, *(f"--adapter: {note}" for note in (self.adapter_note, other_base) if note)]
 
 
 def plan_job(
@@ -91,12 +93,17 @@ def plan_job(
         SamplingError: a setting that the checkpoint's family does not have.
     """
     adapter_folder = None if adapter is None else find_adapter(adapter)
+    note = (
+        ""
+        if adapter_folder is None
+        else choice_note(user_path(str(adapter), "adapter"), adapter_folder, ADAPTER_CONFIG)
+    )
     model = plan_folder(checkpoint, where)
     assert model.folder is not None
     generation = read_generation(model.folder, adapter_folder)
     settings = resolve_settings(sampler, model.family, model.config, generation)
     tokenizer = tokenizer_folder(str(model.folder), None if adapter_folder is None else str(adapter_folder), where)
-    return JobPlan(checkpoint, model, adapter_folder, generation, settings, tokenizer, where, verify)
+    return JobPlan(checkpoint, model, adapter_folder, generation, settings, tokenizer, where, verify, note)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from unmask.errors import CheckpointError, ModelError
-from unmask.models.folders import base_note, find_adapter, stored_tensors
+from unmask.models.folders import ADAPTER_CONFIG, base_note, choice_note, find_adapter, stored_tensors
 from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
@@ -48,10 +48,11 @@ def export(
     output = user_path(output, "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
-    plan, other_base = plan_folder(checkpoint, "--checkpoint"), ""
-    adapter_folder = None if adapter is None else find_adapter(adapter)
-    if adapter_folder is not None:
-        other_base = base_note(adapter_folder, Path(str(plan.folder)))
+    plan, adapter_folder, notes = plan_folder(checkpoint, "--checkpoint"), None, []
+    if adapter is not None:
+        adapter_folder = find_adapter(adapter)
+        choice = choice_note(user_path(adapter, "adapter"), adapter_folder, ADAPTER_CONFIG)
+        notes = [choice, base_note(adapter_folder, Path(str(plan.folder)))]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with part_of(output, folder=True) as part:
@@ -65,7 +66,7 @@ def export(
                     plan = unwrap_weights(plan, unwrapped)
                 model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
                 save_model(model, plan, part)
-            warnings = [*plan.notes, *([f"--adapter: {other_base}"] if other_base else [])]
+            warnings = [*plan.notes, *(f"--adapter: {note}" for note in notes if note)]
             warnings += [*_copy_tokenizer(checkpoint, adapter, part), *_incomplete(checkpoint, plan)]
             shutil.rmtree(unwrapped, ignore_errors=True)
             if output.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unmask.config.results import CheckpointConfig
 from unmask.errors import CheckpointError
+from unmask.models.folders import ADAPTER_CONFIG
 from unmask.places import LOCK, hold
 from unmask.report.metrics import FILE
 from unmask.training.checkpoint import checkpoints, remove_parts
@@ -22,10 +23,11 @@ def hold_run_dir(root: Path, section: CheckpointConfig) -> Iterator[None]:
 
     Raises:
         CheckpointError: another process holds it, it cannot be written or locked, or checkpoints are off and an earlier
-            run lies there.
+            run lies there, or a model that no run wrote.
     """
     prepare_run_dir(root)
     with hold(root / LOCK, "checkpoint.checkpoint_dir", root, "trains in"):
+        refuse_model_folder(root)
         remove_parts(root)
         _refuse_earlier_run(root, section)
         yield
@@ -46,6 +48,21 @@ def prepare_run_dir(root: Path) -> None:
         raise CheckpointError(
             f"checkpoint.checkpoint_dir: {root} cannot be written ({error.strerror}); choose another folder"
         ) from None
+
+
+def refuse_model_folder(root: Path) -> None:
+    """Refuse a run directory in which a model or adapter lies: it could be taken for what the run trains.
+
+    Raises:
+        CheckpointError: naming its file.
+    """
+    for name in ("config.json", ADAPTER_CONFIG):
+        if (root / name).exists():
+            raise CheckpointError(
+                f"checkpoint.checkpoint_dir: {root} holds {name}, which no run writes there: it is the folder of a "
+                "model or adapter; choose a new folder (a run that lies there goes on once its step_*, latest and "
+                "*.jsonl are moved to one)"
+            )
 
 
 def _refuse_earlier_run(root: Path, section: CheckpointConfig) -> None:
