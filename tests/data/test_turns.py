@@ -94,8 +94,9 @@ def test_a_template_that_needs_a_system_turn_shows_its_end_too(tokenizer):
         (PLAIN.replace("\n{% endfor", "{% if m.role == 'user' or not loop.last %}<|eot_id|>{% endif %}{% endfor")
          + PROMPT, "''"),
         (PLAIN.replace("\n{% endfor", "\n### End\n{% endfor") + PROMPT, r"'\\n### End\\n'"),
-        ("{% for m in messages %}<|start_header_id|>{{ m.role }}\n{% generation %}{{ m.content }}{% endgeneration %}"
-         "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}",
+        ("{% for m in messages %}<|start_header_id|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content }}{% else %}"
+         "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}<|eot_id|>{% endfor %}"
+         "{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}",
          "'<.eot_id.>'"),
     ],
     ids=["blank", "nothing", "text", "outside the tags"],
