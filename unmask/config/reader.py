@@ -121,10 +121,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {value!r}")
+        _check_keys(value, where)
         return dict(value)
     if hint is Any:
         return value
     return _convert_scalar(hint, value, where)
+
+
+def _check_keys(value: Any, where: str) -> None:
+    """Refuse a key that is no text, which JSON and keyword arguments cannot have, anywhere in a value."""
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if isinstance(value, Mapping) and not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {key!r} is no text; quote it")
+        if isinstance(item, (Mapping, list, tuple)):
+            _check_keys(item, _path(where, key))
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:

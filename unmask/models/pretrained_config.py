@@ -59,6 +59,19 @@ _SPEED = frozenset(
 _NESTED = "text_config"  # the nested configuration whose generation fields transformers reads as well
 
 
+_WIDEST = 2**20  # of one dimension of a weight; three of them make a size that torch can still count
+_LONGEST = 2**27  # rows of an embedding, positions
+_DEEPEST = 10_000  # layers, which are objects in memory before any weight is
+
+
+def check_size(value: int, name: str, where: str) -> None:
+    """Refuse a size that no network has, before anything is made of it; `name` is its field's. Raises ModelError."""
+    most = _DEEPEST if "layers" in name else _LONGEST if name.startswith(("vocab", "embedding", "max_")) else _WIDEST
+    if not 1 <= value <= most:
+        limit = "at least 1" if value < 1 else f"at most {most:,}"
+        raise ModelError(f"{where}: {name} must be {limit}, got {value}")
+
+
 def check_fields(
     values: Mapping[str, Any], own: Collection[str], only: Mapping[str, tuple[Any, ...]], family: str, where: str
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from unmask.errors import ModelError
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
 from unmask.models.family import ControlTokens, Family, FileLayout, LoraTargets, SamplerDefaults, ShardPlan
-from unmask.models.pretrained_config import check_fields
+from unmask.models.pretrained_config import check_fields, check_size
 
 _STACK, _ENCODER = "model.decoder.", "model.encoder.language_model."
 # What the released file holds beside the text network; it belongs to images and is passed through unread.
@@ -92,6 +92,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> DiffusionGemmaConfig:
 def _positive(value: Any, name: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ModelError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
+    check_size(value, name, where)
     return value
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from unmask.errors import ModelError
 from unmask.models.family import ControlTokens, Family, FileLayout, LoraTargets, SamplerDefaults, ShardPlan
 from unmask.models.llada.config import LLaDAConfig
-from unmask.models.pretrained_config import check_fields
+from unmask.models.pretrained_config import check_fields, check_size
 
 # Values that this network implements; anything else in a config.json would need other code.
 _ONLY = {
@@ -70,9 +70,9 @@ def _check_type(name: str, value: Any, annotation: str, where: str) -> None:
 
 
 def _check_sizes(config: LLaDAConfig, where: str) -> None:
-    for name in ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "kv_heads", "hidden_size"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"{where}: {name} must be at least 1, got {getattr(config, name)}")
+    sizes = "d_model n_heads n_layers vocab_size embedding_size max_sequence_length kv_heads hidden_size"
+    for name in sizes.split():
+        check_size(config.rows if name == "embedding_size" else getattr(config, name), name, where)
     if config.d_model % config.n_heads or config.head_dim % 2:
         raise ModelError(
             f"{where}: d_model={config.d_model} must split into n_heads={config.n_heads} heads of even size"
