@@ -457,3 +457,18 @@ def test_a_row_that_was_left_out_and_is_mended_has_changed_too():
     _, state, _ = after(texts, 1, shuffle=False)
     with pytest.raises(DataError, match="no longer the same"):
         loader(Worded.of(words(60)), shuffle=False).reconcile(state, accept_changed=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": "0"}, {"epoch": -1}, {"cursor": 2.0}, {"cursor": 61}, {"window": [[]]}, {"carried": 5},
+        {"carried": [99]}, {"visited": "g"}, {"visited": 5}, {"dropped": []}, {"dropped": {"long": "x"}},
+        {"noted": 3}, {"examples": []}, {"order": 5}, {"order": {}},
+    ],
+)  # fmt: skip
+def test_a_state_of_another_shape_is_never_reconciled(change):
+    _, state, _ = after(words(60), 1)
+    loader(Worded.of(words(60))).reconcile(state, accept_changed=False)
+    with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
+        loader(Worded.of(words(60))).reconcile({**state, **change}, accept_changed=False)
