@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,10 @@ OTHERS = [
     "optimizer/sharded/.metadata", "optimizer/sharded/__0_0.distcp",
 ]  # fmt: skip
 
+# What our folders do not have and other tools' may, and libraries read.
+BESIDE = ["tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+          "processor_config.json"]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def runs(tiny, tiny_base: Path, train_tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -67,7 +74,13 @@ def runs(tiny, tiny_base: Path, train_tiny, tmp_path_factory: pytest.TempPathFac
             save(dict(read_tensors(folder)), storage_writer=writer, no_dist=True)
         (folder / "model.safetensors").unlink()
     listed(parts)
-    return {name: root / name for name in ("whole", "adapter", "parts")}
+    assert main(["export", "--checkpoint", str(whole), "--output", str(root / "exported")]) == 0
+    return {name: root / name for name in ("whole", "adapter", "parts", "exported")}
+
+
+def folder_of(root: Path) -> Path:
+    """Return where the files of a run's only checkpoint lie, or of an exported folder."""
+    return root / "step_1" if (root / "step_1").is_dir() else root
 
 
 def listed(folder: Path) -> None:
@@ -81,22 +94,33 @@ def commands(tiny, kind: str, root: Path, base: Path, place: Path) -> Iterator[l
     model = ["--checkpoint", str(root)] if kind != "adapter" else ["--checkpoint", str(base), "--adapter", str(root)]
     yield ["generate", *model, "--prompt", "so?", "--steps", "1", "--max_new_tokens", "1", "--device", "cpu"]
     yield ["export", *model, "--output", str(place / "exported")]
+    data = place / "asked.jsonl"
+    data.write_text('{"question": "so?", "answer": "1"}\n')
+    yield ["eval", *model, "--tasks", "gsm8k", "--data", str(data), "--output", str(place / "evaluated"), "--device",
+           "cpu", "--steps", "1", "--max_new_tokens", "1"]  # fmt: skip
+    if kind == "exported":
+        fresh = tiny.config(place / "new", step_scheduler__max_steps=1)
+        fresh["model"] = {"pretrained_model_name_or_path": str(root)}
+        fresh["dataset"]["tokenizer"] = {"pretrained_model_name_or_path": str(root)}
+        yield ["train", "-c", str(tiny.write(place / "start.yaml", fresh))]
+        return
     values = tiny.config(root, step_scheduler__max_steps=2, **({"peft": ADAPTER} if kind == "adapter" else {}))
     if kind == "adapter":
         values["model"] = {"pretrained_model_name_or_path": str(base)}
     yield ["train", "-c", str(tiny.write(place / "resume.yaml", values))]
     if kind != "adapter":
-        fresh = tiny.config(place / "run", step_scheduler__max_steps=1)
+        fresh = tiny.config(place / "new", step_scheduler__max_steps=1)
         fresh["model"] = {"pretrained_model_name_or_path": str(root)}
         yield ["train", "-c", str(tiny.write(place / "start.yaml", fresh)), "--dry-run"]
 
 
 def planted_files(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root / "step_1")) for path in (root / "step_1").rglob("*") if path.is_file())
+    folder = folder_of(root)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["whole", "parts", "adapter"])
+@pytest.mark.parametrize("kind", ["whole", "parts", "adapter", "exported"])
 @pytest.mark.parametrize(
     "encoding", ["binary", pytest.param("text", marks=pytest.mark.slow), pytest.param("torch", marks=pytest.mark.slow)]
 )
@@ -111,13 +135,13 @@ def test_a_planted_pickle_is_never_read(
 ) -> None:
     marker = tmp_path / "it ran"
     content, problems = ENCODINGS[encoding](Planted(marker)), []
-    for number, name in enumerate([*planted_files(runs[kind]), OTHERS]):
+    for number, name in enumerate([*planted_files(runs[kind]), *BESIDE, OTHERS]):
         place = tmp_path / str(number)
         root = shutil.copytree(runs[kind], place / "run", symlinks=True)
         for file in [name] if isinstance(name, str) else name:
-            (root / "step_1" / file).parent.mkdir(parents=True, exist_ok=True)
-            (root / "step_1" / file).write_bytes(content)
-        if name != MANIFEST:
+            (folder_of(root) / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder_of(root) / file).write_bytes(content)
+        if name != MANIFEST and kind != "exported":
             listed(root / "step_1")
         for words in commands(tiny, kind, root, tiny_base, place):
             try:
@@ -156,6 +180,44 @@ def test_the_pickle_of_this_test_would_run(tmp_path: Path) -> None:
         torch.load(io.BytesIO(content), weights_only=False) if encoding is torch_file else pickle.loads(content)
         assert marker.exists()
         marker.unlink()
+
+
+def test_code_beside_a_model_is_not_imported(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder, marker = shutil.copytree(runs["exported"], tmp_path / "model"), tmp_path / "it ran"
+    (folder / "planted.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    for name, autos in (("config.json", ("AutoConfig", "AutoModel")), ("tokenizer_config.json", ("AutoTokenizer",))):
+        values = json.loads((folder / name).read_text())
+        classes = [None, "planted.Planted"] if autos == ("AutoTokenizer",) else "planted.Planted"
+        values["auto_map"] = dict.fromkeys(autos, classes)
+        (folder / name).write_text(json.dumps(values))
+    words = ["--prompt", "so?", "--steps", "1", "--max_new_tokens", "1", "--device", "cpu"]
+    assert main(["generate", "--checkpoint", str(folder), *words]) == 0
+    assert main(["export", "--checkpoint", str(folder), "--output", str(tmp_path / "exported")]) == 0
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from torch import load",
+        "import marshal",
+        "import yaml\nyaml.load('')",
+        "eval('1')",
+        "exec('1')",
+    ],
+)
+def test_the_lint_rule_bans_what_runs_code(code: str) -> None:
+    place = Path(__file__).parents[1]
+    words = ["-m", "ruff", "check", "--no-cache", "--stdin-filename", "unmask/new.py", "-"]
+    done = subprocess.run([sys.executable, *words], input=code + "\n", cwd=place, capture_output=True, text=True)
+    assert done.returncode == 1 and ("TID251" in done.stdout or "S102" in done.stdout or "S307" in done.stdout)
+
+
+def test_no_code_of_a_model_is_trusted() -> None:
+    package = Path(__file__).parents[1] / "unmask"
+    trusting = re.compile(r"trust_remote_code\s*=\s*(?!False\b)")
+    assert [path for path in package.rglob("*.py") if trusting.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_pickled_shards_of_an_earlier_version_are_refused_by_name(
