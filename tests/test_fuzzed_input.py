@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from unmask.config import config_from_mapping, dump_config, load_config
 from unmask.config.model import ModelConfig
+from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import RowProblem
 from unmask.data.files import FileRows
 from unmask.data.formats import NO_COLUMNS
@@ -31,6 +32,7 @@ from unmask.models.folders import INDEX, WEIGHTS, find_adapter, stored_tensors, 
 from unmask.models.loading import build_model
 from unmask.models.lora.adapter_config import read_adapter_config
 from unmask.models.registry import plan_folder, plan_model
+from unmask.sampling.plan import plan_job
 from unmask.sampling.prompts import read_prompts
 
 CONFIG = {
@@ -196,6 +198,11 @@ def test_what_a_refusal_prints_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(UnmaskError, match=r"^seed: expected an integer, got \['x") as caught:
         load_config(path)
     assert len(str(caught.value)) <= 2000
+
+
+def test_a_length_beyond_the_model_is_refused_before_its_blocks_are_counted(fixtures: Path) -> None:
+    with pytest.raises(UnmaskError, match="max_new_tokens: 9+ tokens are over"):
+        plan_job(str(fixtures / "llada_tiny"), SamplerConfig(max_new_tokens=int("9" * 18)))
 
 
 @pytest.mark.slow

@@ -234,6 +234,11 @@ def resolve_settings(
         raise SamplingError("refresh_interval: there is no cache to compute anew; set cache to prefix or dual")
     if "revise_threshold" in given and settings.revise == "none":
         raise SamplingError("revise_threshold: nothing is revised; set revise to remask or edit")
+    if settings.length > config.max_sequence_length:  # before a list of its blocks is made
+        raise SamplingError(
+            f"max_new_tokens: {settings.length} tokens are over the model's max_sequence_length "
+            f"{config.max_sequence_length}; give fewer"
+        )
     blocks, rest = divmod(settings.length, settings.block_size)
     check_remask(settings, [settings.block_size] * blocks + [rest])
     return settings
