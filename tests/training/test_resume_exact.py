@@ -353,6 +353,7 @@ def test_an_adapter_is_not_resumed_on_another_base(tiny, tiny_base: Path, train_
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    (other / "manifest.json").unlink()
     values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1, peft={"r": 2})
     values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
     train_tiny(values)

@@ -85,12 +85,13 @@ def _newest_checkpoint(path: Path) -> Path | None:
 def choice_note(path: Path, taken: Path, file: str = "config.json") -> str:
     """Say which of several models (or adapters, by their `file`) in a folder was taken; "" where there is one."""
     newest = _newest_checkpoint(path)
+    if newest is None or taken not in (newest, path):
+        return ""
     if taken == newest and (path / file).is_file():
         return f"{path}: took the run's checkpoint {newest.resolve().name}, not the {file} beside it"
-    if taken == newest and newest.name != "latest":
-        return f"{path}: took {newest.name}, the last one, since the link `latest` is missing"
-    if taken != path or newest is None:
-        return ""
+    if taken == newest:
+        lost = f"{path}: took {newest.name}, the last one, since the link `latest` is missing"
+        return "" if newest.name == "latest" else lost
     adapter = file != ADAPTER_CONFIG and (newest / ADAPTER_CONFIG).is_file()
     what = f"is an adapter: --adapter {path} adds it" if adapter else f"has no {file}"
     return f"{path}: took the {file} in it, not the run's checkpoint {newest.resolve().name}, which {what}"
