@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from unmask.models.manifest import MANIFEST
 from unmask.report.metrics import read_metrics
 from unmask.training.checkpoint import checkpoints, verify
 
+ROOT = Path(__file__).parents[2]
 STEPS = 60
 Train = Callable[..., Any]
 
@@ -28,7 +30,7 @@ Train = Callable[..., Any]
 SERVER = """
 import json, os, signal, sys
 import matplotlib.pyplot, torch._dynamo, unmask.assemble, unmask.data.loader, unmask.data.template_loading
-import unmask.training.loop, unmask.training.run, unmask.training.saver
+import unmask.training.loop, unmask.training.run, unmask.training.saver, unmask.models.lora, peft
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unmask.cli import main
 from unmask.training import checkpoint
@@ -156,17 +158,60 @@ def test_killed_at_some_step(tiny, server: Server, train_tiny: Train, tmp_path: 
     assert_same_as(reference, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random DiffusionGemma in the released layout, made as the guide makes one."""
+    folder = tmp_path_factory.mktemp("gemma") / "gemma"
+    script = runpy.run_path(str(ROOT / "examples" / "tiny_diffusion_gemma.py"))
+    script["TEXT"].update(
+        hidden_size=32, intermediate_size=32, moe_intermediate_size=16, head_dim=8, global_head_dim=16
+    )
+    rows = ROOT / "tests" / "fixtures" / "gsm8k_chat_64.jsonl"
+    script["make"](str(rows), str(folder), vocab_size=400, canvas_length=16)
+    return folder
+
+
+def changes_of(mode: str, base: Path, gemma: Path) -> dict[str, Any]:
+    if mode == "full":
+        return {}
+    if mode == "adapter":
+        adapter = {"r": 4, "use_dora": True, "modules_to_save": ["*norm"]}
+        return {"model": {"pretrained_model_name_or_path": str(base)}, "peft": adapter}
+    return {
+        "model": {"pretrained_model_name_or_path": str(gemma)},
+        "dllm": {"mode": "block_diffusion"},
+        "dataset__tokenizer": str(gemma),
+        "dataset__chat_template": "diffusion_gemma",
+    }
+
+
+def state(root: Path) -> dict[str, bytes]:
+    """Return the last checkpoint's weights or adapter, and the optimizer's."""
+    return {file.name: file.read_bytes() for file in (root / "latest").rglob("*.safetensors")}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_killed_ten_times_in_one_run(tiny, server: Server, train_tiny: Train, tmp_path: Path, reference: Path) -> None:
-    values = config(tiny, tmp_path / "run")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", ["full", "adapter", "DiffusionGemma"])
+def test_killed_twenty_times_in_one_run(
+    mode: str, tiny, server: Server, tmp_path: Path, tiny_base: Path, gemma: Path
+) -> None:
+    """Sixty kills in three modes: every checkpoint stays whole, and the end is that of a run that was never killed."""
+    changes = changes_of(mode, tiny_base, gemma)
+    whole, values = (config(tiny, tmp_path / name, **changes) for name in ("whole", "run"))
+    server.start(tiny.write(tmp_path / "whole.yaml", whole))
+    assert server.ended() == 0
     path = tiny.write(tmp_path / "run.yaml", values)
-    for step in (1, 3, 8, 13, 20, 27, 33, 41, 48, 56):
-        server.kill_at(path, tmp_path / "run", step)
-        for folder in checkpoints(tmp_path / "run"):
-            verify(folder)
-    train_tiny(values)
-    assert_same_as(reference, tmp_path / "run")
+    kills = [server.kill_at(path, tmp_path / "run", step) for step in range(1, STEPS - 1, 3)]
+    assert kills == [-signal.SIGKILL] * 20
+    for folder in checkpoints(tmp_path / "run"):
+        verify(folder)
+    server.start(path)
+    assert server.ended() == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+    assert state(tmp_path / "run") == state(tmp_path / "whole")
+    assert not list((tmp_path / "run").glob(".*.part"))
 
 
 @pytest.mark.slow
@@ -353,7 +398,6 @@ def test_an_adapter_is_not_resumed_on_another_base(tiny, tiny_base: Path, train_
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    (other / "manifest.json").unlink()
     values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1, peft={"r": 2})
     values["model"] = {"pretrained_model_name_or_path": str(tiny_base)}
     train_tiny(values)

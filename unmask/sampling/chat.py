@@ -17,7 +17,7 @@ from unmask.data.chat import ChatTemplate
 from unmask.data.keys import is_blank
 from unmask.data.template_source import template_names
 from unmask.distributed.runtime import own_device, pick_device
-from unmask.errors import DataError, SamplingError, choice_problem
+from unmask.errors import ConfigError, DataError, SamplingError, choice_problem
 from unmask.places import part_of, user_path
 from unmask.sampling.generate import Generation, answer
 from unmask.sampling.jobs import LoadedModel, load
@@ -184,7 +184,10 @@ def _seed(conversation: Conversation, argument: str) -> Outcome:
 def _save(conversation: Conversation, argument: str) -> Outcome:
     if not argument:
         raise SamplingError("/save: name the file to add the conversation to: /save FILE.jsonl")
-    path = user_path(argument, "/save")
+    try:
+        path = user_path(argument, "/save")
+    except ConfigError as error:  # a turn's mistake: the conversation goes on
+        raise SamplingError(str(error)) from None
     rows = save(conversation, path)
     turns = len(conversation.answered)
     left_out = (
