@@ -1,4 +1,4 @@
-"""YAML and JSON that users write: text in, plain values out, whatever is wrong with it a `ParseProblem` in one line.
+"""Parses the YAML and JSON that users write into plain values; every error is a `ParseProblem` of one line.
 
 Plain values are what JSON has: null, true and false, numbers, text, lists and mappings. A YAML date is text.
 """

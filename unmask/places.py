@@ -1,4 +1,4 @@
-"""Files and folders: the paths that users give, the lock on a place, and parts that get their name when they are whole.
+"""Checks the paths that users give, locks files and folders, and writes files beside their place before renaming them.
 
 A part is named after its process and locked by it. The lock ends with the process, however that dies, so that the next
 command that writes there knows what nobody works on any more, and removes it.

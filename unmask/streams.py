@@ -1,4 +1,4 @@
-"""Standard input, output and error of a command: what cannot be written never ends work that others are to keep.
+"""Standard streams of the command line: a closed pipe or a full disk behind them never ends a training run.
 
 Python raises where a pipe has no reader any more or a disk is full, in whatever happens to print, and again when the
 process ends. Here it is seen at the one place through which all of them write, `print`, rich and logging alike.
@@ -20,11 +20,12 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class OutputLost(Exception):
-    """Standard output cannot be written, and all that a command gives is what it prints. No OSError, which rich and
-    argparse would take for theirs.
+    """Standard output cannot be written, and the command's whole result is what it prints.
+
+    It is no OSError, since rich and argparse catch those.
 
     Attributes:
-        reader_left: whoever read has what he wanted, as `head`; otherwise results are lost.
+        reader_left: the reader closed the pipe, as `head` does; otherwise results are lost.
     """
 
     def __init__(self, problem: str, reader_left: bool) -> None:
@@ -50,6 +51,7 @@ class _Stream(io.RawIOBase):
         return True
 
     def write(self, data: Any, /) -> int:
+        """Write bytes and return their number; after a failure all writes go to the null device."""
         while True:
             try:
                 return os.write(self.descriptor, data)

@@ -108,11 +108,13 @@ def test_workers_are_started_where_they_save_time(monkeypatch, count, processes,
 
 def test_progress_is_told_up_to_the_end(monkeypatch):
     for count in (1_000, 600_000):
-        told: list[tuple[int, int]] = []
-        found = checked(Source(count), monkeypatch, tick=lambda done, of, told=told: told.append((done, of)))
-        assert [done for done, _ in told] == sorted(done for done, _ in told)
-        assert told[-1][0] <= told[-1][1] and found.count - told[-1][0] < 64
-        assert abs(told[-1][1] - found.count) < 200
+        reported: list[tuple[int, int]] = []
+        found = checked(
+            Source(count), monkeypatch, tick=lambda done, of, reported=reported: reported.append((done, of))
+        )
+        assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+        assert reported[-1][0] <= reported[-1][1] and found.count - reported[-1][0] < 64
+        assert abs(reported[-1][1] - found.count) < 200
 
 
 def test_what_was_checked_here_need_not_be_encoded_again():

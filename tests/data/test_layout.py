@@ -129,7 +129,10 @@ def test_the_default_configuration_is_taken(tmp_path, default):
     [
         ("- config_name: x\n  data_files: none/*\n", "README.md: no file of configuration 'x' matches 'none/\\*'"),
         ("- config_name: x\n  data_files: 3\n", "README.md: the data_files of configuration 'x' cannot be read"),
-        ("- config_name: x\n  data_files: /etc/*\n", "README.md: the data_files of configuration 'x' cannot be read"),
+        ("- config_name: x\n  data_files: /etc/*\n", "README.md: configuration 'x' names '/etc/\\*', outside its"),
+        ("- config_name: x\n  data_files: ../rows/*\n", "configuration 'x' names '../rows/\\*', outside its folder"),
+        ("- config_name: x\n  data_dir: a/../..\n", "configuration 'x' names 'a/../..', outside its folder"),
+        ("- config_name: x\n  data_dir: /etc\n", "configuration 'x' names '/etc', outside its folder"),
         ("- name: x\n", "README.md: its list of configurations cannot be read"),
         ("- x: [\n", "README.md: its list of configurations cannot be read"),
     ],

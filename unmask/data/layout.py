@@ -102,13 +102,13 @@ def _by_patterns(folder: Path, name: str, entry: Mapping[str, Any], where: str) 
     """Return the files that a configuration of README.md names, and each one's split."""
     patterns = entry.get("data_files")
     if patterns is None:
-        return _by_names(folder / str(entry.get("data_dir", "")), where)
+        return _by_names(folder / _inside(folder, str(entry.get("data_dir", "")), name), where)
     splits: dict[Path, str | None] = {}
     try:
         for item in [patterns] if isinstance(patterns, (str, dict)) else patterns:
             split, paths = ("train", item) if isinstance(item, str) else (str(item["split"]), item["path"])
             for pattern in [paths] if isinstance(paths, str) else paths:
-                matches = _data(folder, folder.glob(pattern), where)
+                matches = _data(folder, folder.glob(_inside(folder, pattern, name)), where)
                 if not matches:
                     raise DataError(f"{folder / _CARD}: no file of configuration {name!r} matches {pattern!r}")
                 splits.update(dict.fromkeys(matches, split))
@@ -117,6 +117,16 @@ def _by_patterns(folder: Path, name: str, entry: Mapping[str, Any], where: str) 
             f"{folder / _CARD}: the data_files of configuration {name!r} cannot be read; mend them, or name a file"
         ) from None
     return splits
+
+
+def _inside(folder: Path, path: str, name: str) -> str:
+    """Return a path that a card names; DataError where it leaves the card's folder."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise DataError(
+            f"{folder / _CARD}: configuration {name!r} names {path!r}, outside its folder, which is not read; name "
+            "files within it"
+        )
+    return path
 
 
 def _by_names(folder: Path, where: str) -> dict[Path, str | None]:

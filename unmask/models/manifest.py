@@ -1,4 +1,4 @@
-"""The manifest of a run's checkpoint: size and CRC-32 of every file, against which what is read of it is checked."""
+"""A checkpoint's manifest, the size and CRC-32 of each of its files, and the check of the files that are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts as rows: of a JSONL file, or objects in Python. A row is read as training reads one, but for its answer.
+"""Reads prompts from rows, of a JSONL file or given in Python, as training reads rows, but without an answer.
 
 A row holds one of KEYS; `messages` or `conversations` may stand beside a `prompt`, which then is not looked at. The
 row's own system text and tools are part of what is asked. What belongs to an answer is not looked at (`completion`,
