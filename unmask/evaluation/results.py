@@ -17,6 +17,8 @@ from rich.table import Table
 from unmask.errors import ConfigError
 from unmask.evaluation.job import Checkpoint, EvalPlan
 from unmask.evaluation.tasks import HARNESS
+from unmask.parsing import parse_json
+from unmask.places import read_bytes
 from unmask.report.metrics import is_number
 from unmask.report.resumable import Record, first_difference, write_lines
 from unmask.report.runs import RESULTS as RESULTS
@@ -85,12 +87,12 @@ def read_results(plan: EvalPlan) -> Results:
     """
     path = plan.output / RESULTS
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": [], "results": []}
+        values = parse_json(read_bytes(path), strict=False) if path.exists() else {"models": [], "results": []}
         earlier = Results(
             {model["label"]: {**model, "fingerprint": dict(model["fingerprint"])} for model in values["models"]},
             {(entry["task"], entry["model"]): _checked(entry) for entry in values["results"]},
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: not a file of `unmask eval`; choose another --output or delete it") from None
     remedy = "choose another --output, or delete the folder"
     for checkpoint in plan.checkpoints:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -376,7 +375,7 @@ def base_note(adapter: Path, checkpoint: Path) -> str:
 def _samples(file: FileIO) -> list[tuple[int, int]]:
     """Return which bytes of a safetensors file tell it from another: its header and parts of each tensor."""
     data = 8 + int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(data - 8))
+    header = parse_json(file.read(data - 8), strict=False)
     samples = [(0, data)]
     for begin, end in sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"):
         starts = (begin, (begin + end - _SAMPLE) // 2, end - _SAMPLE)

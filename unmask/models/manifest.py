@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,12 @@ from pathlib import Path, PurePath
 
 from unmask.errors import ModelError
 from unmask.models.folders import ADAPTER_CONFIG, INDEX, SHARDED
+from unmask.parsing import parse_json
+from unmask.places import read_bytes
 
 MANIFEST = "manifest.json"
 _BESIDE_WEIGHTS = ("config.json", ADAPTER_CONFIG, "tokenizer.json")  # compared where they are there
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def _is_model(folder: Path, name: str) -> bool:
 
 def read_manifest(folder: Path) -> tuple[object, dict[str, tuple[int, int]]]:
     """Return a manifest's format, and (size, CRC-32) of each file by its path in the folder; raises what json does."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parse_json(read_bytes(folder / MANIFEST))
     return manifest.get("format"), {name: (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()}
 
 

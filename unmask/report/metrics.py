@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError
+from unmask.parsing import ParseProblem, parse_json
+from unmask.places import read_bytes
 
 FILE = "metrics.jsonl"
 
@@ -108,7 +110,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the events of a log, and the numbers of damaged lines before the last."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a run directory with a {FILE}") from None
     events, damaged = [], []
@@ -116,8 +118,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         if not line.strip():
             continue
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = parse_json(line, strict=False)
+        except ParseProblem:
             event = None
         if _is_event(event):
             events.append(event)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import CheckpointError, ConfigError
+from unmask.parsing import parse_json
+from unmask.places import read_bytes
 
 Record = dict[str, Any]
 
@@ -28,16 +30,16 @@ def read_records(path: Path, kind: str) -> tuple[dict[str, Any], list[Record]]:
         ConfigError: no such file, or one of another kind.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a file of this kind: {kind}") from None
     whole = [line for line in lines[:-1] if line]  # what follows the last line break is empty or torn
     try:
-        head, *records = (json.loads(line) for line in whole)
+        head, *records = (parse_json(line, strict=False) for line in whole)
         if not all(isinstance(record, dict) and type(record["row"]) is int for record in records):
             raise TypeError(records)
         return dict(head[kind]), records
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: is no file of this kind: {kind}; delete it or choose another --output") from None
 
 

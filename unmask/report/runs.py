@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unmask.errors import DataError
+from unmask.parsing import parse_json, parse_yaml
+from unmask.places import read_bytes
 from unmask.report.metrics import read_metrics
 from unmask.report.plots import find_log
 
@@ -122,8 +121,8 @@ def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        values = parse_yaml(read_bytes(path).decode())
+    except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
         raise DataError(f"{path}: no readable configuration; copy the run again, or remove the file")
@@ -204,9 +203,9 @@ def find_results(runs: Sequence[Path], named: Sequence[Path]) -> list[Result]:
 def read_results(path: Path) -> list[Result]:
     """Return the results of a file; DataError names one that is damaged."""
     try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))["results"]
+        entries: Any = parse_json(read_bytes(path), strict=False)["results"]
         return [result for entry in entries for result in _results(entry)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise DataError(f"{path}: not a file of `unmask eval`; evaluate again, or take the file away") from None
 
 

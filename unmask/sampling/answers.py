@@ -22,7 +22,8 @@ from unmask.distributed.inference import divide_rows, own_rows
 from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
-from unmask.places import hold, user_path
+from unmask.parsing import parse_json
+from unmask.places import hold, read_bytes, user_path
 from unmask.report.progress import AnswerProgress
 from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
 from unmask.sampling.blanks import encode_blanks, has_blank
@@ -275,11 +276,11 @@ class AnswerFile:
     def _finished(self) -> list[Record]:
         """Return the records of `FILE`, which must be all of this job's."""
         try:
-            records = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+            records = [parse_json(line, strict=False) for line in read_bytes(self.path).splitlines()]
             found = [(record["row"], record["job"]) for record in records]
             if found == [(row, self._job) for row in range(len(self.rows))]:
                 return records
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no file of ours
+        except (OSError, ValueError, KeyError, TypeError):  # no file of ours
             pass
         raise ConfigError(
             f"--output: {self.path} is there already, and not of this job (its prompts, model, settings and seed); "

@@ -22,7 +22,8 @@ from typing import Any
 
 from unmask.errors import CheckpointError, DataError
 from unmask.models.manifest import MANIFEST, crc32, find_damage, read_manifest
-from unmask.places import naming
+from unmask.parsing import parse_json
+from unmask.places import naming, read_bytes
 
 LATEST, BEST = "latest", "best"  # links to checkpoints
 STATE = "state.json"
@@ -106,7 +107,7 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
         final.rename(root / f".step_{step}.{os.getpid()}.old.part")
     temporary.rename(final)
     _point_latest(root, final.name)
-    best_step = (json.loads((final / STATE).read_text(encoding="utf-8")).get("best") or {}).get("step")
+    best_step = (parse_json(read_bytes(final / STATE), strict=False).get("best") or {}).get("step")
     if best_step == step:
         point(root, BEST, final.name)
     _to_disk(root)  # the names too, before `prune` may remove older checkpoints
@@ -221,7 +222,7 @@ def verify(folder: Path) -> None:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = parse_json(read_bytes(folder / STATE), strict=False)
         if type(state["step"]) is not int or folder.name != f"step_{state['step']}":
             raise ValueError(state["step"])
         _check_best(state.get("best"))
