@@ -143,6 +143,28 @@ def train_with_slow_copies(values: dict[str, Any], seconds: float) -> str:
     return train(values)
 
 
+def train_noting_blocks(values: dict[str, Any]) -> set[str]:
+    """Train; return the dtypes of the hidden states that go into a block or come out of one."""
+    from unmask import assemble as assembly
+    from unmask.models.registry import family_of
+
+    build, dtypes = assembly.build_network, set()
+
+    def note(_module: Any, inputs: tuple, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        dtypes.update((str(inputs[0].dtype), str(hidden.dtype)))
+
+    def build_noting(*arguments: Any) -> Any:
+        network = build(*arguments)
+        for block in network.model.get_submodule(family_of(network.model.config).shard.blocks).children():
+            block.register_forward_hook(note)
+        return network
+
+    assembly.build_network = build_noting
+    train(values)
+    return dtypes
+
+
 def load_peak(folder: str, trained: bool) -> dict[str, int]:
     """Load a checkpoint in shards, to be trained or to answer.
 

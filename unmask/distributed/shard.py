@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,11 @@ from unmask.ops.rows import inverse, take_rows
 def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
     """Shard a whole network, adapters attached, in place; its parameters may be on the meta device."""
     plan = family_of(model.config).shard
+    precision = _precision(section.mp_policy)
     offload = OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
-    options = {"mp_policy": _precision(section.mp_policy), "offload_policy": offload}
+    # Between blocks the residual stream is as it was computed; `output_dtype` is of what leaves the network.
+    options = {"mp_policy": replace(precision, output_dtype=None), "offload_policy": offload}
+    _keep_embeddings_wide(model)
     for block in model.get_submodule(plan.blocks).children():
         if meshes.experts is not None and plan.experts is not None:
             experts = block.get_submodule(plan.experts)
@@ -69,7 +73,8 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
     for module in _apart(model, plan.blocks):
         fully_shard(module, mesh=meshes.model, **options)
     # Reading the head after the forward pass relies on this: the root's group is not freed at its end.
-    fully_shard(model, mesh=meshes.model, reshard_after_forward=False, **options)
+    whole = {**options, "mp_policy": precision}
+    fully_shard(model, mesh=meshes.model, reshard_after_forward=False, **whole)
     for method in plan.methods:
         _hook_method(model, method)
     for module in (each for each in model.modules() if isinstance(each, FSDPModule)):
@@ -78,6 +83,20 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
         if hasattr(module, "set_reduce_scatter_unused_params"):
             # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
             module.set_reduce_scatter_unused_params(True)
+
+
+def _keep_embeddings_wide(model: nn.Module) -> None:
+    """Have embeddings return the dtype that their weights are stored in, whatever dtype these travel in.
+
+    All else adds to what they return, so that this once makes the residual stream as wide as on one process.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(partial(_cast_output, module.weight.dtype))
+
+
+def _cast_output(dtype: torch.dtype, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def _apart(model: nn.Module, blocks: str) -> list[nn.Module]:
