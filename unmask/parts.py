@@ -77,6 +77,7 @@ def build_parts(prepared: Prepared, ranks: Ranks = ALONE) -> Parts:
         pad_token_id=pad,
         supervise_padding=bool(config.dllm.supervise_padding),
         seq_length=config.dataset.seq_length,
+        gather=ranks.gather,
     )
     return Parts(tokenizer, template, encode, loader, build_objective(config.dllm, plan.config), pad, stop_ids)
 

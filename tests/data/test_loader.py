@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.exchanged import together
 from unmask.config.data import DataloaderConfig, DatasetConfig
 from unmask.config.reader import read_section
 from unmask.data.batches import rounded, validation_set
@@ -84,8 +86,8 @@ def test_a_global_batch_does_not_depend_on_its_division(group_by_length, supervi
     settings = {"group_by_length": group_by_length, "supervise_padding": supervise_padding}
     whole = [content(step) for step in islice(loader(rows, local_batch_size=8, **settings), 12)]
     for local, world in [(1, 1), (2, 1), (4, 2), (1, 8), (2, 2)]:
-        ranks = [loader(rows, local_batch_size=local, rank=r, world_size=world, **settings) for r in range(world)]
-        for expected, *steps in zip(whole, *(islice(rank, 12) for rank in ranks), strict=True):
+        ranks = together(partial(loader, rows, local_batch_size=local, **settings), world, 12)
+        for expected, *steps in zip(whole, *ranks, strict=True):
             assert all(len(step) == 8 // (local * world) for step in steps)
             assert all(batch.input_ids_BL.shape[0] == local for step in steps for batch in step)
             joined = [batch for step in steps for batch in step]
@@ -95,14 +97,68 @@ def test_a_global_batch_does_not_depend_on_its_division(group_by_length, supervi
                 assert len({batch.input_ids_BL.shape[1] for batch in joined}) == 1
 
 
+def test_a_row_is_encoded_by_one_rank_and_by_the_same_in_each_epoch():
+    encoded: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+
+    def make(rank: int, **sizes) -> TrainLoader:
+        rows = loader(Numbered(24, hole=7), rank=rank, local_batch_size=1, global_batch_size=6, **sizes)
+        encode = rows.encode
+
+        def noted(index: int, epoch: int) -> EncodedRow | Dropped:
+            encoded[rank].add(index)
+            return encode(index, epoch)
+
+        rows.encode = noted
+        return rows
+
+    together(make, 3, 6)  # two epochs
+    assert encoded == {rank: set(range(rank, 24, 3)) for rank in range(3)}
+
+
+@pytest.mark.parametrize("bad", [0, 9, 23])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_bad_row_ends_all_ranks_after_the_same_step(world, bad):
+    @dataclass
+    class Bad(Numbered):
+        def encode(self, index: int, epoch: int) -> EncodedRow | Dropped:
+            if index == bad:
+                raise DataError(f"row {index} is bad")
+            return super().encode(index, epoch)
+
+    made: list[int] = []
+
+    def make(**sizes) -> TrainLoader:
+        return Counting(loader(Bad(24), local_batch_size=1, global_batch_size=4, shuffle=False, **sizes), made)
+
+    with pytest.raises(DataError, match=f"^row {bad} is bad$"):
+        together(make, world, 12)
+    assert made == [bad // 4] * world
+
+
+class Counting:
+    """A loader whose steps are counted when it ends."""
+
+    def __init__(self, inner: TrainLoader, made: list[int]) -> None:
+        self.inner, self.made = inner, made
+
+    def __iter__(self):
+        count = 0
+        try:
+            for step in self.inner:
+                count += 1
+                yield step
+        finally:
+            self.made.append(count)
+
+
 @pytest.mark.parametrize(("local", "world"), [(2, 1), (1, 4), (2, 2), (4, 2)])
 def test_every_rank_knows_the_rows_that_all_hold_at_once(local, world):
-    ranks = [loader(Numbered(40), local_batch_size=local, rank=r, world_size=world) for r in range(world)]
-    for steps in islice(zip(*ranks, strict=True), 6):
-        for together in zip(*steps, strict=True):
-            held = sorted(ids(together))
+    ranks = together(partial(loader, Numbered(40), local_batch_size=local), world, 6)
+    for steps in zip(*ranks, strict=True):
+        for at_once in zip(*steps, strict=True):
+            held = sorted(ids(at_once))
             assert len(held) == local * world
-            assert [sorted(batch.peers_P.tolist()) for batch in together] == [held] * world
+            assert [sorted(batch.peers_P.tolist()) for batch in at_once] == [held] * world
 
 
 def test_rows_that_lost_their_end_are_marked():

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.exchanged import together
 from unmask.config.data import DataloaderConfig, DatasetConfig, resolve_answers
 from unmask.config.reader import read_section
 from unmask.data.chat import ChatTemplate
@@ -286,18 +287,17 @@ def test_ranks_and_a_resume_see_the_same_draws(template):
     rows = [CHAT[:2], CHAT, CHAT[:4]] * 6
     encode = encoder(template, "one", *rows)
 
-    def loader(rank: int = 0, world: int = 1) -> TrainLoader:
+    def loader(**ranks) -> TrainLoader:
         return TrainLoader(
             encode.rows,
             encode,
             config=DataloaderConfig(),
             global_batch_size=4,
             local_batch_size=2,
-            rank=rank,
-            world_size=world,
             seed=1,
             pad_token_id=0,
             supervise_padding=False,
+            **ranks,
         )
 
     def seen(steps: list) -> list:
@@ -312,7 +312,7 @@ def test_ranks_and_a_resume_see_the_same_draws(template):
     first = list(islice(steps, 5))
     state = json.loads(json.dumps(whole.state_dict()))
     expected = seen(first) + seen(list(islice(steps, 7)))
-    two = [[*a, *b] for a, b in zip(islice(loader(0, 2), 12), islice(loader(1, 2), 12), strict=True)]
+    two = [[*a, *b] for a, b in zip(*together(loader, 2, 12), strict=True)]
     assert seen(two) == expected
     resumed = loader()
     resumed.load_state_dict(state)

@@ -1,9 +1,10 @@
 """The training loader: an endless stream of global batches, which can go on from a saved position (`position.py`).
 
-Every rank composes the same global batch and takes its own rows from it. Which rows a batch holds depends on the seed,
-the epoch and the position, never on ranks, micro-batches or workers. A row without anything to train on is passed over,
-and the next row of the order takes its place. Rows at the end of an epoch that do not fill a batch are left out.
-Without shuffling they would be the same rows in every epoch, so there they come first in the next one.
+Every rank composes the same global batch and takes its own rows from it; each row is encoded by one rank, and the ranks
+exchange what they encoded. Which rows a batch holds depends on the seed, the epoch and the position, never on ranks,
+micro-batches or workers. A row without anything to train on is passed over, and the next row of the order takes its
+place. Rows at the end of an epoch that do not fill a batch are left out. Without shuffling they would be the same rows
+in every epoch, so there they come first in the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 from unmask.batch import Batch
 from unmask.config.data import DataloaderConfig
 from unmask.data.batches import collate, rounded
-from unmask.data.encode import Dropped, Encode, EncodedRow, Visit, count_dropped, count_notes, encoded_ahead
+from unmask.data.encode import Dropped, Encode, EncodedRow, Visit, count_dropped, count_notes
+from unmask.data.exchange import Gather, encoded_together
 from unmask.data.position import DataOrder, Position, add_digests
 from unmask.data.sources import Rows
 from unmask.errors import ConfigError, DataError
@@ -53,6 +55,7 @@ class TrainLoader:
         supervise_padding: padding is attended and supervised. Rows are then padded to the longest of their global
             batch, so that the loss does not depend on how it is divided; otherwise to the longest of the micro-batch.
         seq_length: most tokens of a row.
+        gather: the collective in which ranks exchange rows; needed for several.
 
     Attributes:
         dropped: rows passed over, by reason, each row once (a later epoch passes over the same ones).
@@ -78,6 +81,7 @@ class TrainLoader:
         pad_token_id: int,
         supervise_padding: bool,
         seq_length: int | None = None,
+        gather: Gather = lambda value: [value],
     ) -> None:
         if global_batch_size % (local_batch_size * world_size):
             raise ConfigError(
@@ -100,6 +104,7 @@ class TrainLoader:
         self.pad_token_id = pad_token_id
         self.supervise_padding = supervise_padding
         self.seq_length = seq_length
+        self.gather = gather
         self.order = DataOrder(rows, seed, config.shuffle, config.group_by_length, global_batch_size)
         self.position = Position()
         self.dropped: Counter[str] = Counter()
@@ -185,7 +190,10 @@ class TrainLoader:
         encoded: list[tuple[int, EncodedRow]] = []
         passed_over: list[tuple[int, int, Dropped]] = []
         any_in_epoch = start > 0
-        stream = encoded_ahead(self.encode, self._visits(), self.config.num_workers, 2 * self.global_batch_size)
+        stream = encoded_together(
+            self.encode, self._visits(), self.config.num_workers, 2 * self.global_batch_size,
+            self.rank, self.gather, self.world_size,
+        )  # fmt: skip
         for visit, row in stream:
             if visit.epoch == 0:
                 visited = add_digests(visited, row.digest)
