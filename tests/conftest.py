@@ -100,6 +100,22 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def meta_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The meta device in the place of a Hopper GPU: networks of any size run on it, without numbers or autocast."""
+    import torch
+
+    autocast, enabled = torch.autocast, torch.is_autocast_enabled
+
+    def nothing_for_meta(kind: str, *arguments: Any, **options: Any) -> Any:
+        return contextlib.nullcontext() if kind == "meta" else autocast(kind, *arguments, **options)
+
+    monkeypatch.setattr(torch, "autocast", nothing_for_meta)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return torch.device("meta")
+
+
 @pytest.fixture(scope="session")
 def gemma_values() -> Callable[..., dict]:
     """Return a function that makes a tiny DiffusionGemma's config.json.

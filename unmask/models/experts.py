@@ -10,11 +10,13 @@ expert, O outputs of a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.ops.head import compute_dtype
 from unmask.ops.rows import inverse, take_rows
 
 Activation = Callable[[Tensor], Tensor]
@@ -86,24 +88,53 @@ def grouped_linear(rows_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Ten
 
     `counts_E` has the rows of each expert, which come in the order of experts and add up to M.
     """
-    device_type = rows_MI.device.type
-    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else rows_MI.dtype
+    compute = compute_dtype(rows_MI)
     rows_MI, weight_EOI = rows_MI.to(compute), weight_EOI.to(compute)
+    if not len(rows_MI):  # kernels for groups are not made for no rows at all; this too gives every matrix a gradient
+        return F.linear(rows_MI, weight_EOI[0])
     if grouped_kernel(rows_MI, weight_EOI):
         ends_E = counts_E.cumsum(dim=0).to(torch.int32)
+        if weight_EOI.requires_grad and not zeroes_unused(weight_EOI.device):
+            weight_EOI = _ZeroUnused.apply(weight_EOI, counts_E)
         return F.grouped_mm(rows_MI, weight_EOI.transpose(1, 2), offs=ends_E)
     parts = rows_MI.split(counts_E.tolist())
     return torch.cat([part @ weight_OI.t() for part, weight_OI in zip(parts, weight_EOI, strict=True)])
 
 
 def grouped_kernel(rows_MI: Tensor, weight_EOI: Tensor) -> bool:
-    """Say whether `F.grouped_mm` takes these: every stride a multiple of 16 bytes; on CUDA bf16 and Hopper or later."""
+    """Say whether `F.grouped_mm` takes these without waiting: strides multiples of 16 bytes; on GPUs bf16.
+
+    And a kernel for the device, which Hopper and data-centre Blackwell have; for others PyTorch loops on the host
+    (aten/src/ATen/native/cuda/GroupedBlas.cpp).
+    """
     lengths = (rows_MI.shape[1], weight_EOI.shape[1])
     if any(length * rows_MI.element_size() % 16 for length in lengths) or rows_MI.dtype == torch.float64:
         return False
-    if rows_MI.device.type == "cuda":
-        return rows_MI.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows_MI.device) >= (9, 0)
-    return rows_MI.device.type == "cpu"
+    if rows_MI.device.type == "cpu":
+        return True
+    return rows_MI.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows_MI.device)[0] in (9, 10)
+
+
+def zeroes_unused(device: torch.device) -> bool:
+    """Say whether `F.grouped_mm` gives experts without rows a gradient of zeros.
+
+    On Blackwell it leaves in it what the memory held (PyTorch issue 172439, CUTLASS issue 2674).
+    """
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+class _ZeroUnused(torch.autograd.Function):
+    """Stacked matrices as they are; on the way back those of experts without rows get a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(counts_E)
+        return weight_EOI.view_as(weight_EOI)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (counts_E,) = ctx.saved_tensors
+        return gradients[0].masked_fill((counts_E == 0)[:, None, None], 0.0), None
 
 
 def freeze_routers(model: nn.Module) -> None:

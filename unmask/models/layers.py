@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from unmask.errors import ModelError
+from unmask.ops.head import compute_dtype
 
 Kernel = Literal["sdpa", "flex"]
 Mask = Tensor | BlockMask | None
@@ -119,6 +120,16 @@ def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
+def takes_groups(head_size: int, masked: bool, dtype: torch.dtype, device_type: str) -> bool:
+    """Say whether SDPA surely has a fused kernel for keys and values of fewer heads than the queries.
+
+    On CPUs its flash kernel takes all. On GPUs only flash does: 16 bits, no mask, a head size up to 256; the
+    memory-efficient kernel never, cuDNN's on some devices. Where no fused kernel takes the call, SDPA computes all
+    scores in fp32 and keeps them (PyTorch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    return device_type == "cpu" or (head_size <= 256 and not masked and dtype in (torch.bfloat16, torch.float16))
+
+
 def attend(
     q_BHQE: Tensor,
     k_BGKE: Tensor,
@@ -130,7 +141,8 @@ def attend(
 ) -> Tensor:
     """Return softmax(scale · q kᵀ) v, (B, H, Q, E); each key/value head serves H / G query heads.
 
-    SDPA picks the kernel: flash or memory-efficient on GPUs, flash on CPUs.
+    SDPA picks the kernel: flash, cuDNN's or memory-efficient on GPUs, flash on CPUs. Heads that no fused kernel would
+    share among queries are repeated for it.
 
     Args:
         q_BHQE, k_BGKE, v_BGKE: queries, keys and values.
@@ -141,6 +153,9 @@ def attend(
     grouped = q_BHQE.shape[1] != k_BGKE.shape[1]
     if isinstance(mask, BlockMask):
         return compiled_flex()(q_BHQE, k_BGKE, v_BGKE, block_mask=mask, scale=scale, enable_gqa=grouped)
+    if grouped and not takes_groups(q_BHQE.shape[3], mask is not None, compute_dtype(q_BHQE), q_BHQE.device.type):
+        times, grouped = q_BHQE.shape[1] // k_BGKE.shape[1], False
+        k_BGKE, v_BGKE = k_BGKE.repeat_interleave(times, dim=1), v_BGKE.repeat_interleave(times, dim=1)
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
     if q_BHQE.device.type == "cpu" and q_BHQE.dtype == torch.bfloat16 and q_BHQE.requires_grad:
         # The backward pass of the CPU's flash kernel is some ten times slower in bf16 than in fp32 (torch 2.13, AMX).

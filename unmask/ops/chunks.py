@@ -66,12 +66,6 @@ def write_product(total: Tensor, left: Tensor, right: Tensor, add: bool = False,
         torch.mul(left @ right, factor, out=total)
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype that matmuls of these hidden states run in: autocast's where it is on."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 def sum_dtype(compute: torch.dtype) -> torch.dtype:
     """Return the dtype of factors that are summed over a vocabulary: fp16 ends at 65,504 and does not hold the sum."""
     return torch.float32 if compute == torch.float16 else compute

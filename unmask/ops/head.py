@@ -38,3 +38,9 @@ class Head:
         if self.softcap is None:
             return z
         return self.softcap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / self.softcap)
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype that matmuls of these hidden states run in: autocast's where it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -21,12 +21,11 @@ from unmask.ops.chunks import (
     CHUNK_LOGITS,
     cached_rows,
     column_slices,
-    compute_dtype,
     logit_chunks,
     sum_dtype,
     write_product,
 )
-from unmask.ops.head import Head
+from unmask.ops.head import Head, compute_dtype
 
 
 def linear_cross_entropy(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unmask.ops.chunks import CACHED_LOGITS, CAST_ROWS, column_slices, compute_dtype, sum_dtype, write_product
-from unmask.ops.head import Head
+from unmask.ops.chunks import CACHED_LOGITS, CAST_ROWS, column_slices, sum_dtype, write_product
+from unmask.ops.head import Head, compute_dtype
 
 
 def soft_embedding(hidden_ND: Tensor, head: Head) -> Tensor:
