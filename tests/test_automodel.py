@@ -110,7 +110,7 @@ def assert_same_training(config: RunConfig, ours: RunConfig) -> None:
     for section in RunConfig.__dataclass_fields__:
         if section not in ("wandb", "checkpoint", "distributed"):
             assert getattr(config, section) == getattr(ours, section), section
-    assert dataclasses.replace(config.distributed, mp_policy=None) == ours.distributed
+    assert dataclasses.replace(config.distributed, mp_policy=ours.distributed.mp_policy) == ours.distributed
 
 
 def test_their_full_recipe_is_our_example_but_for_the_answers() -> None:

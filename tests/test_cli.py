@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,19 @@ def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("unmask.commands.plot.run", interrupt)
     assert main(["plot", "run"]) == 130
     assert capsys.readouterr().err == "unmask: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_segments_grow_unless_the_user_has_said_how_memory_is_allocated(name: str | None) -> None:
+    """Before torch loads, which reads it."""
+    code = "import os, sys\nfrom unmask.cli import main\nmain(['plot'])\nassert 'torch' not in sys.modules"
+    code += "\nprint({name: value for name, value in os.environ.items() if name.endswith('ALLOC_CONF')})"
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
+    given = {} if name is None else {name: "max_split_size_mb:64"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    ).stdout
+    assert out == f"{given or {'PYTORCH_ALLOC_CONF': 'expandable_segments:True'}}\n"
 
 
 def test_the_module_for_launchers_is_the_train_command() -> None:

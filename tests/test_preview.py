@@ -60,6 +60,7 @@ def test_it_shows_the_run_and_writes_nothing(tiny, tmp_path: Path, capsys: pytes
     assert main(["train", "-c", str(path), "--dry-run", "--optimizer.lr", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+    assert "matmuls in float32 on cpu (distributed.autocast_dtype: auto)" in shown
     assert "lr: 0.5" in shown and "global_batch_size: 4" in shown
     from unmask.models.llada.config import LLaDAConfig
     from unmask.models.llada.model import LLaDA

@@ -18,6 +18,7 @@ from unmask.config.reader import differences, to_mapping
 from unmask.data.batches import ValidationSet
 from unmask.data.sources import Rows
 from unmask.distributed.processes import cores, data_workers
+from unmask.distributed.runtime import idle_tensor_cores, matmul_dtype
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
 from unmask.parsing import parse_yaml
@@ -72,6 +73,8 @@ def announce(
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), {len(prepared.rows)} rows, "
         f"{run.total_steps} steps of {run.steps.global_batch_size} rows on {_place(run)}"
     )
+    for line in matmul_notes(prepared.config, run.runtime.device):
+        say(line)
     never_seen = run.loader.never_seen(run.total_steps)
     if never_seen is not None:
         say(never_seen)
@@ -90,14 +93,13 @@ def announce(
         parameters=total,
         trainable_parameters=trainable,
         versions={"unmask": unmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        environment=_environment(run),
+        environment=_environment(run, prepared.config),
     )
 
 
-def _environment(run: TrainingRun) -> dict[str, Any]:
+def _environment(run: TrainingRun, config: RunConfig) -> dict[str, Any]:
     """Return what the run computes on, for a report."""
     device, processes = run.runtime.device, run.runtime.ranks.size
-    compute = run.runtime.compute_dtype
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -105,8 +107,19 @@ def _environment(run: TrainingRun) -> dict[str, Any]:
         "processes": processes,
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "matmuls": str(compute or next(run.model.parameters()).dtype).removeprefix("torch."),
+        "matmuls": matmul_dtype(config, device),
     }
+
+
+def matmul_notes(config: RunConfig, device: torch.device) -> list[str]:
+    """Say in which dtype a run multiplies on a device where that is chosen for it, or is slow there."""
+    dtype = matmul_dtype(config, device)
+    notes = []
+    if config.distributed.autocast_dtype == "auto":
+        notes.append(f"matmuls in {dtype} on {device.type} (distributed.autocast_dtype: auto)")
+    if idle := idle_tensor_cores(device, dtype):
+        notes.append(f"warning: {idle}; set distributed.autocast_dtype: bfloat16")
+    return notes
 
 
 def _processor() -> str:

@@ -18,6 +18,9 @@ from unmask.streams import OutputLost, need_output, standard_streams
 # In the order of `unmask --help`.
 COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)
 
+# The variable that torch's allocators read, and its older names.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, or 2 after one line that says what is wrong."""
@@ -26,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # as soon as another process wants a core; sleeping ones lose a few per cent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Read by torch's CUDA allocator: segments that grow hold batches of ever other lengths without gaps between them.
+    if not any(os.environ.get(name) for name in _ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     with standard_streams():
         status = _run(build_parser(), words)
     if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended

@@ -11,13 +11,14 @@ from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
-from unmask.announce import left_out, noted
+from unmask.announce import left_out, matmul_notes, noted
 from unmask.batch import Batch
 from unmask.config import dump_config
 from unmask.data.check import check_rows
 from unmask.data.encode import RowEncoder
 from unmask.distributed.processes import cores
 from unmask.distributed.ranks import Ranks
+from unmask.distributed.runtime import pick_device
 from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
 from unmask.models.weights import check_tensors
@@ -37,6 +38,7 @@ CHANGED = "red"  # style of a token that noise replaced
 def show_plan(prepared: Prepared, console: Console) -> None:
     """Print the resolved configuration, sizes, and three training rows clean and corrupted."""
     config, plan = prepared.config, prepared.plan
+    device = pick_device(config.distributed.device)
     parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
     checked = _check(prepared, parts, console)
     with torch.device("meta"):
@@ -61,6 +63,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     lines = [*_sizes(prepared, parts, estimate, total), *checked, *seen_later_turns(prepared, parts.template)]
     if prepared.degrees.world > 1:
         lines += _shared(prepared, estimate_shared(config, plan, model, estimate, prepared.degrees))
+    lines += matmul_notes(config, device)
     never_seen = parts.loader.never_seen(total)
     if never_seen is not None:
         lines.append(never_seen)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from unmask.config import config_from_mapping, dump_config, load_config, parse_overrides
+from unmask.config.distributed import MixedPrecisionConfig
 from unmask.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "dllm_sft"
@@ -43,6 +44,7 @@ def test_the_examples_carry_the_published_recipe(name: str) -> None:
     assert loaded.not_needed == ()
     assert config.model.pretrained_model_name_or_path == "GSAI-ML/LLaDA-8B-Base"
     assert (config.model.torch_dtype, config.distributed.autocast_dtype) == ("float32", "bfloat16")
+    assert config.distributed.mp_policy == MixedPrecisionConfig("bfloat16")  # as in AutoModel's own
     assert (config.dataset.path_or_dataset_id, config.dataset.split) == ("allenai/tulu-3-sft-mixture", "train")
     assert (config.dataset.seq_length, config.dataset.shuffle_seed) == (1024, 42)
     assert (config.dllm.mode, config.dllm.mask_token_id, config.dllm.eps) == ("mdlm", 126336, 0.001)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from unmask.announce import matmul_notes
+from unmask.config import config_from_mapping
 from unmask.config.distributed import DistributedConfig
-from unmask.distributed.runtime import build_runtime, pick_device, set_switches
+from unmask.distributed.runtime import build_runtime, matmul_dtype, pick_device, set_switches
 from unmask.errors import ConfigError
 
 
@@ -32,6 +34,34 @@ def test_autocast_computes_in_bf16_and_only_there() -> None:
             assert (matrix @ matrix).dtype == expected
         assert (matrix @ matrix).dtype == torch.float32
         assert runtime.memory_gib() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "section", "expected"),
+    [
+        ("cuda", True, {}, "bfloat16"),
+        ("cuda", False, {}, "float32"),
+        ("cpu", True, {}, "float32"),
+        ("cuda", True, {"autocast_dtype": "float32"}, "float32"),
+        ("cpu", False, {"autocast_dtype": "bfloat16"}, "bfloat16"),
+        ("cpu", False, {"mp_policy": {"param_dtype": "bfloat16"}}, "bfloat16"),
+    ],
+)
+def test_the_matmuls_dtype_is_chosen_by_the_device_and_said(
+    monkeypatch: pytest.MonkeyPatch, device: str, hardware: bool, section: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: hardware)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    values: dict[str, Any] = {"model": {"pretrained_model_name_or_path": "a"}, "dataset": {"path_or_dataset_id": "b"}}
+    values["step_scheduler"] = {"max_steps": 1}
+    config = config_from_mapping({**values, "distributed": section}).config
+    place = torch.device(device)
+    assert matmul_dtype(config, place) == expected
+    notes = " ".join(matmul_notes(config, place))
+    assert ("autocast_dtype: auto" in notes) == ("autocast_dtype" not in section)
+    assert ("tensor cores idle" in notes) == (device == "cuda" and expected == "float32")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # TF32
+    assert "idle" not in " ".join(matmul_notes(config, place))
 
 
 def test_checkpointing_is_switched() -> None:

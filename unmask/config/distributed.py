@@ -14,7 +14,8 @@ class MixedPrecisionConfig:
 
     Attributes:
         param_dtype: in which a rank gathers the others' shards and multiplies them; null = `model.torch_dtype`;
-            bfloat16 implies `autocast_dtype: bfloat16`, and means no more on one process, which gathers nothing
+            bfloat16 implies `autocast_dtype: bfloat16`, and means no more on one process, which gathers nothing; the
+            residual stream keeps the embedding's dtype
         reduce_dtype: in which gradients are summed over ranks
         output_dtype: of the network's final hidden states; null = as computed
     """
@@ -44,8 +45,9 @@ class DistributedConfig:
             devices only
         defer_grad_sync: sum gradients over processes once a step, with a whole gradient on each meanwhile; false sums
             at every micro-batch and holds a shard only
-        autocast_dtype: dtype of matmuls; the weights keep `model.torch_dtype`. bfloat16 is several times faster
-            on GPUs and on CPUs that multiply it in hardware (AMX, AVX512_BF16)
+        autocast_dtype: dtype of matmuls; the weights keep `model.torch_dtype`. `auto` takes bfloat16 on CUDA devices
+            that multiply it in hardware (compute capability 8.0 or later), and float32 elsewhere; bfloat16 is several
+            times faster on CPUs with AMX or AVX512_BF16 too
         activation_checkpointing: keep only each block's input for backward and recompute the rest
         attention: PyTorch's scaled_dot_product_attention with its flash kernels, or FlexAttention, compiled, for padded
             and packed batches; `flex` needs a CUDA device of compute capability 8.0 or later
@@ -65,7 +67,7 @@ class DistributedConfig:
     mp_policy: MixedPrecisionConfig | None = None
     offload_policy: Literal["cpu"] | None = None
     defer_grad_sync: bool = True
-    autocast_dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: bool = False
     attention: Literal["sdpa", "flex"] = "sdpa"
     compile: bool = False

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unmask.config import RunConfig
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.distributed.processes import Degrees, local_rank, world_size
 from unmask.distributed.ranks import ALONE, Meshes, Ranks, build_meshes, join
@@ -94,17 +95,43 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
+def autocast_dtype(section: DistributedConfig, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of a run's matmuls under autocast; None = no autocast, the weights' own."""
+    chosen = section.autocast_dtype
+    if chosen == "auto":
+        # A Turing or older GPU multiplies bf16 without its tensor cores, slower than fp32.
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        chosen = "bfloat16" if fast else "float32"
+    policy = section.mp_policy or MixedPrecisionConfig()
+    # A network whose weights are bf16 still has fp32 buffers: autocast brings what meets in a matmul to one dtype.
+    return torch.bfloat16 if "bfloat16" in (chosen, policy.param_dtype) else None
+
+
+def matmul_dtype(config: RunConfig, device: torch.device) -> str:
+    """Return the name of the dtype that a run multiplies in on a device."""
+    autocast = autocast_dtype(config.distributed, device)
+    return config.model.torch_dtype if autocast is None else str(autocast).removeprefix("torch.")
+
+
+def idle_tensor_cores(device: torch.device, dtype: str) -> str | None:
+    """Say what is lost where matmuls in a dtype leave a CUDA device's tensor cores idle; None elsewhere.
+
+    torch multiplies float32 on them in TF32 alone, and that only where it is switched on.
+    """
+    if device.type != "cuda" or dtype != "float32" or torch.get_float32_matmul_precision() != "highest":
+        return None
+    return "matmuls in float32 without TF32 leave the device's tensor cores idle, and are several times slower"
+
+
 def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) -> Runtime:
     """Pick the device and compute dtype of a run, and join the other processes if there are any.
 
     Raises:
         ConfigError: no such device, or the processes cannot meet.
     """
-    policy = section.mp_policy or MixedPrecisionConfig()
     degrees = degrees or Degrees()
-    # A network whose weights are bf16 still has fp32 buffers: autocast brings what meets in a matmul to one dtype.
-    compute = torch.bfloat16 if "bfloat16" in (section.autocast_dtype, policy.param_dtype) else None
     device = pick_device(section.device)
+    compute = autocast_dtype(section, device)
     if degrees.world == 1:
         return Runtime(device, compute)
     device = own_device(device)

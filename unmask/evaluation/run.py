@@ -136,7 +136,8 @@ def _evaluate_one(
     note = loaded.settings.note
     if note and (plan.manager is not None or any(TASKS[name].kind == "answers" for name in plan.questions)):
         console.print(f"{checkpoint.label}: {note}", highlight=False, soft_wrap=True)
-    for line in checkpoint.plan.notes():
+    idle = [] if loaded.idle is None else [f"{loaded.idle}; give --dtype bfloat16"]
+    for line in (*checkpoint.plan.notes(), *idle):
         console.print(f"warning: {checkpoint.label}: {line}", highlight=False, soft_wrap=True)
     encoded: dict[int, list[tuple[int, ...]]] = {}  # by id of the questions, which tasks may share
     outcomes = []

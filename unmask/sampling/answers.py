@@ -75,6 +75,8 @@ def _answer(
     """Load the model, answer, and print, or write where there is an `output`."""
     plan, request = job.plan, job.request
     loaded = load(plan, place, dtype, ranks, shard)
+    if loaded.idle and ranks.first:
+        print(f"warning: {loaded.idle}; give --dtype bfloat16", file=sys.stderr)
     printer = None
     if ranks.first and output is None and (request.infill or not request.watch):
         # Of several processes one has not all answers before the end, and a live view is not to be written into.

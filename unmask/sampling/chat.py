@@ -254,6 +254,8 @@ def converse(
     if talk.interactive:
         talk.note(f"{plan.name}: /help lists the commands, Ctrl-D leaves")
     talk.note(plan.settings.note)
+    if loaded.idle:
+        talk.note(f"{loaded.idle}; give --dtype bfloat16")
     for line in plan.notes():
         talk.note(line)
     return talk.run(conversation)

@@ -20,6 +20,7 @@ from unmask.config.sampler import SamplerConfig
 from unmask.data.chat import ChatTemplate
 from unmask.distributed.inference import JointCalls, load_shared
 from unmask.distributed.ranks import ALONE, Ranks
+from unmask.distributed.runtime import idle_tensor_cores
 from unmask.errors import ConfigError, DataError
 from unmask.models.folders import end_ids
 from unmask.models.loading import apply_adapter, build_model
@@ -86,6 +87,12 @@ class LoadedModel:
     def turn_ids(self) -> frozenset[int]:
         """The tokens that the template writes around turns, which an answer's text leaves out."""
         return frozenset() if self._template is None else self._template.turn_ids
+
+    @property
+    def idle(self) -> str | None:
+        """What is lost where the network's dtype leaves its device's tensor cores idle; None elsewhere."""
+        weight = next(self.model.parameters())
+        return idle_tensor_cores(weight.device, str(weight.dtype).removeprefix("torch."))
 
     def read(self, prompt_ids: Sequence[int], token_ids: Sequence[int], ended: bool) -> tuple[str, str | None]:
         """Return the text of an answer and its reasoning (None if it has none), both without special tokens.
