@@ -17,7 +17,7 @@ from unmask.cli import main
 from unmask.data.template_loading import load_template
 from unmask.errors import ConfigError, DataError, ModelError
 from unmask.models.folders import end_ids, read_generation
-from unmask.models.manifest import MANIFEST
+from unmask.models.manifest import MANIFEST, STATE
 from unmask.models.tokenizer import load_tokenizer
 from unmask.sampling.jobs import as_loaded, load
 from unmask.sampling.plan import plan_job
@@ -103,7 +103,8 @@ def test_an_adapter_brings_its_ends_wherever_it_is_used(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
-    (base / MANIFEST).unlink()  # with it the change would be damage
+    (base / MANIFEST).unlink()  # with them the change would be damage
+    (base / STATE).unlink()
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 258, "bos_token_id": 256}))
     values = configuration(tiny, chatml, tmp_path / "run", peft={"r": 2})
     values["model"] = {"pretrained_model_name_or_path": str(base)}

@@ -179,7 +179,8 @@ def test_a_merged_model_keeps_the_dtype_of_each_tensor(full: Path, adapter: Path
     tensors = load_file(mixed / "model.safetensors")
     kinds = {key: torch.float32 if tensor.dim() == 1 else torch.bfloat16 for key, tensor in tensors.items()}
     save_file({key: tensor.to(kinds[key]) for key, tensor in tensors.items()}, mixed / "model.safetensors")
-    (mixed / "manifest.json").unlink()
+    for name in ("manifest.json", "state.json"):
+        (mixed / name).unlink()
     words = ["export", "--checkpoint", str(mixed), "--adapter", str(adapter), "--output", str(merged)]
     assert main(words) == 0
     written = load_file(merged / "model.safetensors")

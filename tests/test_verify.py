@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,8 @@ import pytest
 import unmask
 from unmask.cli import main
 from unmask.errors import ModelError
+from unmask.evaluation.lm_eval import UnmaskLM
+from unmask.models import manifest
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,13 @@ def test_training_from_a_damaged_checkpoint(
     assert "step_2 is damaged: model.safetensors" in capsys.readouterr().err
 
 
+def test_lm_eval(damaged: Callable[[str], Path]) -> None:
+    words = f"pretrained={damaged('whole')},device=cpu"
+    with pytest.raises(ModelError, match=r"step_2 is damaged: model\.safetensors"):
+        UnmaskLM.create_from_arg_string(words)
+    UnmaskLM.create_from_arg_string(words + ",verify=false")
+
+
 def test_python(damaged: Callable[[str], Path], tiny_base: Path) -> None:
     whole, adapter = damaged("whole"), damaged("adapter")
     with pytest.raises(ModelError, match=r"step_2 is damaged: model\.safetensors"):
@@ -102,7 +115,7 @@ def test_python(damaged: Callable[[str], Path], tiny_base: Path) -> None:
 def test_what_is_wrong_is_told_rather_than_what_it_led_to(runs: dict[str, Path], tmp_path: Path) -> None:
     root = shutil.copytree(runs["whole"] / "step_2", tmp_path / "step_2")
     (root / "manifest.json").write_text("{")
-    with pytest.raises(ModelError, match=r"step_2 is torn: its manifest\.json is unreadable"):
+    with pytest.raises(ModelError, match=r"step_2 is torn: its manifest\.json is missing or unreadable"):
         unmask.load_model(str(root))
 
 
@@ -122,3 +135,49 @@ def test_a_folder_of_another_tool_has_no_manifest_of_ours(tiny_base: Path, tmp_p
     if content is not None:
         (folder / "manifest.json").write_text(content)
     unmask.load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "PIPE", "", "[]", "[" * 100_000, '{"files": []}', '{"files": {"model.safetensors": []}}',
+     '{"files": {"model.safetensors": [1]}}', '{"files": {"model.safetensors": [' + "9" * 5000 + ', 1]}}',
+     '{"files": {"model.safetensors": [NaN, 1]}}', '{"files": {}}', '{"files": {"../model.safetensors": [0, 0]}}',
+     b"\xff"],
+)  # fmt: skip
+def test_a_lost_or_malformed_manifest_is_damage(runs: dict[str, Path], tmp_path: Path, content: str | bytes) -> None:
+    folder = shutil.copytree(runs["whole"] / "step_2", tmp_path / "step_2")
+    (folder / "manifest.json").unlink()
+    if content == "PIPE":
+        os.mkfifo(folder / "manifest.json")
+    elif content is not None:
+        (folder / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError, match=r"step_2 is (torn|damaged): .* manifest\.json"):
+        unmask.load_model(str(folder))
+
+
+def test_weights_beside_those_of_the_manifest_are_not_taken(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs["whole"] / "step_2", tmp_path / "step_2")
+    listed = json.loads((folder / "manifest.json").read_text())
+    del listed["files"]["model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    with pytest.raises(ModelError, match=r"step_2 is damaged: model\.safetensors is not in its manifest\.json"):
+        unmask.load_model(str(folder))
+
+
+def test_an_interrupted_loading_does_not_wait_for_the_checksums(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = threading.Event()
+
+    def slow(chunk: bytes, value: int) -> int:
+        reading.set()
+        time.sleep(0.1)
+        return value
+
+    monkeypatch.setattr(manifest.zlib, "crc32", slow)
+    monkeypatch.setattr(manifest, "_CHUNK", 64)  # minutes for the tiny model
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), manifest.intact(runs["whole"] / "step_2"):
+        assert reading.wait(5)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 1

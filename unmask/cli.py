@@ -12,7 +12,7 @@ import unmask
 from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.config.flags import spellings
 from unmask.distributed.processes import leave_status, several_processes
-from unmask.errors import ConfigError, UnmaskError, nearest
+from unmask.errors import ConfigError, UnmaskError, is_out_of_memory, nearest
 from unmask.streams import OutputLost, need_output, standard_streams
 
 # In the order of `unmask --help`.
@@ -64,7 +64,10 @@ def _command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     except OSError as error:  # a place of the user's that no part of the program expected to fail
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{place}{error.strerror or error}", 2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            said = " ".join(str(error).split())[:200]
+            return _fail(f"memory ran out ({said}); take a smaller model, batch or length, or a larger machine", 1)
         if several_processes():
             from unmask.distributed.failures import lost_contact, report_lost
 

@@ -18,7 +18,8 @@ class UnmaskError(Exception):
 
     def __init__(self, message: str = "") -> None:
         # What is wrong stands at the start, the remedy at the end, a value of any size between them.
-        super().__init__(message if len(message) <= _LONGEST else f"{message[: _LONGEST - 500]} … {message[-490:]}")
+        # A file's name, and what a stranger wrote, can hold line breaks and what a terminal obeys.
+        super().__init__(_shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in _shortened(message))))
 
 
 class ConfigError(UnmaskError):
@@ -63,6 +64,18 @@ class TrainingError(UnmaskError):
     """Training had to stop, for example at a loss that is not finite. Not the fault of the input as given."""
 
     exit_status = 1
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST - 500]} … {message[-490:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether Python, a device or the allocator on the CPU, which has no exception of its own, had no memory."""
+    said = str(error)
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or (
+        "DefaultCPUAllocator" in said and ("can't allocate memory" in said or "not enough memory" in said)
+    )
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -134,7 +134,8 @@ def test_a_checkpoint_of_another_model_is_refused_once(command, tiny, train_tiny
 
 def test_weights_with_another_vocabulary_are_refused_once(command, tiny, tiny_base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "base")
-    (folder / "manifest.json").unlink()  # with it the change would be damage
+    for name in ("manifest.json", "state.json"):  # with them the change would be damage
+        (folder / name).unlink()
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, "vocab_size": 272, "embedding_size": 272}))
     values = tiny.config(tmp_path / "run")
@@ -142,6 +143,33 @@ def test_weights_with_another_vocabulary_are_refused_once(command, tiny, tiny_ba
     ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
     assert ended.status == [2, 2] and len(ended.errors) == 1
     assert "has shape (264, 32), config.json says (272, 32)" in ended.errors[0]
+
+
+@pytest.mark.parametrize("more", [[], ["--shard"], None], ids=["whole", "shared", "train"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_changed_bit_is_said_once(
+    command, start_ranks, tiny, tiny_base: Path, tmp_path: Path, file: str, more: list[str] | None
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    content = bytearray((folder / file).read_bytes())
+    content[-1] ^= 1 if file == "model.safetensors" else ord("\n") ^ ord(" ")  # each in another rank's share
+    (folder / file).write_bytes(content)
+    if more is None:
+        values = {**tiny.config(tmp_path / "run"), "model": {"pretrained_model_name_or_path": str(folder)}}
+        ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
+    else:
+        prompts = ["--prompt", "so?", "--prompt", "1?", "--steps", "1", "--max_new_tokens", "1", "--device", "cpu"]
+        words = ["generate", "--checkpoint", str(folder), *prompts, *more]
+        ended = Ended(tmp_path / "notes", start_ranks(tmp_path / "notes", 2, "command", words))
+    assert ended.status == [2, 2] and len(ended.errors) == 1, ended.said
+    assert f"base is damaged: {file} does not match its checksum" in ended.errors[0]
+
+
+def test_a_network_too_large_to_be_drawn_is_refused_once(command, tiny, tmp_path: Path) -> None:
+    values = {**tiny.config(tmp_path / "run"), "model": {"config": {**tiny.model, "d_model": 2**17, "n_layers": 100}}}
+    ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
+    assert ended.status == [2, 2] and len(ended.errors) == 1, ended.said
+    assert "since each of 2 processes draws them whole" in ended.errors[0]
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused_once(command, tiny, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.errors import CheckpointError, ConfigError, DataError, TrainingError
+from unmask.errors import CheckpointError, ConfigError, DataError, TrainingError, is_out_of_memory
 from unmask.training import checkpoint as checkpoint_module
 
 Train = Callable[..., Any]
@@ -185,11 +185,9 @@ def test_memory_that_runs_out_names_the_step_and_what_to_lower(
 
 
 def test_what_the_cpu_says_when_memory_runs_out_is_recognised() -> None:
-    from unmask.training.loop import _is_out_of_memory
-
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert _is_out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
 
 
 def test_another_error_of_a_step_is_not_taken_for_memory(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from unmask.models.manifest import MANIFEST
+from unmask.models.manifest import MANIFEST, STATE
 from unmask.report.metrics import read_metrics
 from unmask.training.checkpoint import checkpoints, verify
 
@@ -393,7 +393,8 @@ def test_an_adapter_is_not_resumed_on_another_base(tiny, tiny_base: Path, train_
     from unmask.errors import CheckpointError
 
     moved, other = shutil.copytree(tiny_base, tmp_path / "moved"), shutil.copytree(tiny_base, tmp_path / "other")
-    (other / MANIFEST).unlink()  # with it the change would be damage
+    (other / MANIFEST).unlink()  # with them the change would be damage
+    (other / STATE).unlink()
     file = other / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

@@ -7,18 +7,23 @@ the same one, or only lost contact with a rank that reported, stay silent and le
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 import time
 from datetime import timedelta
+from threading import Event
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from unmask.distributed.processes import process_rank, world_size
+from unmask.distributed.processes import local_rank, local_size, process_rank, world_size
+from unmask.models.manifest import Share
 
 _PATIENCE = 3.0  # seconds in which a rank that broke down gets its own report into the store
+_WAIT = 0.05  # seconds between two looks for what another rank has found
+_checks = itertools.count()
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -79,6 +84,30 @@ def report_lost(error: BaseException) -> int:
         "above or below. Run again to resume from the last checkpoint",
         1,
     )
+
+
+def own_share() -> Share:
+    """Return this rank's part of a check of files, shared among those of its machine; all call it, equally often."""
+    number, size = next(_checks), local_size()
+    store = _store() if size > 1 else None
+    if store is None:  # each checks all, and all say the same
+        return Share()
+    first = process_rank() - local_rank()
+
+    def tell(damage: str | None, stopped: Event) -> str | None:
+        try:
+            store.set(_key(f"check {number} {process_rank()}"), damage or "")
+            found = []
+            for rank in range(first, first + size):
+                while not store.check([key := _key(f"check {number} {rank}")]):
+                    if stopped.wait(_WAIT):
+                        return damage
+                found.append(store.get(key).decode())
+            return next(filter(None, found), None)
+        except Exception:  # the store went away with the rank that kept it, which speaks for itself
+            return damage
+
+    return Share(local_rank(), size, tell)
 
 
 def _key(text: str) -> str:

@@ -50,6 +50,11 @@ def local_rank() -> int:
     return _from_launcher("LOCAL_RANK", 0, 0)
 
 
+def local_size() -> int:
+    """Return how many processes the launcher started on this machine."""
+    return _from_launcher("LOCAL_WORLD_SIZE", 1, 1)
+
+
 def cores() -> int:
     """Return how many cores this process may use: of its affinity, and of its container's share of time."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -76,7 +81,7 @@ def _cgroup_cores() -> list[int]:
 
 def data_workers(asked: int) -> int:
     """Return how many of the data workers that were asked for this rank starts: at the most its share of the cores."""
-    return min(asked, max(1, cores() // _from_launcher("LOCAL_WORLD_SIZE", 1, 1)))
+    return min(asked, max(1, cores() // local_size()))
 
 
 def leave_status(status: int) -> None:

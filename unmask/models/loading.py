@@ -54,20 +54,21 @@ def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: i
         load_weights(model, plan.folder, torch_dtype, device, plan.family.files)
         model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
         return model
-    _check_memory(model)
+    check_memory(model)
     model.to_empty(device="cpu")
     draw_weights(model, plan.family, seed)
     return model.to(device=device, dtype=torch_dtype)
 
 
-def _check_memory(model: nn.Module) -> None:
-    """Refuse a fresh network that the host cannot hold, before any of it is allocated."""
-    need = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def check_memory(model: nn.Module, copies: int = 1) -> None:
+    """Refuse a fresh network of which the host cannot hold so many copies, before any of it is allocated."""
+    need = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
+        drawn = "" if copies == 1 else f", since each of {copies} processes draws them whole"
         raise ModelError(
-            f"model.config: the network's weights take {need / 1e9:,.0f} GB, and this machine has {have / 1e9:,.0f} GB "
-            "of memory; make it smaller"
+            f"model.config: the network's weights take {need / 1e9:,.0f} GB{drawn}, and this machine has "
+            f"{have / 1e9:,.0f} GB of memory; make it smaller"
         )
 
 

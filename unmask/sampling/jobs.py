@@ -18,6 +18,7 @@ from torch import nn
 
 from unmask.config.sampler import SamplerConfig
 from unmask.data.chat import ChatTemplate
+from unmask.distributed.failures import own_share
 from unmask.distributed.inference import JointCalls, load_shared
 from unmask.distributed.ranks import ALONE, Ranks
 from unmask.distributed.runtime import idle_tensor_cores
@@ -156,8 +157,7 @@ def load(
     """
     if shard and ranks.size == 1:
         raise ConfigError("--shard: one process has nobody to share the model with; add --nproc-per-node N")
-    check = plan.verify and ranks.first
-    with intact(plan.folder, check), intact(plan.adapter, check):
+    with intact(plan.folder, plan.verify, own_share()), intact(plan.adapter, plan.verify, own_share()):
         if shard:
             model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
             joint_calls = JointCalls(model, ranks)

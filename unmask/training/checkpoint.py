@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import CheckpointError, DataError
-from unmask.models.manifest import MANIFEST, crc32, find_damage, read_manifest
+from unmask.models.manifest import MANIFEST, STATE, crc32, find_damage, read_manifest
 from unmask.parsing import parse_json
 from unmask.places import naming, read_bytes
 
 LATEST, BEST = "latest", "best"  # links to checkpoints
-STATE = "state.json"
 _STEP = re.compile(r"step_(\d+)")
 _FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of several ranks
 _OTHER_VERSION = (

@@ -22,7 +22,7 @@ import torch
 from unmask.batch import Batch
 from unmask.config.training import LRSchedulerConfig
 from unmask.distributed.ranks import Ranks
-from unmask.errors import DataError, TrainingError
+from unmask.errors import DataError, TrainingError, is_out_of_memory
 from unmask.rng import key
 from unmask.training.checkpoint import Best, better
 from unmask.training.optim import set_learning_rate
@@ -130,7 +130,7 @@ def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
         parts = (run.model, run.objective, batches, run.noise, run.optimizer, run.runtime)
         return train_step(*parts, run.max_norm, run.defer_grad_sync)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _out_of_memory(run, step) from error
 
@@ -208,14 +208,6 @@ def _not_finite(run: TrainingRun, step: int, result: StepResult, batches: Sequen
         f"step {step}: the loss ({result.loss}) or the gradient norm ({result.grad_norm}) is not finite, and training "
         f"stopped before the update. Rows of this step: {run.name_rows(everyone)}. Last good checkpoint: "
         f"{run.saver.newest or 'none yet'}. Lower optimizer.lr, add lr_scheduler.lr_warmup_steps or look at these rows"
-    )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether a device or the CPU allocator, which has no exception of its own, refused memory."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in said and ("can't allocate memory" in said or "not enough memory" in said)
     )
 
 

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from unmask.config.distributed import DistributedConfig
 from unmask.config.model import PeftConfig
 from unmask.config.training import OptimizerConfig
+from unmask.distributed.failures import own_share
+from unmask.distributed.processes import local_size
 from unmask.distributed.ranks import Meshes
 from unmask.distributed.runtime import Runtime, set_switches
 from unmask.distributed.shard import (
@@ -31,7 +33,14 @@ from unmask.distributed.shard import (
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.experts import freeze_routers
 from unmask.models.folders import read_generation, stored_tensors
-from unmask.models.loading import build_model, draw_weights, empty_network, write_config, write_generation
+from unmask.models.loading import (
+    build_model,
+    check_memory,
+    draw_weights,
+    empty_network,
+    write_config,
+    write_generation,
+)
 from unmask.models.lora.files import adapter_state, is_trained, read_adapter, write_adapter_config
 from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan
@@ -113,7 +122,7 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     if meshes is None:
         model.to(runtime.device)
     else:
-        with intact(plan.folder, check=runtime.ranks.first):
+        with intact(plan.folder, share=own_share()):
             _shard_and_fill(model, adapter, settings, runtime, meshes)
     model.train()
     if settings.freeze_router:
@@ -139,14 +148,16 @@ def _shard_and_fill(
 ) -> None:
     """Shard a network on the meta device, allocate each rank's shards and load or draw their values."""
     plan, section = settings.plan, settings.distributed
+    with torch.device("meta"):
+        whole = empty_network(plan.family, plan.config)
+    if plan.folder is None:
+        check_memory(whole, copies=local_size())
     shard_model(model, section, meshes)
     device = runtime.device if section.offload_policy is None else torch.device("cpu")
     allocate(model, device, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
     if plan.folder is not None:
         fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
     else:  # drawn whole, as one process does, so that weights do not depend on the number of ranks
-        with torch.device("meta"):
-            whole = empty_network(plan.family, plan.config)
         whole.to_empty(device="cpu")
         draw_weights(whole, plan.family, settings.seed)
         load_tensors(model, meshes, whole.to(getattr(torch, settings.dtype)).state_dict().items())

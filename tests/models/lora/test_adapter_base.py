@@ -29,7 +29,8 @@ def relative(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_base, folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({name: value * 2 for name, value in tensors.items()}, folder / "model.safetensors")
-    (folder / "manifest.json").unlink()
+    for name in ("manifest.json", "state.json"):
+        (folder / name).unlink()
     return folder
 
 
