@@ -14,6 +14,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import unmask.assemble
@@ -316,3 +317,21 @@ def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
     made = saver.Saver(Path(root), CheckpointConfig(save_consolidated=consolidated), network, runtime.ranks, {}, None)
     made.save(1, {}, last=False)
     made.wait()
+
+
+def exchange(cases: list[tuple[nn.Module, list[tuple[torch.Tensor, ...]]]]) -> list[dict[str, Any]]:
+    """Send tokens to experts that all ranks share out; for each case return what came and the gradients of Σ sin."""
+    from unmask.distributed.ranks import join
+    from unmask.distributed.shard import expert_dispatch, narrow_experts
+
+    ranks, found = join(torch.device("cpu"), 1), []
+    dispatch = expert_dispatch(dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+    for experts, given in cases:
+        narrow_experts(experts, ranks.rank, ranks.size)
+        hidden, chosen, weights = given[ranks.rank]
+        rows: list[int] = []
+        experts.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+        mixed = dispatch(hidden.requires_grad_(), chosen, weights.requires_grad_(), experts)
+        gradients = torch.autograd.grad(mixed.sin().sum(), [hidden, weights, *experts.parameters()])
+        found.append({"rows": rows[0], "tensors": [each.detach().clone() for each in (mixed, *gradients)]})
+    return found

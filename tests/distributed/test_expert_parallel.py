@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unmask.models.diffusion_gemma.model import gelu
+from unmask.models.experts import Experts, local_dispatch
 from unmask.report.metrics import read_metrics
 
 Train = Callable[..., Any]
@@ -139,3 +141,42 @@ def test_the_recipes_options_together(gemma_run, alone: Path, run_ranks, tmp_pat
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.01)
     stored = load_file(tmp_path / "spread" / "latest" / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+
+
+# For each rank, the two experts that each of its tokens goes to; experts 0 and 1 are on rank 0, 2 and 3 on rank 1.
+CHOICES: dict[str, list[list[list[int]]]] = {
+    "every rank gets rows": [[[0, 3], [2, 1]], [[3, 2], [0, 2], [2, 3]]],
+    "one gets none": [[[0, 1], [1, 0]], [[1, 0], [0, 1], [1, 0]]],
+    "one sends none": [[], [[2, 3], [0, 2]]],
+    "all change places": [[[2, 3]], [[0, 1]]],
+    "nothing anywhere": [[], []],
+}
+
+
+@pytest.mark.parametrize("width", [8, 6], ids=["grouped", "loop"])
+def test_the_exchange_equals_experts_in_one_place(run_ranks: Callable[..., list], width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for chosen in CHOICES.values():
+        experts = Experts(4, width, 4, gelu)
+        for parameter in experts.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        given = [
+            (
+                torch.randn(len(rows), width, generator=generator),
+                torch.tensor(rows, dtype=torch.int64).view(-1, 2),
+                torch.rand(len(rows), 2, generator=generator),
+            )
+            for rows in chosen
+        ]
+        cases.append((experts, given))
+    both = run_ranks(2, "exchange", cases)
+    for (name, chosen), (experts, given), *found in zip(CHOICES.items(), cases, *both, strict=True):
+        goes = [[expert // 2 for rows in chosen for row in rows for expert in row].count(rank) for rank in (0, 1)]
+        assert [each["rows"] for each in found] == goes, name
+        hidden, indices, weights = (torch.cat(parts) for parts in zip(*given, strict=True))
+        mixed = local_dispatch(hidden.requires_grad_(), indices, weights.requires_grad_(), experts)
+        gradients = torch.autograd.grad(mixed.sin().sum(), [hidden, weights, *experts.parameters()])
+        together = [torch.cat(parts) for parts in zip(*(each["tensors"] for each in found), strict=True)]
+        for ours, theirs in zip(together, (mixed.detach(), *gradients), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)

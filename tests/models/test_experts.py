@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from unmask.models import experts as experts_module
 from unmask.models.diffusion_gemma.model import Router, gelu
-from unmask.models.experts import Experts, grouped_kernel, grouped_linear, local_dispatch, sort_by_expert
+from unmask.models.experts import (
+    Experts,
+    grouped_kernel,
+    grouped_linear,
+    local_dispatch,
+    sort_by_expert,
+    zeroes_unused,
+)
 
 
 def experts_of(count: int = 5, size: int = 8, width: int = 4, seed: int = 0) -> Experts:
@@ -92,9 +100,68 @@ def test_experts_without_a_token_get_no_gradient(size: int) -> None:
         assert [bool(part.any()) for part in grad] == [False, True, False, False, True]
 
 
-def test_no_token_at_all() -> None:
-    hidden, chosen, weights = torch.zeros(0, 8), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
-    assert local_dispatch(hidden, chosen, weights, experts_of()).shape == (0, 8)
+class Blackwell(torch.autograd.Function):
+    """`F.grouped_mm` whose gradient of matrices without rows is what the memory held."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MI: Tensor, matrices_EIO: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_MI, matrices_EIO, offs)
+        return GROUPED_MM(rows_MI, matrices_EIO, offs=offs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_MI, matrices_EIO, offs = ctx.saved_tensors
+        counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        parts = zip(rows_MI.split(counts), gradients[0].split(counts), matrices_EIO, strict=True)
+        grads = [
+            (grad @ matrix.t(), rows.t() @ grad if len(rows) else matrix * torch.nan) for rows, grad, matrix in parts
+        ]
+        return torch.cat([grad for grad, _ in grads]), torch.stack([grad for _, grad in grads]), None
+
+
+GROUPED_MM = F.grouped_mm
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_kernel_that_leaves_gradients_unwritten_is_mended(mended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = torch.tensor([[1, 4], [4, 1], [1, 4]])
+    hidden, _, weights = routed(3, 8, 5, 2)
+    values = (hidden, chosen, weights, experts_of())
+    expected = results(slow, *values)
+    monkeypatch.setattr(F, "grouped_mm", lambda rows, matrices, offs: Blackwell.apply(rows, matrices, offs))
+    monkeypatch.setattr(experts_module, "zeroes_unused", lambda device: not mended)
+    found = results(local_dispatch, *values)
+    assert all(bool(grad.isfinite().all()) for grad in found[1]) == mended
+    if mended:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel", "zeroes"),
+    [
+        ((8, 0), False, False),
+        ((9, 0), True, True),
+        ((10, 0), True, False),
+        ((10, 3), True, False),
+        ((12, 0), False, False),
+    ],
+)
+def test_which_devices_have_a_kernel_and_write_zeros(capability, kernel: bool, zeroes: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows, weight = (torch.zeros(*shape, dtype=torch.bfloat16, device="meta") for shape in ((9, 8), (5, 8, 8)))
+    assert grouped_kernel(rows, weight) is kernel and not grouped_kernel(rows.float(), weight.float())
+    assert zeroes_unused(torch.device("cuda")) is zeroes and zeroes_unused(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [8, 6], ids=["grouped", "loop"])
+def test_no_token_at_all_gives_every_leaf_a_gradient_of_zeros(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no rank sends a token here: the graph is whole, and no kernel is asked for nothing."""
+    monkeypatch.setattr(F, "grouped_mm", None)
+    hidden, weights = torch.zeros(0, size).requires_grad_(), torch.zeros(0, 2).requires_grad_()
+    out, grads = results(local_dispatch, hidden, torch.zeros(0, 2, dtype=torch.int64), weights, experts_of(5, size))
+    assert out.shape == (0, size)
+    assert [grad.shape for grad in grads[2:]] == [(5, 8, size), (5, size, 4)]
+    assert not any(grad.any() for grad in grads)
 
 
 def test_all_experts_chosen_is_the_dense_mixture() -> None:

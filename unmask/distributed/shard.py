@@ -20,7 +20,7 @@ experts a token, M = N · T pairs sent, R pairs received.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import (
@@ -196,28 +196,28 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
         tokens, choices = experts_NT.shape
         held = len(next(experts.parameters()))  # FSDP2 shards over other ranks than these: the length is the whole one
         order_M, counts_E = sort_by_expert(experts_NT, held * size)
-        # counts_PH[p, h]: pairs that rank p sends to the h-th expert here.
-        counts_PH = all_to_all_single(counts_E, None, None, group).view(size, held)
-        sent = counts_E.view(size, held).sum(dim=1)
-        to_host = torch.stack((sent, counts_PH.sum(dim=1))).tolist()
-        send, receive = ([int(count) for count in row] for row in to_host)
+        received_E = all_to_all_single(counts_E, None, None, group)
+        sent_E, came_E = torch.stack((counts_E, received_E)).tolist()
+        # [p][h]: pairs that go to expert h of rank p, and those that come from rank p for expert h here.
+        sent, came = ([each[at : at + held] for at in range(0, len(each), held)] for each in (sent_E, came_E))
+        send, receive = ([sum(of_rank) for of_rank in counts] for counts in (sent, came))
         received_RD = all_to_all_single_autograd(take_rows(hidden_ND, order_M // choices), receive, send, group)
-        by_expert_R = _by_expert(counts_PH, sum(receive))
-        mixed_RD = experts(received_RD.index_select(0, by_expert_R), counts_PH.sum(dim=0))
-        by_sender_RD = mixed_RD.index_select(0, inverse(by_expert_R))
+        mixed_RD = experts(_regroup(wait_tensor(received_RD), came), received_E.view(size, held).sum(dim=0))
+        by_sender_RD = _regroup(mixed_RD, list(zip(*came, strict=True)))
         mixed_MD = all_to_all_single_autograd(by_sender_RD, send, receive, group)
-        mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, -1)
+        mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, hidden_ND.shape[1])
         return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
     return dispatch
 
 
-def _by_expert(counts_PH: Tensor, rows: int) -> Tensor:
-    """Return the order in which `rows` rows that come sorted by (rank, expert) are sorted by expert, int64 (R,)."""
-    ranks, held = counts_PH.shape
-    expert_PH = torch.arange(held, device=counts_PH.device).expand(ranks, held)
-    # With the length given, the device is not asked for it.
-    return expert_PH.flatten().repeat_interleave(counts_PH.flatten(), output_size=rows).argsort(stable=True)
+def _regroup(rows_RD: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
+    """Bring rows that lie in the order of (i, j), counts[i][j] of each, into that of (j, i).
+
+    It goes by the host's counts, as the exchange does, so that the two cannot disagree (torchtitan issue 3336).
+    """
+    parts, width = rows_RD.split([count for row in counts for count in row]), len(counts[0])
+    return torch.cat([part_RD for j in range(width) for part_RD in parts[j::width]])
 
 
 def allocate(model: nn.Module, device: torch.device, ranks: Ranks, remedy: str) -> None:
