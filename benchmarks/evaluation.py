@@ -100,11 +100,10 @@ def table(results: dict[str, Any]) -> str:
 
 def _model() -> Any:
     from unmask.config.model import ModelConfig
-    from unmask.distributed.runtime import pick_device
+    from unmask.distributed.runtime import fast_bf16, pick_device
     from unmask.models.folders import read_json
     from unmask.models.loading import build_model
     from unmask.models.registry import plan_model
-    from unmask.quickstart import fast_bf16
 
     ids = read_json(FIXTURES / "mdlm_step" / "config.json")  # its tokenizer has 4096 ids
     names = ("vocab_size", "embedding_size", "mask_token_id", "eos_token_id", "pad_token_id")

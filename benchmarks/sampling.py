@@ -38,7 +38,7 @@ def run(rounds: int = 2) -> dict[str, Any]:
     import torch
 
     from benchmarks.machine import measure
-    from unmask.quickstart import fast_bf16
+    from unmask.distributed.runtime import fast_bf16
 
     dtype = torch.bfloat16 if fast_bf16() else torch.float32
     machine = measure(dtype=dtype)

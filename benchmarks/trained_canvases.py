@@ -39,7 +39,8 @@ PRESETS = ("balanced", "fast")
 
 def configuration(root: Path, seed: int) -> dict[str, Any]:
     """Return the run's configuration."""
-    from unmask.quickstart import RUN, TOKENIZER, VALIDATION_ROWS, fast_bf16
+    from unmask.distributed.runtime import fast_bf16
+    from unmask.quickstart import RUN, TOKENIZER, VALIDATION_ROWS
 
     data = {"tokenizer": str(root / TOKENIZER), "seq_length": 80, "unshifted": True}
     # <eos> and <turn|>, by the family's `control_tokens`.

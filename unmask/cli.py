@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import unmask
-from unmask.commands import chat, eval, export, generate, plot, prep, quickstart, report, train
+from unmask.commands import chat, doctor, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.config.flags import spellings
 from unmask.distributed.processes import leave_status, several_processes
 from unmask.errors import ConfigError, UnmaskError, is_out_of_memory, nearest
 from unmask.streams import OutputLost, need_output, standard_streams
 
 # In the order of `unmask --help`.
-COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export)
+COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export, doctor)
 
 # The variable that torch's allocators read, and its older names.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -83,7 +83,7 @@ def _only_prints(arguments: argparse.Namespace) -> bool:
     """Say whether all that a command gives is on standard output; others work on without it."""
     if arguments.command == "generate":
         return arguments.output is None and arguments.trace is None
-    return arguments.command == "chat" or getattr(arguments, "dry_run", False)
+    return arguments.command in ("chat", "doctor") or getattr(arguments, "dry_run", False)
 
 
 def _fail(message: str, status: int) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from rich.console import Console
 from torch import nn
@@ -28,6 +27,7 @@ from unmask.config import load_config
 from unmask.config.sampler import SamplerConfig
 from unmask.data.conversation import Message
 from unmask.data.template_source import read_template
+from unmask.distributed.runtime import fast_bf16
 from unmask.errors import CheckpointError
 from unmask.evaluation.exact_match import score_answers
 from unmask.evaluation.tasks import Question
@@ -154,14 +154,6 @@ def configuration(root: Path, seed: int) -> dict[str, Any]:
     values["checkpoint"]["checkpoint_dir"] = str(root / RUN)
     values["distributed"]["autocast_dtype"] = "bfloat16" if fast_bf16() else "float32"
     return values | {"seed": seed}
-
-
-def fast_bf16() -> bool:
-    """Say whether this CPU multiplies bf16 matrices in hardware; where it does not, fp32 is the faster of the two.
-
-    Of training steps of the quickstart's size an AMD Zen 5 with AVX512_BF16 makes 1.7 times as many in bf16.
-    """
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def score(model: nn.Module, tokenizer: Any, problems: Sequence[Problem], sampler: SamplerConfig) -> float:
