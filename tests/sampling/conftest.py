@@ -20,6 +20,7 @@ from unmask.models.llada.model import LLaDA, initialise
 from unmask.models.loading import load_model
 from unmask.sampling.backends.backend import ModelSpec
 from unmask.sampling.backends.bidirectional import Prompts
+from unmask.sampling.engine.state import Positions
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "llada_tiny"
 CHAT = (
@@ -132,12 +133,12 @@ class Script:
     def prefill(self, prompts) -> Prompts:
         return Prompts.of(prompts)
 
-    def denoise(self, context, call) -> tuple[Tensor, Prompts]:
+    def denoise(self, context, call) -> tuple[Tensor, Positions, Prompts]:
         requests_M = context.ids_BP[call.rows_M, 0]
-        pairs = zip(requests_M.tolist(), call.columns_M.tolist(), strict=True)
+        pairs = zip(requests_M.tolist(), call.positions.column_M.tolist(), strict=True)
         found = torch.stack([self.script(request, position, self.calls) for request, position in pairs])
         self.calls += 1
-        return found, context
+        return found, call.positions, context
 
     def logits(self, hidden_MD) -> Tensor:
         return hidden_MD.clone()

@@ -11,6 +11,7 @@ from unmask.config.sampler import SamplerConfig
 from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.backends.backend import Call
 from unmask.sampling.backends.bidirectional import BidirectionalBackend
+from unmask.sampling.engine.state import Positions
 from unmask.sampling.generate import generate
 from unmask.sampling.settings import family_settings
 
@@ -119,8 +120,10 @@ def call(answer_BC, lengths, first, step, end=None) -> Call:
     end = [min(f + 4, n) for f, n in zip(first, lengths, strict=True)] if end is None else end
     places = [(row, p) for row, (f, e) in enumerate(zip(first, end, strict=True)) for p in range(f, e)]
     rows_M, columns_M = torch.tensor(places).T
+    zero_M = torch.zeros_like(columns_M)
+    positions = Positions(zero_M, zero_M, columns_M, zero_M, zero_M)
     first_B, end_B = torch.tensor(first), torch.tensor(end)
-    return Call(answer_BC, tuple(lengths), first_B, end_B, torch.tensor(step), rows_M, columns_M)
+    return Call(answer_BC, tuple(lengths), first_B, end_B, torch.tensor(step), rows_M, positions)
 
 
 def backend(model, **settings) -> BidirectionalBackend:
@@ -145,9 +148,9 @@ def test_calls_of_an_unchanged_answer_are_full_forwards(models, cache, fields):
     context = ours.prefill(prompts)
     for step in ([0, 0, 0], [1, 1, 1], [0, 2, 0], [1, 3, 1]):
         asked = call(answer_BC, lengths, [4, 0, 8], step)
-        hidden_MD, context = ours.denoise(context, asked)
+        hidden_MD, _, context = ours.denoise(context, asked)
         whole = [full_forward(model, p, a[:n]) for p, a, n in zip(prompts, answer_BC.tolist(), lengths, strict=True)]
-        expected = [whole[row][position] for row, position in zip(asked.rows_M, asked.columns_M, strict=True)]
+        expected = [whole[row][position] for row, position in zip(asked.rows_M, asked.positions.column_M, strict=True)]
         torch.testing.assert_close(hidden_MD, torch.stack(expected))
 
 
@@ -161,27 +164,27 @@ def test_rows_that_join_and_leave_change_nothing_for_the_others(models, cache, c
     def alone(row: int, steps: list[tuple[int, int]]) -> torch.Tensor:
         context, found = ours.prefill([PROMPTS[row]]), None
         for time, step in steps:
-            found, context = ours.denoise(context, call(changed[time][row : row + 1], [12], [4], [step]))
+            found, _, context = ours.denoise(context, call(changed[time][row : row + 1], [12], [4], [step]))
         assert found is not None
         return found
 
     first = ours.prefill(PROMPTS[:2])
-    _, first = ours.denoise(first, call(changed[0][:2], [12, 12], [4, 4], [0, 0]))
-    _, first = ours.denoise(first, call(changed[1][:2], [12, 12], [4, 4], [1, 1]))
+    _, _, first = ours.denoise(first, call(changed[0][:2], [12, 12], [4, 4], [0, 0]))
+    _, _, first = ours.denoise(first, call(changed[1][:2], [12, 12], [4, 4], [1, 1]))
     # Row 0 leaves; rows 2 and 3 join, one of them with a store of its own already.
     other = ours.prefill([PROMPTS[2]])
-    _, other = ours.denoise(other, call(changed[1][2:3], [12], [4], [0]))
+    _, _, other = ours.denoise(other, call(changed[1][2:3], [12], [4], [0]))
     context = first.select(torch.tensor([False, True])).concat(other.concat(ours.prefill([PROMPTS[3]])))
-    hidden, _ = ours.denoise(context, call(changed[2][1:], [12] * 3, [4] * 3, [2, 1, 0]))
+    hidden, _, _ = ours.denoise(context, call(changed[2][1:], [12] * 3, [4] * 3, [2, 1, 0]))
     expected = [alone(1, [(0, 0), (1, 1), (2, 2)]), alone(2, [(1, 0), (2, 1)]), alone(3, [(2, 0)])]
     torch.testing.assert_close(hidden, torch.cat(expected))
 
 
 def test_a_batch_that_all_rows_leave_can_be_joined(models):
     ours, answer_BC = backend(models(), cache="dual"), answers(1, 0)
-    _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [0], [0]))
+    _, _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [0], [0]))
     context = context.select(torch.tensor([False])).concat(ours.prefill(PROMPTS[1:2]))
-    hidden_MD, _ = ours.denoise(context, call(answer_BC, [12], [0], [0]))
+    hidden_MD, _, _ = ours.denoise(context, call(answer_BC, [12], [0], [0]))
     torch.testing.assert_close(hidden_MD, full_forward(ours.model, PROMPTS[1], answer_BC[0].tolist())[:4])
 
 
@@ -200,19 +203,19 @@ def test_the_network_computes_no_more_than_the_window(models, monkeypatch, cache
     monkeypatch.setattr(model.transformer.blocks[0].q_proj, "forward", counted)
     context = ours.prefill(PROMPTS[:1])
     for step in range(4):
-        _, context = ours.denoise(context, call(answers(1, step), [12], [4], [step]))
+        _, _, context = ours.denoise(context, call(answers(1, step), [12], [4], [step]))
     assert seen == widths
 
 
 def test_given_positions_before_the_block_are_seen(models):
     """Another token in a committed block changes what a window computes, once a full forward has seen it."""
     ours, answer_BC = backend(models(), cache="dual"), answers(1, 0)
-    _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [4], [0]))
-    stale, context = ours.denoise(context, call(answer_BC, [12], [4], [1]))
+    _, _, context = ours.denoise(ours.prefill(PROMPTS[:1]), call(answer_BC, [12], [4], [0]))
+    stale, _, context = ours.denoise(context, call(answer_BC, [12], [4], [1]))
     changed_BC = answer_BC.clone()
     changed_BC[:, 0] = (answer_BC[:, 0] + 1) % 36
-    unseen, context = ours.denoise(context, call(changed_BC, [12], [4], [1]))
+    unseen, _, context = ours.denoise(context, call(changed_BC, [12], [4], [1]))
     torch.testing.assert_close(unseen, stale)
-    _, context = ours.denoise(context, call(changed_BC, [12], [4], [0]))
-    fresh, _ = ours.denoise(context, call(changed_BC, [12], [4], [1]))
+    _, _, context = ours.denoise(context, call(changed_BC, [12], [4], [0]))
+    fresh, _, _ = ours.denoise(context, call(changed_BC, [12], [4], [1]))
     assert not torch.allclose(fresh, stale, atol=1e-4)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unmask.errors import SamplingError
 from unmask.models.family import Attention
 from unmask.models.registry import resolve
+from unmask.sampling.engine.state import Positions
 from unmask.sampling.settings import SamplerSettings, settings_for
 
 
@@ -42,8 +43,8 @@ class Call:
     first_B: Tensor  # the current block's columns in the answer are [first, end)
     end_B: Tensor
     step_B: Tensor  # calls made in this block so far; 0 is its first call
-    rows_M: Tensor  # the scored positions, row by row: rows, and answer columns within the current block
-    columns_M: Tensor
+    rows_M: Tensor  # the rows of the scored positions, rising
+    positions: Positions  # the scored positions, row by row, all in the current block
 
 
 class Backend(Protocol):
@@ -68,10 +69,11 @@ class Backend(Protocol):
         """Take in the prompts; return the context that later calls need."""
         ...
 
-    def denoise(self, context: Any, call: Call) -> tuple[Tensor, Any]:
-        """Run the network once; return hidden states (M, …) of the call's positions, and the context afterwards.
+    def denoise(self, context: Any, call: Call) -> tuple[Tensor, Positions, Any]:
+        """Run the network once; return hidden states (M, …) of the call's positions, these, and the context afterwards.
 
-        The hidden states are valid until the next call.
+        The hidden states are valid until the next call. The positions are on the device: they go there in one copy with
+        all that the network reads (`state.send`), since each copy waits.
         """
         ...
 

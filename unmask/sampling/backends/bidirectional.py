@@ -9,7 +9,7 @@ R network rows (2B with guidance, a row's two side by side), K some of them, S c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from unmask.ops.padding import concat_padded, padded
 from unmask.sampling.backends.backend import Call, ModelSpec
-from unmask.sampling.backends.replay import replays_for
+from unmask.sampling.backends.replay import Function, replays_for
 from unmask.sampling.backends.window import KeyValueStore, Window, forward_window, spans
+from unmask.sampling.engine.state import Positions, send
 from unmask.sampling.settings import SamplerSettings
 
 # Fixed cost of a forward (launch, reading the weights), in positions that could be computed in that time.
@@ -80,6 +81,29 @@ def _zeros(like: KeyValueStore, rows: int) -> KeyValueStore:
     return KeyValueStore(keys, values)
 
 
+@dataclass(frozen=True)
+class Forward:
+    """A forward of some rows, all its tensors still on the host; the first three are arguments of `Replays`."""
+
+    scope: KeyValueStore | None
+    kind: Hashable
+    function: Function
+    inputs: tuple[Tensor, ...]
+    scored: tuple[Tensor, Tensor]  # int64, the scored places of its output: rows and columns
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors to be sent to the device."""
+        return (*self.inputs, *self.scored)
+
+
+def forward_whole(model: Callable[..., Tensor], ids_KL: Tensor, lengths_K: Tensor | None = None) -> Tensor:
+    """Run the network over whole rows; `lengths_K` are tokens of each, None = no padding."""
+    if lengths_K is None:
+        return model(ids_KL)
+    return model(ids_KL, torch.arange(ids_KL.shape[1], device=ids_KL.device) < lengths_K[:, None])
+
+
 class BidirectionalBackend:
     """Calls a bidirectional network: a full forward each time, or with cached keys and values (approximate).
 
@@ -117,15 +141,15 @@ class BidirectionalBackend:
         return Prompts.of(prompts)
 
     @torch.no_grad()
-    def denoise(self, context: Prompts, call: Call) -> tuple[Tensor, Prompts]:
-        """Run the network; return (M, D), or with guidance (M, 2, D): with the prompt, and with it masked.
+    def denoise(self, context: Prompts, call: Call) -> tuple[Tensor, Positions, Prompts]:
+        """Run the network; hidden states are (M, D), with guidance (M, 2, D): with the prompt, and with it masked.
 
         Several forwards where rows compute windows of unlike length (`length_groups`).
         """
         ids_BL = context.with_answers(call.answer_BC, call.lengths)
         prompts_B = torch.tensor(context.lengths)
         lengths_B = prompts_B + torch.tensor(call.lengths)
-        columns_M = prompts_B[call.rows_M] + call.columns_M
+        columns_M = prompts_B[call.rows_M] + call.positions.column_M
         ids_RL = self._with_unconditional(ids_BL, prompts_B)
         store = None
         first_B, end_B = torch.zeros_like(lengths_B), lengths_B
@@ -137,17 +161,27 @@ class BidirectionalBackend:
             if self.cache == "dual":
                 end_B = torch.where(due_B, end_B, torch.minimum(prompts_B + call.end_B, lengths_B))
         context = replace(context, store=store)
-        scored, order = [], []
+        forwards, order = [], []
         for group in length_groups(tuple((end_B - first_B).tolist())):
             rows_K = torch.tensor(group)
-            hidden_KSD = self._forward(store, ids_RL, rows_K, first_B[rows_K], end_B[rows_K], lengths_B[rows_K])
             within_B = torch.full_like(lengths_B, -1).index_put((rows_K,), torch.arange(len(group)))
             of_group_N = (within_B[call.rows_M] >= 0).nonzero()[:, 0]
             rows_N = call.rows_M[of_group_N]
-            scored.append(self._scored(hidden_KSD, within_B[rows_N], columns_M[of_group_N] - first_B[rows_N]))
+            scored = (within_B[rows_N], columns_M[of_group_N] - first_B[rows_N])
+            forwards.append(
+                self._forward(store, ids_RL, rows_K, first_B[rows_K], end_B[rows_K], lengths_B[rows_K], scored)
+            )
             order.append(of_group_N)
-        hidden_MD = scored[0] if len(scored) == 1 else torch.cat(scored)[torch.cat(order).argsort().to(self.device)]
-        return hidden_MD, context
+        host = [call.positions.tensor_5M, torch.cat(order).argsort()]
+        positions_5M, order_M, *sent = send(
+            [*host, *(each for forward in forwards for each in forward.tensors)], self.device
+        )
+        found = []
+        for forward in forwards:
+            here, sent = sent[: len(forward.tensors)], sent[len(forward.tensors) :]
+            found.append(self._run(forward, here))
+        hidden_MD = found[0] if len(found) == 1 else torch.cat(found)[order_M]
+        return hidden_MD, Positions(*positions_5M), context
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Return logits (M, V); with guidance of scale s, u + (s + 1)(c - u), where u has the prompt masked."""
@@ -178,31 +212,34 @@ class BidirectionalBackend:
         first_K: Tensor,
         end_K: Tensor,
         lengths_K: Tensor,
-    ) -> Tensor:
-        """Compute the columns [first, end) of some rows; return hidden states (K, S, D), guided rows twice.
+        scored: tuple[Tensor, Tensor],
+    ) -> Forward:
+        """Return the forward of the columns [first, end) of some rows, guided rows twice; reads nothing on the device.
 
         Positions count from each row's own first token, which stands in column 0.
         """
+        model = self.model
         first_K, end_K, lengths_K = (each_K.repeat_interleave(self.copies) for each_K in (first_K, end_K, lengths_K))
         rows_K = (rows_K[:, None] * self.copies + torch.arange(self.copies)).flatten()
         ids_KL = ids_RL[rows_K, : int(lengths_K.max())]
         if store is None:
-            attend_KL = torch.arange(ids_KL.shape[1]) < lengths_K[:, None]
-            inputs = (ids_KL,) if attend_KL.all() else (ids_KL, attend_KL)
-            return self._replays(None, "whole", self.model, *(tensor.to(self.device) for tensor in inputs))
+            ragged = bool(lengths_K.min() < ids_KL.shape[1])  # else no mask, which leaves SDPA its fast kernels
+            inputs = (ids_KL, lengths_K) if ragged else (ids_KL,)
+            return Forward(None, "whole", lambda *tensors: forward_whole(model, *tensors), inputs, scored)
         rows = None if len(rows_K) == len(ids_RL) else rows_K.tolist()
         positions_KS = spans(first_K, end_K)
         window = Window.of(store, positions_KS, lengths_K.tolist(), rows)
-        model, ids_KS = self.model, ids_KL.gather(1, positions_KS).to(self.device)
 
-        def forward(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
+        def run(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
             return forward_window(model, ids_KS, window.with_tensors(tensors))
 
-        return self._replays(store, window.layout, forward, ids_KS, *window.tensors)
+        inputs = (ids_KL.gather(1, positions_KS), *window.tensors)
+        return Forward(store, window.layout, run, inputs, scored)
 
-    def _scored(self, hidden_KSD: Tensor, rows_M: Tensor, columns_M: Tensor) -> Tensor:
-        """Return the hidden states at (row, column): (M, D), or with guidance (M, 2, D)."""
-        rows_M, columns_M = rows_M.to(self.device), columns_M.to(self.device)
+    def _run(self, forward: Forward, sent: Sequence[Tensor]) -> Tensor:
+        """Run a forward on its tensors as sent to the device; return what it scores, (M, D) or guided (M, 2, D)."""
+        *inputs, rows_M, columns_M = sent
+        hidden_KSD = self._replays(forward.scope, forward.kind, forward.function, *inputs)
         if not self.cfg_scale:
             return hidden_KSD[rows_M, columns_M]
         return torch.stack((hidden_KSD[2 * rows_M, columns_M], hidden_KSD[2 * rows_M + 1, columns_M]), dim=1)

@@ -18,6 +18,7 @@ from unmask.models.folders import end_ids
 from unmask.ops.padding import padded
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Replays, replays_for
+from unmask.sampling.engine.state import Positions, send
 from unmask.sampling.settings import SamplerSettings
 
 
@@ -91,14 +92,17 @@ class CanvasBackend:
         return Canvases(encoded, tuple(map(tuple, prompts)), zeros_BSD)
 
     @torch.no_grad()
-    def denoise(self, context: Canvases, call: Call) -> tuple[Tensor, Canvases]:
-        """Run each row's canvas; return hidden states (M, D).
+    def denoise(self, context: Canvases, call: Call) -> tuple[Tensor, Positions, Canvases]:
+        """Run each row's canvas; hidden states are (M, D).
 
         Given positions of a canvas are not scored; their self-conditioning is their own embedding.
         """
         rows, length = context.conditioning_BSD.shape[:2]
         columns_BS = call.first_B[:, None] + torch.arange(length)
-        canvas_BS = call.answer_BC.gather(1, columns_BS).to(self.device)
+        scored_M = call.positions.column_M - call.first_B[call.rows_M]
+        host = (call.answer_BC.gather(1, columns_BS), call.rows_M, scored_M, call.positions.tensor_5M)
+        canvas_BS, rows_M, scored_M, positions_5M = send(host, self.device)
+        positions = Positions(*positions_5M)
         model, encoded, starts = self.model, context.encoded, context.lengths
 
         def decode(canvas_BS: Tensor, conditioning_BSD: Tensor) -> Tensor:
@@ -108,10 +112,10 @@ class CanvasBackend:
         network = self._replays if len(set(starts)) == 1 else Replays(None)
         hidden_BSD = network(encoded, starts, decode, canvas_BS, context.conditioning_BSD)
         if len(call.rows_M) == rows * length:
-            return hidden_BSD.flatten(0, 1), context
-        scored = (call.rows_M.to(self.device), (call.columns_M - call.first_B[call.rows_M]).to(self.device))
+            return hidden_BSD.flatten(0, 1), positions, context
         known_BSD = self.model.stack.embed_tokens(canvas_BS).to(context.conditioning_BSD.dtype)
-        return hidden_BSD[scored], replace(context, conditioning_BSD=known_BSD, scored=scored)
+        scored = (rows_M, scored_M)
+        return hidden_BSD[scored], positions, replace(context, conditioning_BSD=known_BSD, scored=scored)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Return softcapped logits (M, V) in fp32."""
@@ -145,7 +149,7 @@ class CanvasBackend:
         done = [row for row, new in enumerate(more) if new]
         lengths = context.lengths
         canvas_KS = torch.tensor([more[row] for row in done]).to(self.device)
-        past = select(context.encoded, torch.tensor(done, device=self.device))
+        past = select(context.encoded, torch.tensor(done).to(self.device))
         more_encoded = self.model.encode(canvas_KS, past=truncate(past, [lengths[row] for row in done]))
         encoded = append(context.encoded, done, more_encoded, canvas_KS.shape[1], lengths)
         return replace(context, encoded=encoded, ids=_joined(context.ids, more))

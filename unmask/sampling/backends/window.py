@@ -49,7 +49,7 @@ class KeyValueStore:
 
     def select(self, rows: Sequence[int]) -> KeyValueStore:
         """Return a copy of some rows, in the order given."""
-        rows_K = torch.tensor(rows, dtype=torch.long, device=self.keys[0].device)
+        rows_K = torch.tensor(rows, dtype=torch.long).to(self.keys[0].device)
         return self._each(lambda stored: stored.index_select(0, rows_K))
 
     def concat(self, more: KeyValueStore) -> KeyValueStore:
@@ -81,46 +81,52 @@ class Window:
     whole: bool  # every position is computed, so that nothing is read from the store
     positions_KS: Tensor  # int64, of the queries
     rows_K: Tensor | None  # int64, rows of the store; None = all, in order
-    mask_KL: Tensor | None  # bool, the columns that each row has; None = all of `columns`
+    lengths_K: Tensor | None  # int64, the columns that each row has; None = all of `columns`
 
     @classmethod
     def of(
         cls, store: KeyValueStore, positions_KS: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None
     ) -> Window:
-        """Return the window of some positions, given on the host: `positions_KS` are from `spans`.
+        """Return the window of some positions, its tensors on the host: `positions_KS` are from `spans`.
 
         `rows` are those of the store, None = all, in order, and `lengths` the positions that each of them has.
         """
-        device, columns = store.keys[0].device, max(lengths)
-        lengths_K = torch.tensor(lengths)
+        columns, lengths_K = max(lengths), torch.tensor(lengths)
         ragged = min(lengths) < columns  # else no mask, which leaves SDPA its fast kernels
         return cls(
             store,
             columns,
             whole=not positions_KS[:, 0].any() and torch.equal(positions_KS[:, -1], lengths_K - 1),
-            positions_KS=positions_KS.to(device),
-            rows_K=None if rows is None else torch.tensor(rows, device=device),
-            mask_KL=(torch.arange(columns) < lengths_K[:, None]).to(device) if ragged else None,
+            positions_KS=positions_KS,
+            rows_K=None if rows is None else torch.tensor(rows),
+            lengths_K=lengths_K if ragged else None,
         )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What of a window may differ from another's that has the same `layout`."""
-        return tuple(tensor for tensor in (self.positions_KS, self.rows_K, self.mask_KL) if tensor is not None)
+        return tuple(tensor for tensor in (self.positions_KS, self.rows_K, self.lengths_K) if tensor is not None)
+
+    @property
+    def mask_KL(self) -> Tensor | None:
+        """The columns that each row has, bool; None = all of `columns`."""
+        if self.lengths_K is None:
+            return None
+        return torch.arange(self.columns, device=self.lengths_K.device) < self.lengths_K[:, None]
 
     @property
     def layout(self) -> Hashable:
         """What windows of one store have in common that differ in the values of their `tensors` alone."""
-        return self.whole, self.columns, self.rows_K is None, self.mask_KL is None
+        return self.whole, self.columns, self.rows_K is None, self.lengths_K is None
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Window:
-        """Return a window that reads these tensors, those of one with the same layout, instead of its own."""
+        """Return a window that reads these, on the store's device, in place of its own: those of one of its layout."""
         given = iter(tensors)
         return replace(
             self,
             positions_KS=next(given),
             rows_K=None if self.rows_K is None else next(given),
-            mask_KL=None if self.mask_KL is None else next(given),
+            lengths_K=None if self.lengths_K is None else next(given),
         )
 
     def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:

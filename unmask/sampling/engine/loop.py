@@ -22,7 +22,7 @@ from unmask.sampling.backends.backend import Backend, Call
 from unmask.sampling.engine.draws import Draws, KeyedDraws
 from unmask.sampling.engine.noise import PROCESSES, Predictions, Process
 from unmask.sampling.engine.rules import REVISERS, RULES, Proposal, Revision
-from unmask.sampling.engine.state import Request, State, Tokens, starting_state
+from unmask.sampling.engine.state import Positions, Request, State, Tokens, starting_state
 from unmask.sampling.settings import SamplerSettings
 
 # Logits computed at a time on a CPU (64 MiB in fp32); four times as many elsewhere.
@@ -147,8 +147,8 @@ def denoise(
 
         before = process.begin(state)
         scored_BC = before.active_BC | before.revisable_BC if reviser.rereads else before.active_BC
-        hidden_MD, context = backend.denoise(context, _call(before, scored_BC))
-        predictions = _predict(backend, process, hidden_MD, before, scored_BC)
+        hidden_MD, positions, context = backend.denoise(context, _call(before, scored_BC))
+        predictions = _predict(backend, process, hidden_MD, positions)
         if predictions.conditioning_MD is not None:
             context = context.conditioned(predictions.conditioning_MD)
         proposal = _proposal(predictions, before, scored_BC, labels)
@@ -175,14 +175,14 @@ def denoise(
 
 
 def _call(state: State, scored_BC: Tensor) -> Call:
-    lengths = tuple(state.length_B.tolist())
-    return Call(state.answer_BC, lengths, state.first_B, state.end_B, state.step_B, *scored_BC.nonzero(as_tuple=True))
+    lengths, rows_M = tuple(state.length_B.tolist()), scored_BC.nonzero()[:, 0]
+    positions = state.positions(scored_BC)
+    return Call(state.answer_BC, lengths, state.first_B, state.end_B, state.step_B, rows_M, positions)
 
 
 @torch.no_grad()
-def _predict(backend: Backend, process: Process, hidden_MD: Tensor, state: State, scored_BC: Tensor) -> Predictions:
+def _predict(backend: Backend, process: Process, hidden_MD: Tensor, positions: Positions) -> Predictions:
     """Return the predictions at the scored positions, computed in parts that fit into memory."""
-    positions = state.positions(scored_BC).to(backend.device)
     size = max(1, _LOGITS_AT_ONCE * (1 if backend.device.type == "cpu" else 4) // backend.spec.rows)
     size = size // _ROW_MULTIPLE * _ROW_MULTIPLE or size
     parts = [slice(start, start + size) for start in range(0, len(hidden_MD), size)]
@@ -192,9 +192,9 @@ def _predict(backend: Backend, process: Process, hidden_MD: Tensor, state: State
 def _proposal(predictions: Predictions, state: State, scored_BC: Tensor, labels: Sequence[str] | None) -> Proposal:
     """Scatter predictions into (B, C) tensors on the CPU; raises SamplingError where logits are not finite."""
     at = scored_BC.nonzero(as_tuple=True)
-    finite_M = predictions.finite_M.cpu()
-    if not finite_M.all():
-        rows = at[0][~finite_M].unique().tolist()
+    predictions = predictions.to_host()
+    if not predictions.finite_M.all():
+        rows = at[0][~predictions.finite_M].unique().tolist()
         names = [f"prompt {index}" if labels is None else labels[index] for index in state.rows]
         where = [
             f"{names[row]} (block {int(state.block_B[row]) + 1}, step {int(state.step_B[row]) + 1})" for row in rows
@@ -205,12 +205,12 @@ def _proposal(predictions: Predictions, state: State, scored_BC: Tensor, labels:
         )
     zero_BC, active_BC = torch.zeros(scored_BC.shape), state.active_BC
     return Proposal(
-        state.answer_BC.index_put(at, predictions.sample_M.cpu()),
-        state.answer_BC.index_put(at, predictions.argmax_M.cpu()),
-        zero_BC.index_put(at, predictions.score_M.cpu()).masked_fill(~active_BC, -torch.inf),
-        zero_BC.index_put(at, predictions.confidence_M.cpu()).masked_fill(~active_BC, 0),
-        zero_BC.index_put(at, predictions.current_M.cpu()),
-        zero_BC.index_put(at, predictions.highest_M.cpu()),
+        state.answer_BC.index_put(at, predictions.sample_M),
+        state.answer_BC.index_put(at, predictions.argmax_M),
+        zero_BC.index_put(at, predictions.score_M).masked_fill(~active_BC, -torch.inf),
+        zero_BC.index_put(at, predictions.confidence_M).masked_fill(~active_BC, 0),
+        zero_BC.index_put(at, predictions.current_M),
+        zero_BC.index_put(at, predictions.highest_M),
     )
 
 

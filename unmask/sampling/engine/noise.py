@@ -7,9 +7,9 @@ Shapes: B rows, C answer columns, M scored positions, V vocabulary rows, D width
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from unmask.ops.categorical import block_sums
 from unmask.ops.chunks import cached_rows
 from unmask.sampling.engine.draws import Draws
 from unmask.sampling.engine.rules import REVISERS, SCORES, ScoreInputs, argmax, ban_, logit, sample
-from unmask.sampling.engine.state import Positions, State, Tokens
+from unmask.sampling.engine.state import Positions, State, Tokens, send
 from unmask.sampling.settings import SamplerSettings
 
 # Logit of a banned token of a canvas: finite, so that p · log p is 0 and not nan.
@@ -50,6 +50,11 @@ class Predictions:
         """Concatenate the predictions of several parts."""
         columns = ([getattr(part, field.name) for part in parts] for field in fields(Predictions))
         return Predictions(*(None if column[0] is None else torch.cat(column) for column in columns))  # pyright: ignore[reportArgumentType]
+
+    def to_host(self) -> Predictions:
+        """Return the same on the CPU, without the conditioning, which is the network's."""
+        columns = [getattr(self, field.name) for field in fields(self) if field.name != "conditioning_MD"]
+        return Predictions(*send(columns, torch.device("cpu")))
 
 
 class Process(Protocol):
@@ -131,9 +136,9 @@ class MaskProcess:
         """Return the values, `least` where the token is a deferred one (`eos: defer`)."""
         if not self.tokens.deferred:
             return value_M
-        return value_M.masked_fill(
-            torch.isin(token_M, torch.tensor(self.tokens.deferred, device=token_M.device)), least
-        )
+        # Compared with numbers: a tensor of them would have to be sent to the device.
+        is_deferred_M = functools.reduce(torch.logical_or, (token_M == deferred for deferred in self.tokens.deferred))
+        return value_M.masked_fill(is_deferred_M, least)
 
     def noise(self, state: State, where_BC: Tensor) -> Tensor:
         """Return masks."""
@@ -150,6 +155,12 @@ def quota(size: int, calls: int, step: int) -> int:
     return size // calls + (step < size % calls)
 
 
+@functools.lru_cache(maxsize=8)
+def temperatures(settings: SamplerSettings, device: torch.device) -> Tensor:
+    """Return the temperature of each call of a block, float32 (K,); kept, so that it is sent to the device once."""
+    return torch.tensor([settings.temperature_at(step) for step in range(settings.steps)]).to(device)
+
+
 @dataclass(frozen=True)
 class UniformProcess:
     """Uniform noise: masked positions hold random tokens, drawn anew until a sample is accepted."""
@@ -159,11 +170,6 @@ class UniformProcess:
     draws: Draws
     untempered: bool = False
     conditioning: SelfConditioning | None = None
-
-    @cached_property
-    def temperature_K(self) -> Tensor:
-        """The temperature of each call."""
-        return torch.tensor([self.settings.temperature_at(step) for step in range(self.settings.steps)])
 
     def begin(self, state: State) -> State:
         """As in `Process`; also restarts the count of calls with stable predictions."""
@@ -181,7 +187,7 @@ class UniformProcess:
     def predict(self, logits_MV: Tensor, positions: Positions) -> Predictions:
         """As in `Process`, by softmax(logits / T), in place: the bulk of a call beside the matmuls."""
         logits_MV = logits_MV.float()
-        temperature_M = self.temperature_K.to(logits_MV.device)[positions.step_M]
+        temperature_M = temperatures(self.settings, logits_MV.device)[positions.step_M]
         weights_MV = torch.empty_like(logits_MV)
         parts, totals = [], []
         for part in cached_rows(logits_MV):

@@ -1,7 +1,7 @@
 """What the denoising loop is asked for, and what it carries from one network call to the next.
 
-Tensors are on the CPU and never written in place: they are a few numbers a row, and there bookkeeping costs one wait
-for the device a call.
+Tensors are on the CPU and never written in place: they are a few numbers a row, and bookkeeping there leaves two waits
+for the device a call, as what the network reads goes up and as what it predicts comes back.
 
 Shapes: B rows, C answer columns (the longest row's; shorter ones are padded on the right), M positions.
 """
@@ -14,12 +14,15 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.errors import SamplingError
 from unmask.ops.padding import concat_padded
 from unmask.sampling.settings import SamplerSettings
 
+# Bytes. In `send` each tensor starts at a multiple of them, as the widest dtype must.
+_ALIGNMENT = 8
 # What a padding column holds of each field: a token 0 that is given, in no block.
 _PADDING = {
     "answer_BC": 0, "target_BC": -1, "masked_BC": False, "given_BC": True, "block_of_BC": -1, "calls_BC": 0,
@@ -87,9 +90,10 @@ class Positions:
         """Return some of the positions."""
         return Positions(*(getattr(self, field.name)[part] for field in fields(self)))
 
-    def to(self, device: torch.device) -> Positions:
-        """Return the same on a device."""
-        return Positions(*(getattr(self, field.name).to(device) for field in fields(self)))
+    @property
+    def tensor_5M(self) -> Tensor:
+        """All fields as one tensor; `Positions(*tensor_5M)` is the way back."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
 
 
 @dataclass(frozen=True)
@@ -207,3 +211,19 @@ def _row(request: Request, settings: SamplerSettings, mask_id: int | None) -> St
         argmax_BC=torch.full((1, length), -1),
         stable_B=zero_1,
     )
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return tensors of one device on another: their bytes travel as one tensor, of which the results are views.
+
+    Each copy waits until the device is done. Tensors that are there already are returned as they are.
+    """
+    if all(tensor.device == device for tensor in tensors):
+        return list(tensors)
+    parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    padded = [F.pad(part, (0, -len(part) % _ALIGNMENT)) if len(part) % _ALIGNMENT else part for part in parts]
+    pieces = torch.cat(padded).to(device).split([len(part) for part in padded])
+    return [
+        piece[: len(part)].view(tensor.dtype).view(tensor.shape)
+        for piece, part, tensor in zip(pieces, parts, tensors, strict=True)
+    ]
