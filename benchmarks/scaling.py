@@ -143,7 +143,7 @@ def _worker(note: Path) -> None:
         return taken, watch.seconds / taken
 
     steps = [step() for _ in range(STEPS)][2:]
-    saver = Saver(root, CheckpointConfig(save_consolidated=False), network, runtime.ranks, {}, None)
+    saver = Saver(root, CheckpointConfig(save_consolidated=False), network, runtime, {}, None)
     saves = _saves(saver, lambda: step()[0], runtime.ranks)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in network.model.parameters()]  # pyright: ignore
     if runtime.ranks.first:

@@ -93,7 +93,7 @@ def assemble(
         max_norm=config.clip_grad_norm.max_norm,
         checkpoint=config.checkpoint,
         identity=identity,
-        saver=Saver(root, config.checkpoint, network, runtime.ranks, files, start.folder),
+        saver=Saver(root, config.checkpoint, network, runtime, files, start.folder),
         validators=validators,
         metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
         checked=checked,

@@ -140,7 +140,7 @@ def train_with_slow_copies(values: dict[str, Any], seconds: float) -> str:
     """As `train`; the thread that saves comes late to its copy of the weights."""
     from unmask.training import saver
 
-    saver._device_is_ready = lambda: lambda: time.sleep(seconds)
+    saver._device_is_ready = lambda _: lambda: time.sleep(seconds)
     return train(values)
 
 
@@ -164,6 +164,50 @@ def train_noting_blocks(values: dict[str, Any]) -> set[str]:
     assembly.build_network = build_noting
     train(values)
     return dtypes
+
+
+def offloaded_places(config: dict[str, Any], device: str) -> dict[str, set[str]]:
+    """Build a network with offloaded shards that would run on a device; return where its tensors are."""
+    from dataclasses import replace
+
+    from unmask.config.distributed import DistributedConfig
+    from unmask.config.model import ModelConfig
+    from unmask.distributed.processes import Degrees
+    from unmask.distributed.runtime import build_runtime
+    from unmask.models.registry import plan_model
+    from unmask.training.network import build_network
+
+    runtime = build_runtime(DistributedConfig(device="cpu"), Degrees(int(os.environ["WORLD_SIZE"])))
+    settings = network_settings(plan_model(ModelConfig(config=config)), DistributedConfig(offload_policy="cpu"))
+    pin_nothing()
+    model = build_network(settings, replace(runtime, device=torch.device(device))).model
+    found = {"parameters": model.parameters(), "buffers": model.buffers()}
+    return {kind: {tensor.device.type for tensor in tensors} for kind, tensors in found.items()}
+
+
+def train_offloaded(values: dict[str, Any]) -> str:
+    """Train with shards, gradients and moments offloaded, from a CPU to the same CPU; return how the run ended."""
+    from dataclasses import replace
+
+    from unmask import assemble as assembly
+
+    build = assembly.build_network
+
+    def build_offloaded(settings: Any, runtime: Any) -> Any:
+        return build(replace(settings, distributed=replace(settings.distributed, offload_policy="cpu")), runtime)
+
+    assembly.build_network = build_offloaded
+    pin_nothing()
+    return train(values)
+
+
+def pin_nothing() -> None:
+    """Have offloaded shards in memory of any kind: without an accelerator none can be pinned."""
+    from functools import partial
+
+    from unmask.distributed import shard
+
+    shard.CPUOffloadPolicy = partial(torch.distributed.fsdp.CPUOffloadPolicy, pin_memory=False)
 
 
 def load_peak(folder: str, trained: bool) -> dict[str, int]:
@@ -314,7 +358,7 @@ def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
     section = DistributedConfig(device="cpu", ep_size=experts)
     runtime = build_runtime(section, Degrees(int(os.environ["WORLD_SIZE"]), 1, experts))
     network = build_network(network_settings(plan_folder(source, "x"), section), runtime)
-    made = saver.Saver(Path(root), CheckpointConfig(save_consolidated=consolidated), network, runtime.ranks, {}, None)
+    made = saver.Saver(Path(root), CheckpointConfig(save_consolidated=consolidated), network, runtime, {}, None)
     made.save(1, {}, last=False)
     made.wait()
 

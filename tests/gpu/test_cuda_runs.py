@@ -13,21 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unmask.config.distributed import DistributedConfig
 from unmask.config.sampler import SamplerConfig
-from unmask.config.training import OptimizerConfig
-from unmask.distributed.processes import Degrees
-from unmask.distributed.ranks import build_meshes
-from unmask.distributed.runtime import Runtime
-from unmask.distributed.shard import shard_model
 from unmask.models.loading import load_model
-from unmask.objectives.canvas import CanvasDiffusion
-from unmask.objectives.mdlm import MDLM
-from unmask.rng import NoiseStream
 from unmask.sampling.backends import replay
 from unmask.sampling.generate import generate
-from unmask.training.optim import build_optimizer
-from unmask.training.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -150,45 +139,6 @@ def test_a_run_equals_the_cpu_run_and_resumes(tiny, tmp_path, dtype):
     whole = tmp_path / "whole"
     train(path, "--lr_scheduler.lr_decay_style", "constant", "--checkpoint.checkpoint_dir", str(whole))
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
-
-
-@pytest.fixture
-def nccl(tmp_path, cuda):
-    import torch.distributed as dist
-
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("cpu:gloo,cuda:nccl", store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("offload", [None, "cpu"])
-@pytest.mark.parametrize("family", ["llada", "diffusion_gemma"])
-def test_a_sharded_step_equals_a_whole_one(fixtures: Path, cuda, nccl, batch, family, offload):
-    """FSDP2 on a mesh of one device: its hooks, casts, streams and NCCL calls, though nothing travels."""
-    folder = str(fixtures / ("llada_tiny" if family == "llada" else "diffusion_gemma_step"))
-    found = []
-    for sharded in (False, True):
-        model = load_model(folder, "float32", cuda).train()
-        config = model.config
-        objective = (
-            MDLM(config.mask_token_id, eps=0.2)
-            if family == "llada"
-            else CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id)
-        )
-        meshes = None
-        if sharded:
-            meshes = build_meshes(Degrees(1, 1, 1), "cuda")
-            shard_model(model, DistributedConfig(offload_policy=offload), meshes)
-            if offload is not None:
-                for parameter in model.parameters():  # what FSDP2 holds on the host; buffers stay on the device
-                    parameter.data = parameter.data.cpu()
-        runtime = Runtime(cuda, None, meshes=meshes)
-        optimizer = build_optimizer(OptimizerConfig(lr=1e-3), model)
-        steps = [train_step(model, objective, [batch], NoiseStream(n), optimizer, runtime, 1.0) for n in range(3)]
-        found.append([(step.loss, step.grad_norm) for step in steps])
-    for whole, shared in zip(*found, strict=True):
-        assert shared == pytest.approx(whole, rel=1e-4)
 
 
 def test_flex_attention_trains(tiny, tmp_path):

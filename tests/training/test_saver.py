@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from unmask.config.model import ModelConfig
 from unmask.config.results import CheckpointConfig
-from unmask.distributed.ranks import ALONE
+from unmask.distributed.runtime import Runtime
 from unmask.errors import CheckpointError
 from unmask.models.registry import plan_model
 from unmask.training import saver as saver_module
@@ -25,6 +26,7 @@ from unmask.training.checkpoint import verify
 from unmask.training.network import Network
 from unmask.training.saver import Saver
 
+CPU = Runtime(torch.device("cpu"), None)
 BESIDE = {"config.yaml": b"seed: 1\n", "sub/more": b"m"}
 
 
@@ -37,7 +39,7 @@ def network(tiny) -> Network:
 
 @pytest.fixture
 def saver(network: Network, tmp_path: Path) -> Saver:
-    return Saver(tmp_path, CheckpointConfig(), network, ALONE, BESIDE, None)
+    return Saver(tmp_path, CheckpointConfig(), network, CPU, BESIDE, None)
 
 
 def step(network: Network) -> None:
@@ -167,7 +169,7 @@ def test_a_full_disk_as_the_writers_meet_it(
     """As safetensors report it, and as Python's own files do."""
     model = nn.Linear(100, 1000)
     big = Network(model, torch.optim.AdamW(model.parameters()), network.plan, "float32", None, None, None)
-    saver = Saver(tmp_path, CheckpointConfig(), big, ALONE, {"tokenizer.json": bytes(200)}, None)
+    saver = Saver(tmp_path, CheckpointConfig(), big, CPU, {"tokenizer.json": bytes(200)}, None)
     small_files(limit)
     saver.save(1, {}, last=False)
     with pytest.raises(CheckpointError, match=r"could not be saved .*File too large"):
@@ -197,3 +199,37 @@ def test_a_mistake_in_the_program_is_not_reported_as_trouble_with_the_disk(
     saver.save(1, {}, last=False)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         saver.wait()
+
+
+def test_the_thread_that_saves_is_on_the_runs_device_before_it_touches_one(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread starts on CUDA device 0, and there every rank would make a context."""
+    seen: list[tuple[str, object]] = []
+
+    def note(what: object) -> None:
+        seen.append((threading.current_thread().name, what))
+
+    monkeypatch.setattr(torch.cuda, "set_device", note)
+    monkeypatch.setattr(saver_module, "_device_is_ready", lambda _: lambda: note("copies"))
+    save(Saver(tmp_path, CheckpointConfig(), network, Runtime(torch.device("cuda", 3), None), BESIDE, None), 1)
+    assert seen == [("unmask-save", torch.device("cuda", 3)), ("unmask-save", "copies")]
+
+
+@pytest.mark.filterwarnings("ignore:Ignoring pin_memory")  # which needs CUDA
+def test_copies_are_made_in_that_thread(
+    network: Network, saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    stage = StateDictStager.stage
+
+    def noted(self: Any, tensors: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return stage(self, tensors, **options)
+
+    monkeypatch.setattr(StateDictStager, "stage", noted)
+    saver._stager = saver_module.host_copies()
+    step(network)
+    save(saver, 1)
+    assert threads == ["unmask-save"]
+    assert torch.equal(load_file(tmp_path / "step_1" / "model.safetensors")["weight"], network.model.weight)

@@ -99,13 +99,16 @@ class JointCalls:
 
     All ranks enter and leave together, any number of times. Any method that runs each block once, in order, counts as a
     pass. A rank that leaves with an exception joins no further pass: the run has failed.
+
+    Args:
+        device: where the network runs, which its shards do not tell when they are offloaded.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         plan = family_of(model.config).shard
         self._first = next(model.get_submodule(plan.blocks).children())
         self._pass = model if plan.over_tokens is None else getattr(model, plan.over_tokens)
-        self._model, self._ranks = model, ranks
+        self._ranks, self._device = ranks, device
         self._hook: Any = None
 
     def __enter__(self) -> JointCalls:
@@ -129,4 +132,4 @@ class JointCalls:
 
     @torch.no_grad()
     def _join_pass(self) -> None:
-        self._pass(torch.zeros(1, 1, dtype=torch.long, device=next(self._model.parameters()).device))
+        self._pass(torch.zeros(1, 1, dtype=torch.long, device=self._device))

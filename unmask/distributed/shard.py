@@ -20,6 +20,7 @@ experts a token, M = N · T pairs sent, R pairs received.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,6 +59,8 @@ from unmask.ops.rows import inverse, take_rows
 def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
     """Shard a whole network, adapters attached, in place; its parameters may be on the meta device."""
     plan = family_of(model.config).shard
+    # The values that a layer returns for others to attend to are a view, which nothing writes to.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor", UserWarning)
     precision = _precision(section.mp_policy)
     offload = OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
     # Between blocks the residual stream is as it was computed; `output_dtype` is of what leaves the network.
@@ -220,16 +223,26 @@ def _regroup(rows_RD: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([part_RD for j in range(width) for part_RD in parts[j::width]])
 
 
-def allocate(model: nn.Module, device: torch.device, ranks: Ranks, remedy: str) -> None:
+def allocate(
+    model: nn.Module, device: torch.device, ranks: Ranks, remedy: str, offload: torch.device | None = None
+) -> None:
     """Give the shards of a network on the meta device memory, its values undefined.
+
+    Args:
+        device: where the network runs. Buffers are there in any case: FSDP2 brings parameters alone from elsewhere.
+        offload: where its shards are between passes; None = where it runs.
 
     Raises:
         TrainingError: the device has not enough memory; the message ends in `remedy`.
     """
+    place = offload or device
     try:
-        model.to_empty(device=device)
+        model.to_empty(device=place)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
     except torch.OutOfMemoryError:
-        raise TrainingError(f"rank {ranks.rank}: the shards of the model do not fit on {device}; {remedy}") from None
+        raise TrainingError(f"rank {ranks.rank}: the shards of the model do not fit on {place}; {remedy}") from None
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def answer_validator(
     stream = key(seed, "validation/answers") % 2**63
 
     def measure(model: nn.Module, step: int) -> dict[str, Any]:
-        together = nullcontext() if runtime.meshes is None else JointCalls(model, runtime.ranks)
+        together = nullcontext() if runtime.meshes is None else JointCalls(model, runtime.ranks, runtime.device)
         loaded = LoadedModel(model, tokenizer, settings, runtime.ranks, together)
         run = TaskRun(loaded, questions, prompts, stream, section.batch_size, section.grader)
         with runtime.autocast(), _in_eval(model):

@@ -160,7 +160,7 @@ def load(
     with intact(plan.folder, plan.verify, own_share()), intact(plan.adapter, plan.verify, own_share()):
         if shard:
             model = load_shared(plan.model, dtype, device, None if plan.adapter is None else str(plan.adapter), ranks)
-            joint_calls = JointCalls(model, ranks)
+            joint_calls = JointCalls(model, ranks, device)
         else:
             model, joint_calls = build_model(plan.model, dtype, device), nullcontext()
             if plan.adapter is not None:

@@ -153,8 +153,9 @@ def _shard_and_fill(
     if plan.folder is None:
         check_memory(whole, copies=local_size())
     shard_model(model, section, meshes)
-    device = runtime.device if section.offload_policy is None else torch.device("cpu")
-    allocate(model, device, runtime.ranks, "use more processes, or set distributed.offload_policy: cpu")
+    host = None if section.offload_policy is None else torch.device(section.offload_policy)
+    remedy = "use more processes" + (", or set distributed.offload_policy: cpu" if host is None else "")
+    allocate(model, runtime.device, runtime.ranks, remedy, host)
     if plan.folder is not None:
         fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)
     else:  # drawn whole, as one process does, so that weights do not depend on the number of ranks
@@ -210,7 +211,9 @@ def gather_adapter(network: Network) -> dict[str, Tensor]:
         for name, tensor in network.model.state_dict().items():
             if is_trained(name):
                 part: Any = whole_view(tensor, network.meshes)
-                whole[name].copy_(part.full_tensor() if hasattr(part, "full_tensor") else part)
+                if hasattr(part, "full_tensor"):  # offloaded shards are gathered where the mesh's collectives are
+                    part = part.to(part.device_mesh.device_type).full_tensor()
+                whole[name].copy_(part)
     return adapter_state(network.adapter)
 
 

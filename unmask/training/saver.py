@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from unmask.config.results import CheckpointConfig
 from unmask.distributed.ranks import Ranks, from_first
+from unmask.distributed.runtime import Runtime
 from unmask.distributed.shard import disk_problem, write_parts
 from unmask.errors import CheckpointError
 from unmask.models.folders import ADAPTER_WEIGHTS, SHARDED
@@ -74,6 +75,7 @@ class Saver:
 
     Args:
         network: what is saved; with an adapter, the adapter alone.
+        runtime: where the network runs, and the ranks that share it.
         files: content of each checkpoint's files other than tensors, by path in it, on rank 0 (`network.other_files`).
         newest: the checkpoint that the run resumes from; updated to the newest complete one.
     """
@@ -83,17 +85,18 @@ class Saver:
         root: Path,
         section: CheckpointConfig,
         network: Network,
-        ranks: Ranks,
+        runtime: Runtime,
         files: Mapping[str, bytes],
         newest: Path | None,
     ) -> None:
         self.newest = newest
         self._root, self._section, self._network = root, section, network
-        self._ranks, self._files = ranks, files
+        ranks, self._files, self._device = runtime.ranks, files, runtime.device
+        self._ranks = ranks
         self._background = ranks if ranks.size == 1 else Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
         cuda = any(parameter.is_cuda for parameter in network.model.parameters())
-        # Reused with its host memory, whose allocation costs more than the copy; copies in a stream of its own.
-        self._stager = DefaultStager(StagingOptions(use_shared_memory=False)) if cuda else None
+        self._stager = host_copies() if cuda else None
+        self._stream = torch.cuda.Stream(self._device) if cuda else None
         self._thread: threading.Thread | None = None
         self._underway: _Save | None = None
         self._complete: list[_Save] = []
@@ -119,7 +122,8 @@ class Saver:
         consolidate = self._ranks.size == 1 or when == "every" or (when == "final" and last)
         tensors = {"weights": weights(self._network), "moments": moments(self._network)}
         adapter, state = gather_adapter(self._network), copy.deepcopy(dict(state))
-        save = _Save(step, temporary, state, consolidate, tensors, adapter, _device_is_ready(), began)
+        ready = _device_is_ready(self._device)
+        save = _Save(step, temporary, state, consolidate, tensors, adapter, ready, began)
         self._underway = save
         self._thread = threading.Thread(target=self._finish, args=(save,), name="unmask-save", daemon=True)
         self._thread.start()
@@ -169,6 +173,9 @@ class Saver:
     def _finish(self, save: _Save) -> None:
         """Write, then commit; runs in a thread of its own on every rank."""
         try:
+            if self._device.type == "cuda":
+                # A thread starts with device 0; its first copy would make a context there for every rank.
+                torch.cuda.set_device(self._device)
             problem, listing = self._write(save), {}
             if problem is None:
                 problem = self._attempt(lambda: listing.update(list_files(save.temporary, self._parts(save))))
@@ -191,9 +198,10 @@ class Saver:
         folder, ranks, problem = save.temporary, self._background, None
         try:
             save.ready()
-            tensors = save.tensors
+            tensors: Any = save.tensors
             if self._stager is not None:
-                tensors = self._stager.stage(tensors).result()  # pyright: ignore[reportAttributeAccessIssue]
+                with torch.cuda.stream(self._stream):  # not the one that training computes in
+                    tensors = self._stager.stage(tensors)
                 save.released.set()
             if ranks.first:
                 problem = self._attempt(lambda: self._write_small(save))
@@ -267,9 +275,18 @@ class Saver:
         return str(cannot_save(self._root / f"step_{save.step}", problem))
 
 
-def _device_is_ready() -> Callable[[], None]:
+def host_copies() -> DefaultStager:
+    """Return what copies CUDA tensors to the host, in the thread and the stream of its caller.
+
+    It keeps its pinned memory for the next save, since to allocate it costs more than to copy. A thread of its own, as
+    it has by default, would start on device 0.
+    """
+    return DefaultStager(StagingOptions(use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False))
+
+
+def _device_is_ready(device: torch.device) -> Callable[[], None]:
     """Return a function that waits for the CUDA work queued so far, so that another stream may read its results."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()
     event.record()
