@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
+from unmask.batch import Batch, LossTerms, NoisyBatch, Pass, TokenLosses, Work
 from unmask.config import config_from_mapping
 from unmask.config.objective import MODES
 from unmask.objectives.registry import OBJECTIVES, ObjectiveEntry, Shown
@@ -42,6 +42,10 @@ class AllMasked:
     @torch.no_grad()
     def token_losses(self, model: Any, noisy: NoisyBatch) -> dict[str, TokenLosses]:
         return token_losses(model, self._scored(model, noisy), noisy.counts)
+
+    def work(self, noisy: NoisyBatch) -> Work:
+        rows, length = noisy.noisy_ids_BL.shape
+        return Work((Pass(length, (0,) * rows),), len(noisy.positions_N))
 
     def shown(self, noisy: NoisyBatch, row: int) -> Shown:
         hidden = noisy.scored_BL[row].tolist()

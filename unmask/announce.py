@@ -107,6 +107,8 @@ def _environment(run: TrainingRun, config: RunConfig) -> dict[str, Any]:
         "processes": processes,
         "cores": cores(),
         "threads": torch.get_num_threads(),
+        "peak_flops": float(f"{run.peak.flops:.3g}"),
+        "peak_flops_source": run.peak.source,
         "matmuls": matmul_dtype(config, device),
     }
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -21,6 +22,7 @@ from unmask.data.encode import RowEncoder
 from unmask.distributed.processes import cores
 from unmask.distributed.ranks import from_first
 from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
+from unmask.distributed.shard import whole_view
 from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
@@ -33,8 +35,10 @@ from unmask.report.progress import TrainingProgress, checking_rows
 from unmask.report.trackers import open_tracker
 from unmask.rng import NoiseStream
 from unmask.training.checkpoint import newest_data
+from unmask.training.flops import count_flops, peak_flops
 from unmask.training.loop import train
 from unmask.training.network import NetworkSettings, build_network, other_files, restore
+from unmask.training.profiling import StepProfiler
 from unmask.training.run import ResumeParts, ResumePoint, TrainingOutcome, TrainingRun, Validator, resume
 from unmask.training.run_directory import hold_run_dir
 from unmask.training.saver import Saver
@@ -49,6 +53,7 @@ def assemble(
     extra_validators: Callable[[Parts], Sequence[Measure]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     processes: int = 0,
+    profile: int = 0,
 ) -> tuple[TrainingRun, ResumePoint]:
     """Load or draw the model, build all parts of the run and put it back to its newest checkpoint.
 
@@ -59,6 +64,7 @@ def assemble(
         extra_validators: further measurements at each validation.
         is_good_enough: called with what was measured at a step; True ends the run.
         processes: worker processes that may check rows before the first step.
+        profile: steps to profile.
     """
     config, root = prepared.config, user_path(prepared.config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
     parts = build_parts(prepared, runtime.ranks)
@@ -78,6 +84,8 @@ def assemble(
     files = {}
     if runtime.ranks.first:
         files = other_files(network, parts.tokenizer, parts.template.source, dump_config(config), parts.stop_ids)
+    progress = TrainingProgress(total_steps, start.step, console)
+    whole = partial(whole_view, meshes=runtime.meshes)
     run = TrainingRun(
         root=root,
         model=network.model,
@@ -97,7 +105,10 @@ def assemble(
         validators=validators,
         metrics=_open_log(config, root) if runtime.ranks.first else SilentLog(),
         checked=checked,
-        progress=TrainingProgress(total_steps, start.step, console),
+        progress=progress,
+        count_flops=count_flops(network.model, prepared.plan.family, prepared.plan.config, whole),
+        peak=peak_flops(runtime.device, runtime.compute_dtype or getattr(torch, config.model.torch_dtype)),
+        profiler=StepProfiler(profile if runtime.ranks.first else 0, root / "profile", progress.say),
         name_rows=partial(name_rows, prepared.rows),
         is_good_enough=is_good_enough,
         defer_grad_sync=config.distributed.defer_grad_sync,
@@ -140,11 +151,13 @@ def run_training(
     extra_validators: Callable[[Parts], Sequence[Measure]] = lambda _: (),
     is_good_enough: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     own_process: bool = False,
+    profile: int = 0,
 ) -> TrainingOutcome:
     """Assemble, train, and draw the curve; `unmask train` and the quickstart both come here.
 
     With several processes each of them calls this; rank 0 alone talks and writes logs. `own_process` says that this
-    process does nothing else, so that on a CPU it may keep the memory that it frees.
+    process does nothing else, so that on a CPU it may keep the memory that it frees. `profile` is how many steps rank 0
+    profiles.
     """
     section = prepared.config.checkpoint
     root = user_path(section.checkpoint_dir, "checkpoint.checkpoint_dir")
@@ -162,7 +175,7 @@ def run_training(
                 console = Console(quiet=True)
             runtime.ranks.barrier()  # nobody looks into the run directory before rank 0 holds it
         processes = cores() if own_process else 0
-        run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough, processes)
+        run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough, processes, profile)
         try:
             outcome = train(run, start)
             if runtime.ranks.first and outcome.reason != "already finished":

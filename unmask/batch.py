@@ -135,6 +135,37 @@ class Corrupted(Protocol):
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One run of a network's blocks over a micro-batch, by its sizes.
+
+    Attributes:
+        queries: positions of each row that are computed, padding among them.
+        before: for each row, the positions in front of those that they see too.
+        gradient: whether a backward pass follows.
+        outer: whether the matrices outside the blocks run as well, other than embedding and head.
+    """
+
+    queries: int
+    before: tuple[int, ...]
+    gradient: bool = True
+    outer: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an objective has a network compute for a micro-batch; `unmask.training.flops` counts its operations.
+
+    Attributes:
+        scored: positions that go through the head and back.
+        mixed: positions whose prediction becomes a mix of embeddings, without a gradient through the prediction.
+    """
+
+    passes: tuple[Pass, ...]
+    scored: int
+    mixed: int = 0
+
+
+@dataclass(frozen=True)
 class LossTerm:
     """The value of one term, a sum over local positions; without gradient.
 

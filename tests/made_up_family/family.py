@@ -36,6 +36,7 @@ FAMILY = Family(
     network="made_up_family.model:MadeUp",
     initialise="made_up_family.model:initialise",
     activation_bytes=activation_bytes,
+    attention_layers=lambda config: [(config.width, None)] * config.layers,
     lora=LoraTargets(linears=("layers.*",), default=("layers.*.qkv",), frozen={"out": "the head stays as it is"}),
     shard=ShardPlan("layers"),
     sampler=SamplerDefaults(

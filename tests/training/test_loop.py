@@ -17,7 +17,7 @@ from unmask.training import checkpoint as checkpoint_module
 Train = Callable[..., Any]
 FIELDS = {
     "event", "step", "loss", "mdlm_loss", "grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_second",
-    "memory_gib", "time",
+    "tokens_per_second_per_device", "mfu", "data_seconds", "memory_gib", "time",
 }  # fmt: skip
 
 

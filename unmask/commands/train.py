@@ -28,14 +28,18 @@ def add(commands: Any) -> None:
         help="check the rows, show configuration, sizes, memory and three rows, then stop",
     )
     flag(parser, "nproc_per_node", type=int, metavar="N", help="processes to start on this machine")
+    flag(parser, "profile", type=int, metavar="N", help="write a torch profiler trace of N steps, and where time went")
     parser.set_defaults(takes_overrides=True)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Run the command; return its exit status."""
     processes = arguments.nproc_per_node or 1
-    if arguments.nproc_per_node is not None and arguments.nproc_per_node < 1:
-        raise ConfigError(f"--nproc-per-node: must be at least 1, got {arguments.nproc_per_node}")
+    for name, number in (("nproc-per-node", arguments.nproc_per_node), ("profile", arguments.profile)):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name}: must be at least 1, got {number}")
+    if arguments.profile and arguments.dry_run:
+        raise ConfigError("--profile: a dry run makes no steps; leave out one of the two")
     if processes > 1 and world_size() > 1:
         raise ConfigError("--nproc-per-node: torchrun started this process already; give the number to torchrun alone")
     loaded = load_config(arguments.config, arguments.overrides)
@@ -48,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     if processes > 1 and not arguments.dry_run:
         from unmask.distributed.launch import launch
 
-        return launch("unmask.train", ["-c", arguments.config, *arguments.overrides], processes)
+        profile = ["--profile", str(arguments.profile)] if arguments.profile else []
+        return launch("unmask.train", ["-c", arguments.config, *profile, *arguments.overrides], processes)
     if arguments.dry_run and process_rank() > 0:
         return 0
     from rich.console import Console
@@ -63,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             pass  # a place that cannot be trained in is refused before torch loads
     from unmask.assemble import run_training
 
-    outcome = run_training(prepared, Console(), own_process=True)
+    outcome = run_training(prepared, Console(), own_process=True, profile=arguments.profile or 0)
     if process_rank() > 0:
         return 0
     print(f"{outcome.reason} after step {outcome.step}; run directory: {root}")

@@ -5,7 +5,7 @@ Code outside a family's folder asks a record for `noise`, `attention` or a capab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -149,6 +149,8 @@ class Family:
         initialise: "module:function" (network, generator) that draws fresh weights in place.
         activation_bytes: bytes that a forward pass keeps for backward, of (config, tokens, bytes of a residual element,
             bytes of a matmul input, whether activation checkpointing is on).
+        attention_layers: configuration → for each layer the width of its queries, all heads together, and its window
+            (None = all positions).
         lora: what LoRA may adapt.
         shard: how the network is divided over ranks.
         sampler: how it samples by default.
@@ -168,6 +170,7 @@ class Family:
     network: str
     initialise: str
     activation_bytes: Callable[[Any, int, int, int, bool], int]
+    attention_layers: Callable[[Any], Sequence[tuple[int, int | None]]]
     lora: LoraTargets
     shard: ShardPlan
     sampler: SamplerDefaults

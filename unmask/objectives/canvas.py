@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, CanvasBatch, LossTerms, TokenLosses
+from unmask.batch import Batch, CanvasBatch, LossTerms, Pass, TokenLosses, Work
 from unmask.config.data import rounded_up
 from unmask.objectives.noise import mask_probability, stratified_time
 from unmask.objectives.registry import Shown
@@ -175,6 +175,15 @@ class CanvasDiffusion:
     def token_losses(self, model: Any, noisy: CanvasBatch) -> dict[str, TokenLosses]:
         """Return the loss of each position of the canvases, replaced or not, and of each next-token pair."""
         return token_losses(model, self._scored(model, noisy), noisy.counts)
+
+    def work(self, noisy: CanvasBatch) -> Work:
+        """Return the encoder's pass, the decoder's, and the one whose predictions the decoder sees."""
+        rows, length = noisy.encoder_ids_BL.shape
+        passes = [Pass(length, (0,) * rows), Pass(self.block_size, noisy.starts, outer=True)]
+        if noisy.conditioned_starts:
+            passes.append(Pass(self.block_size, noisy.conditioned_starts, gradient=False))
+        scored = noisy.targets_KC.numel() + (len(noisy.encoder_targets_N) if self.encoder_loss_weight else 0)
+        return Work(tuple(passes), scored, mixed=len(noisy.conditioned_starts) * self.block_size)
 
     def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, ScoredTerm]:
         """Run the network; return what there is to score for each term."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.batch import Batch, LossTerms, NoisyBatch, TokenLosses
+from unmask.batch import Batch, LossTerms, NoisyBatch, Pass, TokenLosses, Work
 from unmask.objectives.noise import absorb, mask_probability, stratified_time
 from unmask.objectives.registry import Shown
 from unmask.objectives.terms import ScoredTerm, loss_terms, token_losses
@@ -76,6 +76,11 @@ class MDLM:
     def token_losses(self, model: Any, noisy: NoisyBatch) -> dict[str, TokenLosses]:
         """Return the loss of each masked position."""
         return token_losses(model, self._scored(model, noisy), noisy.counts)
+
+    def work(self, noisy: NoisyBatch) -> Work:
+        """Return the one pass over all positions, and how many of them are masked."""
+        rows, length = noisy.noisy_ids_BL.shape
+        return Work((Pass(length, (0,) * rows),), len(noisy.positions_N))
 
     def shown(self, noisy: NoisyBatch, row: int) -> Shown:
         """Return a row with its masks."""

@@ -12,7 +12,7 @@ from unmask.config.objective import DllmConfig
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
-    from unmask.batch import Batch, Corrupted, LossTerms, TokenLosses
+    from unmask.batch import Batch, Corrupted, LossTerms, TokenLosses, Work
     from unmask.rng import NoiseStream
 
 
@@ -34,6 +34,10 @@ class Objective(Protocol):
 
     def token_losses(self, model: Any, noisy: Any) -> Mapping[str, TokenLosses]:
         """Return each term of `loss` position by position, from the same calls of the network; without gradient."""
+        ...
+
+    def work(self, noisy: Any) -> Work:
+        """Return the sizes of what `loss` computes."""
         ...
 
     def shown(self, noisy: Any, row: int) -> Shown:

@@ -19,8 +19,9 @@ FILE = "metrics.jsonl"
 
 # What plots and reports take from events, by what it must be where it is there.
 _NUMBERS = {
-    "step", "time", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "memory_gib", "exact_match", "value",
-    "total_steps", "parameters", "trainable_parameters", "rows",
+    "step", "time", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tokens_per_second_per_device", "mfu",
+    "data_seconds", "exchange_seconds", "memory_gib", "exact_match", "value", "total_steps", "parameters",
+    "trainable_parameters", "rows",
 }  # fmt: skip
 _TEXTS = {"event", "reason", "metric", "row", "prompt", "text", "reference"}
 _OBJECTS = {"environment", "versions"}

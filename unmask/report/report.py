@@ -82,10 +82,16 @@ def _summary(runs: Sequence[Run]) -> list[list[str]]:
         ("training rows", [_count(run.start().get("rows")) for run in runs]),
         ("tokens seen", [_count(sum(run.points("train", "tokens")[1]) or None) for run in runs]),
         ("tokens per second, median", [_count(_median(run.points("train", "tokens_per_second")[1])) for run in runs]),
+        ("MFU, median", [_mfu(run) for run in runs]),
         ("peak memory", [_extreme(run.points("train", "memory_gib"), max, _gib, place=False) for run in runs]),
         ("time, first to last step", [_duration(run) for run in runs]),
     ]
     return [[name, *values] for name, values in rows if any(values)]
+
+
+def _mfu(run: Run) -> str:
+    share = _median(run.points("train", "mfu")[1])
+    return "" if share is None else percent(share)
 
 
 def _differences(runs: Sequence[Run]) -> str:

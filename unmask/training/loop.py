@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from unmask.batch import Batch
 from unmask.config.training import LRSchedulerConfig
@@ -27,7 +28,7 @@ from unmask.rng import key
 from unmask.training.checkpoint import Best, better
 from unmask.training.optim import set_learning_rate
 from unmask.training.run import ResumePoint, TrainingOutcome, TrainingRun, Validator
-from unmask.training.step import StepResult, train_step
+from unmask.training.step import DATA, StepResult, train_step
 
 
 def train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
@@ -52,12 +53,14 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
     step, ranks, reason, best = start.step, run.runtime.ranks, "finished", start.best
     saved, problem, position = step, None, run.loader.state_dict()
     stream = iter(run.loader)
-    with StopRequest() as stop, run.progress, contextlib.closing(stream):
+    with StopRequest() as stop, run.progress, contextlib.closing(stream), run.profiler:
         if run.steps.val_at_start and step == 0:
             _evaluate(run, step, run.validators, best)
         while step < run.total_steps:
             began = time.perf_counter()
-            batches, problem = _next_batches(run, stream)
+            with record_function(DATA):
+                batches, problem = _next_batches(run, stream)
+            data_seconds = time.perf_counter() - began
             if problem is not None:
                 stopped = stop.agreed(ranks)
                 if stopped is not None:  # the signal reached the data workers too
@@ -73,7 +76,8 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             result = _step(run, step, batches)
             if not result.finite:
                 raise _not_finite(run, step, result, batches)
-            _record(run, step, rate, result, time.perf_counter() - began)
+            _record(run, step, rate, result, time.perf_counter() - began, data_seconds)
+            run.profiler.made(step)
             measured = _evaluate(run, step, [one for one in run.validators if due(step, one.every)], best)
             best = measured.best
             stopped = stop.agreed(ranks)
@@ -128,7 +132,7 @@ def _goes_on(run: TrainingRun, step: int) -> str:
 def _step(run: TrainingRun, step: int, batches: Sequence[Batch]) -> StepResult:
     try:
         parts = (run.model, run.objective, batches, run.noise, run.optimizer, run.runtime)
-        return train_step(*parts, run.max_norm, run.defer_grad_sync)
+        return train_step(*parts, run.max_norm, run.defer_grad_sync, run.count_flops)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -163,8 +167,9 @@ def _evaluate(run: TrainingRun, step: int, validators: Sequence[Validator], best
     return _Evaluation(bool(measured) and run.is_good_enough(together), better_now or best, better_now is not None)
 
 
-def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float) -> None:
-    speed = result.tokens / seconds
+def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float, data_seconds: float) -> None:
+    speed, devices = result.tokens / seconds, run.runtime.ranks.size
+    exchange = {"exchange_seconds": round(result.exchange_seconds, 4)} if devices > 1 else {}
     run.metrics.write(
         "train",
         step=step,
@@ -175,6 +180,10 @@ def _record(run: TrainingRun, step: int, rate: float, result: StepResult, second
         tokens=result.tokens,
         supervised_tokens=result.supervised_tokens,
         tokens_per_second=round(speed, 1),
+        tokens_per_second_per_device=round(speed / devices, 1),
+        mfu=round(result.flops / seconds / devices / run.peak.flops, 4),
+        data_seconds=round(data_seconds, 4),
+        **exchange,
         memory_gib=round(run.runtime.memory_gib(), 3),
     )
     run.progress.step(step, result.loss, rate, result.grad_norm, speed)

@@ -22,6 +22,8 @@ from unmask.report.metrics import MetricsLog, SilentLog, cut_after
 from unmask.report.progress import TrainingProgress
 from unmask.rng import NoiseStream
 from unmask.training.checkpoint import BEST, Best, find_checkpoint, point, stored_best
+from unmask.training.flops import Peak, StepFlops
+from unmask.training.profiling import StepProfiler
 from unmask.training.saver import Saver
 
 
@@ -92,6 +94,9 @@ class TrainingRun:
         total_steps: the length that `steps` resolves to.
         identity: a checkpoint of another identity is foreign.
         checked: its rows, before the first step; None where that was done when the run began.
+        count_flops: counts the operations of a micro-batch.
+        peak: what MFU compares with.
+        profiler: profiles some steps, if the run was asked to.
         name_rows: names rows by their sample ids, for an error message.
         is_good_enough: called with what was measured at a step; True ends the run.
         defer_grad_sync: several ranks sum their gradients once a step instead of at every micro-batch.
@@ -116,6 +121,9 @@ class TrainingRun:
     metrics: MetricsLog | SilentLog
     checked: Checked | None
     progress: TrainingProgress
+    count_flops: StepFlops
+    peak: Peak
+    profiler: StepProfiler
     name_rows: Callable[[Sequence[int]], str]
     is_good_enough: Callable[[Mapping[str, Any]], bool] = field(default=lambda _: False)
     defer_grad_sync: bool = True

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
-from unmask.batch import Batch, Corrupted
+from unmask.batch import Batch, Corrupted, Work
 from unmask.distributed.runtime import Runtime, synchronise_gradients
 from unmask.objectives.registry import Objective
 from unmask.rng import NoiseStream
 from unmask.training.optim import clip_gradients, squared_norm
+
+# Parts of a step, by the names that they have in a profile.
+DATA, CORRUPT, FORWARD, BACKWARD, UPDATE = "data", "corrupt", "forward and loss", "backward", "clip and update"
+EXCHANGE = "exchange of counts"
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class StepResult:
         tokens: positions that the network saw.
         supervised_tokens: positions that the loss may look at.
         finite: False when the loss or the norm was not; the update was then not made.
+        flops: operations of the matrix products (`flops.py`).
+        exchange_seconds: how long this rank waited for the others' counts, which is for the slowest one's data.
     """
 
     losses: dict[str, float]
@@ -36,6 +44,8 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     finite: bool
+    flops: float
+    exchange_seconds: float
 
 
 def train_step(
@@ -47,6 +57,7 @@ def train_step(
     runtime: Runtime,
     max_norm: float | None,
     defer_grad_sync: bool = True,
+    count_flops: Callable[[Work], float] = lambda work: 0.0,
 ) -> StepResult:
     """Update the model once on the micro-batches of one global batch, of which this rank has its own.
 
@@ -59,18 +70,24 @@ def train_step(
         batches: this rank's micro-batches.
         max_norm: gradients are scaled down to this global 2-norm; None = never.
         defer_grad_sync: with several ranks, sum gradients over them after the last micro-batch alone.
+        count_flops: counts the operations of a micro-batch.
     """
-    noisy = [objective.corrupt(batch, noise) for batch in batches]
-    counts, tokens, supervised = _global_counts(noisy, batches, runtime)
+    with record_function(CORRUPT):
+        noisy = [objective.corrupt(batch, noise) for batch in batches]
+    flops = sum(count_flops(objective.work(part)) for part in noisy)
+    began = time.perf_counter()
+    counts, (tokens, supervised, flops) = _global_counts(noisy, batches, flops, runtime)
+    waited = time.perf_counter() - began
     sums: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
     for number, part in enumerate(noisy, start=1):
         if runtime.meshes is not None:
             synchronise_gradients(model, not defer_grad_sync or number == len(noisy))
-        with runtime.autocast():
+        with record_function(FORWARD), runtime.autocast():
             loss = objective.loss(model, part.to(runtime.device), counts)
-        loss.total.backward()
+        with record_function(BACKWARD):
+            loss.total.backward()
         for name, term in loss.terms.items():
             sums[name] = sums.get(name, 0.0) + term.sum.float() / counts[name]
             weights[name] = term.weight
@@ -86,25 +103,29 @@ def train_step(
     *values, grad_norm = measured.tolist()
     finite = all(math.isfinite(value) for value in (*values, grad_norm))
     if finite:
-        optimizer.step()
+        with record_function(UPDATE):
+            optimizer.step()
     losses = dict(zip(sums, values, strict=True))
     return StepResult(
         losses=losses,
         loss=sum(weights[name] * value for name, value in losses.items()),
         grad_norm=grad_norm,
-        tokens=tokens,
-        supervised_tokens=supervised,
+        tokens=int(tokens),
+        supervised_tokens=int(supervised),
         finite=finite,
+        flops=flops,
+        exchange_seconds=waited,
     )
 
 
 def _global_counts(
-    noisy: Sequence[Corrupted], batches: Sequence[Batch], runtime: Runtime
-) -> tuple[dict[str, float], int, int]:
-    """Return each term's count, the positions seen and those supervised, over all ranks and micro-batches."""
+    noisy: Sequence[Corrupted], batches: Sequence[Batch], flops: float, runtime: Runtime
+) -> tuple[dict[str, float], list[float]]:
+    """Return each term's count, and the positions seen, those supervised and the operations, over all ranks."""
     names = sorted(noisy[0].counts)
     counts = [sum(part.counts[name] for part in noisy) for name in names]
     tokens = sum(batch.input_ids_BL.numel() for batch in batches)
-    supervised = int(sum(batch.answer_lengths_B.sum().item() for batch in batches))
-    *counts, tokens, supervised = runtime.ranks.sum([*counts, tokens, supervised])
-    return dict(zip(names, counts, strict=True)), int(tokens), int(supervised)
+    supervised = sum(batch.answer_lengths_B.sum().item() for batch in batches)
+    with record_function(EXCHANGE):
+        sums = runtime.ranks.sum([*counts, tokens, supervised, flops])
+    return dict(zip(names, sums, strict=False)), sums[len(names) :]

@@ -234,6 +234,14 @@ def activation_bytes(
     return (tokens + tokens // 4) * (whole + (largest if checkpointing else 0))
 
 
+def attention_layers(config: DiffusionGemmaConfig) -> list[tuple[int, int | None]]:
+    """Return the width of each layer's queries, all heads together, and its window."""
+    return [
+        (config.num_attention_heads * config.heads(kind)[1], config.sliding_window if kind == SLIDING else None)
+        for kind in config.layer_types
+    ]
+
+
 FAMILY = Family(
     name="DiffusionGemma",
     model_type="diffusion_gemma",
@@ -244,6 +252,7 @@ FAMILY = Family(
     network="unmask.models.diffusion_gemma.model:DiffusionGemma",
     initialise="unmask.models.diffusion_gemma.model:initialise",
     activation_bytes=activation_bytes,
+    attention_layers=attention_layers,
     lora=LoraTargets(
         linears=(
             "model.decoder.layers.*.self_attn.*",

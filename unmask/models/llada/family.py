@@ -148,6 +148,7 @@ FAMILY = Family(
     network="unmask.models.llada.model:LLaDA",
     initialise="unmask.models.llada.model:initialise",
     activation_bytes=activation_bytes,
+    attention_layers=lambda config: [(config.d_model, None)] * config.n_layers,
     lora=LoraTargets(
         linears=("model.transformer.blocks.*",),
         default=("model.transformer.blocks.*",),
