@@ -21,7 +21,7 @@ from unmask.data.check import Checked, check_rows
 from unmask.data.encode import RowEncoder
 from unmask.distributed.processes import cores
 from unmask.distributed.ranks import from_first
-from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory
+from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory, matmul_dtype
 from unmask.distributed.shard import whole_view
 from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
@@ -107,7 +107,7 @@ def assemble(
         checked=checked,
         progress=progress,
         count_flops=count_flops(network.model, prepared.plan.family, prepared.plan.config, whole),
-        peak=peak_flops(runtime.device, runtime.compute_dtype or getattr(torch, config.model.torch_dtype)),
+        peak=peak_flops(runtime.device, getattr(torch, matmul_dtype(config, runtime.device))),
         profiler=StepProfiler(profile if runtime.ranks.first else 0, root / "profile", progress.say),
         name_rows=partial(name_rows, prepared.rows),
         is_good_enough=is_good_enough,
