@@ -29,8 +29,8 @@ def canvases(rows: Tensor | None, conditioned: Tensor | None) -> CanvasBatch:
     weight, starts = (None, ()) if conditioned is None else (conditioned.float(), (1,))
     positions = torch.tensor([0, 1, 3])
     return CanvasBatch(
-        clean(), IDS, positions, IDS.flatten()[positions], rows, (1, 2), IDS + 1, IDS, FLAGS, None,
-        torch.ones(2), conditioned, starts, weight, {"diffusion": 3.0, "encoder": 3.0},
+        clean(), IDS, positions, IDS.flatten()[positions], rows, (1, 2), torch.tensor([1, 2]), IDS + 1, IDS, FLAGS,
+        None, torch.ones(2), conditioned, starts, weight, {"diffusion": 3.0, "encoder": 3.0},
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class CanvasBatch:
         encoder_targets_N: int64, those next tokens.
         rows_K: int64, the row that each canvas belongs to; None when canvas k belongs to row k.
         starts: position of each canvas's first token, on the host.
+        starts_K: int64, the same where the network is.
         canvas_ids_KC: int64, what the decoder sees.
         targets_KC: int64, what it should find.
         scored_KC: bool, positions whose prediction enters the loss.
@@ -106,6 +107,7 @@ class CanvasBatch:
     encoder_targets_N: Tensor
     rows_K: Tensor | None
     starts: tuple[int, ...]
+    starts_K: Tensor
     canvas_ids_KC: Tensor
     targets_KC: Tensor
     scored_KC: Tensor

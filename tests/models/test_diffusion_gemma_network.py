@@ -195,6 +195,8 @@ def test_canvases_see_the_tokens_before_them_and_nothing_else(model: DiffusionGe
     with torch.no_grad():
         encoded = model.encode(tokens)
         together = model.decode(canvases, encoded, rows=rows, starts=starts)
+        on_the_device = model.decode(canvases, encoded, rows=rows, starts=starts, starts_K=torch.tensor(starts))
+        assert torch.equal(on_the_device, together)
         for number, (row, start) in enumerate(places):
             prefix = model.encode(tokens[row : row + 1, :start])
             expected = model.decode(canvases[number : number + 1], prefix)

@@ -156,6 +156,7 @@ class CanvasDiffusion:
             encoder_targets_N=encoder_ids_BL.flatten()[positions_N + 1],
             rows_K=None if own_rows else rows_K,
             starts=tuple(starts_K.tolist()),
+            starts_K=starts_K,
             canvas_ids_KC=canvas_ids_KC,
             targets_KC=targets_KC,
             scored_KC=scored_KC,
@@ -194,6 +195,7 @@ class CanvasDiffusion:
             self._self_conditioning(model, noisy, encoded),
             rows=noisy.rows_K,
             starts=noisy.starts,
+            starts_K=noisy.starts_K,
             canvas_mask=noisy.canvas_mask_KC,
         )
         levels_N = noisy.levels_K[:, None].expand(noisy.scored_KC.shape).flatten()
@@ -232,6 +234,7 @@ class CanvasDiffusion:
                 encoded,
                 rows=rows_S,
                 starts=noisy.conditioned_starts,
+                starts_K=noisy.starts_K[chosen_S],
                 canvas_mask=None if noisy.canvas_mask_KC is None else noisy.canvas_mask_KC[chosen_S],
             )
         soft_ND = soft_embedding(hidden_SCD.flatten(0, 1), model.head)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -243,6 +243,12 @@ class Layer(nn.Module):
         return hidden_BLD * scalar, keys, values
 
 
+@cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """Return a number rounded to a dtype; remembered, so that a pass makes no tensor on the host for it."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
+
+
 class EncoderScalar(nn.Module):
     """A layer's scalar as encoder, under the name that it has in released files."""
 
@@ -269,7 +275,7 @@ class Stack(nn.Module):
     @property
     def embedding_scale(self) -> float:
         """√D rounded to the embedding's dtype as in the released model; on the host, so that no device waits for it."""
-        return float(torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype))
+        return rounded(self.config.hidden_size**0.5, self.embed_tokens.weight.dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return embeddings times √D."""
@@ -380,6 +386,7 @@ class DiffusionGemma(nn.Module):
         *,
         rows: Tensor | None = None,
         starts: Sequence[int] | None = None,
+        starts_K: Tensor | None = None,
         canvas_mask: Tensor | None = None,
     ) -> Tensor:
         """Denoise canvases in both directions, each seeing the clean tokens before it.
@@ -392,6 +399,7 @@ class DiffusionGemma(nn.Module):
             rows: int64 (K,), row of `encoded` that each canvas belongs to; None = canvas k to row k.
             starts: position of each canvas's first token, on the host, so that unseen columns are cut off without
                 waiting for the device. None = right after all encoded tokens of its row.
+            starts_K: the same as int64 (K,) on the device; None = copied there, unless all canvases start together.
             canvas_mask: bool (K, C), False at padding; None = no padding.
 
         Returns:
@@ -404,7 +412,7 @@ class DiffusionGemma(nn.Module):
             starts_K = encoded.lengths_B if rows is None else encoded.lengths_B[rows]
         elif len(set(starts)) == 1:  # filled on the device, no copy
             starts_K = torch.full((canvases,), starts[0], device=canvas_ids.device)
-        else:
+        elif starts_K is None:
             starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
         positions_KC = starts_K[:, None] + torch.arange(length, device=canvas_ids.device)
         inputs = {}
