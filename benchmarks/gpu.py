@@ -31,11 +31,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DiffusionGemma-26B LoRA, 4 x 1024, checkpointing": (
         "diffusion_gemma", "train", {"rows": 4, "checkpointing": True},
     ),
+    # Rows and prompts of unequal length, as data has them: attention has masks.
+    "LLaDA-8B LoRA, 4 ragged rows up to 1024": ("llada", "train", {"rows": 4, "ragged": True}),
+    "DiffusionGemma-26B LoRA, 4 ragged rows up to 1024, checkpointing": (
+        "diffusion_gemma", "train", {"rows": 4, "ragged": True, "checkpointing": True},
+    ),
     "LLaDA-8B generate, 1 row": ("llada", "generate", {"rows": 1}),
     "LLaDA-8B generate, 1 row, dual cache": ("llada", "generate", {"rows": 1, "cache": "dual"}),
     "LLaDA-8B generate, 16 rows": ("llada", "generate", {"rows": 16}),
     "DiffusionGemma-26B generate, 1 row": ("diffusion_gemma", "generate", {"rows": 1}),
+    "LLaDA-8B generate, 16 ragged rows": ("llada", "generate", {"rows": 16, "ragged": True}),
     "DiffusionGemma-26B generate, 16 rows": ("diffusion_gemma", "generate", {"rows": 16}),
+    "DiffusionGemma-26B generate, 16 ragged rows": ("diffusion_gemma", "generate", {"rows": 16, "ragged": True}),
     # Twelve of thirty layers: transformers' class holds encoder and decoder twice until it ties them.
     "DiffusionGemma, 12 layers, generate, 1 row": ("diffusion_gemma", "generate", {"rows": 1, "layers": 12}),
     "DiffusionGemma, 12 layers, generate, 1 row, transformers": ("", "theirs", {"rows": 1, "layers": 12}),
@@ -88,16 +95,18 @@ def _network(family: str, layers: int | None = None) -> Any:
     return model.requires_grad_(False)
 
 
-def _batch(rows: int, length: int, prompt: int) -> Any:
+def _batch(rows: int, length: int, prompt: int, ragged: bool) -> Any:
     import torch
 
     from unmask.batch import Batch
 
-    supervised = (torch.arange(length) >= prompt).expand(rows, length)
+    row_B1, position_L = torch.arange(rows)[:, None], torch.arange(length)
+    there = position_L < length - ragged * (67 * row_B1 % 192)
+    supervised = there & (position_L >= prompt - ragged * (41 * row_B1 % 192))
     return Batch(
         input_ids_BL=torch.randint(1000, 100_000, (rows, length), generator=torch.Generator().manual_seed(1)),
         supervised_BL=supervised,
-        attention_mask_BL=torch.ones(rows, length, dtype=torch.bool),
+        attention_mask_BL=there.expand(rows, length),
         answer_lengths_B=supervised.sum(1),
         sample_ids_B=torch.arange(rows),
         epoch=0,
@@ -109,7 +118,12 @@ def _batch(rows: int, length: int, prompt: int) -> Any:
 
 
 def _train(
-    family: str, rows: int, dense: bool = False, checkpointing: bool = False, compiled: bool = False
+    family: str,
+    rows: int,
+    dense: bool = False,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    ragged: bool = False,
 ) -> dict[str, float]:
     import torch
 
@@ -141,7 +155,8 @@ def _train(
         objective = _Dense(objective)
     runtime = Runtime(torch.device("cuda"), torch.bfloat16)
     optimizer = build_optimizer(OptimizerConfig(lr=1e-4), model)
-    batch = _batch(rows, 1024, 256 if family == "llada" else 768)
+    batch = _batch(rows, 1024, 256 if family == "llada" else 768, ragged)
+    tokens = int(batch.attention_mask_BL.sum())
 
     def step(number: int) -> Any:
         return train_step(model, objective, [batch], NoiseStream(number), optimizer, runtime, 1.0)
@@ -151,11 +166,11 @@ def _train(
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() >= 2 and not _looked_up(n))
     return {
         "seconds": seconds,
-        "tokens_per_second": rows * 1024 / seconds,
+        "tokens_per_second": tokens / seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         # Forward and the gradient of the activations; a frozen matrix has no gradient of its own. With experts a token
         # meets few of the matrices.
-        **({"tflops_of_layers": 4 * matrices * rows * 1024 / seconds / 1e12} if family == "llada" else {}),
+        **({"tflops_of_layers": 4 * matrices * tokens / seconds / 1e12} if family == "llada" else {}),
     }
 
 
@@ -194,7 +209,9 @@ def _timed(steps: Sequence[Callable[[], Any]]) -> list[float]:
     return seconds
 
 
-def _generate(family: str, rows: int, layers: int | None = None, cache: Any = "none") -> dict[str, float]:
+def _generate(
+    family: str, rows: int, layers: int | None = None, cache: Any = "none", ragged: bool = False
+) -> dict[str, float]:
     import torch
 
     from unmask.config.sampler import SamplerConfig
@@ -202,7 +219,8 @@ def _generate(family: str, rows: int, layers: int | None = None, cache: Any = "n
 
     model = _network(family, layers).eval()
     generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(1000, 100_000, (256,), generator=generator).tolist() for _ in range(rows)]
+    lengths = [256 - ragged * (41 * row % 192) for row in range(rows)]
+    prompts = [torch.randint(1000, 100_000, (length,), generator=generator).tolist() for length in lengths]
     sampler = (
         SamplerConfig(steps=32, max_new_tokens=128, block_size=32, eos="suppress", cache=cache)
         if family == "llada"
