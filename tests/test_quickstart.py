@@ -36,8 +36,9 @@ def test_an_earlier_quickstart_is_replaced(tmp_path: Path) -> None:
     root = tmp_path / "quickstart"
     root.mkdir()
     (root / CONFIG).write_text("model: {}")
+    (root / RUN).mkdir()
     clear(root)
-    assert not root.exists()
+    assert list(root.iterdir()) == []
 
 
 def test_training_ends_at_the_third_good_validation_running() -> None:

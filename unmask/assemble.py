@@ -27,7 +27,7 @@ from unmask.evaluation.tasks import questions_of
 from unmask.evaluation.validation import SAMPLES, answer_validator, fixed_noise, validation_losses
 from unmask.objectives.registry import build_objective
 from unmask.parts import Parts, build_parts, seen_later_turns
-from unmask.places import user_path
+from unmask.places import part_of, user_path
 from unmask.prepare import Prepared
 from unmask.report.metrics import FILE, MetricsLog, SilentLog, read_metrics
 from unmask.report.plots import plot_runs
@@ -140,7 +140,8 @@ def _network_settings(prepared: Prepared) -> NetworkSettings:
 
 def _open_log(config: RunConfig, root: Path) -> MetricsLog:
     """Write config.yaml and open metrics.jsonl and the tracker."""
-    (root / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    with part_of(root / "config.yaml") as part:
+        part.write_text(dump_config(config), encoding="utf-8")
     tracker = open_tracker(config.wandb, root, to_mapping(config))
     return MetricsLog(root / FILE, [tracker.log] if tracker else [], [tracker.close] if tracker else [])
 

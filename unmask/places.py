@@ -94,13 +94,19 @@ def hold(path: Path, option: str, place: Path, verb: str) -> Iterator[None]:
                 folder.rmdir()
 
 
+def lock_beside(place: Path) -> Path:
+    """Return the lock file of a file or folder that is replaced, beside it; a link's is that of what it leads to."""
+    place = Path(os.path.realpath(place))
+    return place.parent / f".{place.name}.lock"
+
+
 def _lock_file(path: Path, option: str, place: Path, verb: str) -> int:
     """Return the open, locked lock file, our process id in it."""
     while True:
         handle = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(handle, path):
                 os.ftruncate(handle, 0)
@@ -142,22 +148,36 @@ def _is_at(handle: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def part_of(final: Path, folder: bool = False) -> Iterator[Path]:
-    """Context with a new file or folder beside `final`, for the caller to fill and rename; removed if it is not.
+    """Context with a new file or folder beside `final`, for the caller to fill; takes its place at the end.
 
-    What dead processes left of earlier attempts at `final` is removed first. Raises OSError.
+    After an exception it is removed, and what is at `final` stays. A file that is replaced keeps its permissions, a
+    link leads to what is new. What dead processes left of earlier attempts at `final` is removed first.
+
+    Args:
+        final: a file; with `folder` what is not there, or an empty folder.
+
+    Raises:
+        OSError: it cannot be written; names the part or `final`.
     """
-    pattern = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.part")
-    remove_dead(final.parent, pattern)
-    part = final.with_name(f".{final.name}.{os.getpid()}.part")
+    final = Path(os.path.realpath(final))  # also of what is not there
+    remove_dead(final.parent, re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.part"))
+    part = final.parent / f".{final.name}.{os.getpid()}.part"
     if folder:
+        if os.path.ismount(final):
+            raise OSError(errno.EBUSY, "a mount point, which nothing can take the place of", str(final))
         part.mkdir()
     else:
         part.touch(exist_ok=False)
     with _locked(part):
         try:
-            yield part
+            with naming(final):
+                yield part
+            if not folder and final.exists():
+                with contextlib.suppress(PermissionError):  # a file system without permissions
+                    shutil.copymode(final, part)
+            part.replace(final)
         finally:
-            _remove(part)
+            remove(part)
 
 
 @contextlib.contextmanager
@@ -175,7 +195,7 @@ def remove_dead(folder: Path, pattern: re.Pattern[str]) -> None:
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             if (match := pattern.fullmatch(path.name)) and _is_dead(path, int(match[1])):
-                _remove(path)
+                remove(path)
 
 
 def _is_dead(path: Path, process: int) -> bool:
@@ -208,8 +228,9 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -34,6 +34,7 @@ from unmask.evaluation.tasks import Question
 from unmask.models.loading import build_model, load_model
 from unmask.models.registry import family_named
 from unmask.models.tokenizer import load_tokenizer, train_tokenizer
+from unmask.places import hold, lock_beside
 from unmask.prepare import prepare
 from unmask.rng import generator
 from unmask.sampling.view import watch
@@ -84,6 +85,11 @@ def quickstart(root: Path, seed: int = 42, own_process: bool = False) -> int:
     Returns:
         exit status: 0, or 1 when the trained model solves fewer held-out problems than promised.
     """
+    with hold(lock_beside(root), "--output", root, "works in"):
+        return _quickstart(root, seed, own_process)
+
+
+def _quickstart(root: Path, seed: int, own_process: bool) -> int:
     began = time.monotonic()
     clear(root)
     train, held_out = make_problems(TRAIN_ROWS, VALIDATION_ROWS + TEST_ROWS, seed)
@@ -118,7 +124,9 @@ def clear(root: Path) -> None:
         return
     if not root.is_dir() or (any(root.iterdir()) and not (root / CONFIG).is_file()):
         raise CheckpointError(f"--output: {root} exists and is no earlier quickstart; choose a new folder")
-    shutil.rmtree(root)
+    # What tells a quickstart's folder goes last; the folder itself stays, as it may be a link or a mount.
+    for path in sorted(root.iterdir(), key=lambda path: path.name == CONFIG):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_run(root: Path, train: Sequence[Problem], validation: Sequence[Problem], values: Mapping[str, Any]) -> None:

@@ -91,6 +91,5 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}; choose another --output") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from unmask.errors import DataError
 from unmask.parsing import ParseProblem, parse_json
-from unmask.places import read_bytes
+from unmask.places import part_of, read_bytes
 
 FILE = "metrics.jsonl"
 
@@ -171,9 +170,8 @@ def cut_after(path: Path, step: int) -> str | None:
         return None
     events, damaged = _read(path)
     kept = [event for event in events if event.get("step", 0) <= step]
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with part_of(path) as part:
+        part.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
     if not damaged:
         return None
     return f"{path}: {len(damaged)} damaged lines were removed, the first of them line {damaged[0]}"

@@ -84,7 +84,6 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     try:
         with part_of(output) as part:
             figure.savefig(part, format="png", dpi=120)
-            part.replace(output)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another place") from None
     finally:

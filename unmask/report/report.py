@@ -40,7 +40,6 @@ def write_report(folders: Sequence[Path], output: Path, evaluations: Sequence[Pa
     try:
         with part_of(output) as part:
             part.write_text(text, "utf-8", errors="replace")  # half a surrogate pair, which JSON may hold, is no text
-            part.replace(output)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another place") from None
     return output

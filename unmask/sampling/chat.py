@@ -151,7 +151,6 @@ def save(conversation: Conversation, path: Path) -> int:
             written += b"\n"
         with part_of(path) as part:
             part.write_bytes(written + row.encode() + b"\n")
-            part.replace(path)
     except OSError as error:
         raise SamplingError(f"/save: {path}: {error.strerror or error}; name a file that you may write") from None
     return sum(not line.isspace() for line in written.splitlines()) + 1

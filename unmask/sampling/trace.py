@@ -107,7 +107,6 @@ class Trace:
         try:
             with part_of(path) as part:
                 part.write_text(self.page(), "utf-8")
-                part.replace(path)
         except OSError as error:
             raise SamplingError(f"--trace: {path}: {error.strerror or error}; name a file that you may write") from None
         return True

@@ -14,7 +14,7 @@ from unmask.models.folders import ADAPTER_CONFIG, base_note, choice_note, find_a
 from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan, plan_folder
 from unmask.models.tokenizer import load_tokenizer, tokenizer_folder
-from unmask.places import part_of, user_path
+from unmask.places import hold, lock_beside, part_of, user_path
 
 # A tensor of one of a stack's layers.
 _LAYER = re.compile(r"(?P<stack>.*\.(?:layers|blocks))\.(?P<layer>\d+)\.(?P<name>.+)")
@@ -46,37 +46,36 @@ def export(
         CheckpointError: `output` is taken or cannot be written; nothing half-written is left.
     """
     output = user_path(output, "--output")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
-    plan, adapter_folder, notes = plan_folder(checkpoint, "--checkpoint"), None, []
-    if adapter is not None:
-        adapter_folder = find_adapter(adapter)
-        choice = choice_note(user_path(adapter, "adapter"), adapter_folder, ADAPTER_CONFIG)
-        notes = [choice, base_note(adapter_folder, Path(str(plan.folder)))]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(output, folder=True) as part:
-            # torch, as nothing is refused now
-            from unmask.models.loading import build_model, merged_model, save_model, unwrap_weights
+    with hold(lock_beside(output), "--output", output, "writes"):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(f"--output: {output} exists and is not empty; choose a new folder")
+        plan, adapter_folder, notes = plan_folder(checkpoint, "--checkpoint"), None, []
+        if adapter is not None:
+            adapter_folder = find_adapter(adapter)
+            choice = choice_note(user_path(adapter, "adapter"), adapter_folder, ADAPTER_CONFIG)
+            notes = [choice, base_note(adapter_folder, Path(str(plan.folder)))]
+        try:
+            with part_of(output, folder=True) as part:
+                # torch, as nothing is refused now
+                from unmask.models.loading import build_model, merged_model, save_model, unwrap_weights
 
-            unwrapped = part / "unwrapped"
-            with intact(plan.folder, verify), intact(adapter_folder, verify):
-                if strip_prefix:
-                    unwrapped.mkdir()
-                    plan = unwrap_weights(plan, unwrapped)
-                model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
-                save_model(model, plan, part)
-            warnings = [*plan.notes, *(f"--adapter: {note}" for note in notes if note)]
-            warnings += [*_copy_tokenizer(checkpoint, adapter, part), *_incomplete(checkpoint, plan)]
-            shutil.rmtree(unwrapped, ignore_errors=True)
-            if output.exists():
-                output.rmdir()
-            part.rename(output)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise CheckpointError(
-            f"--output: {output} cannot be written ({reason}); nothing of it was left, choose another place"
-        ) from None
+                unwrapped = part / "unwrapped"
+                with intact(plan.folder, verify), intact(adapter_folder, verify):
+                    if strip_prefix:
+                        unwrapped.mkdir()
+                        plan = unwrap_weights(plan, unwrapped)
+                    model = build_model(plan, dtype) if adapter is None else merged_model(plan, adapter, dtype)
+                    save_model(model, plan, part)
+                warnings = [*plan.notes, *(f"--adapter: {note}" for note in notes if note)]
+                warnings += [*_copy_tokenizer(checkpoint, adapter, part), *_incomplete(checkpoint, plan)]
+                shutil.rmtree(unwrapped, ignore_errors=True)
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors reports the former
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            if (name := getattr(error, "filename", None)) not in (None, str(output)):
+                reason = f"{name}: {reason}"
+            raise CheckpointError(
+                f"--output: {output} cannot be written ({reason}); nothing of it was left, choose another place"
+            ) from None
     return warnings
 
 
