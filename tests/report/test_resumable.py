@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import ConfigError
-from unmask.report.resumable import append_records, read_records, resume_records
+from unmask.report.resumable import Kind, append_records, first_difference, read_records, resume_records
 
 WHO = {"task": "gsm8k", "sampler": {"steps": 8, "cache": "none"}, "seed": 42}
 UNITS = [(3, 1), (0, 2)]
+KIND = Kind("evaluation", lambda record: isinstance(record["text"], str))
 
 
 def resume(path: Path, **change: object) -> list[dict]:
-    return resume_records(path, "evaluation", WHO | change, UNITS)
+    return resume_records(path, KIND, WHO | change, UNITS)
 
 
 def rows(*numbers: int) -> list[dict]:
@@ -28,7 +29,7 @@ def test_what_was_written_is_taken_up_again(tmp_path: Path) -> None:
     append_records(path, rows(3, 1))
     assert resume(path) == rows(3, 1)
     append_records(path, rows(0, 2))
-    assert read_records(path, "evaluation") == (WHO, rows(3, 1, 0, 2))
+    assert read_records(path, KIND) == (WHO, rows(3, 1, 0, 2))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_file_without_records_is_of_no_evaluation_yet(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     resume(path)
     assert resume(path, seed=1) == []
-    assert read_records(path, "evaluation") == (WHO | {"seed": 1}, [])
+    assert read_records(path, KIND) == (WHO | {"seed": 1}, [])
 
 
 @pytest.mark.parametrize("text", ["notes\n", json.dumps({"row": 1}) + "\n", "\n"])
@@ -76,3 +77,26 @@ def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path, text: str
     with pytest.raises(ConfigError, match="is no file of this kind: evaluation"):
         resume(path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", '{"row": "1"}', '{"row": 1}', '{"row": 1, "text": 2}', "{", "\xff", "[" * 9999]
+)
+def test_a_line_that_is_no_record_is_named_and_the_file_stays(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    resume(path)
+    append_records(path, rows(3))
+    with path.open("a", encoding="latin-1") as file:
+        file.write(line + "\n")
+    append_records(path, rows(1))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"a\.jsonl:3: no record of this kind: evaluation; remove the line"):
+        resume(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [({"a": {"b": None}}, None), ({"a": {"b": 1}}, "a.b 1, not none"), ({"a": 1}, "a 1, not {}")]
+)
+def test_a_null_is_as_good_as_nothing(found: dict, said: str | None) -> None:
+    assert first_difference(found, {"a": {}}) == said

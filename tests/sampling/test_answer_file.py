@@ -69,7 +69,7 @@ def test_an_interrupted_job_goes_on_and_its_file_is_that_of_one_run(tiny_base, t
 def test_the_part_of_another_job_is_not_touched(tiny_base, tmp_path, capsys):
     words_ = words(tiny_base, tmp_path, "out.jsonl")
     part = tmp_path / "out.jsonl.part"
-    part.write_text(json.dumps({"generation": {"seed": 1}}) + '\n{"row": 0}\n')
+    part.write_text(json.dumps({"generation": {"seed": 1}}) + '\n{"row": 0, "text": ""}\n')
     before = part.read_bytes()
     assert main(words_) == 2
     assert "holds another generation" in capsys.readouterr().err
@@ -197,7 +197,9 @@ def test_a_job_is_of_its_weights(tiny_base, tmp_path, capsys):
     copy = tmp_path / "model"
     shutil.copytree(tiny_base.resolve(), copy, ignore=shutil.ignore_patterns("optimizer*"))
     command = words(copy, tmp_path, "out.jsonl")
-    (tmp_path / "out.jsonl.part").write_text('{"generation": {"weights": "of another model"}}\n{"row": 0}\n')
+    (tmp_path / "out.jsonl.part").write_text(
+        '{"generation": {"weights": "of another model"}}\n{"row": 0, "text": ""}\n'
+    )
     assert main(command) == 2
     assert "holds another generation (weights" in capsys.readouterr().err
 

@@ -27,14 +27,33 @@ from unmask.evaluation.job import Likelihoods
 from unmask.evaluation.likelihood import DEFAULT_SAMPLES, Pair, log_likelihoods, method_for
 from unmask.evaluation.tasks import Question
 from unmask.report import resumable
-from unmask.report.resumable import Record
+from unmask.report.metrics import is_number
+from unmask.report.resumable import Kind, Record
 from unmask.sampling.generate import DEFAULT_BATCH_SIZE
 from unmask.sampling.settings import SamplerSettings
 
 # Answers that each process scores between two saves of a likelihood evaluation.
 PAIRS_BETWEEN_SAVES = 64
-_FILE = "evaluation"  # what the first line of a file is called
 Progress = Callable[[int, int, int], None]  # rows done, rows in all, rows of these that were just done
+
+
+def _is_record(record: Record) -> bool:
+    """Say whether a line of a file has the numbers that are summed up, of an answer or of a likelihood."""
+    if "correct" in record:
+        return (
+            type(record["correct"]) is bool
+            and type(record["nfe"]) is type(record["batch_size"]) is int
+            and record["nfe"] > 0
+            and isinstance(record["token_ids"], list)
+            and isinstance(record["finish_reason"], str)
+        )
+    names = ["log_likelihood"] if "log_likelihood" in record else ["denoising_cross_entropy", "ar_log_likelihood"]
+    error = record["standard_error"]
+    numbers = [record[name] for name in names] + ([] if error is None else [error])
+    return type(record["tokens"]) is int and record["tokens"] > 0 and all(map(is_number, numbers))
+
+
+_FILE = Kind("evaluation", _is_record)
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:

@@ -8,49 +8,69 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import CheckpointError, ConfigError
 from unmask.parsing import parse_json
-from unmask.places import read_bytes
+from unmask.places import part_of, read_bytes
 
 Record = dict[str, Any]
 
 
-def read_records(path: Path, kind: str) -> tuple[dict[str, Any], list[Record]]:
+@dataclass(frozen=True)
+class Kind:
+    """What a file is of: `name`, what its first line is called, as `evaluation`, and what is a record in it."""
+
+    name: str
+    is_record: Callable[[Record], bool]
+
+
+def read_records(path: Path, kind: Kind) -> tuple[dict[str, Any], list[Record]]:
     """Return what a file is of and its records; a last line that was cut short is left out.
 
-    Args:
-        path: the file.
-        kind: what its first line is called, as `evaluation`.
-
     Raises:
-        ConfigError: no such file, or one of another kind.
+        ConfigError: no such file, or one of another kind; names the first line that is no record.
     """
     try:
         lines = read_bytes(path).split(b"\n")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a file of this kind: {kind}") from None
-    whole = [line for line in lines[:-1] if line]  # what follows the last line break is empty or torn
-    try:
-        head, *records = (parse_json(line, strict=False) for line in whole)
-        if not all(isinstance(record, dict) and type(record["row"]) is int for record in records):
-            raise TypeError(records)
-        return dict(head[kind]), records
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path}: is no file of this kind: {kind}; delete it or choose another --output") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a file of this kind: {kind.name}") from None
+    head: dict[str, Any] | None = None
+    records: list[Record] = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty or torn
+        if not line:
+            continue
+        try:
+            value = parse_json(line, strict=False)
+            if head is None:
+                head = dict(value[kind.name])
+            elif type(value["row"]) is int and kind.is_record(value):
+                records.append(value)
+            else:
+                raise ValueError(value)
+        except (ValueError, KeyError, TypeError):
+            if head is None:
+                break
+            raise ConfigError(
+                f"{path}:{number}: no record of this kind: {kind.name}; remove the line, and it is made anew, or "
+                "choose another --output"
+            ) from None
+    if head is None:
+        raise ConfigError(f"{path}: is no file of this kind: {kind.name}; delete it or choose another --output")
+    return head, records
 
 
 def resume_records(
-    path: Path, kind: str, identity: Mapping[str, Any], units: Iterable[Collection[int]], more: Sequence[Path] = ()
+    path: Path, kind: Kind, identity: Mapping[str, Any], units: Iterable[Collection[int]], more: Sequence[Path] = ()
 ) -> list[Record]:
     """Return the records that can be kept, and leave the file with those alone; make it if there is none.
 
     Args:
         path: the file.
-        kind: what its first line is called.
+        kind: what it is of.
         identity: what this job is, as plain JSON values.
         units: rows, by their numbers in the records' `row`, that belong together. The records of a unit that is not
             complete are dropped: computed again together, they come out as they would have without an interruption.
@@ -68,11 +88,13 @@ def resume_records(
             different = first_difference(found, identity) if records else None
             if different is not None:
                 raise ConfigError(
-                    f"{file}: holds another {kind} ({different}); choose another --output, or delete the file"
+                    f"{file}: holds another {kind.name} ({different}); choose another --output, or delete the file"
                 )
             have.update({record["row"]: record for record in records})
     kept = [have[row] for unit in units if all(row in have for row in unit) for row in unit]
-    write_lines(path, [json.dumps({kind: dict(identity)}, ensure_ascii=False), *(as_line(record) for record in kept)])
+    write_lines(
+        path, [json.dumps({kind.name: dict(identity)}, ensure_ascii=False), *(as_line(record) for record in kept)]
+    )
     for file in more:
         file.unlink(missing_ok=True)
     return kept
@@ -93,11 +115,10 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a file beside its place and rename it; raises CheckpointError."""
-    temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        with part_of(path) as part:
+            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
 
@@ -122,7 +143,9 @@ def first_difference(
         if old == new or name in apart_from:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            inner = next(key for key in (*new, *old) if old.get(key) != new.get(key))
+            inner = next((key for key in (*new, *old) if old.get(key) != new.get(key)), None)
+            if inner is None:  # a null that the other has not
+                continue
             name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
         return f"{name} {_shown(old)}, not {_shown(new)}"
     return None

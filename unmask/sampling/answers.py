@@ -23,9 +23,9 @@ from unmask.distributed.ranks import Ranks, from_first, join
 from unmask.distributed.runtime import own_device, pick_device
 from unmask.errors import ConfigError
 from unmask.parsing import parse_json
-from unmask.places import hold, read_bytes, user_path
+from unmask.places import hold, lock_beside, read_bytes, user_path
 from unmask.report.progress import AnswerProgress
-from unmask.report.resumable import Record, append_records, as_line, resume_records, write_lines
+from unmask.report.resumable import Kind, Record, append_records, as_line, resume_records, write_lines
 from unmask.sampling.blanks import encode_blanks, has_blank
 from unmask.sampling.engine.loop import StepEvent
 from unmask.sampling.generate import Generation, answer
@@ -37,7 +37,8 @@ from unmask.sampling.text import printable, unanswered_note
 from unmask.sampling.trace import trace_for
 from unmask.sampling.view import watcher
 
-_FIRST_LINE = "generation"  # what an answer file's first line is called
+# What an answer file is of until it is whole.
+_FILE = Kind("generation", lambda record: isinstance(record["text"], str))
 
 
 def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, device: str, shard: bool) -> None:
@@ -59,7 +60,7 @@ def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, devic
         return
     path = user_path(request.output, "--output")
     with ExitStack() as stack:
-        lock = hold(path.with_name(f".{path.name}.lock"), "--output", path, "writes")
+        lock = hold(lock_beside(path), "--output", path, "writes")
         from_first(ranks, lambda: stack.enter_context(lock))
         output = AnswerFile(path, job.rows, job.identity(dtype), ranks)
         if not output.finished:
@@ -251,12 +252,12 @@ class AnswerFile:
                 return self._finished()
             others = sorted(set(path.parent.glob(f"{escape(path.name)}.part?*")) - {self._part(0)})
             others = [file for file in others if file.suffix.removeprefix(".part").isdigit()]
-            return resume_records(self._part(0), _FIRST_LINE, whole, self._units(), others)
+            return resume_records(self._part(0), _FILE, whole, self._units(), others)
 
         self.finished = bool(from_first(ranks, path.exists))
         self.kept = {record["row"]: record for record in from_first(ranks, resume)}
         if not ranks.first and not self.finished:
-            write_lines(self._file, [json.dumps({_FIRST_LINE: whole}, ensure_ascii=False)])
+            write_lines(self._file, [json.dumps({_FILE.name: whole}, ensure_ascii=False)])
 
     @property
     def missing(self) -> list[int]:
