@@ -88,6 +88,19 @@ def test_results_that_a_full_disk_lost_are_told(tmp_path: Path, words: list[str]
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [PRINTS, ["--help"], ["chat", "--checkpoint", "x"]])
+def test_results_that_have_nowhere_to_go_are_told(tmp_path: Path, words: list[str]) -> None:
+    command = [sys.executable, "-m", "unmask", *words] if words[0] == "--help" else stand_in(tmp_path, words)
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closed, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1]
+        == "unmask: error: standard output: Bad file descriptor; what was printed is not complete"
+    )
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr and not (tmp_path / "done").exists()
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "cp1252", "latin-1"])
 def test_another_charset_ends_no_command(tmp_path: Path, encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -137,7 +150,7 @@ def test_a_signal_leaves_the_cursor_visible(number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--nproc-per-node", "2"]])
-@pytest.mark.parametrize("way", ["gone", "full"])
+@pytest.mark.parametrize("way", ["gone", "full", "closed"])
 def test_training_goes_on_and_its_log_says_that_nobody_hears(
     tiny: Any, tmp_path: Path, way: str, more: list[str]
 ) -> None:
@@ -150,6 +163,9 @@ def test_training_goes_on_and_its_log_says_that_nobody_hears(
             process.stdout.close()
             said = process.stderr.read()
         status, problem = process.returncode, "Broken pipe"
+    elif way == "closed":
+        done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE)
+        status, said, problem = done.returncode, done.stderr, "Bad file descriptor"
     else:
         with open("/dev/full", "wb") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)

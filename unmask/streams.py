@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import termios
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, TextIO
@@ -81,7 +82,7 @@ def need_output(needed: bool) -> None:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Context in which no character and no failure to write ends a command, and a signal leaves the cursor visible.
+    """Context in which no character and no failure to write ends a command, and a signal leaves the terminal as it was.
 
     Streams that a caller has put in place of the process's own stay as they are.
     """
@@ -89,13 +90,13 @@ def standard_streams() -> Iterator[None]:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.open(os.devnull, os.O_RDONLY)  # writing there fails, also in processes that are started
     before = sys.stdin, sys.stdout, sys.stderr
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)
-    sys.stdout = _guarded(sys.stdout, sys.__stdout__, 1, "standard output")
-    sys.stderr = _guarded(sys.stderr, sys.__stderr__, 2, "standard error")
-    handlers = _show_cursor_at_signals()
+    sys.stdout = _guarded(sys.stdout, sys.__stdout__, _Stream(1, "standard output"))
+    sys.stderr = _guarded(sys.stderr, sys.__stderr__, _Stream(2, "standard error"))
+    handlers = _mend_terminal_at_signals()
     try:
         yield
     finally:
@@ -107,16 +108,16 @@ def standard_streams() -> Iterator[None]:
         sys.stdin, sys.stdout, sys.stderr = before
 
 
-def _guarded(stream: TextIO | None, original: TextIO | None, descriptor: int, name: str) -> TextIO:
+def _guarded(stream: TextIO | None, original: TextIO | None, raw: _Stream) -> TextIO:
     if stream is not original:
         assert stream is not None
         return stream
-    buffer = io.BufferedWriter(_Stream(descriptor, name))
+    buffer = io.BufferedWriter(raw)
     if stream is None:
         return io.TextIOWrapper(buffer, "utf-8", "replace")
     stream.flush()
     unbuffered = bool(getattr(stream, "write_through", False))
-    line = unbuffered or descriptor == 2 or buffer.isatty()
+    line = unbuffered or raw.descriptor == 2 or buffer.isatty()
     return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=line, write_through=unbuffered)
 
 
@@ -125,19 +126,30 @@ def _raw(stream: Any) -> _Stream | None:
     return raw if isinstance(raw, _Stream) else None
 
 
-def _show_cursor_at_signals() -> dict[int, Any]:
-    """Let signals that end a process show the cursor first, which a live line hides; return the handlers before."""
+def _mend_terminal_at_signals() -> dict[int, Any]:
+    """Let signals that end a process show the cursor first, which a live line hides, and let typing be seen again.
+
+    `input()` with readline reads keys one by one and draws them itself; a signal leaves the terminal so.
+
+    Returns:
+        the handlers before.
+    """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    modes = termios.tcgetattr(0) if os.isatty(0) else None
 
     def end(number: int, frame: FrameType | None) -> None:
         for descriptor in terminals:
             with contextlib.suppress(OSError):
                 os.write(descriptor, _SHOW_CURSOR)
+        with contextlib.suppress(OSError, termios.error):
+            # Where another program has the terminal by now, changing it would stop this process.
+            if modes is not None and termios.tcgetattr(0) != modes and os.tcgetpgrp(0) == os.getpgrp():
+                termios.tcsetattr(0, termios.TCSANOW, modes)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
     handlers = {}
-    for number in (signal.SIGTERM, signal.SIGHUP) if terminals else ():
+    for number in (signal.SIGTERM, signal.SIGHUP) if terminals or modes is not None else ():
         with contextlib.suppress(ValueError):  # not the main thread
             if signal.getsignal(number) is signal.SIG_DFL:
                 handlers[number] = signal.signal(number, end)
