@@ -11,7 +11,7 @@ from typing import NoReturn
 import unmask
 from unmask.commands import chat, doctor, eval, export, generate, plot, prep, quickstart, report, train
 from unmask.config.flags import spellings
-from unmask.distributed.processes import leave_status, several_processes
+from unmask.distributed.processes import end_with_launcher, leave_status, several_processes
 from unmask.errors import ConfigError, UnmaskError, is_out_of_memory, nearest
 from unmask.streams import OutputLost, need_output, standard_streams
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by torch's CUDA allocator: segments that grow hold batches of ever other lengths without gaps between them.
     if not any(os.environ.get(name) for name in _ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    end_with_launcher()
     with standard_streams():
         status = _run(build_parser(), words)
     if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-from unmask.distributed.processes import STATUS_FILE
+from unmask.distributed.processes import SHUTDOWN_TIMEOUT, STATUS_FILE
 from unmask.errors import ConfigError
 from unmask.places import temporary_folder
 
@@ -31,7 +31,7 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
         raise ConfigError("--nproc-per-node: this process was started by torchrun already; give it to torchrun alone")
     # Threads are split fairly: more of them than cores make every rank wait for the slowest.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(_GRACE))
     warnings.filterwarnings("ignore", module="torch.distributed")
     # Each rank reports its own failure in one line; the launcher's summary of exit codes would bury it.
     for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):

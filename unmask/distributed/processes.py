@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from unmask.errors import ConfigError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _MANY_CORES = 2**16
+_INTERVAL = 0.5  # seconds between two looks at the launcher
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds from SIGTERM to SIGKILL; torchrun reads it
 STATUS_FILE = "UNMASK_STATUS_FILE"  # where rank 0 leaves its exit status: a launcher that was signalled keeps none
 
 
@@ -82,6 +87,23 @@ def _cgroup_cores() -> list[int]:
 def data_workers(asked: int) -> int:
     """Return how many of the data workers that were asked for this rank starts: at the most its share of the cores."""
     return min(asked, max(1, cores() // local_size()))
+
+
+def end_with_launcher() -> None:
+    """Let this process end when the launcher (torchrun) that started it is killed, of which nothing else tells it.
+
+    It gets SIGTERM, as the launcher would have sent it, so that training saves; and as much time for that.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:  # a process whose parent died, however it did, gets another
+        time.sleep(_INTERVAL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(int(os.environ.get(SHUTDOWN_TIMEOUT, "30")))
+    os._exit(1)
 
 
 def leave_status(status: int) -> None:
