@@ -39,6 +39,9 @@ class FieldError(ConfigError):
         self.field = field
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[FieldError], tuple[str, str]]:  # from a worker process
+        return type(self), (self.field, self.problem)
+
 
 class DataError(UnmaskError):
     """A data source, row or chat template that cannot be used for training."""

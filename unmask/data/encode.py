@@ -228,13 +228,14 @@ def encoded_ahead(
         lookahead: rows that workers may be ahead.
 
     Raises:
-        DataError: raised by `encode`, or a worker died.
+        DataError: raised by `encode`, or a worker died or could not be started.
     """
     if num_workers == 0:
         for visit in visits:
             yield visit, encode(visit.index, visit.epoch)
         return
     # Spawned, never forked: by now this process has torch's threads, and perhaps a device.
+    before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), worker.Start(), (encode,))
     remaining = iter(visits)
     pending: deque[tuple[list[Visit], Future[list[EncodedRow | Dropped]]]] = deque()
@@ -242,9 +243,8 @@ def encoded_ahead(
     try:
         while True:
             while len(pending) < tasks and (chunk := list(islice(remaining, _CHUNK))):
-                pending.append(
-                    (chunk, pool.submit(worker.encode_chunk, [(visit.index, visit.epoch) for visit in chunk]))
-                )
+                task = [(visit.index, visit.epoch) for visit in chunk]
+                pending.append((chunk, _submitted(pool, task, before)))
             if not pending:
                 return
             chunk, future = pending.popleft()
@@ -255,3 +255,18 @@ def encoded_ahead(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(
+    pool: ProcessPoolExecutor, task: list[tuple[int, int]], before: list[multiprocessing.process.BaseProcess]
+) -> Future[list[EncodedRow | Dropped]]:
+    """Give workers a task, the first of which starts them all; end those that began where another could not."""
+    try:
+        return pool.submit(worker.encode_chunk, task)
+    except OSError as error:  # no memory, or the user's limit of processes or open files
+        for process in set(multiprocessing.active_children()).difference(before):
+            process.kill()  # the pool would leave it waiting for tasks, and this process waiting for it in the end
+        raise DataError(
+            f"dataloader.num_workers: a worker process could not be started ({error.strerror or error}); lower "
+            "num_workers"
+        ) from None
