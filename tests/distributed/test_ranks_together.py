@@ -226,7 +226,10 @@ def test_a_signal_to_any_rank_saves_once_and_ends_all(command, config: Path, tmp
 def test_a_rank_without_disk_stops_all_with_the_reason(command, config: Path, tmp_path: Path) -> None:
     ended = command("-c", str(config), "--step_scheduler.ckpt_every_steps", "3", trouble=(1, 2, "disk"))
     assert ended.status == [2, 2] and len(ended.errors) == 1
-    assert f"{tmp_path / 'run' / 'step_3'}: the checkpoint could not be saved (rank 1: " in ended.errors[0]
+    assert (
+        f"{tmp_path / 'run' / 'step_3'}: the checkpoint could not be saved (rank 1: {tmp_path / 'run'}/.step_3."
+        in (ended.errors[0])
+    )
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "metrics.jsonl"}
 
 

@@ -118,3 +118,24 @@ def test_a_run_directory_that_is_a_file(tmp_path: Path) -> None:
             prepare_run_dir(place)
     prepare_run_dir(tmp_path / "new" / "deep")
     assert list((tmp_path / "new" / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_a_copy_whose_links_became_folders_is_refused_before_a_save_meets_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with (
+        pytest.raises(CheckpointError, match=rf"{name} is a folder where a run has a link"),
+        hold_run_dir(tmp_path, ON),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_leftovers_of_every_sort_go(tmp_path: Path) -> None:
+    (tmp_path / ".step_2.1.old.part").touch()  # a file that stood where a checkpoint goes
+    (tmp_path / ".step_4.1.part").mkdir()
+    (tmp_path / ".latest.1").symlink_to("step_2")
+    (tmp_path / "step_2").mkdir()
+    (tmp_path / ".step_6.1.part").symlink_to("step_2")
+    with hold_run_dir(tmp_path, ON):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "step_2"]

@@ -177,6 +177,46 @@ def test_a_full_disk_as_the_writers_meet_it(
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize(
+    ("limit", "file"),
+    [
+        (0, "small/f00"),
+        (20, "state.json"),
+        (120, "shard-0.part"),
+        (1000, "manifest.json"),
+    ],
+)
+def test_a_failed_save_names_the_file(
+    network: Network, tmp_path: Path, limit: int, file: str, small_files: Callable[[int], None]
+) -> None:
+    few = {f"small/f{number:02}": b"12345" for number in range(30)}  # so that the manifest is the largest of all
+    saver = Saver(tmp_path, CheckpointConfig(), network, CPU, few, None)
+    step(network)
+    small_files(limit)
+    saver.save(1, {}, last=False)
+    with pytest.raises(CheckpointError, match=rf"step_1: the checkpoint could not be saved \(\S*{file}: .*File too l"):
+        saver.wait()
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 3, 4, 5])
+def test_a_disk_that_fails_at_the_last_moment_is_named_with_the_file(
+    network: Network, saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    calls, sync = iter(range(100)), os.fsync
+
+    def fail(handle: int) -> None:
+        if next(calls) == call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    step(network)
+    with pytest.raises(CheckpointError, match=rf"could not be saved \({tmp_path}\S+: Input/output error\)"):
+        save(saver, 1)
+    assert not list(tmp_path.glob(".step*"))
+
+
 @pytest.fixture
 def small_files():
     """Return a function that lets files of this process grow to some bytes and no further."""

@@ -293,6 +293,8 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> st
         rank, (cause, _) = next(iter(error.failures.items()))
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
+        if isinstance(cause, OSError):
+            cause.filename = cause.filename or str(folder)
         return disk_problem(ranks, rank, cause)
     return None
 

@@ -18,6 +18,7 @@ from unmask.errors import ModelError
 from unmask.models.family import PLAIN_LAYOUT, FileLayout
 from unmask.models.folders import INDEX, SHARDED, WEIGHTS, StoredTensor, stored_tensors
 from unmask.models.wrappers import misplaced
+from unmask.places import naming
 
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -275,5 +276,6 @@ def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
         written.append(path.rename(folder / name))
         weight_map.update(dict.fromkeys(keys, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with naming(folder / INDEX):
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*written, folder / INDEX]

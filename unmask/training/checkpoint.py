@@ -23,7 +23,7 @@ from typing import Any
 from unmask.errors import CheckpointError, DataError
 from unmask.models.manifest import MANIFEST, STATE, crc32, find_damage, read_manifest
 from unmask.parsing import parse_json
-from unmask.places import naming, read_bytes
+from unmask.places import naming, read_bytes, remove
 
 LATEST, BEST = "latest", "best"  # links to checkpoints
 _STEP = re.compile(r"step_(\d+)")
@@ -86,7 +86,7 @@ def list_files(temporary: Path, files: Iterable[Path]) -> dict[str, list[int]]:
     for path in sorted(files):
         with naming(path):
             listing[str(path.relative_to(temporary))] = [path.stat().st_size, crc32(path)]
-            _to_disk(path)
+        _to_disk(path)
     return listing
 
 
@@ -99,7 +99,8 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
     files = [path for path in temporary.rglob("*") if path.is_file()]
     rest = list_files(temporary, [path for path in files if str(path.relative_to(temporary)) not in listing])
     manifest = {"format": _FORMAT, "files": dict(sorted({**listing, **rest}.items()))}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    with naming(temporary / MANIFEST):
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (temporary / MANIFEST, temporary):
         _to_disk(path)
     if final.exists():  # a torn one of that name; moved aside in one step, removed by `prune`
@@ -139,11 +140,9 @@ def prune(root: Path, keep: int | None, saved: Path) -> None:
 
 def remove_parts(root: Path) -> None:
     """Remove what killed or failed saves left in a run directory, whose holder the caller is."""
-    for leftover in root.glob(".step_*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for name in (LATEST, BEST):
-        for link in root.glob(f".{name}.*"):
-            link.unlink(missing_ok=True)
+    for pattern in (".step_*.part", f".{LATEST}.*", f".{BEST}.*"):
+        for leftover in root.glob(pattern):
+            remove(leftover)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -250,7 +249,8 @@ def point(root: Path, link: str, name: str) -> None:
 def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -12,7 +12,7 @@ from unmask.errors import CheckpointError
 from unmask.models.folders import ADAPTER_CONFIG
 from unmask.places import LOCK, hold
 from unmask.report.metrics import FILE
-from unmask.training.checkpoint import checkpoints, remove_parts
+from unmask.training.checkpoint import BEST, LATEST, checkpoints, remove_parts
 
 
 @contextlib.contextmanager
@@ -28,6 +28,7 @@ def hold_run_dir(root: Path, section: CheckpointConfig) -> Iterator[None]:
     prepare_run_dir(root)
     with hold(root / LOCK, "checkpoint.checkpoint_dir", root, "trains in"):
         refuse_model_folder(root)
+        _refuse_folders_for_links(root)
         remove_parts(root)
         _refuse_earlier_run(root, section)
         yield
@@ -62,6 +63,16 @@ def refuse_model_folder(root: Path) -> None:
                 f"checkpoint.checkpoint_dir: {root} holds {name}, which no run writes there: it is the folder of a "
                 "model or adapter; choose a new folder (a run that lies there goes on once its step_*, latest and "
                 "*.jsonl are moved to one)"
+            )
+
+
+def _refuse_folders_for_links(root: Path) -> None:
+    """Refuse a copy of a run in which links became what they led to, before a save meets it."""
+    for name in (LATEST, BEST):
+        if (root / name).is_dir() and not (root / name).is_symlink():
+            raise CheckpointError(
+                f"checkpoint.checkpoint_dir: {root / name} is a folder where a run has a link to a checkpoint, as "
+                "copies have that follow links; remove it or rename it to its step_N, and run again"
             )
 
 
