@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,17 +138,12 @@ def test_a_kernel_that_leaves_gradients_unwritten_is_mended(mended: bool, monkey
 
 
 @pytest.mark.parametrize(
-    ("capability", "kernel", "zeroes"),
-    [
-        ((8, 0), False, False),
-        ((9, 0), True, True),
-        ((10, 0), True, False),
-        ((10, 3), True, False),
-        ((12, 0), False, False),
-    ],
+    ("major", "kernel", "zeroes"),
+    [(8, False, False), (9, True, True), (10, True, False), (12, False, False)],
+    ids=["Ampere", "Hopper", "Blackwell", "Blackwell for desktops"],
 )
-def test_which_devices_have_a_kernel_and_write_zeros(capability, kernel: bool, zeroes: bool, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_which_devices_have_a_kernel_and_write_zeros(major: int, kernel: bool, zeroes: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     rows, weight = (torch.zeros(*shape, dtype=torch.bfloat16, device="meta") for shape in ((9, 8), (5, 8, 8)))
     assert grouped_kernel(rows, weight) is kernel and not grouped_kernel(rows.float(), weight.float())
     assert zeroes_unused(torch.device("cuda")) is zeroes and zeroes_unused(torch.device("cpu"))
