@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from unmask.data import template_bounds
 from unmask.data.chat import ChatTemplate
@@ -94,6 +95,27 @@ def test_an_error_of_a_template_is_one_line(source: str) -> None:
         "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
         "{% set n = namespace(s=9) %}{% for i in range(99) %}{% set n.s = n.s * n.s %}{% endfor %}",
         "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}" + "text " * 50 + "{% endfor %}{% endfor %}",
+        "{{ ('a' * 10 ** 6).replace('a', 'b' * 10 ** 6) }}",
+        "{{ ('a' * 10 ** 6) | replace('a', 'b' * 10 ** 6) }}",
+        "{{ (['a' * 10 ** 6] * 10 ** 5) | join }}",
+        "{{ ('b' * 10 ** 6).join('a' * 10 ** 6) }}",
+        "{{ ('b' * 10 ** 6).join(range(10 ** 5) | map('string')) }}",
+        "{{ range(10 ** 5) | join('b' * 10 ** 6) }}",
+        "{{ ('\\n' * 10 ** 6) | indent(10 ** 6) }}",
+        "{{ ('\\t' * 10 ** 6).expandtabs(10 ** 6) }}",
+        "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 6}) }}",
+        "{{ ('{0}' * 10 ** 6).format('b' * 10 ** 6) }}",
+        "{{ '{:{}}'.format('b', 10 ** 6) * 99 }}",
+        "{{ '{:99999999999}'.format('b') }}",
+        "{{ '%*d' % (10 ** 9, 1) }}",
+        "{{ ('%s' * 10 ** 3) | format(*(['b' * 10 ** 6] * 10 ** 3)) }}",
+        "{{ ([1] * 10 ** 5) | tojson(indent=10 ** 6) }}",
+        "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = {1: n.s, 2: n.s} %}{% endfor %}",
+        "{% set n = namespace(s=1) %}{% for i in range(99) %}{% set n.s = namespace(a=n.s, b=n.s) %}{% endfor %}",
+        "{% macro f(x) %}{{ f([x, x]) }}{% endmacro %}{{ f(1) }}",
+        "{% with x = [1, 2] %}" + "{% with x = [x, x] %}" * 40 + "{{ x }}" + "{% endwith %}" * 41,
+        "{% for x in [[1, 2]] %}" + "{% for x in [[x, x, x, x, x, x]] %}" * 15 + "{{ x }}" + "{% endfor %}" * 16,
     ],
 )
 def test_what_would_fill_the_memory_is_refused(source: str) -> None:
@@ -118,6 +140,33 @@ def test_a_template_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch, sour
     began = time.monotonic()
     assert "it takes more than 0.2 seconds" in refusal(source)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ ('a' * 10 ** 6) | wordwrap(1) }}", "{{ ('<' * 10 ** 6) | striptags }}", "{{ ('@' * 10 ** 6) | urlize }}",
+     "{{ lipsum(10 ** 6) }}"],
+)  # fmt: skip
+def test_a_step_that_is_slow_by_itself_is_refused(source: str) -> None:
+    began = time.monotonic()
+    assert "it calls" in (said := refusal(source)) or "undefined" in said
+    assert time.monotonic() - began < 5
+
+
+def test_a_template_that_transformers_compiled_before_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_bounds, "_SIZE", 1000)
+    source = "{{ 'a' * 2000 }}{# compiled #}"
+    assert len(render_jinja_template([TURNS], chat_template=source)[0][0]) == 2000
+    assert "it makes more than" in refusal(source)
+    assert len(render_jinja_template([TURNS], chat_template=source)[0][0]) == 2000
+
+
+def test_what_templates_commonly_do_is_not_refused() -> None:
+    assert render("{{ '%s of %d' % ('a', 10 ** 9) }}") == "a of 1000000000"
+    assert render("{{ '{} of {:,}'.format('a', 1000000) }}") == "a of 1,000,000"
+    assert render("{{ messages | map(attribute='content') | join(', ') | upper | indent(2) }}") == "HELLO"
+    assert render("{{ messages | tojson(indent=4) | length }}{{ 2000000000 | string }}") == "662000000000"
+    assert render("{{ (('a' * 10 ** 6).replace('a', 'b') | trim).split('c') | first | length }}") == "1000000"
 
 
 def test_bounds_do_not_count_from_one_rendering_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

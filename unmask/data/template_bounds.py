@@ -2,28 +2,35 @@
 
 transformers renders templates in Jinja's sandbox, where they reach nothing but their data. That bounds `range`, but no
 loop within a loop, repeated text or power. Here the sandbox also counts: rounds of loops and calls look at the clock,
-and what is written, repeated and joined is measured.
+what is written, repeated and joined is measured, and what makes much of little is measured before it does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import Environment, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
+from jinja2.nodes import EvalContext
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from transformers.utils import chat_template_utils
 
 _SECONDS = 20.0  # of one rendering, which takes milliseconds
-_SIZE = 50_000_000  # characters or items that one rendering makes: many times the longest conversation
+_SIZE = 50_000_000  # characters that one rendering makes: many times the longest conversation
+_ITEM = 64  # what an item of a list counts as, beside what it holds
 _BITS = 100_000  # of an integer
 _ARGUMENT = 1_000_000  # of a filter or method, such as a width
-
+_SLOW = ("wordwrap", "urlize", "striptags", "pprint", "title", "xmlattr")  # whose time grows faster than the text
+_SLOW_SIZE = 100_000  # characters that they are given
+_STAR = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*\{")  # a width that stands among the values
 
 # What the program that a template is may end with.
 TEMPLATE_ERRORS = (
@@ -47,14 +54,28 @@ _swap = threading.RLock()
 def bounded_rendering() -> Iterator[None]:
     """Let transformers compile and render templates within bounds; a template beyond them raises SecurityError."""
     with _swap:
-        sandbox = chat_template_utils.ImmutableSandboxedEnvironment
+        compiled, sandbox = (
+            chat_template_utils._compile_jinja_template,
+            chat_template_utils.ImmutableSandboxedEnvironment,
+        )
+        chat_template_utils._compile_jinja_template = _compiled  # pyright: ignore[reportAttributeAccessIssue]
         chat_template_utils.ImmutableSandboxedEnvironment = _BoundedEnvironment
         _rendering.deadline, _rendering.left = time.monotonic() + _SECONDS, _SIZE
         try:
             yield
         finally:
             _rendering.deadline = float("inf")
+            chat_template_utils._compile_jinja_template = compiled
             chat_template_utils.ImmutableSandboxedEnvironment = sandbox
+
+
+@functools.lru_cache
+def _compiled(source: str) -> Any:
+    """Compile a template; transformers' own cache may hold one of that source that was compiled without bounds."""
+    return _COMPILE(source)
+
+
+_COMPILE = chat_template_utils._compile_jinja_template.__wrapped__
 
 
 def _charge(size: int = 0) -> None:
@@ -69,6 +90,7 @@ def _charge(size: int = 0) -> None:
 
 
 def _written(value: Any) -> str:
+    _extent(value)
     text = value if isinstance(value, str) else str(value)
     _charge(len(text))
     return text
@@ -82,20 +104,30 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     def from_string(self, source: Any, *args: Any, **options: Any) -> Any:
         """Compile a template with counting put into its loops and macros, its filters and what it writes."""
         self.finalize = _written
-        self.filters = {name: _counted(function) for name, function in self.filters.items()}
+        self.filters = {name: _counted(name, function) for name, function in self.filters.items()}
         self.filters |= {"counted size": _round, "counted text": _kept}  # called without the sandbox's own checks
+        self.globals.pop("lipsum", None)  # a call of it makes as much text as it likes
         tree = self.parse(source)
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             size = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
             node.body.insert(0, nodes.ExprStmt(_filter("counted size", nodes.Const(size))).set_lineno(node.lineno))
         for node in tree.find_all(nodes.Assign):
             node.node = _filter("counted text", node.node).set_lineno(node.lineno)
+        for node in tree.find_all(nodes.For):
+            node.iter = _filter("counted text", node.iter).set_lineno(node.lineno)
+        for node in tree.find_all(nodes.With):
+            node.values = [_filter("counted text", value).set_lineno(node.lineno) for value in node.values]
         tree.set_environment(self)
         return super().from_string(tree, *args, **options)
 
     def call(self, context: Any, function: Any, /, *args: Any, **options: Any) -> Any:
         """Call a function, method or macro."""
-        _check_arguments(args, options)
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
+        subject = getattr(method, "__self__", None)
+        if isinstance(subject, str):
+            args = _checked(f"str.{method.__name__}", [subject, *args], options)[1:]
+        else:
+            _check_arguments(args, options)
         value = super().call(context, function, *args, **options)
         _charge(len(value) if isinstance(value, str) else 0)
         return value
@@ -104,9 +136,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Compute what could be large."""
         if operator == "+":
             value = left + right
-            _charge(len(value) if isinstance(value, str | list | tuple) else 0)
+            _charge(_length(value))
             return value
-        sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
+        sizes = [_length(side) for side in (left, right) if isinstance(side, str | list | tuple)]
         numbers = [side for side in (left, right) if isinstance(side, int)]
         if operator == "*" and sizes and numbers:
             _charge_ahead(sizes[0] * max(numbers[0], 0))
@@ -115,13 +147,13 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*" and sum(number.bit_length() for number in numbers) > _BITS:
             raise SecurityError("it computes an integer of too many digits")
         elif operator == "%" and isinstance(left, str):
-            _charge_ahead(_widths(left))
+            _check_growth("format", left, list(right) if isinstance(right, tuple) else [right])
         return super().call_binop(context, operator, left, right)
 
 
 def _charge_ahead(size: int) -> None:
     if size > _SIZE:
-        raise SecurityError(f"it makes more than {_SIZE:,} characters or items")
+        raise SecurityError(f"it makes more than {_SIZE:,} characters")
     _charge(size)
 
 
@@ -134,13 +166,73 @@ def _check_arguments(args: Any, options: Any) -> None:
     for value in (*args, *options.values()):
         if isinstance(value, int) and abs(value) > _ARGUMENT:
             raise SecurityError(f"it calls with a number over {_ARGUMENT:,}")
+        _extent(value)
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(name: str, values: Any, options: Any) -> list[Any]:
+    """Return what a filter, or a text's method, is given, after a look at what it would make of it.
+
+    Items that come one by one are made a list, so that they can be counted.
+    """
+    if name in ("join", "str.join"):
+        values = [list(value) if isinstance(value, Iterator) else value for value in values]
+    _check_arguments(values[1:], options)
+    _check_growth(name, values[0], [*values[1:], *options.values()])
+    return values
+
+
+def _check_growth(name: str, subject: Any, values: list[Any]) -> None:
+    """Refuse a step that makes much of little, or takes long over much, before it does."""
+    size = _extent(subject)
+    if name in _SLOW and size > _SLOW_SIZE:
+        raise SecurityError(f"it calls {name} with more than {_SLOW_SIZE:,} characters")
+    text = subject if isinstance(subject, str) else ""
+    largest = max((value if isinstance(value, int) else _extent(value) for value in values), default=0)
+    name, is_method = name.removeprefix("str."), name.startswith("str.")
+    if name == "replace" and len(values) > 1:
+        _charge_ahead(str(subject).count(str(values[0])) * len(str(values[1])))
+    elif name == "join":
+        rows, between = (values[0], size) if is_method and values else (subject, largest)
+        _charge_ahead(_extent(rows) + between * (len(rows) if isinstance(rows, Sized) else 0))
+    elif name in ("format", "format_map"):
+        sizes = [_extent(value) for value in values if not isinstance(value, int)]
+        width = max(_widths(text), largest if _STAR.search(text) else 0)
+        _charge_ahead((text.count("%") + text.count("{")) * max(sizes, default=0) + width)
+    elif name in ("indent", "expandtabs", "translate", "tojson"):
+        _charge_ahead({"indent": text.count("\n"), "expandtabs": text.count("\t")}.get(name, size) * max(largest, 1))
+
+
+def _length(value: Any) -> int:
+    """Return the size of a text, or of a list without what it holds."""
+    return len(value) if isinstance(value, str) else _ITEM * len(value) if isinstance(value, list | tuple | dict) else 0
+
+
+def _extent(value: Any, known: dict[int, int] | None = None) -> int:
+    """Return how many characters a value is of when it is written, what is in it twice counted twice."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Namespace):
+        value = value._Namespace__attrs
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    known = {} if known is None else known
+    if id(value) not in known:
+        known[id(value)] = 0  # where it holds itself
+        parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+        size = _length(value)
+        if size <= _SIZE:
+            size += sum(_extent(part, known) for part in parts)
+        if size > _SIZE:
+            raise SecurityError(f"it makes more than {_SIZE:,} characters")
+        known[id(value)] = size
+    return known[id(value)]
+
+
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # with Jinja's marks of what else it takes
     def counted(*args: Any, **options: Any) -> Any:
-        _check_arguments(args, options)
-        value = function(*args, **options)
+        passed = 1 if isinstance(args[0], Context | EvalContext | Environment) else 0
+        value = function(*args[:passed], *_checked(name, args[passed:], options), **options)
         _charge(len(value) if isinstance(value, str) else 0)
         return value
 
@@ -157,6 +249,7 @@ def _round(_: Any, size: int) -> None:
 @pass_context
 def _kept(_: Any, value: Any) -> Any:
     """Return a value that a template keeps, text counted."""
+    _extent(value)
     if isinstance(value, str):
         _charge(len(value))
     return value
