@@ -63,7 +63,7 @@ _DROPPED_IF: dict[str, tuple[tuple[Any, ...], str]] = {
 # A null here says what leaving the key out says.
 _NULLABLE = (
     *("strategy", "dp_size", "dp_replicate_size", "tp_size", "cp_size", "pp_size", "ep_size"),
-    *("mp_policy", "offload_policy", "autocast_dtype"),
+    *("mp_policy", "offload_policy", "autocast_dtype", "reshard_after_forward"),
 )
 
 # Templates of their repository, by file name, and ours of the same form.

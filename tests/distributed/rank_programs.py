@@ -185,6 +185,39 @@ def offloaded_places(config: dict[str, Any], device: str) -> dict[str, set[str]]
     return {kind: {tensor.device.type for tensor in tensors} for kind, tensors in found.items()}
 
 
+def grouped(config: dict[str, Any], degrees: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Shard a network as a run does; return what FSDP2 holds of it, and where a part of an expert's matrix lies."""
+    from unmask.config.distributed import DistributedConfig
+    from unmask.config.model import ModelConfig
+    from unmask.distributed.processes import Degrees
+    from unmask.distributed.runtime import build_runtime
+    from unmask.distributed.shard import piece
+    from unmask.models.registry import plan_model
+    from unmask.training.network import build_network
+
+    section = DistributedConfig(device="cpu", ep_size=degrees[2], **options)
+    runtime = build_runtime(section, Degrees(*degrees))
+    if section.offload_policy is not None:
+        pin_nothing()
+    model = build_network(network_settings(plan_model(ModelConfig(config=config)), section), runtime).model
+    states = {name: module._get_fsdp_state() for name, module in model.named_modules() if hasattr(module, "reshard")}
+    names = {state: name for name, state in states.items()}
+    groups = {name: state._fsdp_param_group for name, state in states.items()}
+    expert = model.get_parameter("model.decoder.layers.0.experts.down_proj")
+    assert runtime.meshes is not None and runtime.meshes.experts is not None
+    runtime.meshes.experts._device_type = "meta"  # as a mesh of CUDA devices is to shards on the host
+    return {
+        "reshards": {
+            name: group is not None and group.post_forward_mesh_info is not None for name, group in groups.items()
+        },
+        "forward": {name: [names[one] for one in state._states_to_forward_prefetch] for name, state in states.items()},
+        "backward": {
+            name: [names[one] for one in state._states_to_backward_prefetch] for name, state in states.items()
+        },
+        "shared": piece(expert, runtime.meshes).local.data_ptr() == expert.to_local().data_ptr(),
+    }
+
+
 def train_offloaded(values: dict[str, Any]) -> str:
     """Train with shards, gradients and moments offloaded, from a CPU to the same CPU; return how the run ended."""
     from dataclasses import replace

@@ -35,12 +35,13 @@ def counted(values: dict, processes: int) -> SharedEstimate:
         pytest.param({"distributed__defer_grad_sync": False}, marks=pytest.mark.slow),
         pytest.param({"distributed__dp_replicate_size": 2}, marks=pytest.mark.slow),
         pytest.param({"distributed__mp_policy": {"param_dtype": "bfloat16"}}, marks=pytest.mark.slow),
+        pytest.param({"distributed__reshard_after_forward": False}, marks=pytest.mark.slow),
         {"model__torch_dtype": "bfloat16"},
         pytest.param(
             {"model__torch_dtype": "bfloat16", "optimizer__stochastic_rounding": True}, marks=pytest.mark.slow
         ),
     ],
-    ids=["deferred", "at-once", "replicated", "bf16", "bf16 weights", "rounded"],
+    ids=["deferred", "at-once", "replicated", "bf16", "kept", "bf16 weights", "rounded"],
 )
 def test_two_ranks_hold_and_receive_what_was_counted(tiny, run_ranks, tmp_path: Path, changes: dict) -> None:
     values = tiny.config(
@@ -55,13 +56,17 @@ def test_two_ranks_hold_and_receive_what_was_counted(tiny, run_ranks, tmp_path: 
         assert measured["gradients"] == pytest.approx(expected.gradients_received, rel=0.03)
 
 
-def test_experts_exchange_what_was_counted(tiny, gemma_values: Callable[..., dict], run_ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reshards", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_experts_exchange_what_was_counted(
+    tiny, gemma_values: Callable[..., dict], run_ranks, tmp_path: Path, reshards: bool
+) -> None:
     sizes: dict[str, Any] = {"vocab_size": 264, "num_experts": 8, "num_hidden_layers": 2, "hidden_size": 32,
                              "layer_types": ["sliding_attention", "full_attention"],
                              "pad_token_id": 257, "eos_token_id": 257}  # fmt: skip
     values = tiny.config(
         tmp_path / "run", step_scheduler__global_batch_size=8, step_scheduler__local_batch_size=4,
         step_scheduler__max_steps=1, checkpoint__enabled=False, distributed__ep_size=2,
+        distributed__reshard_after_forward=reshards,
         dllm={"mode": "block_diffusion", "self_conditioning_p": 1.0},
     )  # fmt: skip
     values["model"] = {"config": gemma_values(canvas_length=16, **sizes)}

@@ -84,6 +84,8 @@ def assert_same(root: Path, reference: Path, file: str = "model.safetensors") ->
         pytest.param({}, marks=slow, id="gathered"),
         pytest.param({"ep_size": 2}, marks=slow, id="spread"),
         pytest.param({"ep_size": 2, "activation_checkpointing": True}, id="spread-checkpointed"),
+        pytest.param({"reshard_after_forward": False}, marks=slow, id="gathered-kept"),
+        pytest.param({"ep_size": 2, "reshard_after_forward": False}, marks=slow, id="spread-kept"),
     ],
 )
 def test_two_ranks_learn_what_one_does(gemma_run, alone: Path, run_ranks, tmp_path: Path, changes: dict) -> None:

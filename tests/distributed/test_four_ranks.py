@@ -90,11 +90,22 @@ def test_four_ranks_learn_what_one_does(tiny, alone: Path, run_ranks, tmp_path: 
     assert_same(tmp_path, alone)
 
 
-@pytest.mark.parametrize(("experts", "replicate"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("experts", "replicate", "options"),
+    [
+        (1, 1, {}),
+        (2, 1, {}),
+        (4, 1, {}),
+        (2, 2, {}),
+        (2, 1, {"reshard_experts_after_forward": False}),
+        (2, 1, {"reshard_experts_after_forward": False, "reshard_after_forward": False}),
+    ],
+)
 def test_experts_on_four_ranks(
-    tiny, gemma_values, gemma_alone: Path, run_ranks, tmp_path: Path, experts: int, replicate: int
+    tiny, gemma_values, gemma_alone: Path, run_ranks, tmp_path: Path, experts: int, replicate: int, options: dict
 ) -> None:
-    changes = {"distributed__ep_size": experts, "distributed__dp_replicate_size": replicate}
+    options = {"ep_size": experts, "dp_replicate_size": replicate, **options}
+    changes = {f"distributed__{name}": value for name, value in options.items()}
     run_ranks(4, "train", gemma_run(tiny, gemma_values, tmp_path, **changes), seconds=250)
     assert_same(tmp_path, gemma_alone)
 

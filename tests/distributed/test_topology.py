@@ -74,8 +74,9 @@ def alone(values: dict, train_tiny: Train, tmp_path_factory: pytest.TempPathFact
         {"step_scheduler__local_batch_size": 1, "distributed__activation_checkpointing": True},
         pytest.param({"step_scheduler__local_batch_size": 1, "distributed__defer_grad_sync": False}, marks=slow),
         pytest.param({"distributed__dp_replicate_size": 2}, marks=slow),
+        {"step_scheduler__local_batch_size": 1, "distributed__reshard_after_forward": False},
     ],
-    ids=["sharded", "accumulated-checkpointed", "summed-at-once", "replicated"],
+    ids=["sharded", "accumulated-checkpointed", "summed-at-once", "replicated", "kept"],
 )
 def test_two_ranks_learn_what_one_does(values: dict, alone: Path, run_ranks, tmp_path: Path, changes: dict) -> None:
     assert run_ranks(2, "train", placed(values, tmp_path, **changes)) == ["finished", "finished"]

@@ -43,6 +43,11 @@ class DistributedConfig:
         mp_policy: dtypes in which weights and gradients travel, see below
         offload_policy: `cpu` keeps shards, gradients and optimizer state in host memory; several processes on CUDA
             devices only
+        reshard_after_forward: free a block's gathered weights after its forward pass and gather them again for
+            backward; false keeps those of all blocks until then, which saves a gather and takes the memory of a whole
+            network
+        reshard_experts_after_forward: the same of experts that `ep_size` shares out and further processes shard; those
+            of `ep_size: 1` are gathered with their block
         defer_grad_sync: sum gradients over processes once a step, with a whole gradient on each meanwhile; false sums
             at every micro-batch and holds a shard only
         autocast_dtype: dtype of matmuls; the weights keep `model.torch_dtype`. `auto` takes bfloat16 on CUDA devices
@@ -66,6 +71,8 @@ class DistributedConfig:
     pp_size: int = 1
     mp_policy: MixedPrecisionConfig | None = None
     offload_policy: Literal["cpu"] | None = None
+    reshard_after_forward: bool = True
+    reshard_experts_after_forward: bool = True
     defer_grad_sync: bool = True
     autocast_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: bool = False
@@ -84,5 +91,11 @@ class DistributedConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FieldError(name, f"must be at least 1, got {value}")
+        if self.ep_size == 1 and not self.reshard_experts_after_forward:
+            raise FieldError(
+                "reshard_experts_after_forward",
+                "false needs ep_size above 1, without which experts are gathered with their block; set "
+                "reshard_after_forward, or leave it out",
+            )
         if self.timeout_minutes <= 0:
             raise FieldError("timeout_minutes", f"must be positive, got {self.timeout_minutes}")

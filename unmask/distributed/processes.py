@@ -173,3 +173,13 @@ def resolve_degrees(section: DistributedConfig, world: int, num_experts: int | N
     if section.offload_policy is not None and world == 1:
         raise ConfigError("distributed.offload_policy: needs more than one process, which share the model; set null")
     return Degrees(world, section.dp_replicate_size, section.ep_size)
+
+
+def experts_in_place(section: DistributedConfig, degrees: Degrees) -> bool:
+    """Say whether all that FSDP2 would do for experts is to copy them: no other rank has a part of those held here.
+
+    Offloaded, it brings them to the device; and without checkpointing it frees what it narrowed until backward.
+    """
+    narrowed = section.mp_policy is not None and section.mp_policy.param_dtype is not None
+    copied = section.offload_policy is None and (section.activation_checkpointing or not narrowed)
+    return copied and degrees.experts > 1 and degrees.replicate * degrees.spread == 1

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -43,10 +45,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
+from unmask.distributed.processes import experts_in_place
 from unmask.distributed.ranks import Meshes, Ranks
 from unmask.errors import TrainingError
 from unmask.models.experts import Dispatch, sort_by_expert
@@ -64,15 +68,25 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
     precision = _precision(section.mp_policy)
     offload = OffloadPolicy() if section.offload_policy is None else CPUOffloadPolicy()
     # Between blocks the residual stream is as it was computed; `output_dtype` is of what leaves the network.
-    options = {"mp_policy": replace(precision, output_dtype=None), "offload_policy": offload}
+    in_place: set[nn.Parameter] = set()
+    options: dict[str, Any] = {"offload_policy": offload, "ignored_params": in_place}
+    options["mp_policy"] = replace(precision, output_dtype=None)
     _keep_embeddings_wide(model)
-    for block in model.get_submodule(plan.blocks).children():
+    blocks = list(model.get_submodule(plan.blocks).children())
+    for block in blocks:
         if meshes.experts is not None and plan.experts is not None:
             experts = block.get_submodule(plan.experts)
             block.dispatch = expert_dispatch(meshes.experts["ep"].get_group())  # pyright: ignore[reportArgumentType]
             narrow_experts(experts, meshes.experts["ep"].get_local_rank(), meshes.degrees.experts)
-            fully_shard(experts, mesh=meshes.experts_data, **options)
-        fully_shard(block, mesh=meshes.model, **options)
+            if experts_in_place(section, meshes.degrees):
+                compute_in_place(experts, meshes.experts_data)
+                in_place.update(experts.parameters())
+            else:
+                reshard = section.reshard_experts_after_forward
+                fully_shard(experts, mesh=meshes.experts_data, reshard_after_forward=reshard, **options)
+        fully_shard(block, mesh=meshes.model, reshard_after_forward=section.reshard_after_forward, **options)
+    if meshes.experts is not None:
+        _prefetch(blocks, plan.experts)
     for module in _apart(model, plan.blocks):
         fully_shard(module, mesh=meshes.model, **options)
     # Reading the head after the forward pass relies on this: the root's group is not freed at its end.
@@ -86,6 +100,47 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
         if hasattr(module, "set_reduce_scatter_unused_params"):
             # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
             module.set_reduce_scatter_unused_params(True)
+
+
+def compute_in_place(experts: nn.Module, mesh: DeviceMesh) -> None:
+    """Have a mixture of experts that no other rank shares compute with its own tensors, without FSDP2's copies of them.
+
+    To all else its parameters are DTensors on a mesh of one, as FSDP2's are.
+    """
+    shown: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placed = _placed(parameter.detach(), mesh, (Shard(0),), parameter.shape)
+            setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+
+    def show(*_: object) -> None:
+        for module in experts.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                shown.append((module, name, parameter))
+                module._parameters[name] = parameter.to_local()  # pyright: ignore
+
+    def hide(*_: object) -> None:
+        for module, name, parameter in shown:
+            module._parameters[name] = parameter
+        shown.clear()
+
+    experts.register_forward_pre_hook(show)
+    experts.register_forward_hook(hide, always_call=True)  # checkpointing ends a recomputed pass with an exception
+
+
+def _prefetch(blocks: Sequence[nn.Module], experts: str | None) -> None:
+    """Have each block fetch the next one's weights, experts among them, before it computes; in backward the one before.
+
+    By default FSDP2 relies on the host being ahead of the device; here it waits in each block for the counts of the
+    exchange. As torchtitan does under expert parallelism (`models/llama4/infra/parallelize.py`).
+    """
+    units = []
+    for block in blocks:
+        inner = [] if experts is None else [block.get_submodule(experts)]
+        units.append([module for module in (block, *inner) if isinstance(module, FSDPModule)])
+    for one, following in pairwise(units):
+        one[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(one)
 
 
 def _keep_embeddings_wide(model: nn.Module) -> None:
@@ -174,11 +229,14 @@ def whole_view(tensor: Tensor, meshes: Meshes | None) -> Tensor:
     if not isinstance(tensor, DTensor) or tensor.device_mesh != meshes.experts_data:
         return tensor
     shape = torch.Size((tensor.shape[0] * meshes.degrees.experts, *tensor.shape[1:]))
+    return _placed(tensor.to_local(), meshes.experts, (Replicate(), Shard(0), Shard(0)), shape)
+
+
+def _placed(local: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size) -> DTensor:
+    """Return a tensor as a part of a whole, sharing its memory; `from_local` copies offloaded ones to the device."""
     stride = torch.empty(shape, device="meta").stride()
-    placements = (Replicate(), Shard(0), Shard(0))
-    return DTensor.from_local(
-        tensor.to_local(), meshes.experts, placements, run_check=False, shape=shape, stride=stride
-    )
+    spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)  # pyright: ignore
 
 
 def narrow_experts(experts: nn.Module, rank: int, size: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unmask.config import RunConfig
-from unmask.distributed.processes import Degrees
+from unmask.distributed.processes import Degrees, experts_in_place
 from unmask.distributed.runtime import pick_device
 from unmask.models.family import ShardPlan
 from unmask.models.registry import ModelPlan
@@ -100,7 +100,8 @@ class SharedEstimate:
         weights, optimizer: a shard.
         gradients: a shard, and the whole until the last micro-batch where their sum over ranks is deferred.
         head, activations: as on one device.
-        gathered: the root's group and two blocks, the one that runs and the one that is fetched for it.
+        gathered: the root's group and two blocks, the one that runs and the one that is fetched for it, or all blocks
+            where they stay gathered; without experts that are computed in place.
         weights_received: shards of the others, gathered for every pass.
         gradients_received: parts of sums over ranks.
         tokens_received: rows of hidden states that travel to experts and back.
@@ -175,10 +176,16 @@ def estimate_shared(
     shard, spread, experts = degrees.shard, degrees.spread, degrees.experts
     deferred = section.defer_grad_sync and accumulation > 1
     trained = groups.trained_root + groups.trained_blocks + groups.trained_experts // experts
-    block = (groups.blocks + groups.experts // experts) / groups.layers
-    runs = passes.forward_passes + passes.backward_passes
-    gathered = _others(groups.blocks, shard) * runs + _others(groups.root, shard)
-    gathered += _others(groups.experts // experts, spread) * runs
+    # What stays gathered after the first forward pass is gathered again for further backward passes alone.
+    runs, kept_runs = passes.forward_passes + passes.backward_passes, passes.backward_passes
+    keeps, keeps_experts = not section.reshard_after_forward, not section.reshard_experts_after_forward
+    keeps_experts = keeps if experts == 1 else keeps_experts
+    at_once = min(2, groups.layers) / groups.layers
+    in_memory = groups.root + groups.blocks * (1 if keeps else at_once)
+    if not experts_in_place(section, degrees):
+        in_memory += groups.experts // experts * (1 if keeps_experts else at_once)
+    gathered = _others(groups.blocks, shard) * (kept_runs if keeps else runs) + _others(groups.root, shard)
+    gathered += _others(groups.experts // experts, spread) * (kept_runs if keeps_experts else runs)
     dense = groups.trained_root + groups.trained_blocks
     in_blocks = _others(groups.trained_blocks, shard) + _others(groups.trained_experts // experts, spread)
     once = _others(groups.trained_root, shard) + in_blocks * passes.backward_passes
@@ -189,7 +196,7 @@ def estimate_shared(
         gradients=whole.gradients // shard + (reduce * trained if deferred else 0),
         head=head_gradients(model, travel, deferred),
         optimizer=whole.optimizer // shard,
-        gathered=int(travel * (groups.root + min(2, groups.layers) * block)),
+        gathered=int(travel * in_memory),
         activations=whole.activations,
         weights_received=travel * gathered * accumulation,
         gradients_received=reduce * (once + copies) * sums,
