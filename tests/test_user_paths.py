@@ -115,3 +115,23 @@ def test_a_checkpoint_whose_files_are_pipes_is_refused(place: Path, fixtures: Pa
         os.mkfifo(place / name / "model" / name)
         assert main(["generate", "--checkpoint", str(place / name / "model"), "--prompt", "x"]) == 2
         assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["line\nbreak", "\x1b[31mred", os.fsdecode(b"lat\xe9")])
+def test_a_name_of_odd_characters_stays_one_line_without_what_a_terminal_obeys(
+    name: str, place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for command in (["generate", "--prompt", "x", "--checkpoint"], ["export", "--output", "out", "--checkpoint"]):
+        shutil.rmtree(place / name, ignore_errors=True)
+        assert main([*command, str(place / name)]) == 2
+        (place / name).mkdir()
+        (place / name / "config.json").write_text("{")
+        assert main([*command, str(place / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 2 and said.replace("\n", "").isprintable()
+
+
+def test_a_model_whose_name_is_not_utf8_is_refused_before_it_is_read(place: Path, fixtures: Path, capsys) -> None:
+    folder = shutil.copytree(fixtures / "llada_tiny", place / os.fsdecode(b"lat\xe9"))
+    assert main(["generate", "--checkpoint", str(folder), "--prompt", "x"]) == 2
+    assert "no name that is not UTF-8" in capsys.readouterr().err

@@ -484,3 +484,11 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(DataError, match=f"{path.name}: a Git LFS pointer in place of the data; .*git lfs pull"):
         open_rows(DatasetConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"PAR1 no parquet", b"\0" * 4096, b"PAR1" + b"x" * 999 + b"PAR1"])
+def test_a_damaged_table_is_one_line_on_stderr(content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.parquet: cannot be read as parquet: ") as caught:
+        open_rows(DatasetConfig(str(tmp_path / "rows.parquet")))
+    assert "An error occurred" not in str(caught.value) and capfd.readouterr().err == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_what_was_written_is_taken_up_again(tmp_path: Path) -> None:
     assert resume(path) == rows(3, 1)
     append_records(path, rows(0, 2))
     assert read_records(path, KIND) == (WHO, rows(3, 1, 0, 2))
+
+
+def test_a_name_that_is_not_utf8_is_written_and_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"lat\xe9")
+    resume(tmp_path / "a.jsonl", task=name)
+    append_records(tmp_path / "a.jsonl", [{"row": 3, "text": name}, {"row": 1, "text": "é"}])
+    assert [record["text"] for record in resume(tmp_path / "a.jsonl", task=name)] == [name, "é"]
 
 
 @pytest.mark.parametrize(

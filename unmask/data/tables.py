@@ -6,6 +6,8 @@ A table can be far larger than memory, so its rows are checked when they are rea
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,9 @@ def read_hub(dataset_id: str, name: str | None, split: str | None, where: str) -
 def _datasets() -> Any:
     import datasets  # takes seconds, and JSON needs none of it
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well, and said in one line
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     return datasets
 
 
@@ -145,6 +150,7 @@ def _one_split(loaded: Any, label: str, split: str | None, where: str) -> Any:
     return loaded[split]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # "An error occurred while generating the dataset" has one that says more
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0].rstrip(".") if lines else type(error).__name__)[:300]

@@ -47,7 +47,7 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     Raises:
         ModelError: no such folder, a folder that is no checkpoint, or a hub that does not answer.
     """
-    path = user_path(name, where)
+    path = _model_path(name, where)
     if path.is_dir():
         for candidate in candidates(path):
             if (candidate / "config.json").is_file():
@@ -62,6 +62,15 @@ def find_folder(name: str, where: str = "checkpoint", weights: bool = True) -> P
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name) or path.parent.is_dir():
         raise ModelError(f"{where}: no such folder: {path.absolute()} (a hub id has the form owner/name)")
     return _download(name, where, [*_LIGHT, *(_WEIGHTS if weights else ())])
+
+
+def _model_path(name: str | Path, where: str) -> Path:
+    path = user_path(name, where)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"{where}: {path}: safetensors opens no name that is not UTF-8; rename it") from None
+    return path
 
 
 def candidates(path: Path) -> tuple[Path, ...]:
@@ -98,7 +107,7 @@ def choice_note(path: Path, taken: Path, file: str = "config.json") -> str:
 
 def find_adapter(folder: str | Path) -> Path:
     """Return the adapter folder that a path (or a run directory) stands for; ModelError when it holds none."""
-    path = user_path(folder, "adapter")
+    path = _model_path(folder, "adapter")
     for candidate in candidates(path):
         if (candidate / ADAPTER_CONFIG).is_file() and (candidate / ADAPTER_WEIGHTS).is_file():
             return candidate

@@ -18,6 +18,7 @@ from unmask.parsing import parse_json
 from unmask.places import part_of, read_bytes
 
 Record = dict[str, Any]
+_ESCAPED = "backslashreplace"  # as JSON writes half a surrogate pair, which names of files may hold
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def resume_records(
 def append_records(path: Path, records: Sequence[Record]) -> None:
     """Add records at the end of a file, on the disk before this returns; raises CheckpointError."""
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors=_ESCAPED) as file:
             file.write("".join(as_line(record) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
@@ -118,7 +119,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part_of(path) as part:
-            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors=_ESCAPED)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
 
