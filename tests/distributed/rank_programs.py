@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,58 @@ def exchange(cases: list[tuple[nn.Module, list[tuple[torch.Tensor, ...]]]]) -> l
         gradients = torch.autograd.grad(mixed.sin().sum(), [hidden, weights, *experts.parameters()])
         found.append({"rows": rows[0], "tensors": [each.detach().clone() for each in (mixed, *gradients)]})
     return found
+
+
+def timeouts(experts: int) -> dict[str, float]:
+    """Make all groups of a run; return how long each of them waits, in seconds, by a name."""
+    from torch.distributed.distributed_c10d import _world
+
+    from unmask.config.distributed import DistributedConfig
+    from unmask.distributed.processes import Degrees
+    from unmask.distributed.runtime import build_runtime
+
+    degrees = Degrees(int(os.environ["WORLD_SIZE"]), 2, experts)
+    runtime = build_runtime(DistributedConfig(device="cpu", timeout_minutes=7), degrees)
+    apart = runtime.ranks.apart()
+    patient = [ranks.patient.group_name for ranks in (runtime.ranks, apart)]
+    return {
+        ("patient " if group.group_name in patient else "") + group.group_name: seconds_of(group)
+        for group in _world.pg_map
+    }
+
+
+def seconds_of(group: Any) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def train_and_wait(values: dict[str, Any]) -> set[float]:
+    """Train; return how long the groups of the run wait, in seconds."""
+    from torch.distributed.distributed_c10d import _world
+
+    train(values)
+    return {seconds_of(group) for group in _world.pg_map}
+
+
+def command_with_slow_rank(words: list[str], seconds: float, ending: str) -> int:
+    """As `command`, where ranks wait one second; the last one answers its prompts late, or is killed then."""
+    import signal
+
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    from unmask.evaluation import exact_match
+    from unmask.sampling import answers
+
+    original = answers.answer
+
+    def answer(*arguments: Any, **options: Any) -> Any:
+        for group in _world.pg_map:  # not before: to start takes longer than that
+            if seconds_of(group) < 24 * 3600:
+                _set_pg_timeout(timedelta(seconds=1), group)
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            time.sleep(seconds)
+            if ending == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    answers.answer = exact_match.sample_answers = answer
+    return command(words)

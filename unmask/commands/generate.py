@@ -58,5 +58,5 @@ def run(arguments: argparse.Namespace) -> int | None:
         return relaunch(arguments.words, arguments.nproc_per_node)
     from unmask.sampling.answers import answer_all
 
-    answer_all(plan, request, arguments.dtype, arguments.device, arguments.shard)
+    answer_all(plan, request, arguments.dtype, arguments.device, arguments.shard, arguments.timeout_minutes)
     return 0

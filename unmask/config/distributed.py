@@ -7,6 +7,8 @@ from typing import Literal
 
 from unmask.errors import FieldError
 
+_YEAR = 525_600  # minutes
+
 
 @dataclass(frozen=True)
 class MixedPrecisionConfig:
@@ -59,7 +61,8 @@ class DistributedConfig:
         compile: compile each block with torch.compile: faster after a start of a minute or more (see
             [performance.md](performance.md)); needs a CUDA device with Triton and a network without experts
         device: `auto` takes a CUDA device when there is one
-        timeout_minutes: how long a process waits for the others before it gives up
+        timeout_minutes: how long a process waits in a step for one that does not answer before it gives up; while
+            another checks files, saves or answers, it waits for as long as that one lives
     """
 
     strategy: Literal["fsdp2"] = "fsdp2"
@@ -97,5 +100,10 @@ class DistributedConfig:
                 "false needs ep_size above 1, without which experts are gathered with their block; set "
                 "reshard_after_forward, or leave it out",
             )
-        if self.timeout_minutes <= 0:
-            raise FieldError("timeout_minutes", f"must be positive, got {self.timeout_minutes}")
+        check_timeout(self.timeout_minutes)
+
+
+def check_timeout(minutes: float) -> None:
+    """Raise FieldError for a `timeout_minutes` out of range."""
+    if not 0.01 <= minutes <= _YEAR:
+        raise FieldError("timeout_minutes", f"must be positive, 0.01 to {_YEAR}, got {minutes}")

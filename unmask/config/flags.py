@@ -8,8 +8,10 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from unmask.config.distributed import check_timeout
 from unmask.config.reader import described
 from unmask.config.sampler import SamplerConfig
+from unmask.errors import FieldError
 
 # Heading in `--help` → settings that only some networks have.
 _GROUPS = {
@@ -70,6 +72,16 @@ def add_device_flags(parser: Any, divided: str | None = None) -> None:
         said = f"processes to start on this machine; they divide the {divided}"
         flag(parser, "nproc_per_node", type=int, metavar="N", help=said)
         flag(parser, "shard", action="store_true", help="each process holds a part of the model, too big for one")
+        said = f"how long a process waits for one that does not answer, its {divided} apart (30)"
+        flag(parser, "timeout_minutes", type=_minutes, default=30.0, metavar="X", help=said)
+
+
+def _minutes(text: str) -> float:
+    try:
+        check_timeout(float(text))
+    except FieldError as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
+    return float(text)
 
 
 def add_verify_flag(parser: Any) -> None:

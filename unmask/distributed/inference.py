@@ -49,7 +49,7 @@ def divide_rows(
     mine = own_rows(rows, ranks)
     with together:
         pairs = list(zip(mine, function([rows[index] for index in mine]), strict=True)) if mine else []
-    results = {index: result for part in ranks.gather(pairs) for index, result in part}
+    results = {index: result for part in ranks.gather_results(pairs) for index, result in part}
     return [results[index] for index in range(len(rows))]
 
 
@@ -81,7 +81,7 @@ def load_shared(
         whole = whole_adapter(model)
         read_adapter(whole, adapter_folder)
     model.requires_grad_(False)
-    meshes = build_meshes(Degrees(ranks.size), device.type)
+    meshes = build_meshes(Degrees(ranks.size), device.type, ranks.timeout)
     shard_model(model, DistributedConfig(), meshes)
     allocate(model, device, ranks, "use more processes")
     fill(base_tensors(pieces(model, meshes)), plan.folder, plan.family.files)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from unmask.distributed.processes import Degrees, process_rank, world_size
 from unmask.errors import ConfigError, TrainingError, UnmaskError
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=365)  # of a rank that waits for work of the others, whose death closes its connections
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,16 @@ class Ranks:
     Attributes:
         rank: this process, from 0; rank 0 alone talks and writes logs.
         group: process group for the collectives below; None = the default one.
+        patient: process group of `gather_results`, which waits for as long as the other processes live: one that has
+            answered its prompts, or has nothing to check or to write, waits for those that have.
+        timeout: how long the other collectives wait; also for groups that are made later.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    patient: Any = None
+    timeout: timedelta = timedelta(minutes=30)
 
     @property
     def first(self) -> bool:
@@ -64,15 +72,28 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, small and picklable, in the order of ranks."""
+        return self._gather(value, self.group)
+
+    def gather_results(self, value: Any) -> list[Any]:
+        """As `gather`, for values that a rank may work on for any time; the others wait for as long as it lives."""
+        return self._gather(value, self.patient)
+
+    def _gather(self, value: Any, group: Any) -> list[Any]:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def barrier(self) -> None:
         """Return when all ranks are here."""
         self.largest(0)
+
+    def apart(self) -> Ranks:
+        """Return the same ranks with process groups of their own, for the collectives of another thread."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout), patient=_patient_group())
 
     def agree(self, values: Mapping[str, str]) -> None:
         """Refuse ranks that would run different things.
@@ -109,7 +130,7 @@ def from_first(ranks: Ranks, function: Callable[[], T]) -> T:
             result = function()
         except UnmaskError as error:
             problem = type(error), str(error)
-    result, problem = ranks.gather((result, problem))[0]
+    result, problem = ranks.gather_results((result, problem))[0]
     if problem is not None:
         error_type, message = problem
         raise error_type(message)
@@ -120,25 +141,24 @@ def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
     """Join the process group that the launcher describes; a run of one process has none.
 
     Collectives on host tensors go through gloo, those on CUDA tensors through NCCL, and wait for the other ranks for
-    `timeout_minutes`.
+    `timeout_minutes`, `Ranks.gather_results` excepted.
 
     Raises:
         ConfigError: the launcher's port is taken, or another variable of the launcher is missing.
         TrainingError: the others did not come within the time.
     """
-    size, rank = world_size(), process_rank()
+    size, rank, timeout = world_size(), process_rank(), timedelta(minutes=timeout_minutes)
     if size == 1:
         return Ranks()
     if dist.is_initialized():
-        return Ranks(rank, size)
+        _set_pg_timeout(timeout)
+        return Ranks(rank, size, None, _patient_group(), timeout)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         if name not in os.environ:
             raise ConfigError(f"{name}: not set although WORLD_SIZE is {size}; start the run with torchrun")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend, timeout=timedelta(minutes=timeout_minutes), device_id=device if device.type == "cuda" else None
-        )
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise ConfigError(
@@ -148,14 +168,18 @@ def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
         raise TrainingError(_nobody_came(rank, size, timeout_minutes, error)) from None
     except dist.DistStoreError as error:
         raise TrainingError(_nobody_came(rank, size, timeout_minutes, error)) from None
-    return Ranks(rank, size)
+    return Ranks(rank, size, None, _patient_group(), timeout)
+
+
+def _patient_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _nobody_came(rank: int, size: int, minutes: float, error: Exception) -> str:
     said = str(error).split("\n")[0][:200]
     return (
         f"rank {rank} of {size} did not meet the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-        f"within {minutes:g} minutes ({said}); check that all were started, or raise distributed.timeout_minutes"
+        f"within {minutes:g} minutes ({said}); check that all were started, or raise timeout_minutes"
     )
 
 
@@ -188,8 +212,8 @@ class Meshes:
         return self.experts[names if len(names) > 1 else names[0]]
 
 
-def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
-    """Make the process groups; all ranks call it."""
+def build_meshes(degrees: Degrees, device_type: str, timeout: timedelta = Ranks.timeout) -> Meshes:
+    """Make the process groups, whose collectives wait for `timeout`; all ranks call it."""
     shape, names = (degrees.replicate, degrees.shard), ("dp_replicate", "dp_shard")
     skip = 1 if degrees.replicate == 1 else 0
     model = init_device_mesh(device_type, shape[skip:], mesh_dim_names=names[skip:])
@@ -197,4 +221,7 @@ def build_meshes(degrees: Degrees, device_type: str) -> Meshes:
     if degrees.experts > 1:
         order = torch.arange(degrees.world).view(degrees.replicate, degrees.spread, degrees.experts).transpose(1, 2)
         experts = DeviceMesh(device_type, order.contiguous(), mesh_dim_names=("dp_replicate", "ep", "dp_spread"))
+    for mesh in (model, *(() if experts is None else (experts,))):
+        for group in mesh.get_all_groups():  # made with torch's own timeout, for which a mesh has no argument
+            _set_pg_timeout(timeout, group)
     return Meshes(degrees, model, experts)

@@ -146,7 +146,7 @@ def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) ->
     if device.type != "cuda" and section.offload_policy is not None:
         raise ConfigError("distributed.offload_policy: cpu is for CUDA devices, and this run is on cpu; set null")
     ranks = join(device, section.timeout_minutes)
-    return Runtime(device, compute, ranks, build_meshes(degrees, device.type))
+    return Runtime(device, compute, ranks, build_meshes(degrees, device.type, ranks.timeout))
 
 
 def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime) -> None:

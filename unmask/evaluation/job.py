@@ -60,6 +60,7 @@ class EvalJob:
     batch_size: int | None = None
     dtype: str | None = None
     shard: bool = False
+    timeout_minutes: float = 30.0
     likelihoods: Likelihoods = Likelihoods()
     include_path: str | None = None
     apply_chat_template: bool = False

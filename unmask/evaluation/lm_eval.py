@@ -20,6 +20,7 @@ from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from unmask.config.distributed import check_timeout
 from unmask.config.reader import read_section
 from unmask.config.sampler import SamplerConfig
 from unmask.distributed.inference import divide_rows
@@ -56,6 +57,7 @@ class ModelArguments:
         check_greedy: find out whether greedy decoding writes a continuation, as tasks such as lambada need; False
             answers no.
         verify: False reads a run's files without comparing them with its manifest.
+        timeout_minutes: how long a process waits for one that does not answer.
     """
 
     adapter: str | None = None
@@ -66,8 +68,10 @@ class ModelArguments:
     antithetic: bool = False
     check_greedy: bool = True
     verify: bool = True
+    timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
+        check_timeout(self.timeout_minutes)
         if self.device is not None and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise FieldError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.num_samples < 1:
@@ -304,7 +308,7 @@ def _load(name: str, arguments: ModelArguments, sampler: SamplerConfig) -> Loade
         _LOG.warning(note)
     # The harness's command line says cuda:0 when nobody said anything.
     device = own_device(pick_device("auto" if arguments.device in (None, "cuda:0") else arguments.device))
-    return load(plan, device, arguments.dtype, join(device))
+    return load(plan, device, arguments.dtype, join(device, arguments.timeout_minutes))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from unmask.sampling.jobs import LoadedModel, load
 def run_job(plan: EvalPlan, device_name: str) -> None:
     """Run a job on this process's device and ranks, and print its table."""
     device = own_device(pick_device(device_name))
-    ranks = join(device)
+    ranks = join(device, plan.job.timeout_minutes)
     console = output_console(quiet=not ranks.first)
     for line in unread_keys(next(iter(plan.questions.values()), ())):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

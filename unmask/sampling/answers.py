@@ -41,15 +41,19 @@ from unmask.sampling.view import watcher
 _FILE = Kind("generation", lambda record: isinstance(record["text"], str))
 
 
-def answer_all(plan: JobPlan, request: GenerateRequest, dtype: str | None, device: str, shard: bool) -> None:
-    """Answer every prompt of a request; with several processes a collective. `dtype` and `shard` as in `jobs.load`.
+def answer_all(
+    plan: JobPlan, request: GenerateRequest, dtype: str | None, device: str, shard: bool, timeout_minutes: float = 30.0
+) -> None:
+    """Answer every prompt of a request; with several processes a collective.
+
+    `dtype` and `shard` are as in `jobs.load`, `timeout_minutes` as in `ranks.join`.
 
     Raises:
         SamplingError: a prompt that cannot be answered, before the weights load; logits that are not finite.
         ConfigError: an output of another job; a view of several processes.
     """
     place = own_device(pick_device(device))
-    ranks = join(place)
+    ranks = join(place, timeout_minutes)
     if ranks.first:
         _hint(plan, request)
     if ranks.size > 1 and (request.watch or request.trace):
@@ -273,7 +277,7 @@ class AnswerFile:
         if self.ranks.first:
             found = {**self.kept, **{row: {"row": row, **record} for row, record in records.items()}}
             write_lines(self.path, [as_line({**found[row], "job": self._job}) for row in range(len(self.rows))])
-        self.ranks.gather(None)  # a part is needed until the file is there
+        self.ranks.gather_results(None)  # a part is needed until the file is there
         self._file.unlink(missing_ok=True)
 
     def _finished(self) -> list[Record]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -91,9 +90,8 @@ class Saver:
     ) -> None:
         self.newest = newest
         self._root, self._section, self._network = root, section, network
-        ranks, self._files, self._device = runtime.ranks, files, runtime.device
-        self._ranks = ranks
-        self._background = ranks if ranks.size == 1 else Ranks(ranks.rank, ranks.size, dist.new_group(backend="gloo"))
+        self._ranks, self._files, self._device = runtime.ranks, files, runtime.device
+        self._background = runtime.ranks.apart()
         cuda = any(parameter.is_cuda for parameter in network.model.parameters())
         self._stager = host_copies() if cuda else None
         self._stream = torch.cuda.Stream(self._device) if cuda else None
@@ -180,10 +178,10 @@ class Saver:
             if problem is None:
                 problem = self._attempt(lambda: listing.update(list_files(save.temporary, self._parts(save))))
             # Collective: all ranks take part, even if one has failed.
-            listings, problems = zip(*self._background.gather((listing, problem)), strict=True)
+            listings, problems = zip(*self._background.gather_results((listing, problem)), strict=True)
             if self._ranks.first:
                 problem = self._commit(save, listings, next(filter(None, problems), None))
-            problem = self._background.gather(problem)[0]
+            problem = self._background.gather_results(problem)[0]
             if problem is not None:
                 self._problem = problem
             else:
