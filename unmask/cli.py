@@ -65,19 +65,18 @@ def _command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     except OSError as error:  # a place of the user's that no part of the program expected to fail
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{place}{error.strerror or error}", 2)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            said = " ".join(str(error).split())[:200]
-            return _fail(f"memory ran out ({said}); take a smaller model, batch or length, or a larger machine", 1)
-        if several_processes():
-            from unmask.distributed.failures import lost_contact, report_lost
-
-            if lost_contact(error):
-                return report_lost(error)
-        raise
     except KeyboardInterrupt:
         print("unmask: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if is_out_of_memory(error):
+            said = " ".join(str(error).split())[:200]
+            return _fail(f"memory ran out ({said}); take a smaller model, batch or length, or a larger machine", 1)
+        if not several_processes() or isinstance(error, OutputLost):
+            raise
+        from unmask.distributed.failures import report_failure
+
+        return report_failure(error)
 
 
 def _only_prints(arguments: argparse.Namespace) -> bool:

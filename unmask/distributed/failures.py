@@ -1,7 +1,11 @@
 """One message for one failure: of many ranks that stop, the one that has something to say says it, once.
 
 Ranks leave their message in the launcher's key-value store. The first to report a message prints it; those that report
-the same one, or only lost contact with a rank that reported, stay silent and leave with its exit status.
+the same one, or only lost contact with a rank that reported, stay silent and leave with its exit status. The traceback
+of what nobody foresaw is kept in a file, in the run directory where there is one, and the message names it.
+
+An error of a collective is of two sorts: the other side is gone, which says nothing of why, or this rank's own library,
+network or device failed. The words are those of torch 2.13 (gloo's transport, ProcessGroupNCCL.cpp, NCCLUtils.cpp).
 """
 
 from __future__ import annotations
@@ -9,9 +13,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import socket
 import sys
+import tempfile
 import time
+import traceback
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -24,21 +33,43 @@ from unmask.models.manifest import Share
 _PATIENCE = 3.0  # seconds in which a rank that broke down gets its own report into the store
 _WAIT = 0.05  # seconds between two looks for what another rank has found
 _checks = itertools.count()
-_LOST = (
+_LONGEST = 700  # characters of a cause
+# Of an error that names gloo: the other side is gone or silent.
+_GLOO_LOST = (
     "connection closed by peer",
     "connection reset by peer",
+    "connection refused",
+    "connection timed out",
     "socket closed",
     "broken pipe",
-    "remote process exited",
-    "connection refused",
-    "timeout",
     "timed out waiting",
-    "nccl",
 )
+# Of NCCL's codes, those whose cause is on this rank; ncclInternalError may be either (NVIDIA/nccl#795).
+_NCCL_OWN = ("ncclsystemerror", "ncclinvalidusage", "ncclinvalidargument", "ncclunhandledcudaerror")
+_LOST = (
+    "ncclremoteerror",
+    "remote process exited",
+    "closed by remote peer",
+    "watchdog caught collective operation timeout",
+    "nccl communicator was aborted",
+    "possible application crash on rank",
+    "application timeout caused pair closure",  # gloo, after a collective that timed out
+)
+_FRAMES = ("frame #", "exception raised from", "c++ capturedtraceback")
+
+_folder: list[Path] = []  # where tracebacks are kept, once the run directory is known
 
 
-def report(message: str, status: int) -> int:
-    """Print an error in one line, unless another rank has said the same; return the exit status."""
+def keep_tracebacks_in(folder: Path) -> None:
+    """Choose the folder of the tracebacks of this process; before, the system's for temporary files."""
+    _folder[:] = [folder]
+
+
+def report(message: str, status: int, key: str | None = None) -> int:
+    """Print an error in one line, unless another rank has said the same; return the exit status.
+
+    `key` is what the same means, by default the message.
+    """
     try:
         size, rank = world_size(), process_rank()
     except Exception:  # the launcher's variables are what is wrong
@@ -48,7 +79,7 @@ def report(message: str, status: int) -> int:
         return status
     store = _store()
     try:
-        first = store is None or store.add(_key(message), 1) == 1
+        first = store is None or store.add(_key(key or message), 1) == 1
         if store is not None:
             store.set(_key("status"), str(status))
             store.add(_key("reports"), 1)
@@ -63,12 +94,50 @@ def report(message: str, status: int) -> int:
 def lost_contact(error: BaseException) -> bool:
     """Say whether an exception means that a collective failed because another rank is gone."""
     said = str(error).lower()
-    return isinstance(error, (dist.DistError, RuntimeError)) and (
-        isinstance(error, dist.DistError) or any(words in said for words in _LOST)
-    )
+    if not isinstance(error, RuntimeError) or any(code in said for code in _NCCL_OWN):
+        return False
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    return any(words in said for words in _LOST) or ("gloo" in said and any(words in said for words in _GLOO_LOST))
 
 
-def report_lost(error: BaseException) -> int:
+def cause(error: BaseException) -> str:
+    """Return what an exception says in one line, its last lines too, where NCCL names the cause; without C++ frames."""
+    lines = []
+    for line in str(error).splitlines():
+        if line.strip().lower().startswith(_FRAMES):
+            break
+        lines.append(line.strip())
+    said = " ".join(filter(None, lines))
+    return said if len(said) <= _LONGEST else f"{said[:200]} … {said[200 - _LONGEST :]}"
+
+
+def report_failure(error: BaseException) -> int:
+    """Report an exception that nobody foresaw on one of several ranks; return the exit status."""
+    if lost_contact(error):
+        return _report_lost(error)
+    said = f"{type(error).__name__}: {cause(error)}"
+    more = ". NCCL_DEBUG=INFO says more" if "nccl" in said.lower() else ""
+    return report(f"{said}{more} ({_keep_traceback(error)})", 1, said)
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write an exception's traceback to a file; return where it is, as a message says it."""
+    written = f"{time.ctime()}, rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}\n"
+    written += "".join(traceback.format_exception(error))
+    for folder in (*_folder, Path(tempfile.gettempdir())):
+        try:
+            handle, name = tempfile.mkstemp(".txt", f"traceback-rank{os.environ.get('RANK')}-", folder)
+            with open(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(written)
+        except OSError:
+            continue
+        return f"traceback: {name} on {socket.gethostname()}"
+    print(written, file=sys.stderr, flush=True)
+    return "traceback above"
+
+
+def _report_lost(error: BaseException) -> int:
     """Wait for the rank that broke down to report; say that contact was lost when none does. Return the exit status."""
     store, until = _store(), time.monotonic() + _PATIENCE
     try:
@@ -78,10 +147,9 @@ def report_lost(error: BaseException) -> int:
             time.sleep(0.1)
     except Exception:  # the store went away with the rank that kept it, which speaks for itself
         return 1
-    said = str(error).split("\n")[0][:160]
     return report(
-        f"another rank died or did not answer within distributed.timeout_minutes ({said}); the launcher names it "
-        "above or below. Run again to resume from the last checkpoint",
+        f"another rank died or did not answer within timeout_minutes: {cause(error)} ({_keep_traceback(error)}). The "
+        "launcher names it above or below; run again to go on from what was saved",
         1,
     )
 
@@ -120,10 +188,14 @@ def _store() -> Any:
     """Return the launcher's store, or that of the process group; None when there is none to be had."""
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            return dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+            return _agent_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         if dist.is_initialized():
             return _get_default_store()
     except Exception:  # nothing to coordinate with: better said twice than not at all
         return None
     return None
+
+
+@cache
+def _agent_store(host: str, port: int) -> Any:
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ from unmask.distributed.processes import SHUTDOWN_TIMEOUT, STATUS_FILE
 from unmask.errors import ConfigError
 from unmask.places import temporary_folder
 
+_BY_SIGNAL = {
+    signal.SIGKILL: ", perhaps because the machine ran out of memory",
+    signal.SIGABRT: ", by itself (NCCL's watchdog does so when a collective fails or times out; see its lines above)",
+}
 _GRACE = 600  # seconds that ranks get to save a checkpoint after a signal, before the launcher kills them
 
 
@@ -77,7 +82,7 @@ def _failed(error: object) -> int:
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     print(
         f"unmask: error: rank {rank} was killed by signal {-failure.exitcode}"
-        + (", perhaps because the machine ran out of memory" if failure.exitcode == -9 else "")
+        + _BY_SIGNAL.get(-failure.exitcode, "")
         + "; run again to resume from the last checkpoint",
         file=sys.stderr,
     )
