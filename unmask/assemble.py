@@ -19,6 +19,7 @@ from unmask.config.reader import to_mapping
 from unmask.data.batches import ValidationSet, validation_set
 from unmask.data.check import Checked, check_rows
 from unmask.data.encode import RowEncoder
+from unmask.distributed.failures import keep_tracebacks_in
 from unmask.distributed.processes import cores
 from unmask.distributed.ranks import from_first
 from unmask.distributed.runtime import Runtime, build_runtime, keep_freed_memory, matmul_dtype
@@ -39,7 +40,15 @@ from unmask.training.flops import count_flops, peak_flops
 from unmask.training.loop import train
 from unmask.training.network import NetworkSettings, build_network, other_files, restore
 from unmask.training.profiling import StepProfiler
-from unmask.training.run import ResumeParts, ResumePoint, TrainingOutcome, TrainingRun, Validator, resume
+from unmask.training.run import (
+    ResumeParts,
+    ResumePoint,
+    TrainingOutcome,
+    TrainingRun,
+    Validator,
+    check_shared,
+    resume,
+)
 from unmask.training.run_directory import hold_run_dir
 from unmask.training.saver import Saver
 
@@ -175,6 +184,9 @@ def run_training(
             else:
                 console = Console(quiet=True)
             runtime.ranks.barrier()  # nobody looks into the run directory before rank 0 holds it
+            if section.enabled:
+                check_shared(root, runtime.ranks)
+            keep_tracebacks_in(root)
         processes = cores() if own_process else 0
         run, start = assemble(prepared, runtime, console, extra_validators, is_good_enough, processes, profile)
         try:

@@ -61,6 +61,8 @@ def command_with_trouble(words: list[str], rank: int, step: int, trouble: str) -
         if steps == step and os.environ["RANK"] == str(rank):
             if trouble == "error":
                 raise DataError("data.jsonl:7: something is wrong with this row")
+            if trouble == "bug":
+                print(1 // 0)
             if trouble == "disk":
                 full_disk()
             else:
@@ -467,4 +469,51 @@ def command_with_slow_rank(words: list[str], seconds: float, ending: str) -> int
         return original(*arguments, **options)
 
     answers.answer = exact_match.sample_answers = answer
+    return command(words)
+
+
+def command_in_own_folder(words: list[str], folder: str) -> int:
+    """As `command`, each rank in a working directory of its own, as on machines that share no file system."""
+    from unmask.training import run
+
+    run.SEEN_WITHIN = 0.3
+    place = Path(folder) / f"machine{os.environ['RANK']}"
+    place.mkdir(parents=True)
+    os.chdir(place)
+    return command(words)
+
+
+def find_and_count(root: str) -> tuple[str, list[str]]:
+    """Look for a run's checkpoint together; return what was found, or the error, and which files this rank read."""
+    from unmask.distributed.ranks import join
+    from unmask.errors import CheckpointError
+    from unmask.models import manifest
+    from unmask.training.checkpoint import find_checkpoint
+
+    original, read = manifest.crc32, []
+
+    def crc32(path: Path, *rest: Any) -> int:
+        read.append(path.name)
+        return original(path, *rest)
+
+    manifest.crc32 = crc32
+    try:
+        checkpoint = find_checkpoint(Path(root), {}, ranks=join(torch.device("cpu")))
+    except CheckpointError as error:
+        return str(error), read
+    assert checkpoint is not None
+    return f"{checkpoint.folder.name} of step {checkpoint.state['step']} {checkpoint.refused}", read
+
+
+def command_and_groups(words: list[str]) -> tuple[int, bool]:
+    """As `command`; return its status and whether this process has still a process group."""
+    return command(words), dist.is_initialized()
+
+
+def command_that_cannot_leave(words: list[str]) -> int:
+    """As `command`; to leave the process group hangs, as NCCL may after a failure."""
+    from unmask import cli
+
+    cli._END = cli._END_OF_FAILED = 0.2
+    dist.destroy_process_group = lambda: time.sleep(600)
     return command(words)

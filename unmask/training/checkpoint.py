@@ -10,23 +10,31 @@ one has lost nothing: the link `best` is put where the state says.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unmask.errors import CheckpointError, DataError
 from unmask.models.manifest import MANIFEST, STATE, crc32, find_damage, read_manifest
 from unmask.parsing import parse_json
 from unmask.places import naming, read_bytes, remove
 
+if TYPE_CHECKING:  # this module needs no torch
+    from unmask.distributed.ranks import Ranks
+
+T = TypeVar("T")
+
 LATEST, BEST = "latest", "best"  # links to checkpoints
 _STEP = re.compile(r"step_(\d+)")
+SEEN_WITHIN = 60.0  # seconds in which a network file system shows what another machine has written
 _FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of several ranks
 _OTHER_VERSION = (
     "; resume it with the version that wrote it, or train on from its weights (model.pretrained_model_name_or_path)"
@@ -96,6 +104,7 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
     `listing` has the entries of `list_files` that are known already; the other files are listed here.
     """
     final = root / f"step_{step}"
+    _await_files(temporary, listing)
     files = [path for path in temporary.rglob("*") if path.is_file()]
     rest = list_files(temporary, [path for path in files if str(path.relative_to(temporary)) not in listing])
     manifest = {"format": _FORMAT, "files": dict(sorted({**listing, **rest}.items()))}
@@ -112,6 +121,26 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
         point(root, BEST, final.name)
     _to_disk(root)  # the names too, before `prune` may remove older checkpoints
     return final
+
+
+def _await_files(folder: Path, listing: Mapping[str, list[int]]) -> None:
+    """Return when files are there with their sizes as other ranks have listed them; raises OSError if they never are.
+
+    Without that a folder that the machines do not share would be a torn checkpoint, found out by the next resume.
+    """
+    until = time.monotonic() + SEEN_WITHIN
+    while missing := [name for name, (size, _) in listing.items() if not _has_size(folder / name, size)]:
+        if time.monotonic() > until:
+            reason = "another process has written it, and it is not here in that size; processes must share the folder"
+            raise OSError(errno.ENOENT, reason, str(folder / missing[0]))
+        time.sleep(0.1)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
 
 
 def cannot_save(final: Path, reason: str | None) -> CheckpointError:
@@ -151,34 +180,28 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def find_checkpoint(root: Path, identity: Mapping[str, Any], reconcile: Reconcile = as_saved) -> Checkpoint | None:
+def find_checkpoint(
+    root: Path, identity: Mapping[str, Any], reconcile: Reconcile = as_saved, ranks: Ranks | None = None
+) -> Checkpoint | None:
     """Return the newest checkpoint that is whole and has this `identity` in its state; None when the run has none yet.
 
-    `reconcile` compares its data position with the data, and returns it brought up to date.
+    `reconcile` compares its data position with the data, and returns it brought up to date. With several `ranks` a
+    collective: they divide the files that are checked, and rank 0 does the rest.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; each is named with its reason.
     """
     refused = []
-    for folder in checkpoints(root):
+    for folder in _from_first(ranks, lambda: checkpoints(root)):
         try:
-            verify(folder)
-            state = _read_state(folder)
-            for name, value in identity.items():
-                if (stored := state["identity"].get(name)) != value:
-                    what = f"its {name} is {_short(stored)}, this run's is {_short(value)}"
-                    raise CheckpointError(f"{folder.name} is foreign: {what}")
-            position, changed_data = reconcile(state["loader"])
+            verify(folder, ranks)
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        except _MALFORMED:
-            refused.append(f"{folder.name} is torn: the data position in its {STATE} is none")
-            continue
-        except DataError as error:
-            refused.append(f"{folder.name} is foreign: {error}{_CHANGED_DATA}")
-            continue
-        return Checkpoint(folder, {**state, "loader": position}, tuple(refused), changed_data)
+        problem, state, changed_data = _from_first(ranks, lambda each=folder: _usable(each, identity, reconcile))
+        if problem is None:
+            return Checkpoint(folder, state, tuple(refused), changed_data)
+        refused.append(problem)
     if refused:
         reasons = "; ".join(refused)
         for remedy in (_OTHER_VERSION, _CHANGED_DATA):
@@ -190,6 +213,33 @@ def find_checkpoint(root: Path, identity: Mapping[str, Any], reconcile: Reconcil
     return None
 
 
+def _from_first(ranks: Ranks | None, function: Callable[[], T]) -> T:
+    """Return what a function that raises nothing returns on rank 0, which alone calls it."""
+    if ranks is None:
+        return function()
+    return ranks.gather_results(function() if ranks.first else None)[0]
+
+
+def _usable(
+    folder: Path, identity: Mapping[str, Any], reconcile: Reconcile
+) -> tuple[str | None, dict[str, Any], str | None]:
+    """Return what keeps a run from a whole checkpoint, None if nothing does; its state; and how the data changed."""
+    try:
+        state = _read_state(folder)
+        for name, value in identity.items():
+            if (stored := state["identity"].get(name)) != value:
+                what = f"its {name} is {_short(stored)}, this run's is {_short(value)}"
+                return f"{folder.name} is foreign: {what}", {}, None
+        position, changed_data = reconcile(state["loader"])
+    except CheckpointError as error:
+        return str(error), {}, None
+    except _MALFORMED:
+        return f"{folder.name} is torn: the data position in its {STATE} is none", {}, None
+    except DataError as error:
+        return f"{folder.name} is foreign: {error}{_CHANGED_DATA}", {}, None
+    return None, {**state, "loader": position}, changed_data
+
+
 def newest_data(root: Path) -> str | None:
     """Return the fingerprint of the data that a run's newest checkpoint was trained on, None where that is unknown."""
     try:
@@ -198,24 +248,34 @@ def newest_data(root: Path) -> str | None:
         return None
 
 
-def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
+def verify(folder: Path, ranks: Ranks | None = None) -> None:
+    """Check every file of a checkpoint against its manifest; with several ranks a collective that divides the files.
 
     Raises:
-        CheckpointError: naming the checkpoint and the first file that is missing, too short or changed.
+        CheckpointError: naming the checkpoint and a file that is missing, too short or changed.
     """
+    problem, files = _from_first(ranks, lambda: _listed(folder))
+    if problem is None:
+        part, of = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        own = set(sorted(files, key=lambda name: (-files[name][0], name))[part::of])  # as many bytes for each
+        problem = find_damage(folder, {name: entry for name, entry in files.items() if name in own})
+        if ranks is not None:
+            problem = next(filter(None, ranks.gather_results(problem)), None)
+    if problem is not None:
+        raise CheckpointError(f"{folder.name} {problem}")
+
+
+def _listed(folder: Path) -> tuple[str | None, dict[str, tuple[int, int]]]:
+    """Return what is wrong with a manifest, None if nothing is, and the files that it lists."""
     try:
         layout, files = read_manifest(folder)
         if STATE not in files:
             raise KeyError(STATE)
     except (OSError, *_MALFORMED):
-        raise CheckpointError(f"{folder.name} is torn: its {MANIFEST} is missing or unreadable") from None
+        return f"is torn: its {MANIFEST} is missing or unreadable", {}
     if layout != _FORMAT:
-        raise CheckpointError(
-            f"{folder.name} has format {_short(layout)}, this version reads {_FORMAT}{_OTHER_VERSION}"
-        )
-    if damage := find_damage(folder, files):
-        raise CheckpointError(f"{folder.name} {damage}")
+        return f"has format {_short(layout)}, this version reads {_FORMAT}{_OTHER_VERSION}", {}
+    return None, files
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +20,17 @@ from unmask.config.training import LRSchedulerConfig, StepSchedulerConfig
 from unmask.data.check import Checked
 from unmask.distributed.ranks import ALONE, Ranks, from_first
 from unmask.distributed.runtime import Runtime
+from unmask.errors import CheckpointError
 from unmask.objectives.registry import Objective
 from unmask.report.metrics import MetricsLog, SilentLog, cut_after
 from unmask.report.progress import TrainingProgress
 from unmask.rng import NoiseStream
-from unmask.training.checkpoint import BEST, Best, find_checkpoint, point, stored_best
+from unmask.training.checkpoint import BEST, SEEN_WITHIN, Best, find_checkpoint, point, stored_best
 from unmask.training.flops import Peak, StepFlops
 from unmask.training.profiling import StepProfiler
 from unmask.training.saver import Saver
+
+_NONCE = ".shared"  # file in a run directory while ranks find out whether they share it
 
 
 class Loader(Protocol):
@@ -153,7 +159,7 @@ class ResumeParts:
     Attributes:
         restore: puts model and optimizer back from a checkpoint's folder; with several ranks all call it.
         logs: files of events: metrics.jsonl and samples.jsonl.
-        ranks: rank 0 looks for the checkpoint and checks it, and cuts the logs.
+        ranks: they check the checkpoint together; rank 0 reads its state and cuts the logs.
     """
 
     loader: Loader
@@ -182,6 +188,43 @@ class ResumePoint:
     changed_data: str | None = None
 
 
+def check_shared(root: Path, ranks: Ranks) -> None:
+    """Refuse a run directory that is not one folder for all ranks; a collective, while rank 0 holds the directory.
+
+    Raises:
+        CheckpointError: naming the ranks and machines that do not see it; the same message on every rank.
+    """
+    path, nonce = root / _NONCE, ""
+    if ranks.first:
+        nonce = secrets.token_hex(16)
+        path.write_text(nonce)
+    machine, place = socket.gethostname(), str(root.resolve())
+    first, place, nonce = ranks.gather_results((machine, place, nonce))[0]
+    until = time.monotonic() + SEEN_WITHIN
+    while not (seen := _holds(path, nonce)) and time.monotonic() < until:
+        time.sleep(0.1)
+    everyone = ranks.gather_results((machine, seen))
+    if ranks.first:
+        path.unlink(missing_ok=True)
+    blind: dict[str, list[str]] = {}
+    for rank, (name, saw) in enumerate(everyone):
+        if not saw:
+            blind.setdefault(name, []).append(str(rank))
+    if blind:
+        who = "; ".join(f"rank{'s' * (len(some) > 1)} {', '.join(some)} on {name}" for name, some in blind.items())
+        raise CheckpointError(
+            f"checkpoint.checkpoint_dir: {place}, where rank 0 on {first} trains, is another folder for {who}; choose "
+            "one on a file system that all machines share, by the same path on each"
+        )
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except (OSError, ValueError):
+        return False
+
+
 def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], parts: ResumeParts) -> ResumePoint:
     """Put a run back to its newest usable checkpoint, if it has one.
 
@@ -192,7 +235,8 @@ def resume(root: Path, section: CheckpointConfig, identity: Mapping[str, Any], p
         CheckpointError: there are checkpoints, but none that can be used.
     """
     reconcile = partial(parts.loader.reconcile, accept_changed=section.accept_changed_data)
-    newest = from_first(parts.ranks, lambda: find_checkpoint(root, identity, reconcile) if section.enabled else None)
+    ranks = None if parts.ranks.size == 1 else parts.ranks
+    newest = find_checkpoint(root, identity, reconcile, ranks) if section.enabled else None
     if newest is None:
         return ResumePoint(0, None, (), notes=_cut(parts, -1))
     parts.restore(newest.folder)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from unmask.config.results import CheckpointConfig
-from unmask.distributed.ranks import Ranks, from_first
+from unmask.distributed.ranks import from_first
 from unmask.distributed.runtime import Runtime
 from unmask.distributed.shard import disk_problem, write_parts
 from unmask.errors import CheckpointError
