@@ -18,6 +18,9 @@ from unmask.streams import OutputLost, need_output, standard_streams
 # In the order of `unmask --help`.
 COMMANDS = (quickstart, train, generate, chat, eval, prep, plot, report, export, doctor)
 
+# Seconds that a process gives itself to leave the process group.
+_END, _END_OF_FAILED = 60.0, 5.0
+
 # The variable that torch's allocators read, and its older names.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -37,7 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(build_parser(), words)
     if "WORLD_SIZE" in os.environ:  # one of several processes: nobody else tells the launcher how it ended
         leave_status(status)
+        _leave_the_others(status)
     return status
+
+
+def _leave_the_others(status: int) -> None:
+    """Leave the process group, and the process at once where that hangs: others, or their machine, may be gone."""
+    if "unmask.distributed.ranks" not in sys.modules:  # nothing was joined
+        return
+    from unmask.distributed.ranks import leave
+
+    if not leave(_END if status == 0 else _END_OF_FAILED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:

@@ -20,7 +20,7 @@ def main() -> int:
     except UnmaskError as error:
         return report(str(error), error.exit_status)
     finally:
-        leave()
+        leave(10.0)
     return 0
 
 

@@ -233,6 +233,30 @@ def test_a_rank_without_disk_stops_all_with_the_reason(command, config: Path, tm
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "metrics.jsonl"}
 
 
+@pytest.mark.parametrize("status", [0, 2])
+def test_processes_leave_the_process_group(run_ranks, start_ranks, tiny, tmp_path: Path, status: int) -> None:
+    """When all went well and when it did not; one that cannot ends all the same, with its status."""
+    for rank in range(2):  # other rates are refused once the ranks have met
+        values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1, optimizer__lr=1e-3 * (1 + rank * status))
+        tiny.write(tmp_path / f"run{rank}.yaml", values)
+    words = ["train", "-c", str(tmp_path / "run{rank}.yaml")]
+    assert run_ranks(2, "command_and_groups", words) == [(status, False)] * 2
+    if status == 0:
+        shutil.rmtree(tmp_path / "run")
+    processes = start_ranks(tmp_path / "stuck", 2, "command_that_cannot_leave", words)
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [status, status]
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_a_traceback(command, config: Path, tmp_path: Path) -> None:
+    ended = command("-c", str(config), trouble=(1, 3, "bug"))
+    assert ended.status == [1, 1] and len(ended.errors) == 1
+    (kept,) = (tmp_path / "run").glob("traceback-rank1-*.txt")
+    assert ended.errors[0].startswith("unmask: error: rank 1: ZeroDivisionError: ") and str(kept) in ended.errors[0]
+    assert "train_step" in kept.read_text()
+
+
 def test_a_port_in_use(tiny, tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "run.yaml", tiny.config(tmp_path / "run"))
     with socket.socket() as taken:

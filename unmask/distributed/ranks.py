@@ -6,6 +6,7 @@ Every collective here is the identity with one process, which has no process gro
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -183,10 +184,24 @@ def _nobody_came(rank: int, size: int, minutes: float, error: Exception) -> str:
     )
 
 
-def leave() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+def leave(seconds: float) -> bool:
+    """Leave the process groups, if there are any; return whether that was done in some seconds.
+
+    NCCL first waits for what is under way, which after a failure of another rank may never end.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def destroy() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # a new thread starts with the first one
         dist.destroy_process_group()
+
+    thread = threading.Thread(target=destroy, name="unmask-leave", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 @dataclass(frozen=True)
