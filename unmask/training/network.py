@@ -102,7 +102,6 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
         ConfigError: an adapter that the network cannot have, or that needs the whole network on one device.
     """
     plan, peft, meshes = settings.plan, settings.peft, runtime.meshes
-    _check_offload(settings)
     with torch.device("meta"):
         model = empty_network(plan.family, plan.config).to(getattr(torch, settings.dtype))
     adapter = config = None
@@ -130,17 +129,6 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     shard = 0 if meshes is None else runtime.ranks.rank % meshes.degrees.shard
     optimizer = build_optimizer(settings.optimizer, model, settings.seed, shard)
     return Network(model, optimizer, plan, settings.dtype, meshes, adapter, config)
-
-
-def _check_offload(settings: NetworkSettings) -> None:
-    """Refuse masters of offloaded weights with a torch that shows them gradients before these have arrived."""
-    masters = settings.dtype == "bfloat16" and not settings.optimizer.stochastic_rounding
-    # pytorch/pytorch#180666: hooks on gradients ran before the copy to the host was done.
-    if masters and settings.distributed.offload_policy is not None and torch.__version__ < "2.13":
-        raise ConfigError(
-            f"distributed.offload_policy: cpu trains bfloat16 weights from torch 2.13 on, and this is "
-            f"{torch.__version__}; set model.torch_dtype: float32, or upgrade torch"
-        )
 
 
 def _shard_and_fill(
