@@ -14,7 +14,7 @@ from unmask.config.data import resolve_answers
 from unmask.config.model import PeftConfig
 from unmask.config.results import ValidationConfig
 from unmask.data.sources import Rows, open_rows
-from unmask.distributed.processes import Degrees, resolve_degrees, world_size
+from unmask.distributed.processes import Degrees, check_restarts, resolve_degrees, world_size
 from unmask.errors import ConfigError, SamplingError
 from unmask.evaluation.grade import check_grader
 from unmask.models.folders import read_generation
@@ -61,6 +61,7 @@ def prepare(loaded: LoadedConfig, weights: bool = True, processes: int | None = 
     root = user_path(config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
     if root.exists() and not root.is_dir():
         raise ConfigError(f"checkpoint.checkpoint_dir: {root} is a file; choose a folder")
+    check_restarts(config.checkpoint.enabled)
     check_tracker(config.wandb)
     plan = plan_model(config.model, weights)
     config = _with_answers(config, plan.family.attention)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from unmask.cli import main
 from unmask.distributed.launch import launch
 from unmask.errors import ConfigError
 from unmask.report.metrics import read_metrics
@@ -83,3 +84,46 @@ def test_how_ranks_end_is_how_the_command_ends(start_ranks, tmp_path: Path, endi
     assert pickle.loads((tmp_path / "rank0").read_bytes()) == status
     lines = (tmp_path / "rank0.err").read_text().splitlines()
     assert len(lines) == (1 if said else 0) and all(line.startswith(said) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "store", "said"),
+    [
+        ("false", "False", "checkpoint.enabled: false, and torchrun starts again after a failure (--max-restarts 3)"),
+        ("true", "True", "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+    ],
+)
+def test_restarts_that_could_not_go_on_are_refused_at_the_start(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    enabled: str, store: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", store)
+    assert main(["train", "-c", str(config), "--checkpoint.enabled", enabled]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_torchrun_restarts_a_run_that_goes_on(tiny, train_tiny, tmp_path: Path) -> None:
+    """A rank is killed after a checkpoint: torchrun starts all again, and the losses are those of one that lived."""
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=6, step_scheduler__ckpt_every_steps=2)
+    path = tiny.write(tmp_path / "run.yaml", values)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         "-m", "restart_rank", "1", "5", "-c", str(path)],
+        capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [event["resumed_from"] for event in events if event["event"] == "run"] in (
+        [None, "step_2"],
+        [None, "step_4"],  # where its save was complete already
+    )
+    assert events[-1]["event"] == "end" and events[-1]["step"] == 6
+    other = read_metrics(train_tiny({**values, "checkpoint": {"checkpoint_dir": str(tmp_path / "alone")}}).root
+                         / "metrics.jsonl")  # fmt: skip
+    for mine, theirs in zip(*([e for e in each if e["event"] == "train"] for each in (events, other)), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

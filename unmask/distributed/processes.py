@@ -60,6 +60,29 @@ def local_size() -> int:
     return _from_launcher("LOCAL_WORLD_SIZE", 1, 1)
 
 
+def check_restarts(checkpoints: bool) -> None:
+    """Refuse torchrun's restarts after a failure where the processes could not go on.
+
+    Args:
+        checkpoints: whether the run saves any.
+
+    Raises:
+        ConfigError: nothing would be resumed, or the new processes would look for each other where the dead ones did.
+    """
+    restarts = _from_launcher("TORCHELASTIC_MAX_RESTARTS", 0, 0)
+    if restarts and not checkpoints:
+        raise ConfigError(
+            f"checkpoint.enabled: false, and torchrun starts again after a failure (--max-restarts {restarts}), where "
+            "a run goes on from a checkpoint; set true, or leave --max-restarts out"
+        )
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            "--max-restarts: torch 2.13 starts again with the store of the processes that failed, whose addresses are "
+            "still in it; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and start torchrun with --standalone or "
+            "--rdzv-backend c10d, or leave --max-restarts out"
+        )
+
+
 def cores() -> int:
     """Return how many cores this process may use: of its affinity, and of its container's share of time."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
