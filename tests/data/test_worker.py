@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.popen_spawn_posix import Popen
 from pathlib import Path
 
 import pytest
 
+from unmask import errors
+from unmask.data.encode import Visit, encoded_ahead
 from unmask.distributed import processes
 from unmask.distributed.processes import cores, data_workers
+from unmask.errors import DataError, FieldError
 
 ROOT = Path(processes.__file__).parents[2]
 PARENT = """
@@ -107,3 +114,28 @@ def test_a_containers_share_of_time_counts(tmp_path: Path, monkeypatch: pytest.M
     for text, expected in [("max 100000\n", 64), ("250000 100000\n", 3), ("50000 100000\n", 1)]:
         (folder / "cpu.max").write_text(text)
         assert cores() == expected
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_a_worker_that_cannot_be_started_leaves_none_of_the_others(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, starts, launch = multiprocessing.active_children(), iter(range(1, 100)), Popen._launch
+
+    def refuse(self: Popen, process: object) -> None:
+        if next(starts) == fails:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        launch(self, process)
+
+    monkeypatch.setattr(Popen, "_launch", refuse)
+    rows = encoded_ahead(max, (Visit(0, n, n) for n in range(100)), 4, 64)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="num_workers: a worker process could not be started .Cannot allocate memory"):
+        next(rows)
+    for process in set(multiprocessing.active_children()).difference(before):
+        process.join(10)
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_every_error_of_ours_comes_back_from_a_worker() -> None:
+    assert str(copy.copy(FieldError("field", "is wrong"))) == "field: is wrong"  # made anew as a pickle makes it
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.UnmaskError) and error is not FieldError:
+            assert str(copy.copy(error("what, where"))) == "what, where"

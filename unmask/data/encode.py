@@ -235,7 +235,6 @@ def encoded_ahead(
             yield visit, encode(visit.index, visit.epoch)
         return
     # Spawned, never forked: by now this process has torch's threads, and perhaps a device.
-    before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), worker.Start(), (encode,))
     remaining = iter(visits)
     pending: deque[tuple[list[Visit], Future[list[EncodedRow | Dropped]]]] = deque()
@@ -244,7 +243,7 @@ def encoded_ahead(
         while True:
             while len(pending) < tasks and (chunk := list(islice(remaining, _CHUNK))):
                 task = [(visit.index, visit.epoch) for visit in chunk]
-                pending.append((chunk, _submitted(pool, task, before)))
+                pending.append((chunk, _submitted(pool, task)))
             if not pending:
                 return
             chunk, future = pending.popleft()
@@ -257,15 +256,11 @@ def encoded_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _submitted(
-    pool: ProcessPoolExecutor, task: list[tuple[int, int]], before: list[multiprocessing.process.BaseProcess]
-) -> Future[list[EncodedRow | Dropped]]:
-    """Give workers a task, the first of which starts them all; end those that began where another could not."""
+def _submitted(pool: ProcessPoolExecutor, task: list[tuple[int, int]]) -> Future[list[EncodedRow | Dropped]]:
+    """Give workers a task, for which one more of them may start."""
     try:
         return pool.submit(worker.encode_chunk, task)
     except OSError as error:  # no memory, or the user's limit of processes or open files
-        for process in set(multiprocessing.active_children()).difference(before):
-            process.kill()  # the pool would leave it waiting for tasks, and this process waiting for it in the end
         raise DataError(
             f"dataloader.num_workers: a worker process could not be started ({error.strerror or error}); lower "
             "num_workers"
