@@ -67,6 +67,46 @@ def test_a_signal_to_the_launcher_saves_and_ends_cleanly(config: Path, tmp_path:
     verify(tmp_path / "run" / f"step_{last['step']}")
 
 
+@slow
+@pytest.mark.timeout(300)
+def test_ranks_of_a_killed_launcher_save_and_end_and_its_folder_goes(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    among = tmp_path / "temporary"
+    among.mkdir()
+    monkeypatch.setenv("TMPDIR", str(among))
+    process = start(config, "--step_scheduler.max_steps", "100000", "--dataloader.num_workers", "1")
+    wait_for_step(tmp_path / "run", 3, process)
+    started = family(process.pid)
+    process.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=100)  # the ranks have the same pipes: until they have ended
+    assert "Traceback" not in err and "error" not in err and out.count("SIGTERM after step") == 1, (out, err)
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["reason"] == "SIGTERM"
+    verify(tmp_path / "run" / f"step_{last['step']}")
+    until = time.monotonic() + 15
+    while any(map(alive, started)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(started) >= 5 and not [each for each in started if alive(each)]  # launcher, ranks, workers
+    assert [path.name.startswith(f"unmask-launch-{process.pid}-") for path in among.glob("unmask-launch-*")] == [True]
+    done = start(config, "--step_scheduler.max_steps", "3")  # which it has made already
+    done.communicate(timeout=100)
+    assert done.returncode == 0 and not [*among.glob("unmask-*"), *among.glob("torchelastic_*")]
+
+
+def family(process: int) -> list[int]:
+    """Return a process's number and those of all that it has started, directly or not."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(each for child in children for each in family(int(child)))]
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 SAID = {
     "well": (0, ""),
     "killed": (1, "unmask: error: rank 1 was killed by signal 9, perhaps because the machine ran out of memory"),

@@ -88,6 +88,7 @@ def read_results(plan: EvalPlan) -> Results:
     path = plan.output / RESULTS
     try:
         values = parse_json(read_bytes(path), strict=False) if path.exists() else {"models": [], "results": []}
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
         earlier = Results(
             {model["label"]: {**model, "fingerprint": dict(model["fingerprint"])} for model in values["models"]},
             {(entry["task"], entry["model"]): _checked(entry) for entry in values["results"]},

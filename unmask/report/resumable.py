@@ -46,6 +46,7 @@ def read_records(path: Path, kind: Kind) -> tuple[dict[str, Any], list[Record]]:
             continue
         try:
             value = parse_json(line, strict=False)
+            as_line(value).encode()  # half a surrogate pair could not be written again
             if head is None:
                 head = dict(value[kind.name])
             elif type(value["row"]) is int and kind.is_record(value):
