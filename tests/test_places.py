@@ -115,6 +115,12 @@ def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, mon
     assert caught.value.filename == str(tmp_path / "out") and list(tmp_path.iterdir()) == []
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="the current folder"), part_of(Path("."), folder=True):
+        pytest.fail("begun")
+
+
 def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught, part_of(tmp_path / "out"), open("/dev/full", "w") as full:
         full.write("x")

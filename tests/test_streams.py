@@ -88,7 +88,7 @@ def test_results_that_a_full_disk_lost_are_told(tmp_path: Path, words: list[str]
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [PRINTS, ["--help"], ["chat", "--checkpoint", "x"]])
+@pytest.mark.parametrize("words", [PRINTS, ["--help"], ["chat", "--checkpoint", "x"], ["doctor"]])
 def test_results_that_have_nowhere_to_go_are_told(tmp_path: Path, words: list[str]) -> None:
     command = [sys.executable, "-m", "unmask", *words] if words[0] == "--help" else stand_in(tmp_path, words)
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]

@@ -163,8 +163,9 @@ def part_of(final: Path, folder: bool = False) -> Iterator[Path]:
     remove_dead(final.parent, re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.part"))
     part = final.parent / f".{final.name}.{os.getpid()}.part"
     if folder:
-        if os.path.ismount(final):
-            raise OSError(errno.EBUSY, "a mount point, which nothing can take the place of", str(final))
+        if os.path.ismount(final) or final == Path.cwd():  # whoever works in it would be left in one that is gone
+            problem = "a mount point or the current folder, which another cannot take the place of"
+            raise OSError(errno.EBUSY, problem, str(final))
         part.mkdir()
     else:
         part.touch(exist_ok=False)
