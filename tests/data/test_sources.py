@@ -492,3 +492,20 @@ def test_a_damaged_table_is_one_line_on_stderr(content: bytes, tmp_path: Path, c
     with pytest.raises(DataError, match=r"rows\.parquet: cannot be read as parquet: ") as caught:
         open_rows(DatasetConfig(str(tmp_path / "rows.parquet")))
     assert "An error occurred" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+def test_a_changed_byte_of_a_table_is_read_or_refused(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([chat(f"answer {n}") for n in range(20)]).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    whole, refused = file.read_bytes(), 0
+    for place in range(len(whole) - 1, 0, -len(whole) // 60):
+        file.write_bytes(whole[:place] + b"\xfe" + whole[place + 1 :])
+        try:
+            rows = open_rows(DatasetConfig(str(tmp_path / "saved")))
+            assert len([rows[index] for index in range(len(rows))]) == 20
+        except DataError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 10

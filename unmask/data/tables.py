@@ -22,7 +22,8 @@ class TableRows:
     """The rows of one `datasets.Dataset`, which messages call `label`; arguments as in `files.FileRows`.
 
     Raises:
-        DataError: no rows, or no column that holds conversations.
+        DataError: no rows, no column that holds conversations, or what is stored is no such table: offsets that lead
+            out of it, texts that are not UTF-8.
     """
 
     def __init__(self, table: Any, label: str, columns: Columns, where: str, max_rows: int | None = None) -> None:
@@ -35,6 +36,10 @@ class TableRows:
             )
         if len(table) == 0:
             raise DataError(f"{label}: no rows; give {where} one with conversations")
+        try:  # the files are mapped into memory, and a wrong offset would read what lies beside them
+            table.data.validate(full=True)
+        except Exception as error:
+            raise DataError(f"{label}: the table is damaged ({_first_line(error)}); write or fetch it again") from None
         self.table = table if max_rows is None else table.select(range(min(max_rows, len(table))))
         self.label = label
         self.columns = columns
