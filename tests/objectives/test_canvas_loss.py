@@ -273,6 +273,41 @@ def test_a_first_pass_for_the_sake_of_other_ranks_changes_nothing(ours, turns, m
     assert not any(grad.any() for name, grad in others.items() if "self_conditioning" in name)
 
 
+def test_the_pass_without_gradients_is_never_the_first(ours, turns, monkeypatch) -> None:
+    """Where autocast keeps casts that were made without gradients, the weights would have none in later passes."""
+    passes: list[tuple[str, bool]] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        method = getattr(ours, name)
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            passes.append((name, torch.is_grad_enabled()))
+            return method(*arguments, **options)
+
+        return noted
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(ours, name, noting(name))
+    objective = dataclasses.replace(OBJECTIVE, self_conditioning_p=1.0)
+    objective.loss(ours, objective.corrupt(turns(ROWS), NoiseStream(0)))
+    assert passes == [("encode", True), ("decode", False), ("decode", True)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_weight_learns_under_autocast_as_without(ours: DiffusionGemma, turns: Turns, checkpointing: bool) -> None:
+    """Autocast keeps casts: those that the pass without gradients made first would cut the weights off."""
+    ours.stack.activation_checkpointing = checkpointing
+    objective = dataclasses.replace(OBJECTIVE, self_conditioning_p=1.0)
+    noisy = objective.corrupt(turns(ROWS), NoiseStream(0))
+    exact = gradients(ours, objective.loss(ours, noisy).total)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective.loss(ours, noisy).total
+    found = gradients(ours, loss)
+    assert found.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert float(found[name].norm()) > 0.5 * float(gradient.norm()), name
+
+
 def test_the_denoising_loss_stops_at_the_encoder_where_asked(ours, turns, monkeypatch) -> None:
     """No gradient reaches keys and values; the encoder's own loss trains it as before."""
     encode, kept = ours.encode, []

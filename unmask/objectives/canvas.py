@@ -188,6 +188,8 @@ class CanvasDiffusion:
 
     def _scored(self, model: Any, noisy: CanvasBatch) -> dict[str, ScoredTerm]:
         """Run the network; return what there is to score for each term."""
+        # First, before the pass without gradients: autocast keeps each weight's first cast until it ends, and before
+        # PyTorch's pull request 165068 one made under `no_grad` left the weight without a gradient in all later passes.
         encoded = model.encode(noisy.encoder_ids_BL)
         hidden_KCD = model.decode(
             noisy.canvas_ids_KC,
