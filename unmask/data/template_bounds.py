@@ -116,7 +116,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         for node in tree.find_all(nodes.For):
             node.iter = _filter("counted text", node.iter).set_lineno(node.lineno)
         for node in tree.find_all(nodes.With):
-            node.values = [_filter("counted text", value).set_lineno(node.lineno) for value in node.values]
+            node.values = [_filter("counted text", value) for value in node.values]
         tree.set_environment(self)
         return super().from_string(tree, *args, **options)
 
@@ -125,7 +125,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
         subject = getattr(method, "__self__", None)
         if isinstance(subject, str):
-            args = _checked(f"str.{method.__name__}", [subject, *args], options)[1:]
+            args = tuple(_checked(f"str.{method.__name__}", [subject, *args], options)[1:])
         else:
             _check_arguments(args, options)
         value = super().call(context, function, *args, **options)
