@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from unmask.config.training import OptimizerConfig
 from unmask.distributed.processes import Degrees
 from unmask.distributed.ranks import build_meshes
 from unmask.distributed.runtime import Runtime
-from unmask.distributed.shard import write_parts
+from unmask.distributed.shard import compute_in_place, write_parts
 from unmask.models.folders import SHARDED
 from unmask.models.registry import plan_folder
 from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 from unmask.training.network import OPTIMIZER, Network, NetworkSettings, build_network, moments, restore, weights
+from unmask.training.optim import build_optimizer
 from unmask.training.saver import Saver
 from unmask.training.step import train_step
 
@@ -81,6 +83,29 @@ def test_a_sharded_run_equals_a_whole_one_and_resumes(
     restore(resumed, tmp_path)
     assert steps(resumed, batch, shared, range(2, 4)) == pytest.approx(expected[4:], rel=1e-4)
     assert {tensor.device.type for name, tensor in moments(resumed).items() if "exp" in name} == {offload or "cuda"}
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_blocks_that_stay_gathered_change_nothing(fixtures: Path, cuda, nccl, batch, family: str) -> None:
+    folder, shared = fixtures / FOLDERS[family], Runtime(cuda, None, meshes=build_meshes(Degrees(1, 1, 1), "cuda"))
+    freed, kept = (
+        steps(built(folder, shared, reshard_after_forward=freed), batch, shared, range(3)) for freed in (True, False)
+    )
+    assert kept == pytest.approx(freed, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_experts_computed_in_place_change_nothing(fixtures: Path, cuda, nccl, batch, checkpointing: bool) -> None:
+    folder, runtime = fixtures / FOLDERS["diffusion_gemma"], Runtime(cuda, None)
+    options = {"activation_checkpointing": checkpointing}
+    expected = steps(built(folder, runtime, **options), batch, runtime, range(3))
+    network = built(folder, runtime, **options)
+    mesh = build_meshes(Degrees(1, 1, 1), "cuda").model
+    for block in network.model.get_submodule(network.plan.family.shard.blocks).children():
+        compute_in_place(block.get_submodule("experts"), mesh)
+    optimizer = build_optimizer(OptimizerConfig(lr=1e-3), network.model)
+    found = steps(dataclasses.replace(network, optimizer=optimizer), batch, runtime, range(3))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FOLDERS)
