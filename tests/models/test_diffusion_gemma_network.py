@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unmask.errors import ModelError
-from unmask.models.diffusion_gemma.cache import select
 from unmask.models.diffusion_gemma.family import parse_config
 from unmask.models.diffusion_gemma.model import PADDING_POSITION, DiffusionGemma, Encoded, initialise
 from unmask.models.experts import local_dispatch
@@ -265,6 +265,19 @@ def test_padding_has_finite_gradients_that_reach_nothing(model: DiffusionGemma) 
         assert not table[38:].any() and table[:38].any()
 
 
+def joined(past: Encoded | None, more: Encoded) -> Encoded:
+    """Tokens encoded one after the other, as if they had been at once; aligned only where columns were."""
+    if past is None:
+        return more
+    keys, values = (
+        tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        for old, new in ((past.keys, more.keys), (past.values, more.values))
+    )
+    positions_BS = torch.cat((past.positions_BS, more.positions_BS), dim=1)
+    in_place = bool((positions_BS == torch.arange(positions_BS.shape[1])).all())
+    return Encoded(keys, values, more.hidden_BLD, positions_BS, more.lengths_B, aligned=in_place)
+
+
 @given(cuts=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 99))
 @settings(max_examples=15)
 def test_encoding_in_pieces_is_encoding_at_once(model: DiffusionGemma, cuts: list[int], seed: int) -> None:
@@ -272,7 +285,7 @@ def test_encoding_in_pieces_is_encoding_at_once(model: DiffusionGemma, cuts: lis
     with torch.no_grad():
         whole, grown, hidden = model.encode(tokens), None, []
         for part in tokens.split(cuts, dim=1):
-            grown = model.encode(part, past=grown)
+            grown = joined(grown, model.encode(part, past=grown))
             hidden.append(grown.hidden_BLD)
         assert isinstance(grown, Encoded) and grown.aligned
         torch.testing.assert_close(torch.cat(hidden, dim=1), whole.hidden_BLD, **CLOSE)
@@ -285,7 +298,8 @@ def test_pieces_behind_padded_prompts(side: str, model: DiffusionGemma) -> None:
     """Generation: rows of unequal prompts, each grown by a whole canvas, then the next canvas."""
     rows, added, canvases = [ids(9, seed=1), ids(3, seed=2)], ids(2, CANVAS, seed=3), ids(2, CANVAS, seed=4)
     with torch.no_grad():
-        grown = model.encode(added, past=model.encode(*padded(rows, side)))
+        prompts = model.encode(*padded(rows, side))
+        grown = joined(prompts, model.encode(added, past=prompts))
         assert grown.lengths_B.tolist() == [9 + CANVAS, 3 + CANVAS]
         out = model.decode(canvases, grown)
         for n, row in enumerate(rows):
@@ -294,22 +308,43 @@ def test_pieces_behind_padded_prompts(side: str, model: DiffusionGemma) -> None:
             torch.testing.assert_close(grown.hidden_BLD[n : n + 1], whole.hidden_BLD[:, -CANVAS:], **CLOSE)
         # A piece that is padding in some rows adds nothing to them.
         mask = torch.tensor([[True] * CANVAS, [False] * CANVAS])
-        partly = model.encode(added, mask, past=model.encode(*padded(rows, side)))
+        partly = joined(prompts, model.encode(added, mask, past=prompts))
         assert partly.lengths_B.tolist() == [9 + CANVAS, 3]
+        # Some rows of what is past, in another order, with their pieces.
+        turned, picked = torch.tensor([1, 0]), torch.tensor([1])
+        for rows_K in (turned, picked):
+            part = model.encode(added[rows_K], past=prompts, rows=rows_K)
+            assert torch.equal(part.lengths_B, grown.lengths_B[rows_K])
+            torch.testing.assert_close(part.hidden_BLD, grown.hidden_BLD[rows_K], **CLOSE)
+            torch.testing.assert_close(part.keys[-1], grown.keys[-1][rows_K, :, -CANVAS:], **CLOSE)
         kept = model.decode(canvases, partly)
         torch.testing.assert_close(kept[:1], out[:1], **CLOSE)
         torch.testing.assert_close(kept[1:], model.decode(canvases[1:], model.encode(rows[1][None])), **CLOSE)
 
 
-def test_selected_rows_are_those_rows(model: DiffusionGemma) -> None:
-    tokens, canvases = padded([ids(9, seed=1), ids(3, seed=2), ids(5, seed=3)], "left"), ids(3, CANVAS, seed=4)
+def test_left_padding_has_no_position(model: DiffusionGemma) -> None:
+    encoded = model.encode(*padded([ids(9, seed=1), ids(3, seed=2)], "left"))
+    expected = [[PADDING_POSITION] * 2 + list(range(9)), [PADDING_POSITION] * 8 + [0, 1, 2]]
+    assert encoded.positions_BS.tolist() == expected
+
+
+def test_wider_bounds_change_nothing(model: DiffusionGemma) -> None:
+    """Bounds on the host choose shapes; where a row's canvas starts, the device says."""
+    lengths, canvases = torch.tensor([9, 3, 7]), ids(3, CANVAS, seed=4)
+    tokens = ids(3, 16)
     with torch.no_grad():
-        encoded = model.encode(*tokens)
-        for picked in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
-            some = select(encoded, picked)
-            expected = model.decode(canvases, encoded)[picked]
-            torch.testing.assert_close(model.decode(canvases[picked], some), expected, **CLOSE)
-    assert encoded.positions_BS[1].tolist() == [PADDING_POSITION] * 8 + [0, 1, 2]
+        whole = model.encode(tokens)
+        encoded = replace(whole, lengths_B=lengths)
+        expected = model.decode(canvases, whole, starts=lengths.tolist())
+        for bounds in ((3, 9), (0, 16), (2, 9), (3, 12)):
+            torch.testing.assert_close(model.decode(canvases, encoded, bounds=bounds), expected, **CLOSE)
+        rows = torch.tensor([2, 0])
+        some = model.decode(canvases[rows], encoded, rows=rows, bounds=(0, 16))
+        torch.testing.assert_close(some, expected[rows], **CLOSE)
+        same = replace(whole, lengths_B=torch.full((3,), 9))
+        alike = model.decode(canvases, whole, starts=[9] * 3)
+        assert torch.equal(model.decode(canvases, same, bounds=(9, 9)), alike)
+        torch.testing.assert_close(model.decode(canvases, same, bounds=(8, 16)), alike, **CLOSE)
 
 
 def test_detached_keys_and_values_let_no_gradient_through(model: DiffusionGemma) -> None:

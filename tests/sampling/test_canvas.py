@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from functools import partial
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from unmask.cli import main
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import SamplingError
+from unmask.models.diffusion_gemma.cache import stored
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.sampling.backends.backend import backend_for
 from unmask.sampling.engine.draws import row_keys
 from unmask.sampling.engine.loop import Request, StepEvent, denoise
 from unmask.sampling.generate import generate
-from unmask.sampling.settings import family_settings
+from unmask.sampling.settings import family_settings, settings_for
 from unmask.sampling.view import Drawing, watch
 
 CanvasSettings = partial(family_settings, DIFFUSION_GEMMA, block_size=256)
@@ -205,13 +207,58 @@ def test_encoding_canvas_by_canvas_equals_encoding_everything(gemma_model):
         block = block + torch.tensor(done)
     context = context.select(torch.tensor([True, False, True]))
     canvas = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(3))
-    found = gemma_model.decode(canvas, context.encoded, starts=context.lengths)
+    lengths = torch.tensor(context.lengths)
+    found = gemma_model.decode(canvas, stored(context.store, max(context.lengths), lengths), starts=context.lengths)
     for place, (row, canvases) in enumerate([(0, 2), (2, 1)]):
         clean = torch.tensor([prompts[row] + answer[row, : 16 * canvases].tolist()])
-        assert context.lengths[place] == clean.shape[1] == int(context.encoded.lengths_B[place])
+        assert context.lengths[place] == clean.shape[1]
         expected = gemma_model.decode(canvas[place : place + 1], gemma_model.encode(clean))
         torch.testing.assert_close(found[place], expected[0], rtol=1e-4, atol=1e-4)
-    assert context.encoded.positions_BS.shape[1] == max(context.lengths)
+
+
+@pytest.mark.parametrize("cache", ["block", "none"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_join_and_leave_and_finish_canvases_hold_what_a_fresh_encoding_does(seed, cache, gemma_model):
+    settings = settings_for(gemma_model, SamplerConfig(cache=cache))
+    backend, numbers = backend_for(gemma_model, settings), torch.Generator().manual_seed(seed)
+
+    def some(most: int) -> int:
+        return int(torch.randint(most, (), generator=numbers))
+
+    context = backend.prefill(prompts_of(3, 20, 7))
+    for _ in range(12):
+        rows, turn = len(context.ids), some(3)
+        if turn == 0 or rows == 0:
+            context = context.concat(backend.prefill(prompts_of(*[1 + some(25) for _ in range(1 + some(2))])))
+        elif turn == 1 and rows > 1:
+            context = context.select(torch.rand(rows, generator=numbers) < 0.7)
+        elif max(context.lengths) < 90:
+            done = torch.rand(rows, generator=numbers) < 0.6
+            done[some(rows)] = True
+            first, answer = torch.zeros(rows, dtype=torch.long), torch.randint(0, 300, (rows, 32), generator=numbers)
+            context = backend.commit(context, answer, first, first + 16 * (1 + some(2)), done)
+    canvases = torch.randint(0, 300, (len(context.ids), 16), generator=numbers)
+    bounds = (min(context.lengths), max(context.lengths))
+    encoded = stored(context.store, bounds[1], torch.tensor(context.lengths))
+    found = gemma_model.decode(canvases, encoded, bounds=bounds)
+    for row, ids in enumerate(context.ids):
+        expected = gemma_model.decode(canvases[row : row + 1], gemma_model.encode(torch.tensor([ids])))
+        torch.testing.assert_close(found[row], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["block", "none"])
+def test_finished_canvases_are_written_where_there_is_room_and_nothing_is_copied(cache, gemma_model, monkeypatch):
+    monkeypatch.setattr("unmask.sampling.backends.canvas._COLUMNS", 64)
+    backend = backend_for(gemma_model, settings_for(gemma_model, SamplerConfig(cache=cache)))
+    context = backend.prefill(prompts_of(3, 9))
+    answer, first, where = torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, dtype=torch.long), []
+    for _ in range(7):
+        context = backend.commit(context, answer, first, first + 16, torch.tensor([True, True]))
+        tensors = (*context.store.keys, *context.store.values)
+        where.append([tensor.data_ptr() for tensor in tensors])
+        assert context.store.columns == (64 if max(context.lengths) <= 64 else 128)
+    moves = sum(before != after for before, after in itertools.pairwise(where))
+    assert context.lengths == (115, 121) and moves == 1
 
 
 def test_logits_are_made_in_chunks_whose_size_changes_nothing(gemma_model, monkeypatch):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from unmask.config.sampler import SamplerConfig
+from unmask.models.diffusion_gemma.model import DiffusionGemma
 from unmask.models.llada.config import LLaDAConfig
 from unmask.models.llada.model import LLaDA, initialise
 from unmask.sampling.backends import replay
@@ -79,6 +81,16 @@ def test_large_calls_and_more_kinds_than_are_kept_are_not_recorded() -> None:
     assert recorder.recorded == replay._KEPT
 
 
+def test_a_kind_takes_the_place_of_one_that_is_no_longer_called() -> None:
+    recorder = Recorder()
+    call = Replays(recorder)
+    for kind in range(3 * replay._KEPT):
+        for number in range(8):
+            assert call(None, kind, double, torch.full((2,), float(number))).tolist() == [2.0 * number] * 2
+    assert recorder.recorded == 3 * replay._KEPT
+    assert sum(made() is not None for made in recorder.made) <= replay._KEPT
+
+
 def test_nothing_is_recorded_under_autocast() -> None:
     recorder = Recorder()
     call = Replays(recorder)
@@ -122,17 +134,38 @@ def test_llada_answers_are_the_same_by_replays(cache: str, batch_size: int, monk
     monkeypatch.setattr("unmask.sampling.backends.bidirectional.replays_for", lambda _: Replays(recorder))
     found = generate(model, prompts, sampler=sampler, batch_size=batch_size)
     assert recorder.replayed > 8
+    assert recorder.recorded <= 4
     assert not any(made() for made in recorder.made)  # none outlives the call, without the collector's help
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
 
 
-def test_canvases_are_the_same_by_replays(gemma_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = SamplerConfig(steps=6, max_new_tokens=20, eos="suppress", confidence_threshold=0.0)
-    prompts = [[1, 2, 3], [4, 5, 6], [9, 8, 7, 6]]
-    expected = generate(gemma_model, prompts, sampler=sampler, batch_size=2)
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("cache", ["block", "none"])
+def test_canvases_are_the_same_by_replays(
+    cache: Any, batch_size: int, gemma_model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged rows too, which join and leave: as many kinds of calls as there are numbers of rows, and no more."""
+    sampler = SamplerConfig(steps=6, max_new_tokens=40, eos="suppress", confidence_threshold=0.0, cache=cache)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [9], [11, 12], [13, 14, 15, 16]]
+    expected = generate(gemma_model, prompts, sampler=sampler, batch_size=batch_size)
     recorder = Recorder()
     monkeypatch.setattr("unmask.sampling.backends.canvas.replays_for", lambda _: Replays(recorder))
-    found = generate(gemma_model, prompts, sampler=sampler, batch_size=2)
-    assert recorder.replayed > 4
+    found = generate(gemma_model, prompts, sampler=sampler, batch_size=batch_size)
+    calls = sum(answer.stats.nfe for answer in found) // batch_size
+    assert recorder.recorded <= batch_size and recorder.replayed > calls - 3 * batch_size
     assert not any(made() for made in recorder.made)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+
+
+def test_canvases_are_recorded_anew_only_where_they_pass_a_multiple(
+    gemma_model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.sampling.backends.canvas._COLUMNS", 32)
+    sampler = SamplerConfig(steps=6, max_new_tokens=96, eos="suppress", confidence_threshold=0.0)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
+    expected = generate(gemma_model, prompts, sampler=sampler)
+    recorder = Recorder()
+    monkeypatch.setattr("unmask.sampling.backends.canvas.replays_for", lambda _: Replays(recorder))
+    found = generate(gemma_model, prompts, sampler=sampler)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    assert recorder.recorded == 3  # of six canvases, at lengths 3 to 23, 35 to 55 and 67 to 87

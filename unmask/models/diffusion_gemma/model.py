@@ -36,7 +36,7 @@ PADDING_POSITION = 2**40
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoder's output for the decoder: keys and values of clean tokens (`cache.py` selects and joins rows).
+    """The encoder's output for the decoder: keys and values of clean tokens (`cache.py` reads them from a store).
 
     Attributes:
         keys, values: one (B, G, S, E) a layer.
@@ -336,47 +336,54 @@ class DiffusionGemma(nn.Module):
         """Raise ModelError: the encoder and the decoder role each have a method of their own."""
         raise ModelError("DiffusionGemma has no single forward pass; call encode(tokens), then decode(canvas, encoded)")
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, past: Encoded | None = None) -> Encoded:
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past: Encoded | None = None,
+        rows: Tensor | None = None,
+    ) -> Encoded:
         """Run the stack causally over clean tokens; return their keys and values for `decode`.
 
         Args:
             input_ids: int64 (B, L).
             attention_mask: None or (B, L), bool or 0/1, 1 = a token; positions count tokens, so padding may stand on
                 either side. Right padding needs no mask if its outputs are not used.
-            past: tokens encoded before, which these attend to; the result holds both.
+            past: tokens encoded before, which these attend to. The result has keys and values of these alone, to be
+                kept beside the others, and the lengths of both.
+            rows: int64 (B,), row of `past` that each row continues; None = its own.
 
         Raises:
             ModelError: more tokens than `max_position_embeddings`.
         """
-        stack, (rows, length) = self.stack, input_ids.shape
+        stack, (batch, length) = self.stack, input_ids.shape
         self._check_length(length + (0 if past is None else past.positions_BS.shape[1]))
-        offset = 0 if past is None else past.lengths_B[:, None]
+        before_B, before_BS = (None, None) if past is None else (past.lengths_B, past.positions_BS)
+        if before_B is not None and before_BS is not None and rows is not None:
+            before_B, before_BS = before_B[rows], before_BS[rows]
+        offset = 0 if before_B is None else before_B[:, None]
         if attention_mask is None:
             # (1, L) without `past`: all rows share positions and mask.
-            positions_BL = columns_BS = torch.arange(length, device=input_ids.device)[None] + offset
-            lengths_B = torch.full((rows,), length, device=input_ids.device)
+            positions_BL = own_BL = torch.arange(length, device=input_ids.device)[None] + offset
+            lengths_B = torch.full((batch,), length, device=input_ids.device)
         else:
             keep_BL = attention_mask.bool()
             positions_BL = (keep_BL.cumsum(dim=1) - 1).clamp(min=0) + offset
-            columns_BS = positions_BL.masked_fill(~keep_BL, PADDING_POSITION)
+            own_BL = positions_BL.masked_fill(~keep_BL, PADDING_POSITION)
             lengths_B = keep_BL.sum(dim=1)
-        if past is not None:
-            columns_BS = torch.cat((past.positions_BS, columns_BS), dim=1)
-            lengths_B = past.lengths_B + lengths_B
+        columns_BS = own_BL if before_BS is None else torch.cat((before_BS, own_BL), dim=1)
+        lengths_B = lengths_B if before_B is None else before_B + lengths_B
         inputs = {}
         for layer_type in dict.fromkeys(self.config.layer_types):
             window = self.config.sliding_window if layer_type == SLIDING else None
             causal = attention_mask is None and past is None and (window is None or length <= window)
             mask = None if causal else causal_mask(positions_BL, columns_BS, window)
-            mask = prepare_mask(mask, stack.attention_kernel, rows, length, columns_BS.shape[1])
+            mask = prepare_mask(mask, stack.attention_kernel, batch, length, columns_BS.shape[1])
             inputs[layer_type] = AttentionInputs(*self._rotary(positions_BL, layer_type), mask, causal, slice(None))
         scalars = [module.layer_scalar for module in self.model["encoder"]["language_model"]["layers"]]  # pyright: ignore
-        hidden_BLD, keys, values = stack(stack.embed(input_ids), inputs, past, None, scalars)
-        aligned = attention_mask is None and (past is None or past.aligned)
-        if past is not None:
-            keys = tuple(torch.cat(pair, dim=2) for pair in zip(past.keys, keys, strict=True))
-            values = tuple(torch.cat(pair, dim=2) for pair in zip(past.values, values, strict=True))
-        return Encoded(keys, values, hidden_BLD, columns_BS.expand(rows, -1), lengths_B, aligned)
+        hidden_BLD, keys, values = stack(stack.embed(input_ids), inputs, past, rows, scalars)
+        aligned = attention_mask is None and past is None
+        return Encoded(keys, values, hidden_BLD, own_BL.expand(batch, -1), lengths_B, aligned)
 
     def decode(
         self,
@@ -387,6 +394,7 @@ class DiffusionGemma(nn.Module):
         rows: Tensor | None = None,
         starts: Sequence[int] | None = None,
         starts_K: Tensor | None = None,
+        bounds: tuple[int, int] | None = None,
         canvas_mask: Tensor | None = None,
     ) -> Tensor:
         """Denoise canvases in both directions, each seeing the clean tokens before it.
@@ -400,25 +408,29 @@ class DiffusionGemma(nn.Module):
             starts: position of each canvas's first token, on the host, so that unseen columns are cut off without
                 waiting for the device. None = right after all encoded tokens of its row.
             starts_K: the same as int64 (K,) on the device; None = copied there, unless all canvases start together.
+            bounds: least and greatest start, on the host, where `starts` is None: columns that no canvas within them
+                sees are cut off, so that shapes depend on nothing but them. Equal ones say that no canvas needs a mask.
             canvas_mask: bool (K, C), False at padding; None = no padding.
 
         Returns:
             final hidden states (K, C, D), normed.
         """
         stack, (canvases, length) = self.stack, canvas_ids.shape
-        if starts is None and encoded.aligned:
+        if starts is None and bounds is None and encoded.aligned:
             starts = [encoded.positions_BS.shape[1]] * canvases
-        if starts is None:
-            starts_K = encoded.lengths_B if rows is None else encoded.lengths_B[rows]
-        elif len(set(starts)) == 1:  # filled on the device, no copy
+        if starts is not None:
+            bounds = (min(starts), max(starts))
+        if starts is not None and len(set(starts)) == 1:  # filled on the device, no copy
             starts_K = torch.full((canvases,), starts[0], device=canvas_ids.device)
-        elif starts_K is None:
+        elif starts is not None and starts_K is None:
             starts_K = torch.tensor(starts, dtype=torch.int64).to(canvas_ids.device, non_blocking=True)
+        elif starts_K is None:
+            starts_K = encoded.lengths_B if rows is None else encoded.lengths_B[rows]
         positions_KC = starts_K[:, None] + torch.arange(length, device=canvas_ids.device)
         inputs = {}
         for layer_type in dict.fromkeys(self.config.layer_types):
             window = self.config.sliding_window if layer_type == SLIDING else None
-            columns, all_seen = _seen_columns(encoded, starts, window)
+            columns, all_seen = _seen_columns(encoded, bounds, window)
             mask = None
             if canvas_mask is not None or not all_seen:
                 before_KS = encoded.positions_BS[:, columns]
@@ -460,15 +472,16 @@ class DiffusionGemma(nn.Module):
             )
 
 
-def _seen_columns(encoded: Encoded, starts: Sequence[int] | None, window: int | None) -> tuple[slice, bool]:
+def _seen_columns(encoded: Encoded, bounds: tuple[int, int] | None, window: int | None) -> tuple[slice, bool]:
     """Return the columns that any canvas may see, and whether every canvas surely sees all of them (no mask needed).
 
     Uses only values on the host, so that it never waits for the device.
     """
-    if starts is None or not encoded.aligned:
+    if bounds is None or not encoded.aligned:
         return slice(None), False
-    first = 0 if window is None else max(0, min(starts) - (window - 1))
-    return slice(first, max(starts)), min(starts) == max(starts) <= encoded.positions_BS.shape[1]
+    least, greatest = bounds
+    first = 0 if window is None else max(0, least - (window - 1))
+    return slice(first, greatest), least == greatest <= encoded.positions_BS.shape[1]
 
 
 @torch.no_grad()

@@ -15,57 +15,61 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.models.kv_cache import KeyValueStore
 from unmask.ops.padding import concat_padded, padded
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Function, replays_for
-from unmask.sampling.backends.window import KeyValueStore, Window, forward_window, spans
+from unmask.sampling.backends.window import Window, forward_window, spans
 from unmask.sampling.engine.state import Positions, send
 from unmask.sampling.settings import SamplerSettings
 
 # Fixed cost of a forward (launch, reading the weights), in positions that could be computed in that time.
 _FORWARD_COST = 128
+# The store, and padded rows that are recorded, have a multiple of so many columns, so that more calls are alike.
+_COLUMNS = 64
 
 
 @dataclass(frozen=True)
 class Prompts:
     """The backend's context: the prompts of a batch, and the cache of keys and values.
 
-    The store has R rows and is written in place by calls; it is None without a cache, and before the first call.
+    The store is None without a cache, and before the first call. It is written in place by calls and passes on to the
+    next context, so that one from which another was made is used up.
     """
 
     ids_BP: Tensor  # int64, on the CPU, right-padded with 0; padding is never attended to
     lengths: tuple[int, ...]
+    copies: int = 1  # rows of the network, and of the store, for each
     store: KeyValueStore | None = None
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> Prompts:
+    def of(cls, prompts: Sequence[Sequence[int]], copies: int = 1) -> Prompts:
         """Return prompts of any lengths, 0 included, without a cache."""
-        return cls(padded(prompts)[0], tuple(map(len, prompts)))
+        return cls(padded(prompts)[0], tuple(map(len, prompts)), copies)
 
     def select(self, keep_B: Tensor) -> Prompts:
         """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that are now all padding."""
         lengths = tuple(length for length, keep in zip(self.lengths, keep_B.tolist(), strict=True) if keep)
-        store = None
-        if self.store is not None and lengths:
-            keep_R = keep_B.repeat_interleave(self.store.rows // len(keep_B))
-            store = self.store.select(keep_R.nonzero()[:, 0].tolist())
-        return Prompts(self.ids_BP[keep_B][:, : max(lengths, default=0)], lengths, store)
+        rows_R = keep_B.repeat_interleave(self.copies).nonzero()[:, 0]
+        if self.store is not None and rows_R.tolist() != list(range(len(rows_R))):
+            self.store.keep(rows_R.to(self.store.keys[0].device), self.store.columns)
+        return Prompts(self.ids_BP[keep_B][:, : max(lengths, default=0)], lengths, self.copies, self.store)
 
     def concat(self, more: Prompts) -> Prompts:
-        """Return these rows and then those of `more`; a missing store is filled with zeros."""
-        both = (self, more)
-        stores = [prompts.store for prompts in both if prompts.store is not None]
-        store = None
-        if stores:
-            rows = stores[0].rows // len(self.lengths if self.store is not None else more.lengths)
-            one, other = (
-                _zeros(stores[0], rows * len(prompts.lengths)) if prompts.store is None else prompts.store
-                for prompts in both
-            )
-            store = one.concat(other)
-        return Prompts(concat_padded([self.ids_BP, more.ids_BP]), self.lengths + more.lengths, store)
+        """Return these rows and then those of `more`; of a missing store the next call, a full forward, makes one."""
+        lengths, store = self.lengths + more.lengths, self.store
+        ours, theirs = (self.copies * len(prompts.lengths) for prompts in (self, more))
+        if store is None and more.store is not None:
+            heads = [(stored.shape[1], stored.shape[3]) for stored in more.store.keys]
+            store = KeyValueStore.empty(heads, ours, more.store.columns, more.store.keys[0])
+        if store is not None:
+            store.reserve(ours + theirs, 0 if more.store is None else more.store.columns, _COLUMNS)
+        if store is not None and more.store is not None:
+            store.put(ours, more.store, theirs, more.store.columns)
+        return Prompts(concat_padded([self.ids_BP, more.ids_BP]), lengths, self.copies, store)
 
     def with_answers(self, answer_BC: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return ids (B, L): each prompt, then the first `lengths[b]` tokens of its answer, then padding 0."""
@@ -76,16 +80,11 @@ class Prompts:
         return ids_BL
 
 
-def _zeros(like: KeyValueStore, rows: int) -> KeyValueStore:
-    keys, values = (tuple(old.new_zeros(rows, *old.shape[1:]) for old in each) for each in (like.keys, like.values))
-    return KeyValueStore(keys, values)
-
-
 @dataclass(frozen=True)
 class Forward:
     """A forward of some rows, all its tensors still on the host; the first three are arguments of `Replays`."""
 
-    scope: KeyValueStore | None
+    scope: object
     kind: Hashable
     function: Function
     inputs: tuple[Tensor, ...]
@@ -138,7 +137,7 @@ class BidirectionalBackend:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Prompts:
         """Pad the prompts on the right; the network is not called."""
-        return Prompts.of(prompts)
+        return Prompts.of(prompts, self.copies)
 
     @torch.no_grad()
     def denoise(self, context: Prompts, call: Call) -> tuple[Tensor, Positions, Prompts]:
@@ -154,8 +153,8 @@ class BidirectionalBackend:
         store = None
         first_B, end_B = torch.zeros_like(lengths_B), lengths_B
         if self.cache != "none":
-            store = context.store or KeyValueStore.empty(self.model.config, *ids_RL.shape, like=self._like)
-            store = store.padded(ids_RL.shape[1])
+            store = context.store or self._empty_store()
+            store.reserve(len(ids_RL), ids_RL.shape[1], _COLUMNS)
             due_B = call.step_B % (self.refresh_interval or torch.iinfo(torch.int64).max) == 0  # a full forward is due
             first_B = torch.where(due_B, first_B, prompts_B + call.first_B)
             if self.cache == "dual":
@@ -196,6 +195,10 @@ class BidirectionalBackend:
         """Return the context as it is: hidden states change with every later token, so keeping any would be inexact."""
         return context
 
+    def _empty_store(self) -> KeyValueStore:
+        config = self.model.config
+        return KeyValueStore.empty([(config.kv_heads, config.head_dim)] * config.n_layers, 0, 0, self._like)
+
     def _with_unconditional(self, ids_BL: Tensor, prompts_B: Tensor) -> Tensor:
         """Return the network's rows (R, L): with guidance, each row followed by a copy with its prompt masked."""
         if not self.cfg_scale:
@@ -221,20 +224,24 @@ class BidirectionalBackend:
         model = self.model
         first_K, end_K, lengths_K = (each_K.repeat_interleave(self.copies) for each_K in (first_K, end_K, lengths_K))
         rows_K = (rows_K[:, None] * self.copies + torch.arange(self.copies)).flatten()
-        ids_KL = ids_RL[rows_K, : int(lengths_K.max())]
+        ids_KL, width = ids_RL[rows_K, : int(lengths_K.max())], int((end_K - first_K).max())
+        ragged = bool(lengths_K.min() < ids_KL.shape[1])  # else no mask, which leaves SDPA its fast kernels
+        pads = self._replays.pads(len(ids_KL) * width, self.device)
+        if pads and ragged and width == ids_KL.shape[1]:
+            width = min(-(-width // _COLUMNS) * _COLUMNS, self.spec.max_length)
         if store is None:
-            ragged = bool(lengths_K.min() < ids_KL.shape[1])  # else no mask, which leaves SDPA its fast kernels
+            ids_KL = F.pad(ids_KL, (0, width - ids_KL.shape[1]))
             inputs = (ids_KL, lengths_K) if ragged else (ids_KL,)
             return Forward(None, "whole", lambda *tensors: forward_whole(model, *tensors), inputs, scored)
         rows = None if len(rows_K) == len(ids_RL) else rows_K.tolist()
-        positions_KS = spans(first_K, end_K)
-        window = Window.of(store, positions_KS, lengths_K.tolist(), rows)
+        positions_KS = spans(first_K, end_K, width)
+        window = Window.of(store, positions_KS, lengths_K.tolist(), rows, store.columns if pads else None)
 
         def run(ids_KS: Tensor, *tensors: Tensor) -> Tensor:
             return forward_window(model, ids_KS, window.with_tensors(tensors))
 
         inputs = (ids_KL.gather(1, positions_KS), *window.tensors)
-        return Forward(store, window.layout, run, inputs, scored)
+        return Forward(store.addresses, window.layout, run, inputs, scored)
 
     def _run(self, forward: Forward, sent: Sequence[Tensor]) -> Tensor:
         """Run a forward on its tensors as sent to the device; return what it scores, (M, D) or guided (M, 2, D)."""

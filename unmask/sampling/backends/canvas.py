@@ -12,21 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.models.diffusion_gemma.cache import append, concat, select, truncate
+from unmask.models.diffusion_gemma.cache import stored
 from unmask.models.experts import Experts, grouped_kernel
 from unmask.models.folders import end_ids
+from unmask.models.kv_cache import KeyValueStore
 from unmask.ops.padding import padded
 from unmask.sampling.backends.backend import Call, ModelSpec
 from unmask.sampling.backends.replay import Replays, replays_for
 from unmask.sampling.engine.state import Positions, send
 from unmask.sampling.settings import SamplerSettings
 
+# The store has a multiple of so many columns: once in several canvases it moves, and calls are recorded anew.
+_COLUMNS = 1024
+
 
 @dataclass(frozen=True)
 class Canvases:
-    """The backend's context: what the canvases of a batch see beside themselves."""
+    """The backend's context: what the canvases of a batch see beside themselves.
 
-    encoded: Any  # keys and values of each row's prompt and finished canvases, padded on the right
+    The store passes on to the next context, so that one from which another was made is used up.
+    """
+
+    store: KeyValueStore  # keys and values of each row's prompt and finished canvases; written in place
     ids: tuple[tuple[int, ...], ...]  # the tokens encoded; on the host, so that cutting never waits for a device
     conditioning_BSD: Tensor  # self-conditioning of the previous call's predictions; zeros where a canvas begins
     # Rows and canvas positions that the next `conditioned` gives values for; None = all.
@@ -38,19 +45,21 @@ class Canvases:
         return tuple(map(len, self.ids))
 
     def select(self, keep_B: Tensor) -> Canvases:
-        """Return the rows where `keep_B` (bool, on the CPU) is True, without columns that none of them has."""
-        kept = keep_B.nonzero()[:, 0]
-        ids = tuple(self.ids[row] for row in kept.tolist())
-        rows = kept.to(self.conditioning_BSD.device)
-        encoded = select(self.encoded, rows)
-        return Canvases(
-            truncate(encoded, [len(row) for row in ids]) if ids else encoded, ids, self.conditioning_BSD[rows]
-        )
+        """Return the rows where `keep_B` (bool, on the CPU) is True."""
+        kept_K = keep_B.nonzero()[:, 0]
+        ids = tuple(self.ids[row] for row in kept_K.tolist())
+        rows_K = kept_K.to(self.conditioning_BSD.device)
+        if kept_K.tolist() != list(range(len(kept_K))):
+            self.store.keep(rows_K, max(map(len, ids)))
+        return Canvases(self.store, ids, self.conditioning_BSD[rows_K])
 
     def concat(self, more: Canvases) -> Canvases:
         """Return these and the rows of `more` behind them."""
+        rows, columns = len(more.ids), max(more.lengths, default=0)
+        self.store.reserve(len(self.ids) + rows, columns, _COLUMNS)
+        self.store.put(len(self.ids), more.store, rows, columns)
         conditioning_BSD = torch.cat((self.conditioning_BSD, more.conditioning_BSD))
-        return Canvases(concat(self.encoded, more.encoded), self.ids + more.ids, conditioning_BSD)
+        return Canvases(self.store, self.ids + more.ids, conditioning_BSD)
 
     def conditioned(self, conditioning_MD: Tensor) -> Canvases:
         """Return this with self-conditioning (M, D) of the scored positions."""
@@ -86,10 +95,10 @@ class CanvasBackend:
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Canvases:
         """Encode the prompts, right-padded: causal attention never sees that padding."""
-        encoded = self._encode(prompts)
+        encoded = self.model.encode(padded(prompts)[0].to(self.device))
         config, dtype = self.model.config, encoded.hidden_BLD.dtype
         zeros_BSD = torch.zeros(len(prompts), config.canvas_length, config.hidden_size, dtype=dtype, device=self.device)
-        return Canvases(encoded, tuple(map(tuple, prompts)), zeros_BSD)
+        return Canvases(KeyValueStore(encoded.keys, encoded.values), tuple(map(tuple, prompts)), zeros_BSD)
 
     @torch.no_grad()
     def denoise(self, context: Canvases, call: Call) -> tuple[Tensor, Positions, Canvases]:
@@ -100,17 +109,20 @@ class CanvasBackend:
         rows, length = context.conditioning_BSD.shape[:2]
         columns_BS = call.first_B[:, None] + torch.arange(length)
         scored_M = call.positions.column_M - call.first_B[call.rows_M]
-        host = (call.answer_BC.gather(1, columns_BS), call.rows_M, scored_M, call.positions.tensor_5M)
-        canvas_BS, rows_M, scored_M, positions_5M = send(host, self.device)
+        lengths_B = torch.tensor(context.lengths)
+        host = (call.answer_BC.gather(1, columns_BS), lengths_B, call.rows_M, scored_M, call.positions.tensor_5M)
+        canvas_BS, lengths_B, rows_M, scored_M, positions_5M = send(host, self.device)
         positions = Positions(*positions_5M)
-        model, encoded, starts = self.model, context.encoded, context.lengths
+        model, store, bounds = self.model, context.store, (min(context.lengths), max(context.lengths))
+        if self._replays.pads(canvas_BS.numel(), self.device):
+            # A recording serves all lengths between the same multiples.
+            bounds = (bounds[0] // _COLUMNS * _COLUMNS, -(-bounds[1] // _COLUMNS) * _COLUMNS)
+            store.reserve(rows, bounds[1], _COLUMNS)
 
-        def decode(canvas_BS: Tensor, conditioning_BSD: Tensor) -> Tensor:
-            return model.decode(canvas_BS, encoded, conditioning_BSD, starts=starts)
+        def decode(canvas_BS: Tensor, conditioning_BSD: Tensor, lengths_B: Tensor) -> Tensor:
+            return model.decode(canvas_BS, stored(store, bounds[1], lengths_B), conditioning_BSD, bounds=bounds)
 
-        # Unequal starts are copied to the device, which cannot be recorded.
-        network = self._replays if len(set(starts)) == 1 else Replays(None)
-        hidden_BSD = network(encoded, starts, decode, canvas_BS, context.conditioning_BSD)
+        hidden_BSD = self._replays(store.addresses, bounds, decode, canvas_BS, context.conditioning_BSD, lengths_B)
         if len(call.rows_M) == rows * length:
             return hidden_BSD.flatten(0, 1), positions, context
         known_BSD = self.model.stack.embed_tokens(canvas_BS).to(context.conditioning_BSD.dtype)
@@ -135,31 +147,29 @@ class CanvasBackend:
         length = context.conditioning_BSD.shape[1]
         spans = zip(first_B.tolist(), end_B.tolist(), completed_B.tolist(), strict=True)
         more = [answer_BC[row, first:end].tolist() if done else [] for row, (first, end, done) in enumerate(spans)]
-        conditioning_BSD = context.conditioning_BSD.masked_fill(completed_B.to(self.device)[:, None, None], 0)
-        context = replace(context, conditioning_BSD=conditioning_BSD)
-        if not self._keeps:
-            ids = _joined(context.ids, more)
-            return replace(context, encoded=self._encode(ids), ids=ids)
-        for start in range(0, max(map(len, more)), length):
-            context = self._append(context, [new[start : start + length] for new in more])
+        longest = max(map(len, more))
+        step = length if self._keeps else longest
+        for start in range(0, longest, step):
+            context = self._append(context, [new[start : start + step] for new in more])
         return context
 
     def _append(self, context: Canvases, more: list[list[int]]) -> Canvases:
-        """Append one canvas to each row with a non-empty list in `more`."""
-        done = [row for row, new in enumerate(more) if new]
-        lengths = context.lengths
-        canvas_KS = torch.tensor([more[row] for row in done]).to(self.device)
-        past = select(context.encoded, torch.tensor(done).to(self.device))
-        more_encoded = self.model.encode(canvas_KS, past=truncate(past, [lengths[row] for row in done]))
-        encoded = append(context.encoded, done, more_encoded, canvas_KS.shape[1], lengths)
-        return replace(context, encoded=encoded, ids=_joined(context.ids, more))
-
-    def _encode(self, rows: Sequence[Sequence[int]]) -> Any:
-        return truncate(self.model.encode(padded(rows)[0].to(self.device)), [len(row) for row in rows])
-
-
-def _joined(ids: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple((*old, *new) for old, new in zip(ids, more, strict=True))
+        """Append the tokens in `more`, one canvas a row where keys and values are kept; rows without any stay."""
+        done, store, lengths = [row for row, new in enumerate(more) if new], context.store, context.lengths
+        ids = tuple((*old, *new) for old, new in zip(context.ids, more, strict=True))
+        new_KS = padded([more[row] if self._keeps else ids[row] for row in done])[0]
+        new_KS, rows_K, lengths_B = send((new_KS, torch.tensor(done), torch.tensor(lengths)), self.device)
+        positions_KS = torch.arange(new_KS.shape[1], device=self.device).expand(len(done), -1)
+        if self._keeps:
+            positions_KS = lengths_B[rows_K, None] + positions_KS
+            past = stored(store, max(lengths[row] for row in done), lengths_B)
+            encoded = self.model.encode(new_KS, past=past, rows=None if len(done) == len(ids) else rows_K)
+        else:
+            encoded = self.model.encode(new_KS)
+        store.reserve(len(ids), max(map(len, ids)), _COLUMNS)
+        for layer, (keys, values) in enumerate(zip(encoded.keys, encoded.values, strict=True)):
+            store.write(layer, rows_K, positions_KS, keys, values)
+        return replace(context, ids=ids, conditioning_BSD=context.conditioning_BSD.index_fill(0, rows_K, 0))
 
 
 def _experts_are_grouped(model: Any) -> bool:

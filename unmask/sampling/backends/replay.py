@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Set to 0, it has every call launched kernel by kernel.
+# Set to 0, it has every call launched kernel by kernel, the same kernels on the same numbers.
 SWITCH = "UNMASK_REPLAY"
 # Calls of a kind before it is recorded: the first one makes libraries ready. A recording costs about three calls.
 _BEFORE = 1
-# Recordings kept at a time; kinds of calls that come later are not recorded.
+# Recordings kept at a time. One more takes the place of one not replayed for so many calls, or is not made: kinds that
+# take turns would be recorded again and again.
 _KEPT = 8
+_UNUSED = 32
 # Tokens of the largest call that is recorded. Larger ones keep the device busy by themselves.
 _MOST_TOKENS = 4096
 
@@ -42,13 +44,31 @@ class Recording:
 
 
 class Replays:
-    """Calls a network, by a recording where there is one; without `record` calls are never recorded."""
+    """Calls a network, by a recording where there is one; without `record` calls are never recorded.
 
-    def __init__(self, record: Callable[[Function, Sequence[Tensor]], Recording] | None) -> None:
+    `pads` has small calls made alike all the same.
+    """
+
+    def __init__(
+        self, record: Callable[[Function, Sequence[Tensor]], Recording] | None, pads: bool | None = None
+    ) -> None:
         self._record = record
+        self._pads = record is not None if pads is None else pads
         self._scope: object = None
+        self._number = 0
         self._calls: dict[Hashable, int] = {}
+        self._used: dict[Hashable, int] = {}
         self._kept: dict[Hashable, Recording] = {}
+
+    def pads(self, tokens: int, device: torch.device) -> bool:
+        """Whether calls that compute so many tokens are to be made alike by padding: one recording then serves several.
+
+        Padding rounds otherwise, so this asks for the kind of call, not for whether it is recorded in the end.
+        """
+        if not self._pads or tokens > _MOST_TOKENS:
+            return False
+        # Under autocast weights are cast copies, which are gone when it ends.
+        return not torch.is_autocast_enabled(device.type)
 
     def __call__(self, scope: object, kind: Hashable, function: Function, *inputs: Tensor) -> Tensor:
         """Return function(*inputs), which is valid until the next call.
@@ -61,26 +81,37 @@ class Replays:
                 recording, so it must not refer to who holds this object.
             inputs: on the device; the first are the tokens that the network computes.
         """
-        # Under autocast weights are cast copies, which are gone when it ends.
-        cast = torch.is_autocast_enabled(inputs[0].device.type)
-        if self._record is None or cast or inputs[0].numel() > _MOST_TOKENS:
+        if self._record is None or not self.pads(inputs[0].numel(), inputs[0].device):
             return function(*inputs)
         if scope is not self._scope:
             self._scope = scope
             self._calls.clear()
+            self._used.clear()
             self._kept.clear()
+        self._number += 1
         key = (kind, *((tuple(tensor.shape), tensor.dtype) for tensor in inputs))
         recording = self._kept.get(key)
         if recording is None:
             calls = self._calls[key] = self._calls.get(key, 0) + 1
-            if calls > _BEFORE and len(self._kept) < _KEPT:
+            if calls > _BEFORE and self._has_room():
                 recording = self._recorded(key, function, inputs)
         if recording is None:
             return function(*inputs)
+        self._kept[key] = self._kept.pop(key)  # the least recently used come first
+        self._used[key] = self._number
         for kept, given in zip(recording.inputs, inputs, strict=True):
             kept.copy_(given)
         recording.replay()
         return recording.output
+
+    def _has_room(self) -> bool:
+        if len(self._kept) < _KEPT:
+            return True
+        oldest = next(iter(self._kept))
+        if self._number - self._used[oldest] <= _UNUSED:
+            return False
+        del self._kept[oldest]
+        return True
 
     def _recorded(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Recording | None:
         assert self._record is not None
@@ -105,8 +136,10 @@ def replays_for(model: nn.Module) -> Replays:
     plain = all(type(parameter.data) is Tensor and parameter.is_floating_point() for parameter in parameters)
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     on_cuda = bool(parameters) and parameters[0].device.type == "cuda"
-    if not (plain and on_cuda) or hooked or os.environ.get(SWITCH) == "0":
+    if not (plain and on_cuda) or hooked:
         return Replays(None)
+    if os.environ.get(SWITCH) == "0":
+        return Replays(None, pads=True)
     pool: Any = torch.cuda.graph_pool_handle()
     return Replays(lambda function, inputs: _record(function, inputs, pool))
 

@@ -13,60 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.ops.padding import concat_padded
-
-
-@dataclass(frozen=True)
-class KeyValueStore:
-    """Keys (after rotation) and values, (B, L, G, E) a layer; a window's pass writes into these tensors in place.
-
-    Columns that nothing was written to hold zeros.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @classmethod
-    def empty(cls, config: Any, rows: int, columns: int, like: Tensor) -> KeyValueStore:
-        """Return a store of zeros for a network of this configuration, in the dtype and on the device of `like`."""
-        shape = (rows, columns, config.kv_heads, config.head_dim)
-        keys, values = (tuple(like.new_zeros(shape) for _ in range(config.n_layers)) for _ in range(2))
-        return cls(keys, values)
-
-    @property
-    def rows(self) -> int:
-        return self.keys[0].shape[0]
-
-    @property
-    def columns(self) -> int:
-        return self.keys[0].shape[1]
-
-    def select(self, rows: Sequence[int]) -> KeyValueStore:
-        """Return a copy of some rows, in the order given."""
-        rows_K = torch.tensor(rows, dtype=torch.long).to(self.keys[0].device)
-        return self._each(lambda stored: stored.index_select(0, rows_K))
-
-    def concat(self, more: KeyValueStore) -> KeyValueStore:
-        """Return a copy with the rows of `more` behind these; the shorter of the two is padded on the right."""
-        keys, values = (
-            tuple(concat_padded(pair) for pair in zip(ours, theirs, strict=True))
-            for ours, theirs in ((self.keys, more.keys), (self.values, more.values))
-        )
-        return KeyValueStore(keys, values)
-
-    def padded(self, columns: int) -> KeyValueStore:
-        """Return the store with room for rows of `columns` positions: itself, if it has that."""
-        missing = columns - self.columns
-        return self if missing <= 0 else self._each(lambda stored: F.pad(stored, (0, 0, 0, 0, 0, missing)))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> KeyValueStore:
-        return KeyValueStore(tuple(map(change, self.keys)), tuple(map(change, self.values)))
+from unmask.models.kv_cache import KeyValueStore
 
 
 @dataclass(frozen=True)
@@ -77,26 +28,38 @@ class Window:
     """
 
     store: KeyValueStore
-    columns: int  # of the store that are attended to
+    columns: int  # that are attended to
     whole: bool  # every position is computed, so that nothing is read from the store
     positions_KS: Tensor  # int64, of the queries
-    rows_K: Tensor | None  # int64, rows of the store; None = all, in order
+    rows_K: Tensor | None  # int64, rows of the store; None = the first ones, in order
     lengths_K: Tensor | None  # int64, the columns that each row has; None = all of `columns`
 
     @classmethod
     def of(
-        cls, store: KeyValueStore, positions_KS: Tensor, lengths: Sequence[int], rows: Sequence[int] | None = None
+        cls,
+        store: KeyValueStore,
+        positions_KS: Tensor,
+        lengths: Sequence[int],
+        rows: Sequence[int] | None = None,
+        columns: int | None = None,
     ) -> Window:
         """Return the window of some positions, its tensors on the host: `positions_KS` are from `spans`.
 
-        `rows` are those of the store, None = all, in order, and `lengths` the positions that each of them has.
+        Args:
+            store: what is read and written; has the columns.
+            positions_KS: those to compute.
+            lengths: positions that each row has.
+            rows: of the store; None = the first ones, in order.
+            columns: how many are attended to; None = those of the longest row. More make windows more alike.
         """
-        columns, lengths_K = max(lengths), torch.tensor(lengths)
+        lengths_K = torch.tensor(lengths)
+        whole = not positions_KS[:, 0].any() and torch.equal(positions_KS[:, -1], lengths_K - 1)
+        columns = positions_KS.shape[1] if whole else columns or max(lengths)
         ragged = min(lengths) < columns  # else no mask, which leaves SDPA its fast kernels
         return cls(
             store,
             columns,
-            whole=not positions_KS[:, 0].any() and torch.equal(positions_KS[:, -1], lengths_K - 1),
+            whole=whole,
             positions_KS=positions_KS,
             rows_K=None if rows is None else torch.tensor(rows),
             lengths_K=lengths_K if ragged else None,
@@ -131,20 +94,24 @@ class Window:
 
     def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values (K, G, S, E) into the store; return those of all columns."""
-        stored = (self.store.keys[layer], self.store.values[layer])
-        rows_K = torch.arange(len(k_BGLE), device=k_BGLE.device) if self.rows_K is None else self.rows_K
-        for whole_BLGE, new_KGSE in zip(stored, (k_BGLE, v_BGLE), strict=True):
-            whole_BLGE[rows_K[:, None], self.positions_KS] = new_KGSE.transpose(1, 2).to(whole_BLGE.dtype)
+        self.store.write(layer, self.rows_K, self.positions_KS, k_BGLE, v_BGLE)
         if self.whole:
             return k_BGLE, v_BGLE
-        seen = (whole_BLGE[:, : self.columns].transpose(1, 2) for whole_BLGE in stored)
-        keys, values = seen if self.rows_K is None else (tensor.index_select(0, self.rows_K) for tensor in seen)
+        seen = (stored[:, :, : self.columns] for stored in (self.store.keys[layer], self.store.values[layer]))
+        if self.rows_K is None:
+            keys, values = (tensor[: len(k_BGLE)] for tensor in seen)
+        else:
+            keys, values = (tensor.index_select(0, self.rows_K) for tensor in seen)
         return keys, values
 
 
-def spans(first_K: Tensor, end_K: Tensor) -> Tensor:
-    """Return the positions first..end-1 of each row, int64 (K, S); a shorter row repeats its last one."""
-    return torch.minimum(first_K[:, None] + torch.arange(int((end_K - first_K).max())), end_K[:, None] - 1)
+def spans(first_K: Tensor, end_K: Tensor, width: int | None = None) -> Tensor:
+    """Return the positions first..end-1 of each row, int64 (K, S); a shorter row repeats its last one.
+
+    S is the width; None = that of the longest.
+    """
+    width = int((end_K - first_K).max()) if width is None else width
+    return torch.minimum(first_K[:, None] + torch.arange(width), end_K[:, None] - 1)
 
 
 @torch.no_grad()

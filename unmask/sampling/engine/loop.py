@@ -141,7 +141,7 @@ def denoise(
             joining = starting_state(more, settings, tokens.mask)
             prompts = backend.prefill([request.prompt_ids for request in more])
             state = state.concat(joining) if state is not None and rows else joining
-            context = context.concat(prompts) if rows else prompts
+            context = prompts if context is None else context.concat(prompts)
         if state is None or not state.rows:
             return
 
