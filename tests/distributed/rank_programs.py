@@ -317,7 +317,7 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     from unmask import assemble as assembly
     from unmask.assemble import run_training
     from unmask.config import config_from_mapping
-    from unmask.distributed import shard
+    from unmask.distributed import expert_parallel
     from unmask.prepare import prepare
 
     received = {"weights": 0, "gradients": 0, "tokens": 0}
@@ -348,7 +348,7 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     original = assembly.build_network
     dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce = all_gather, reduce_scatter, all_reduce
     assembly.build_network = build
-    exchange = shard.all_to_all_single_autograd
+    exchange = expert_parallel.all_to_all_single_autograd
 
     def exchanged(rows: torch.Tensor, receive: list[int], send: list[int], group: Any) -> torch.Tensor:
         own = dist.get_rank(group)
@@ -356,7 +356,7 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
         received["tokens"] += others * rows[0].numel() * rows.element_size() if len(rows) else 0
         return exchange(rows, receive, send, group)
 
-    shard.all_to_all_single_autograd = exchanged
+    expert_parallel.all_to_all_single_autograd = exchanged
     run_training(prepare(config_from_mapping(values)), Console(file=sys.stdout, width=300))
 
     def size(tensors: Any) -> int:
@@ -401,8 +401,8 @@ def rewrite(source: str, root: str, experts: int, consolidated: Any) -> None:
 
 def exchange(cases: list[tuple[nn.Module, list[tuple[torch.Tensor, ...]]]]) -> list[dict[str, Any]]:
     """Send tokens to experts that all ranks share out; for each case return what came and the gradients of Σ sin."""
+    from unmask.distributed.expert_parallel import expert_dispatch, narrow_experts
     from unmask.distributed.ranks import join
-    from unmask.distributed.shard import expert_dispatch, narrow_experts
 
     ranks, found = join(torch.device("cpu"), 1), []
     dispatch = expert_dispatch(dist.group.WORLD)  # pyright: ignore[reportArgumentType]

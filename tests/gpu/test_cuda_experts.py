@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unmask.distributed.shard import expert_dispatch
+from unmask.distributed.expert_parallel import expert_dispatch
 from unmask.models import experts as experts_module
 from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.experts import Experts, grouped_kernel, grouped_linear, local_dispatch

@@ -15,10 +15,11 @@ from unmask.batch import Batch
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
 from unmask.config.results import CheckpointConfig
 from unmask.config.training import OptimizerConfig
+from unmask.distributed.expert_parallel import compute_in_place
 from unmask.distributed.processes import Degrees
 from unmask.distributed.ranks import build_meshes
 from unmask.distributed.runtime import Runtime
-from unmask.distributed.shard import compute_in_place, write_parts
+from unmask.distributed.shard import write_parts
 from unmask.models.folders import SHARDED
 from unmask.models.registry import plan_folder
 from unmask.objectives.canvas import CanvasDiffusion

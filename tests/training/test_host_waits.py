@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 import unmask
 from unmask.batch import Batch
 from unmask.config.model import PeftConfig
+from unmask.distributed.expert_parallel import expert_dispatch, narrow_experts
 from unmask.distributed.runtime import Runtime
-from unmask.distributed.shard import expert_dispatch, narrow_experts
 from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.experts import Experts
 from unmask.models.loading import empty_network

@@ -7,14 +7,7 @@ divided by a count over all ranks already.
 
 A network is built and sharded on the meta device, so that memory is taken for shards only; then each rank reads the
 slices that it keeps (`models.weights.fill` of `pieces`). A checkpoint has the parts that each rank has (`write_parts`).
-
-Expert parallelism: each rank of an `ep` group holds some experts, and a token travels to every expert that the router
-chose, however unevenly that falls out; nothing is dropped or padded. Per layer and pass there are two exchanges of
-tokens and one of counts; the counts are the only thing that the host waits for, because it has to know how much comes
-from whom (torch.distributed._functional_collectives).
-
-Shapes: N tokens of this rank, D width, E experts of the whole group, H experts held here, P ranks of the group, T
-experts a token, M = N · T pairs sent, R pairs received.
+Experts that ranks share out have a module of their own, `expert_parallel`.
 """
 
 from __future__ import annotations
@@ -29,14 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -45,19 +34,17 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from unmask.config.distributed import DistributedConfig, MixedPrecisionConfig
+from unmask.distributed.expert_parallel import compute_in_place, expert_dispatch, narrow_experts, placed
 from unmask.distributed.processes import experts_in_place
 from unmask.distributed.ranks import Meshes, Ranks
 from unmask.errors import TrainingError
-from unmask.models.experts import Dispatch, sort_by_expert
 from unmask.models.lora.files import is_trained
 from unmask.models.registry import family_of
 from unmask.models.weights import SHARD_BYTES, Piece, whole_piece
-from unmask.ops.rows import inverse, take_rows
 
 
 def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) -> None:
@@ -100,32 +87,6 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
         if hasattr(module, "set_reduce_scatter_unused_params"):
             # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
             module.set_reduce_scatter_unused_params(True)
-
-
-def compute_in_place(experts: nn.Module, mesh: DeviceMesh) -> None:
-    """Have a mixture of experts that no other rank shares compute with its own tensors, without FSDP2's copies of them.
-
-    To all else its parameters are DTensors on a mesh of one, as FSDP2's are.
-    """
-    shown: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in experts.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            placed = _placed(parameter.detach(), mesh, (Shard(0),), parameter.shape)
-            setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
-
-    def show(*_: object) -> None:
-        for module in experts.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                shown.append((module, name, parameter))
-                module._parameters[name] = parameter.to_local()  # pyright: ignore
-
-    def hide(*_: object) -> None:
-        for module, name, parameter in shown:
-            module._parameters[name] = parameter
-        shown.clear()
-
-    experts.register_forward_pre_hook(show)
-    experts.register_forward_hook(hide, always_call=True)  # checkpointing ends a recomputed pass with an exception
 
 
 def _prefetch(blocks: Sequence[nn.Module], experts: str | None) -> None:
@@ -229,56 +190,7 @@ def whole_view(tensor: Tensor, meshes: Meshes | None) -> Tensor:
     if not isinstance(tensor, DTensor) or tensor.device_mesh != meshes.experts_data:
         return tensor
     shape = torch.Size((tensor.shape[0] * meshes.degrees.experts, *tensor.shape[1:]))
-    return _placed(tensor.to_local(), meshes.experts, (Replicate(), Shard(0), Shard(0)), shape)
-
-
-def _placed(local: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size) -> DTensor:
-    """Return a tensor as a part of a whole, sharing its memory; `from_local` copies offloaded ones to the device."""
-    stride = torch.empty(shape, device="meta").stride()
-    spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, local.dtype))
-    return DTensor(local, spec, requires_grad=False)  # pyright: ignore
-
-
-def narrow_experts(experts: nn.Module, rank: int, size: int) -> None:
-    """Cut every parameter of a mixture of experts, adapters included, down to the experts of one rank of `size`."""
-    for module in experts.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            held = len(parameter) // size
-            part = parameter.detach()[rank * held : (rank + 1) * held].clone()
-            setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-
-
-def expert_dispatch(group: ProcessGroup) -> Dispatch:
-    """Return the dispatch for experts that are shared out over the ranks of a group, rank p holding the p-th run."""
-    size = dist.get_world_size(group)
-
-    def dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, experts: nn.Module) -> Tensor:
-        """As `experts.local_dispatch`, to which it is equal: each pair's expert and the order of sums are the same."""
-        tokens, choices = experts_NT.shape
-        held = len(next(experts.parameters()))  # FSDP2 shards over other ranks than these: the length is the whole one
-        order_M, counts_E = sort_by_expert(experts_NT, held * size)
-        received_E = all_to_all_single(counts_E, None, None, group)
-        sent_E, came_E = torch.stack((counts_E, received_E)).tolist()
-        # [p][h]: pairs that go to expert h of rank p, and those that come from rank p for expert h here.
-        sent, came = ([each[at : at + held] for at in range(0, len(each), held)] for each in (sent_E, came_E))
-        send, receive = ([sum(of_rank) for of_rank in counts] for counts in (sent, came))
-        received_RD = all_to_all_single_autograd(take_rows(hidden_ND, order_M // choices), receive, send, group)
-        mixed_RD = experts(_regroup(wait_tensor(received_RD), came), received_E.view(size, held).sum(dim=0))
-        by_sender_RD = _regroup(mixed_RD, list(zip(*came, strict=True)))
-        mixed_MD = all_to_all_single_autograd(by_sender_RD, send, receive, group)
-        mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, hidden_ND.shape[1])
-        return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
-
-    return dispatch
-
-
-def _regroup(rows_RD: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
-    """Bring rows that lie in the order of (i, j), counts[i][j] of each, into that of (j, i).
-
-    It goes by the host's counts, as the exchange does, so that the two cannot disagree (torchtitan issue 3336).
-    """
-    parts, width = rows_RD.split([count for row in counts for count in row]), len(counts[0])
-    return torch.cat([part_RD for j in range(width) for part_RD in parts[j::width]])
+    return placed(tensor.to_local(), meshes.experts, (Replicate(), Shard(0), Shard(0)), shape)
 
 
 def allocate(
