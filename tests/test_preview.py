@@ -104,7 +104,7 @@ def test_an_adapter_is_counted_as_what_is_trained(tiny, tiny_base: Path, tmp_pat
         assert (estimate.gradients, estimate.head, estimate.optimizer) == (trained * 4, 0, 2 * trained * 4)
 
 
-def test_a_base_in_four_bits_is_counted_as_half_a_byte(
+def test_a_base_in_four_bits_is_counted_as_half_a_byte_and_its_scales(
     tiny, tiny_base: Path, train_tiny, tmp_path: Path, monkeypatch
 ) -> None:
     from unmask import preview
@@ -122,7 +122,9 @@ def test_a_base_in_four_bits_is_counted_as_half_a_byte(
     assert (run["parameters"], run["trainable_parameters"]) == (whole.parameters, whole.trainable)
     config = json.loads((tiny_base / "config.json").read_text())
     width, hidden = config["d_model"], config["mlp_hidden_size"]
-    assert whole.weights - packed.weights == config["n_layers"] * (4 * width**2 + 3 * width * hidden) * 7 // 2
+    sizes = [width**2] * 4 + [width * hidden] * 3
+    scales = sum(size // 64 + 4 * -(-size // 64 // 256) for size in sizes)  # one byte a block, four for 256 of those
+    assert whole.weights - packed.weights == config["n_layers"] * (sum(sizes) * 7 // 2 - scales)
 
 
 def test_a_hub_model_is_shown_without_its_weights(tiny, tiny_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:

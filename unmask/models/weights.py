@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,16 +36,23 @@ class Piece:
         local: the part itself, sharing memory with the network; may be empty.
         shape: of the whole tensor.
         place: where the part lies in it.
+        pack: takes the part's values where `local` holds codes of them; None = they are copied there.
     """
 
     local: Tensor
     shape: torch.Size
     place: Place
+    pack: Callable[[Tensor], object] | None = None
 
 
 def whole_piece(tensor: Tensor) -> Piece:
     """Return a tensor that this process holds whole."""
-    return Piece(tensor, tensor.shape, tuple(slice(0, length) for length in tensor.shape))
+    return Piece(tensor, tensor.shape, whole_place(tensor.shape))
+
+
+def whole_place(shape: torch.Size) -> Place:
+    """Return the place of all of a tensor."""
+    return tuple(slice(0, length) for length in shape)
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
@@ -164,7 +172,8 @@ def check_tensors(model: nn.Module, folder: Path, layout: FileLayout = PLAIN_LAY
 def fill(pieces: Iterable[tuple[str, Piece]], folder: Path, layout: FileLayout = PLAIN_LAYOUT) -> None:
     """Copy a folder's values into existing tensors, which an optimizer may hold; raises as `read_slices`.
 
-    `pieces` are (key, piece) of all tensors that the folder must have; several may have one key.
+    On another device each tensor is brought there as it is read, so that the host holds one at a time. `pieces` are
+    (key, piece) of all tensors that the folder must have; several may have one key.
     """
     by_key: dict[str, list[Piece]] = {}
     for key, piece in pieces:
@@ -173,7 +182,7 @@ def fill(pieces: Iterable[tuple[str, Piece]], folder: Path, layout: FileLayout =
     places = {key: held[0].place for key, held in by_key.items()}
     for key, part in read_slices(shapes, places, folder, layout):
         for piece in by_key[key]:
-            piece.local.copy_(part)
+            (piece.pack or piece.local.copy_)(part)
 
 
 def base_tensors(tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
@@ -205,15 +214,27 @@ def set_dtypes(
     return model
 
 
+def allocate_whole(model: nn.Module, device: Any) -> None:
+    """Give a network on the meta device memory, its values undefined; ModelError where a GPU has too little."""
+    try:
+        model.to_empty(device=device)
+    except torch.OutOfMemoryError:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
+        raise ModelError(
+            f"the weights of the model, {size / 1e9:.1f} GB, do not fit on {device}; end what else runs there, take a "
+            "narrower dtype (bfloat16), or share the model among several devices (--nproc-per-node)"
+        ) from None
+
+
 def load_weights(
     model: nn.Module, folder: Path, dtype: torch.dtype | None, device: Any, layout: FileLayout = PLAIN_LAYOUT
 ) -> None:
-    """Fill a network built on the meta device from a folder, without ever holding two copies of it.
+    """Fill a network built on the meta device from a folder, a tensor at a time.
 
     Every parameter is replaced; floating ones get `dtype`, None = as stored. Raises as `read_slices`.
     """
     check_tensors(model, folder, layout)
-    set_dtypes(model, folder, dtype, layout).to_empty(device=device)
+    allocate_whole(set_dtypes(model, folder, dtype, layout), device)
     fill(((key, whole_piece(tensor)) for key, tensor in model.state_dict().items()), folder, layout)
 
 

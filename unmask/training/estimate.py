@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from unmask.config import RunConfig
 from unmask.distributed.processes import Degrees, experts_in_place
 from unmask.distributed.runtime import pick_device
 from unmask.models.family import ShardPlan
+from unmask.models.lora.quantized import packed_elements, packed_tensors
 from unmask.models.registry import ModelPlan
 from unmask.ops.chunks import working_bytes
 from unmask.ops.head import Head
@@ -61,9 +61,9 @@ def estimate_memory(config: RunConfig, plan: ModelPlan, model: nn.Module) -> Est
     on_cpu = pick_device(config.distributed.device).type == "cpu"
     chunks = 1 if on_cpu or model.head.softcap is None else 2  # pyright: ignore[reportAttributeAccessIssue]
     return Estimate(
-        parameters=sum(p.numel() * _packed(p) for p in parameters),
+        parameters=sum(p.numel() for p in parameters) + packed_elements(model),
         trainable=sum(p.numel() for p in trainable),
-        weights=_bytes(parameters),
+        weights=_bytes(parameters) + sum(packed.nbytes for packed in packed_tensors(model).values()),
         gradients=sum(elements * gradient for elements, (gradient, _) in held),
         head=head_gradients(model, width, accumulated),
         optimizer=sum(elements * state for elements, (_, state) in held),
@@ -81,11 +81,6 @@ def head_gradients(model: nn.Module, width: int, accumulated: bool) -> int:
     elements = sum(p.numel() for p in (head.weight, head.bias) if p is not None and p.requires_grad)
     tied = any(isinstance(module, nn.Embedding) and module.weight is head.weight for module in model.modules())
     return elements * (width + (4 if width < 4 or (tied and accumulated) else 0))
-
-
-def _packed(parameter: nn.Parameter) -> int:
-    """How many parameters an element stands for: two where a frozen base is in 4 bits."""
-    return 2 if parameter.dtype == torch.uint8 else 1
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -117,6 +117,7 @@ def _match(
 def attach(model: nn.Module, section: PeftConfig, base: str) -> Any:
     """Attach fresh adapters and freeze the rest, in place; return the peft.LoraConfig that belongs into their folder.
 
+    On the meta device, DoRA's magnitudes are to be taken from the base when it is there (`restart_magnitudes`).
     `base` is the name or folder of the base model, recorded in adapter_config.json.
     """
     from peft import LoraConfig  # takes seconds, and only adapters need it

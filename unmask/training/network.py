@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,13 @@ from unmask.models.loading import (
     write_generation,
 )
 from unmask.models.lora.files import adapter_state, is_trained, read_adapter, write_adapter_config
+from unmask.models.lora.quantized import base_pieces
 from unmask.models.manifest import intact
 from unmask.models.registry import ModelPlan
-from unmask.models.weights import Piece, base_tensors, fill
+from unmask.models.weights import Piece, allocate_whole, base_tensors, fill
 from unmask.places import temporary_folder
 from unmask.rng import key
-from unmask.training.lora import attach, resolve_targets
+from unmask.training.lora import attach
 from unmask.training.optim import build_optimizer, masters_of
 
 OPTIMIZER = "optimizer"  # folder in a checkpoint: safetensors of `<parameter>/<moment>` and `<parameter>/master`
@@ -102,24 +103,24 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
         ConfigError: an adapter that the network cannot have, or that needs the whole network on one device.
     """
     plan, peft, meshes = settings.plan, settings.peft, runtime.meshes
-    with torch.device("meta"):
-        model = empty_network(plan.family, plan.config).to(getattr(torch, settings.dtype))
     adapter = config = None
-    if meshes is None:
-        if peft is not None:
-            resolve_targets(peft, model)  # refused before the weights are read
-        with intact(plan.folder):
-            model = build_model(plan, settings.dtype, seed=settings.seed)
+    if meshes is None and plan.folder is None:
+        model = build_model(plan, settings.dtype, runtime.device, settings.seed)
+    else:
+        with torch.device("meta"):
+            model = empty_network(plan.family, plan.config).to(getattr(torch, settings.dtype))
     if peft is not None:
         for name in ("load_in_4bit", "use_dora"):
             if meshes is not None and getattr(peft, name):
                 raise ConfigError(f"peft.{name}: needs the whole network on one device; use one process, or set false")
         config = attach(model, peft, plan.source)
-        adapter = model if meshes is None else whole_adapter(model)
-        draw_adapter(adapter, settings.seed)
+        if meshes is not None:
+            adapter = whole_adapter(model)
+            draw_adapter(adapter, settings.seed)
     set_switches(model, settings.distributed, runtime)
     if meshes is None:
-        model.to(runtime.device)
+        with intact(plan.folder):
+            adapter = _fill(model, settings, runtime.device)
     else:
         with intact(plan.folder, share=own_share()):
             _shard_and_fill(model, adapter, settings, runtime, meshes)
@@ -129,6 +130,35 @@ def build_network(settings: NetworkSettings, runtime: Runtime) -> Network:
     shard = 0 if meshes is None else runtime.ranks.rank % meshes.degrees.shard
     optimizer = build_optimizer(settings.optimizer, model, settings.seed, shard)
     return Network(model, optimizer, plan, settings.dtype, meshes, adapter, config)
+
+
+def _fill(model: nn.Module, settings: NetworkSettings, device: torch.device) -> nn.Module | None:
+    """Load a network that is on the meta device, its adapter attached, onto its device, a tensor at a time.
+
+    A tensor that is kept in 4 bits is packed as it arrives. Returns the network if it has an adapter.
+    """
+    plan, peft = settings.plan, settings.peft
+    if plan.folder is not None:
+        allocate_whole(model, device)
+        fill(base_pieces(model), plan.folder, plan.family.files)
+        model.generation = read_generation(plan.folder)  # pyright: ignore[reportArgumentType]
+    if peft is None:
+        return None
+    _round(base_pieces(model), settings.dtype)
+    draw_adapter(model, settings.seed)
+    if peft.use_dora:
+        from unmask.models.lora.attach import restart_magnitudes  # PEFT takes seconds to import
+
+        restart_magnitudes(model)
+    return model
+
+
+@torch.no_grad()
+def _round(parts: Iterable[tuple[str, Piece]], dtype: str) -> None:
+    """Round what of a base is trained beside an adapter, and therefore fp32, to the base's dtype, to start from it."""
+    for _, part in parts:
+        if part.pack is None:
+            part.local.copy_(part.local.to(getattr(torch, dtype)))  # nothing is done where it has that dtype
 
 
 def _shard_and_fill(
@@ -151,18 +181,19 @@ def _shard_and_fill(
         draw_weights(whole, plan.family, settings.seed)
         load_tensors(model, meshes, whole.to(getattr(torch, settings.dtype)).state_dict().items())
     if adapter is not None:
-        for _, part in base_tensors(pieces(model, meshes)):  # fp32 norms start as rounded as on one process
-            part.local.copy_(part.local.to(getattr(torch, settings.dtype)))
+        _round(base_tensors(pieces(model, meshes)), settings.dtype)
         load_tensors(model, meshes, ((name, p) for name, p in adapter_tensors(adapter) if ".lora_" in name))
 
 
 @torch.no_grad()
 def draw_adapter(model: nn.Module, seed: int) -> None:
-    """Draw every `lora_A` uniformly within ±1/√inputs, as PEFT does; `lora_B` stays zero, so that nothing changes yet.
+    """Draw every `lora_A` uniformly within ±1/√inputs, as PEFT does; `lora_B` is zero, so that nothing changes yet.
 
     A function of (seed, name): the same on any number of ranks. Adapters on the meta device are left alone.
     """
     for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.zero_()
         if ".lora_A" not in name or parameter.is_meta:
             continue
         generator = torch.Generator().manual_seed(key(seed, f"adapter/init/{name}") % 2**32)

@@ -14,7 +14,14 @@ from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.experts import Experts
 from unmask.models.loading import load_model
 from unmask.models.lora.experts import AdaptedExperts
-from unmask.models.lora.quantized import Packed, QuantizedExperts, QuantizedLinear, packed_elements, quantize_base
+from unmask.models.lora.quantized import (
+    Packed,
+    QuantizedExperts,
+    QuantizedLinear,
+    packed_elements,
+    packed_tensors,
+    quantize_base,
+)
 from unmask.training.lora import attach
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
@@ -131,13 +138,16 @@ def test_no_matrix_waits_for_the_backward_pass() -> None:
     assert kept and all(t.dim() < 3 for t in kept)  # no stack of matrices
 
 
-def test_a_stand_in_on_the_meta_device_has_the_size_of_the_codes(reference_folder: Path) -> None:
+def test_room_on_the_meta_device_is_counted_as_what_packing_takes(reference_folder: Path) -> None:
     real = load_model(str(reference_folder))
     with torch.device("meta"):
         model = type(real)(real.config)  # pyright: ignore[reportCallIssue]
         attach(model, PeftConfig(load_in_4bit=True, use_dora=True), "")
     quantize_base(attached := quantized(reference_folder))  # a second time: nothing is left to do
-    codes = [p for p in model.parameters() if p.dtype == torch.uint8]
-    packed = [module.get_buffer("codes") for module in attached.modules() if isinstance(module, Packed)]
-    assert len(codes) == len(packed) == 7 * 3
-    assert sum(p.numel() for p in codes) == sum(p.numel() for p in packed)
+    packed = packed_tensors(attached)
+    assert len(packed) == 7 * 3
+    for name, empty in packed_tensors(model).items():
+        state: Any = packed[name].state
+        held = (packed[name].codes, state.absmax, state.state2.absmax)
+        assert empty.codes.shape == packed[name].codes.shape
+        assert empty.nbytes == sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -8,7 +8,7 @@ Shapes: M rows, sorted by expert where there are experts, E experts, I inputs, O
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,19 +18,37 @@ from torch import Tensor, nn
 
 from unmask.models.experts import Experts, gated_mlps, grouped_linear
 from unmask.models.registry import family_of
+from unmask.models.weights import Piece, base_tensors, whole_piece, whole_place
+
+_BLOCK = 64  # elements with a scale of their own
 
 
 class Packed(nn.Module):
     """A tensor as NF4 codes, two a byte, in blocks of 64 whose scales are quantized as well."""
 
+    codes: Tensor
+
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
+        self.shape, self.dtype, self.state = tensor.shape, tensor.dtype, None
+        room = torch.empty(-(-tensor.numel() // 2), 1, dtype=torch.uint8, device=tensor.device)
+        self.register_buffer("codes", room)
+        if not tensor.is_meta:
+            self.pack(tensor)
+
+    def pack(self, tensor: Tensor) -> None:
+        """Put a tensor's values in, on the device where the codes are."""
         from bitsandbytes.functional import quantize_4bit
 
-        self.shape = tensor.shape
         # Flat, because on the CPU blocks must not end inside a row.
-        codes, self.state = quantize_4bit(tensor.detach().flatten(), compress_statistics=True, quant_type="nf4")
-        self.register_buffer("codes", codes)
+        flat = tensor.detach().to(self.codes.device, self.dtype).flatten()
+        self.codes, self.state = quantize_4bit(flat, compress_statistics=True, quant_type="nf4")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, of a scale in 8 bits for each block, and of an fp32 scale for 256 of those."""
+        blocks = -(-self.shape.numel() // _BLOCK)
+        return self.codes.numel() + blocks + 4 * -(-blocks // 256)
 
     def dense(self) -> Tensor:
         """Return the tensor that the codes stand for, in the dtype that it came in."""
@@ -40,7 +58,8 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         super()._apply(fn, recurse)
-        self.state.to(self.codes.device)  # pyright: ignore[reportArgumentType]
+        if self.state is not None:
+            self.state.to(self.codes.device)
         return self
 
 
@@ -102,14 +121,15 @@ class QuantizedExperts(nn.Module):
 def quantize_base(model: nn.Module) -> None:
     """Put the adaptable linear layers and the experts of a network, adapters attached, into 4 bits, in place.
 
-    Embedding, head, router and norms stay as they are. On the meta device a tensor of the codes' size stands in.
+    Embedding, head, router and norms stay as they are. On the meta device room is made for codes, which `base_pieces`
+    fills.
     """
     patterns = family_of(model.config).lora.linears
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
-            new: nn.Module = _stand_in(module) if module.gate_up_proj.is_meta else QuantizedExperts(module)
+            new: nn.Module = QuantizedExperts(module)
         elif isinstance(module, nn.Linear) and _is_base(name, patterns):
-            new = _stand_in(module) if module.weight.is_meta else QuantizedLinear(module)
+            new = QuantizedLinear(module)
         else:
             continue
         parent, _, child = name.rpartition(".")
@@ -118,17 +138,34 @@ def quantize_base(model: nn.Module) -> None:
 
 def packed_elements(model: nn.Module) -> int:
     """Return how many parameters the packed tensors of a network stand for; they are not among `parameters()`."""
-    return sum(module.shape.numel() for module in model.modules() if isinstance(module, Packed))
+    return sum(packed.shape.numel() for packed in packed_tensors(model).values())
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Packed]:
+    """Return state-dict key of the tensor, were it not packed → packed tensor."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            found[f"{name}.weight"] = module.packed
+        elif isinstance(module, QuantizedExperts):
+            found |= {f"{name}.{weight}": packed for weight, packed in module.packed.items()}
+    return found
+
+
+def base_pieces(model: nn.Module) -> Iterator[tuple[str, Piece]]:
+    """Yield (key, piece) of all that the bare network's files hold, for `fill`; packed tensors pack what arrives.
+
+    Keys are those of `base_tensors`. An adapter's own tensors are left out.
+    """
+    packed = packed_tensors(model)
+    codes = {id(each.codes) for each in packed.values()}
+    held = model.state_dict(keep_vars=True).items()
+    pieces = [(name, whole_piece(tensor)) for name, tensor in held if id(tensor) not in codes]
+    for name, each in packed.items():
+        pieces.append((name, Piece(each.codes, each.shape, whole_place(each.shape), each.pack)))
+    return base_tensors(pieces)
 
 
 def _is_base(name: str, patterns: tuple[str, ...]) -> bool:
     owner = name.removesuffix(".base_layer")
     return ".lora_" not in name and any(fnmatchcase(owner, pattern) for pattern in patterns)
-
-
-def _stand_in(module: nn.Module) -> nn.Module:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.dim() >= 2:
-            codes = torch.empty(parameter.numel() // 2, 1, dtype=torch.uint8, device="meta")
-            setattr(module, name, nn.Parameter(codes, requires_grad=False))
-    return module
