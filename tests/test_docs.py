@@ -95,6 +95,12 @@ def test_the_tables_of_the_configuration_page_are_the_sections_own() -> None:
     assert runpy.run_path(str(ROOT / "docs" / "write_tables.py"))["written"](page) == page
 
 
+@pytest.mark.slow
+def test_the_tables_of_memory_are_counted() -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "write_memory.py"))["written"](page) == page
+
+
 def test_the_tables_of_the_sampling_reference_are_the_families_own() -> None:
     page = (ROOT / "docs" / "sampling-reference.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "write_tables.py"))["sampling_written"](page) == page

@@ -13,11 +13,10 @@ from rich.text import Text
 
 from unmask.announce import left_out, matmul_notes, noted
 from unmask.batch import Batch
-from unmask.config import dump_config
+from unmask.config import RunConfig, dump_config
 from unmask.data.check import check_rows
 from unmask.data.encode import RowEncoder
 from unmask.distributed.processes import cores
-from unmask.distributed.ranks import Ranks
 from unmask.distributed.runtime import pick_device
 from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
@@ -28,6 +27,7 @@ from unmask.report.progress import checking_rows
 from unmask.rng import NoiseStream
 from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
 from unmask.training.lora import attach
+from unmask.training.needs import Needs, count_needs, shortages
 from unmask.training.optim import check_rounding
 
 ROWS = 3
@@ -39,7 +39,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     """Print the resolved configuration, sizes, and three training rows clean and corrupted."""
     config, plan = prepared.config, prepared.plan
     device = pick_device(config.distributed.device)
-    parts = build_parts(prepared, Ranks(0, prepared.degrees.world))
+    parts = build_parts(prepared)  # of one process, which composes the same global batches
     checked = _check(prepared, parts, console)
     with torch.device("meta"):
         model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
@@ -57,12 +57,15 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     for line in plan.notes:
         console.print(f"warning: {line}", markup=False, highlight=False)
     console.print(Rule("size"))
-    estimate = estimate_memory(config, plan, model)
+    estimate, degrees = estimate_memory(config, plan, model, device), prepared.degrees
+    shared = estimate_shared(config, plan, model, estimate, degrees, device) if degrees.world > 1 else None
     steps = config.step_scheduler
     total = steps.total_steps(parts.loader.steps_per_epoch)
     lines = [*_sizes(prepared, parts, estimate, total), *checked, *seen_later_turns(prepared, parts.template)]
-    if prepared.degrees.world > 1:
-        lines += _shared(prepared, estimate_shared(config, plan, model, estimate, prepared.degrees))
+    if shared is not None:
+        lines += _shared(prepared, shared)
+    needs = count_needs(config, plan, model, estimate, shared, degrees, device, total)
+    lines += _machine(config, needs) + shortages(config, needs, (shared or estimate).total, device)
     lines += matmul_notes(config, device)
     never_seen = parts.loader.never_seen(total)
     if never_seen is not None:
@@ -106,7 +109,7 @@ def _check(prepared: Prepared, parts: Parts, console: Console) -> list[str]:
 def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> list[str]:
     steps = prepared.config.step_scheduler
     length = prepared.config.dataset.seq_length
-    gib, world = 2**30, prepared.degrees.world
+    world = prepared.degrees.world
     skipped, processes = len(prepared.rows.skipped), "" if world == 1 else f" on {world} processes"
     return [
         f"parameters        {estimate.parameters:,} ({estimate.trainable:,} trained)",
@@ -116,9 +119,8 @@ def _sizes(prepared: Prepared, parts: Parts, estimate: Estimate, total: int) -> 
         f"a step            {steps.global_batch_size} rows = {steps.local_batch_size} rows × "
         f"{steps.global_batch_size // steps.local_batch_size} micro-batches{processes}, at most "
         f"{steps.global_batch_size * length:,} tokens",
-        f"estimated memory  {estimate.total / gib:.2f} GiB = weights {estimate.weights / gib:.2f} + gradients "
-        f"{estimate.gradients / gib:.2f} + the loss's of the head {estimate.head / gib:.2f} + AdamW "
-        f"{estimate.optimizer / gib:.2f} + activations at {length} tokens {estimate.activations / gib:.2f}",
+        f"estimated memory  {_sum(estimate, 'weights', 'casts', 'gradients', 'head', 'optimizer', 'activations')}, "
+        f"the latter at {length} tokens{_assumed(estimate.context)}",
     ]
 
 
@@ -128,16 +130,55 @@ def _ends(parts: Parts) -> str:
 
 
 def _shared(prepared: Prepared, one: SharedEstimate) -> list[str]:
-    gib, degrees = 2**30, prepared.degrees
+    degrees = prepared.degrees
     return [
         f"processes         {degrees.world} = {degrees.replicate} copies × {degrees.shard} that share one"
         + (f", experts over {degrees.experts} of them" if degrees.experts > 1 else ""),
-        f"a process holds   {one.total / gib:.2f} GiB = weights {one.weights / gib:.2f} + gradients "
-        f"{one.gradients / gib:.2f} + the loss's of the head {one.head / gib:.2f} + AdamW {one.optimizer / gib:.2f} + "
-        f"gathered {one.gathered / gib:.2f} + activations {one.activations / gib:.2f}",
-        f"and receives      {one.received / gib:.2f} GiB a step = weights {one.weights_received / gib:.2f} + gradients "
-        f"{one.gradients_received / gib:.2f} + tokens {one.tokens_received / gib:.2f}",
+        f"a process holds   {_sum(one, *_SHARED)}{_assumed(one.context)}"
+        + (f", {one.offloaded / 2**30:.2f} of it in host memory" if one.offloaded else ""),
+        f"and receives      {one.received / 2**30:.2f} GiB a step = weights {one.weights_received / 2**30:.2f} + "
+        f"gradients {one.gradients_received / 2**30:.2f} + tokens {one.tokens_received / 2**30:.2f}",
     ]
+
+
+# How the parts of an estimate are called.
+_NAMES = {
+    "casts": "copies of weights for matmuls",
+    "head": "the loss's of the head",
+    "optimizer": "AdamW",
+    "buffers": "buffers of collectives",
+}
+_SHARED = ("weights", "casts", "gradients", "head", "optimizer", "gathered", "buffers", "activations")
+
+
+def _sum(estimate: Estimate | SharedEstimate, *names: str) -> str:
+    """Return the total and the parts that are not nothing, in GiB."""
+    sizes = {name: getattr(estimate, name) / 2**30 for name in names}
+    parts = [f"{_NAMES.get(name, name)} {size:.2f}" for name, size in sizes.items() if size or name not in _NAMES]
+    return f"{estimate.total / 2**30:.2f} GiB = {' + '.join(parts)}"
+
+
+def _assumed(context: int) -> str:
+    return f" + CUDA's own {context / 2**30:.2f} (assumed)" if context else ""
+
+
+def _machine(config: RunConfig, needs: Needs) -> list[str]:
+    """Say what a run needs of each machine's memory and disk."""
+    gib = 2**30
+    parts = {"training": needs.training, "loading": needs.loading, "pinned copies for saves": needs.staging}
+    if needs.loading and needs.staging:
+        del parts["loading" if needs.loading < needs.staging else "pinned copies for saves"]  # one after the other
+    counted = "".join(f" + {name} {size / gib:.2f}" for name, size in parts.items() if size)
+    many = f" for {needs.processes} processes" if needs.processes > 1 else ""
+    lines = [
+        f"host memory       {needs.host / gib:.2f} GiB{many} = programs {needs.program / gib:.2f} (assumed){counted}"
+    ]
+    if config.checkpoint.enabled:
+        lines.append(
+            f"disk              {needs.disk / gib:.2f} GiB: a checkpoint {needs.checkpoint / gib:.2f}, at most "
+            f"{needs.kept} at once"
+        )
+    return lines
 
 
 def _clean(batch: Batch, row: int, tokenizer: Any) -> Text:

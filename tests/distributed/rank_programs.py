@@ -310,7 +310,7 @@ def divide(prompts: list[str]) -> dict[str, list]:
 def measured_run(values: dict[str, Any]) -> dict[str, int]:
     """Train; return the bytes that this rank received through FSDP2 and expert exchange, and what its shards take.
 
-    `checksum` is of its shards' values.
+    `buffer` is the largest that a collective of FSDP2 worked in, `checksum` is of its shards' values.
     """
     from rich.console import Console
 
@@ -320,13 +320,15 @@ def measured_run(values: dict[str, Any]) -> dict[str, int]:
     from unmask.distributed import expert_parallel
     from unmask.prepare import prepare
 
-    received = {"weights": 0, "gradients": 0, "tokens": 0}
+    received = {"weights": 0, "gradients": 0, "tokens": 0, "buffer": 0}
     gather, scatter, reduce = dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce
     built: list[Any] = []
 
     def counted(name: str, tensor: torch.Tensor, group: Any, both: int = 1) -> None:
         size = dist.get_world_size(group)
         received[name] += both * tensor.numel() * tensor.element_size() * (size - 1) // size
+        if both == 1:  # gathered, or to be scattered
+            received["buffer"] = max(received["buffer"], tensor.numel() * tensor.element_size())
 
     def all_gather(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, **options: Any) -> Any:
         counted("weights", output_tensor, group)

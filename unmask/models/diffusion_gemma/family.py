@@ -226,7 +226,7 @@ def activation_bytes(
         kv = 2 * kv_heads * dim
         q = config.num_attention_heads * dim
         mlp = 4 * config.intermediate_size + top * (4 * config.moe_intermediate_size + 2 * width)
-        layer = 8 * width * residual + (3 * width + 3 * q + 2 * kv + mlp) * compute
+        layer = 8 * width * residual + (3 * width + 5 * q + kv + mlp) * compute
         whole += layer
         largest = max(largest, layer)
         if checkpointing:
