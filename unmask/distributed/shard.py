@@ -84,9 +84,8 @@ def shard_model(model: nn.Module, section: DistributedConfig, meshes: Meshes) ->
     for module in (each for each in model.modules() if isinstance(each, FSDPModule)):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        if hasattr(module, "set_reduce_scatter_unused_params"):
-            # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
-            module.set_reduce_scatter_unused_params(True)
+        # A rank whose rows used no gradient of some parameter still takes part in the sum, with zeros.
+        module.set_reduce_scatter_unused_params(True)
 
 
 def _prefetch(blocks: Sequence[nn.Module], experts: str | None) -> None:
