@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from unmask.distributed import failures
+from unmask.distributed import failures, shard
 from unmask.distributed.failures import cause, keep_tracebacks_in, lost_contact, report_failure
+from unmask.distributed.ranks import ALONE
 
 NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
@@ -108,3 +111,12 @@ def test_the_message_names_the_file_of_the_traceback(
     assert said.startswith("unmask: error: rank 1: DistBackendError: NCCL error in") and "out of memory" in said
     kept = file.read_text()
     assert "rank 1 of 2" in kept and "Traceback" in kept and "test_failures.py" in kept and "frame #0" in kept
+
+
+def test_a_bug_on_a_rank_that_writes_is_raised_as_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise CheckpointException("write", {1: (ZeroDivisionError("of rank 1"), StackSummary())})
+
+    monkeypatch.setattr(shard, "save", save)
+    with pytest.raises(ZeroDivisionError, match="of rank 1"):
+        shard.write_parts({}, tmp_path, ALONE)

@@ -261,7 +261,7 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> st
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         if not isinstance(cause, (OSError, SafetensorError)):
-            raise
+            raise cause from error  # torch's own is no Exception
         if isinstance(cause, OSError):
             cause.filename = cause.filename or str(folder)
         return disk_problem(ranks, rank, cause)
