@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test slow gpu bench lint format types contract check ci setup clean FORCE
+.PHONY: help quickstart test slow gpu gpus bench lint format types contract check ci setup clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -34,14 +34,17 @@ quickstart: $(RUNTIME) ## train, evaluate and sample a small model on this CPU, 
 	@$(BIN)/unmask quickstart
 
 test: $(DEV) ## the quick tests
-	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu and not gpus" $(PYTEST_ARGS)
 
 slow: $(DEV) ## the tests that are slow by nature
 	@# Exit status 5 says that no test carries the marker.
-	$(PYTEST) -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpus" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-gpu: $(DEV) ## the tests that need a CUDA device
+gpu: $(DEV) ## the checks that need a CUDA device, in ten minutes
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+gpus: $(DEV) ## the checks that need two CUDA devices or more
+	$(BIN)/python -m pytest -m gpus $(PYTEST_ARGS)
 
 bench: $(DEV) ## the benchmarks: ratios and distances from the counted floor
 	$(BIN)/python -m benchmarks

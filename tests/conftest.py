@@ -42,12 +42,22 @@ os.environ.update(
 for _name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 
+_MEASURED = pytest.StashKey[list[str]]()
+
 settings.register_profile("unmask", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("unmask")
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Show what tests have measured; of tests in other processes (-n) nothing is told."""
+    if lines := config.stash.get(_MEASURED, []):
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,6 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return marker.args[0] if marker else 0.0
 
     items.sort(key=limit, reverse=True)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return a function that takes a line to show when all tests are over."""
+    return request.config.stash.setdefault(_MEASURED, []).append
 
 
 @pytest.fixture(scope="session")
@@ -180,9 +196,11 @@ class TinyFiles:
     Attributes:
         folder: holds `tokenizer/`, `train.jsonl` (24 rows) and `valid.jsonl` (6 rows).
         model: fields of a fresh LLaDA with 264 ids.
+        placed: the `distributed` section of its configurations.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.placed: dict[str, object] = {"device": "cpu"}
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -236,7 +254,7 @@ class TinyFiles:
             },
             "step_scheduler": {"global_batch_size": 4, "local_batch_size": 2, "max_steps": 6},
             "optimizer": {"lr": 3e-3},
-            "distributed": {"device": "cpu"},
+            "distributed": dict(self.placed),
             "checkpoint": {"checkpoint_dir": str(run_dir)},
         }
         for key, value in changes.items():

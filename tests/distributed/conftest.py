@@ -1,7 +1,12 @@
-"""Several ranks in one test: processes forked from a server that has imported torch once, which takes the seconds."""
+"""Several ranks in one test: processes forked from a server that has imported torch once, which takes the seconds.
+
+A module that says `ON_EVERY_DEVICE = True` runs on CPUs through gloo and, under `make gpus`, on CUDA devices through
+NCCL, by the same functions.
+"""
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -22,8 +27,38 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames and getattr(metafunc.module, "ON_EVERY_DEVICE", False):
+        places = ["cpu", pytest.param("cuda", marks=pytest.mark.gpus)]
+        metafunc.parametrize("device", places, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def start_ranks() -> Callable[..., list[Any]]:
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the ranks compute; a test that asks for more CUDA devices than there are is skipped."""
+    place = getattr(request, "param", "cpu")
+    need_devices(place, 2)
+    return place
+
+
+def need_devices(place: str, count: int) -> None:
+    if place == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < count:
+            pytest.skip(f"{torch.cuda.device_count()} CUDA devices: this check needs {count}")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any, device: str) -> Any:
+    """The small files, with runs on that device, in fp32, so that what is equal on CPUs is so there."""
+    placed = copy.copy(tiny)
+    placed.placed = {"device": device} if device == "cpu" else {"device": device, "autocast_dtype": "float32"}
+    return placed
+
+
+@pytest.fixture(scope="session")
+def start_ranks(device: str) -> Callable[..., list[Any]]:
     """Return a function that starts ranks of a program of `rank_programs` and returns the processes and their notes."""
     from multiprocessing import forkserver
 
@@ -41,6 +76,7 @@ def start_ranks() -> Callable[..., list[Any]]:
         import rank_entry
         from torch.distributed import TCPStore
 
+        need_devices(device, size)
         folder.mkdir(parents=True, exist_ok=True)
         # As under torchrun, whose agent keeps the store: it outlives every rank.
         stores.append(TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False))

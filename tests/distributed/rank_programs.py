@@ -519,3 +519,57 @@ def command_that_cannot_leave(words: list[str]) -> int:
     cli._END = cli._END_OF_FAILED = 0.2
     dist.destroy_process_group = lambda: time.sleep(600)
     return command(words)
+
+
+def collective_costs(place: str, sizes: list[int]) -> list[dict[str, Any]]:
+    """Run each collective of a training step; return how long it takes and whether its values are right.
+
+    `size`, in bytes, is of the whole tensor: what is gathered, what is summed, what a rank sends to all.
+    """
+    from unmask.distributed.ranks import join
+    from unmask.distributed.runtime import own_device, pick_device
+
+    device = own_device(pick_device(place))
+    ranks = join(device, 5)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ranks.barrier()
+        return time.perf_counter()
+
+    found = []
+    for size in sizes:
+        numbers = size // 4
+        part = numbers // ranks.size
+        own, whole = (torch.full((n,), float(ranks.rank + 1), device=device) for n in (part, numbers))
+        everyone = torch.arange(1.0, ranks.size + 1, device=device).repeat_interleave(part)
+        total = float(sum(range(1, ranks.size + 1)))
+        calls: dict[str, Any] = {
+            "all_gather": (
+                torch.empty_like(whole), lambda out, own=own: dist.all_gather_into_tensor(out, own), everyone,
+            ),
+            "reduce_scatter": (
+                torch.empty_like(own),
+                lambda out, whole=whole: dist.reduce_scatter_tensor(out, whole),
+                torch.full_like(own, total),
+            ),
+            "all_reduce": (
+                torch.empty_like(whole),
+                lambda out, whole=whole: dist.all_reduce(out.copy_(whole)),
+                torch.full_like(whole, total),
+            ),
+            "all_to_all": (
+                torch.empty_like(whole), lambda out, whole=whole: dist.all_to_all_single(out, whole), everyone,
+            ),
+        }  # fmt: skip
+        for name, (out, call, expected) in calls.items():
+            call(out)  # connections are made
+            seconds = []
+            for _ in range(5):
+                start = clock()
+                call(out)
+                seconds.append(clock() - start)
+            right = bool(torch.equal(out, expected))
+            found.append({"name": name, "size": size, "milliseconds": 1000 * min(seconds), "right": right})
+    return found

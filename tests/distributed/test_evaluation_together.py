@@ -12,6 +12,8 @@ import pytest
 
 from unmask.report.metrics import read_metrics
 
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
+
 Train = Callable[..., Any]
 
 
@@ -45,6 +47,29 @@ def test_two_ranks_measure_and_keep_what_one_does(tiny, train_tiny: Train, run_r
     assert kept == {"step_4", f"step_{alone.outcome.best.step}"}
     samples = [json.loads(line) for line in (tmp_path / "shared" / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [2, 4] and len(samples[0]["frames"]) >= 1
+
+
+@pytest.mark.slow
+def test_fewer_validation_rows_than_ranks(tiny, train_tiny: Train, run_ranks, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text((tiny.folder / "valid.jsonl").read_text().splitlines(keepends=True)[0])
+
+    def config(name: str) -> dict:
+        return tiny.config(
+            tmp_path / name,
+            step_scheduler__max_steps=2,
+            step_scheduler__val_every_steps=1,
+            validation_dataset=tiny.validation(path_or_dataset_id=str(tmp_path / "one.jsonl")),
+            validation={"generate_every_steps": 1, "sampler": {"steps": 3, "max_new_tokens": 12, "block_size": 12}},
+        )
+
+    train_tiny(config("alone"))
+    assert run_ranks(2, "train", config("shared")) == ["finished", "finished"]
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("shared", "alone"))
+    for kind in ("validation", "exact_match"):
+        assert len(of(ours, kind)) == len(of(theirs, kind)) > 0
+    for one, other in zip(of(ours, "validation"), of(theirs, "validation"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert [e["total"] for e in of(ours, "exact_match")] == [e["total"] for e in of(theirs, "exact_match")]
 
 
 def of(events: list[dict], kind: str) -> list[dict]:

@@ -14,6 +14,8 @@ from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.experts import Experts, local_dispatch
 from unmask.report.metrics import read_metrics
 
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
+
 Train = Callable[..., Any]
 slow = pytest.mark.slow
 ADAPTER = {

@@ -18,6 +18,8 @@ import unmask
 from unmask.report.metrics import read_metrics
 from unmask.training.checkpoint import checkpoints, verify
 
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 GEMMA = {

@@ -9,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from unmask.distributed.ranks import ALONE, from_first
 from unmask.errors import CheckpointError, ConfigError
 from unmask.report.metrics import read_metrics
 from unmask.training.checkpoint import verify
+
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,11 +51,17 @@ def test_collectives_give_every_rank_the_same(run_ranks: Callable[..., list[Any]
 
 
 class Ended:
-    """How the ranks of a command ended: their exit statuses (None = killed), and what each printed."""
+    """How the ranks of a command ended: their exit statuses (None = killed), and what each printed.
+
+    They end together: the last one at most 35 seconds after the first.
+    """
 
     def __init__(self, folder: Path, processes: list[Any]) -> None:
+        sentinels, until = [process.sentinel for process in processes], time.monotonic() + 90
+        wait(sentinels, 90)
+        until = min(until, time.monotonic() + 35)
         for process in processes:
-            process.join(90)
+            process.join(max(0.0, until - time.monotonic()))
         stuck = [process for process in processes if process.is_alive()]
         for process in stuck:
             process.kill()
@@ -148,7 +158,7 @@ def test_weights_with_another_vocabulary_are_refused_once(command, tiny, tiny_ba
 @pytest.mark.parametrize("more", [[], ["--shard"], None], ids=["whole", "shared", "train"])
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_changed_bit_is_said_once(
-    command, start_ranks, tiny, tiny_base: Path, tmp_path: Path, file: str, more: list[str] | None
+    command, start_ranks, tiny, tiny_base: Path, tmp_path: Path, file: str, more: list[str] | None, device: str
 ) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     content = bytearray((folder / file).read_bytes())
@@ -158,7 +168,7 @@ def test_a_changed_bit_is_said_once(
         values = {**tiny.config(tmp_path / "run"), "model": {"pretrained_model_name_or_path": str(folder)}}
         ended = command("-c", str(tiny.write(tmp_path / "run.yaml", values)))
     else:
-        prompts = ["--prompt", "so?", "--prompt", "1?", "--steps", "1", "--max_new_tokens", "1", "--device", "cpu"]
+        prompts = ["--prompt", "so?", "--prompt", "1?", "--steps", "1", "--max_new_tokens", "1", "--device", device]
         words = ["generate", "--checkpoint", str(folder), *prompts, *more]
         ended = Ended(tmp_path / "notes", start_ranks(tmp_path / "notes", 2, "command", words))
     assert ended.status == [2, 2] and len(ended.errors) == 1, ended.said

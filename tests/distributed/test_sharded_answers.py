@@ -12,6 +12,8 @@ import pytest
 from unmask.cli import main
 from unmask.distributed import launch
 
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
+
 ADAPTER = {"r": 4, "target_modules": ["*.q_proj", "*.ff_out"]}
 
 
@@ -36,12 +38,12 @@ def adapter(tiny, tiny_base: Path, train_tiny, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def answers(run_ranks, tmp_path: Path) -> Callable[..., list[list[dict[str, Any]]]]:
+def answers(run_ranks, tmp_path: Path, device: str) -> Callable[..., list[list[dict[str, Any]]]]:
     """Return a function that answers on one process and, sharded, on two; it returns both files' records."""
 
     def run(checkpoint: Path, *more: str) -> list[list[dict[str, Any]]]:
         prompts = [word for text in ("1 plus 1?", "so?", "20 plus 6?") for word in ("--prompt", text)]
-        flags = ["--max_new_tokens", "16", "--batch_size", "1", "--device", "cpu", *more]
+        flags = ["--max_new_tokens", "16", "--batch_size", "1", "--device", device, *more]
         words = ["generate", "--checkpoint", str(checkpoint), *prompts, *flags, "--output"]
         assert main([*words, str(tmp_path / "one.jsonl")]) == 0
         assert run_ranks(2, "command", [*words, str(tmp_path / "two.jsonl"), "--shard"]) == [0, 0]

@@ -17,6 +17,8 @@ from unmask.models.folders import stored_tensors
 from unmask.models.weights import read_tensors
 from unmask.report.metrics import read_metrics
 
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
+
 Train = Callable[..., Any]
 PART = "shard-00002-model-00001-of-00001.safetensors"
 ADAPTER = {"r": 4, "target_modules": ["*.q_proj", "*.ff_out"]}

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from unmask.report.metrics import read_metrics
 
+ON_EVERY_DEVICE = True  # CUDA devices and NCCL under `make gpus`
+
 Train = Callable[..., Any]
 slow = pytest.mark.slow
 FIELDS = ("loss", "mdlm_loss", "grad_norm")

@@ -1,6 +1,6 @@
 """Attention of the released widths: never by SDPA's math kernel, which keeps all scores; and how long each call takes.
 
-On a CPU the same runs at small widths.
+Check 2 of `make gpu`. On a CPU the same runs at small widths.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from unmask.batch import Batch
+from unmask.doctor.kernels import masked_gradients_finite
 from unmask.models.layers import attend
 from unmask.models.loading import empty_network
 from unmask.models.registry import family_named
@@ -25,13 +26,7 @@ from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
 
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
 WINDOW = 1024  # of the released sliding layers
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return request.getfixturevalue("cuda") if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture
@@ -167,3 +162,8 @@ def test_released_heads_equal_fp32_on_the_cpu(device: torch.device, groups: int,
     for ours, theirs in zip(*found, strict=True):
         error = (ours.detach().cpu().float() - theirs).norm() / theirs.norm()
         assert error < 2e-2
+
+
+@pytest.mark.parametrize("length", [192, 256, 704])
+def test_gradients_under_a_mask_are_numbers(device: torch.device, length: int) -> None:
+    assert masked_gradients_finite(device, length)

@@ -1,6 +1,6 @@
 """Experts with few rows or none: the grouped matmul against a loop, and the exchange in a group of one.
 
-On a CPU the same runs with the kernel that is there.
+Checks 3 and 4 of `make gpu`. On a CPU the same runs with the kernel that is there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,6 @@ from unmask.distributed.expert_parallel import expert_dispatch
 from unmask.models import experts as experts_module
 from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.experts import Experts, grouped_kernel, grouped_linear, local_dispatch
-
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return request.getfixturevalue("cuda") if request.param == "cuda" else torch.device("cpu")
 
 
 def spoil(device: torch.device) -> None:
