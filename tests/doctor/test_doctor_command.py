@@ -71,6 +71,7 @@ def test_a_run_as_train_would_start_it(tiny, tmp_path: Path, capsys) -> None:
 def test_memory_and_disk_beside_what_there_is(tiny, tmp_path: Path, capsys, monkeypatch) -> None:
     path = tiny.write(tmp_path / "run.yaml", tiny.config(tmp_path / "run"))
     monkeypatch.setattr(model, "device_memory", lambda _: 1000)
+    monkeypatch.setattr(model, "available_memory", lambda: 1000)
     monkeypatch.setattr(model, "free_disk", lambda _: 1000)
     status, found = doctor(capsys, path)
     assert status == 2 and [level for level, _ in found["memory"]] == ["error", "error"]

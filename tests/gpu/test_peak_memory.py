@@ -122,9 +122,10 @@ def test_a_step_takes_what_was_counted(fixtures: Path, device, measured, family:
     config = run_config(fixtures, family, device, checkpointing)
     plan = plan_model(config.model)
     with torch.device("meta"):
-        counted = estimate_memory(config, plan, empty_network(plan.family, plan.config))
+        counted = estimate_memory(config, plan, empty_network(plan.family, plan.config), device)
     peak = peak_of_a_step(config, plan, device)
+    total = counted.total - counted.context  # which PyTorch's allocator does not see
     parts = {name: f"{size / 1e9:.2f}" for name, size in dataclasses.asdict(counted).items()}
-    measured(f"{family}, two layers: {peak / 1e9:.2f} GB at the peak, {counted.total / 1e9:.2f} counted: {parts}")
+    measured(f"{family}, two layers: {peak / 1e9:.2f} GB at the peak, {total / 1e9:.2f} counted: {parts}")
     # Narrow networks have few weights beside what is live for a moment, which is counted as if it all were at once.
-    assert counted.total == pytest.approx(peak, rel=0.1 if device.type == "cuda" else 0.35)
+    assert total == pytest.approx(peak, rel=0.1 if device.type == "cuda" else 0.35)

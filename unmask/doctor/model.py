@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from unmask.data.conversation import Message
 from unmask.data.template_loading import load_template
@@ -29,6 +28,7 @@ from unmask.places import user_path
 from unmask.sampling.jobs import stop_ids_of
 from unmask.training.estimate import estimate_memory, estimate_shared
 from unmask.training.lora import attach
+from unmask.training.needs import count_needs
 
 # What a forward pass may take: a minute goes into reading a file of this size, or drawing this many numbers.
 _MOST_READ, _MOST_DRAWN = 20 * 10**9, 5 * 10**8
@@ -147,27 +147,20 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
             attach(model, config.peft, "")
         if config.dllm.freeze_router:
             freeze_routers(model)
-    whole = estimate_memory(config, plan, model)
-    need, who = whole.total, f"a step on {device} takes"
-    if degrees.world > 1:
-        need = estimate_shared(config, plan, model, whole, degrees).total
-        who = f"one of {degrees.world} processes takes on its {device.type} device"
+    whole = estimate_memory(config, plan, model, device)
+    shared = estimate_shared(config, plan, model, whole, degrees, device) if degrees.world > 1 else None
+    steps = config.step_scheduler.total_steps(max(1, len(prepared.rows) // config.step_scheduler.global_batch_size))
+    needs = count_needs(config, plan, model, whole, shared, degrees, device, steps)
     remedy = "train an adapter (peft), or set distributed.activation_checkpointing: true, or start more processes"
-    yield compared(f"by count, {who}", need, device_memory(device), remedy)
-    if not config.checkpoint.enabled:
-        return
-    kept = config.checkpoint.max_recent_checkpoints
-    one = whole.optimizer + (_trained_bytes(model) if config.peft else whole.weights)
-    root = user_path(config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
-    many = "each checkpoint takes" if kept is None else f"{kept} checkpoints and the next one take"
-    yield compared(
-        f"{root}: {many}", one if kept is None else one * (kept + 1), free_disk(root),
-        "lower checkpoint.max_recent_checkpoints, or name another checkpoint.checkpoint_dir",
-    )  # fmt: skip
-
-
-def _trained_bytes(model: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+    if device.type == "cuda":
+        who = f"by count, each of {degrees.world} processes" if shared else "by count, a step"
+        yield compared(f"{who} takes on {device}", (shared or whole).total, device_memory(device), remedy)
+    many = f" for {needs.processes} processes" if needs.processes > 1 else ""
+    yield compared(f"by count, host memory{many}", needs.host, available_memory(), remedy)
+    if config.checkpoint.enabled:
+        root = user_path(config.checkpoint.checkpoint_dir, "checkpoint.checkpoint_dir")
+        remedy = "lower checkpoint.max_recent_checkpoints, or name another checkpoint.checkpoint_dir"
+        yield compared(f"{root}: up to {needs.kept} checkpoints take", needs.disk, free_disk(root), remedy)
 
 
 def _stored_bytes(folder: Path) -> int:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from unmask.batch import Batch
 from unmask.distributed.runtime import Runtime
+from unmask.models.layers import takes_groups
 from unmask.models.loading import empty_network
 from unmask.models.registry import ModelPlan
 from unmask.objectives.registry import Objective
@@ -70,11 +71,14 @@ class AttentionCall:
 
     def kernel(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the kernel that SDPA takes for such a call in training on a device."""
+        heads, size, key_BGKE, grouped = self.query_BHQE[1], self.query_BHQE[3], self.key_BGKE, self.grouped
+        if grouped and not takes_groups(size, self.mask is not None, dtype, device.type):  # `attend` repeats them
+            key_BGKE, grouped = (key_BGKE[0], heads, *key_BGKE[2:]), False
         q_BHQE = torch.empty(self.query_BHQE, device=device, dtype=dtype, requires_grad=True)
-        k_BGKE = torch.empty(self.key_BGKE, device=device, dtype=dtype, requires_grad=True)
+        k_BGKE = torch.empty(key_BGKE, device=device, dtype=dtype, requires_grad=True)
         mask = None if self.mask is None else torch.ones(self.mask, device=device, dtype=torch.bool)
         choice = torch._fused_sdp_choice(
-            q_BHQE, k_BGKE, k_BGKE, attn_mask=mask, is_causal=self.causal, enable_gqa=self.grouped
+            q_BHQE, k_BGKE, k_BGKE, attn_mask=mask, is_causal=self.causal, enable_gqa=grouped
         )
         return KERNELS[choice]
 
