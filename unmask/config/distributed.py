@@ -59,7 +59,8 @@ class DistributedConfig:
         attention: PyTorch's scaled_dot_product_attention with its flash kernels, or FlexAttention, compiled, for padded
             and packed batches; `flex` needs a CUDA device of compute capability 8.0 or later
         compile: compile each block with torch.compile: faster after a start of a minute or more (see
-            [performance.md](performance.md)); needs a CUDA device with Triton and a network without experts
+            [performance.md](performance.md)); needs a CUDA device with Triton. Answers sampled during the run are
+            compiled too
         device: `auto` takes a CUDA device when there is one
         timeout_minutes: how long a process waits in a step for one that does not answer before it gives up; while
             another checks files, saves or answers, it waits for as long as that one lives

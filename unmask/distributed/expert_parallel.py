@@ -38,6 +38,7 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
     """Return the dispatch for experts that are shared out over the ranks of a group, rank p holding the p-th run."""
     size = dist.get_world_size(group)
 
+    @torch.compiler.disable  # the host must know how much travels
     def dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, experts: nn.Module) -> Tensor:
         """As `experts.local_dispatch`, to which it is equal: each pair's expert and the order of sums are the same."""
         tokens, choices = experts_NT.shape

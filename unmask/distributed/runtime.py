@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +21,10 @@ from unmask.distributed.processes import Degrees, local_rank, world_size
 from unmask.distributed.ranks import ALONE, Meshes, Ranks, build_meshes, join
 from unmask.errors import ConfigError
 from unmask.models.experts import Experts
+from unmask.models.lora.experts import AdaptedExperts
 
+# Ways in which blocks are called, at most; PyTorch no longer compiles what comes after the eighth unless it is told.
+_WAYS = 32
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 # Whoever sets one of these has chosen how memory is allocated.
@@ -153,7 +157,7 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
     """Switch activation checkpointing and compilation and choose the attention kernel of a network.
 
     Raises:
-        ConfigError: `attention: flex` or `compile` on a device or for a network that cannot train with it.
+        ConfigError: `attention: flex` or `compile` on a device that cannot train with it.
     """
     if section.attention == "flex" and not flex_available(runtime.device):
         raise ConfigError(
@@ -164,8 +168,6 @@ def set_switches(model: nn.Module, section: DistributedConfig, runtime: Runtime)
         raise ConfigError(
             f"distributed.compile: needs a CUDA device with Triton, and this run is on {runtime.device}; set false"
         )
-    if section.compile and any(isinstance(module, Experts) for module in model.modules()):
-        raise ConfigError("distributed.compile: torch does not compile the experts of this network; set false")
     for module in model.modules():
         if hasattr(module, "attention_kernel"):
             module.attention_kernel = section.attention  # pyright: ignore[reportArgumentType]
@@ -192,11 +194,18 @@ def compiles_on(device: torch.device) -> bool:
 def compile_blocks(stack: nn.Module) -> None:
     """Have the forward pass of each of a stack's blocks compiled when it first runs.
 
-    The method and not the module: what FSDP2 and activation checkpointing hang on a module's call stays outside.
+    The method and not the module: what FSDP2 and activation checkpointing hang on a module's call stays outside. So
+    does the exchange of tokens between ranks, on which experts compile by themselves.
+
+    Blocks of one kind share what is compiled, once for each way in which they are called (as encoder or decoder, with
+    gradients or without), for inputs of every length.
     """
+    compiled = partial(torch.compile, dynamic=True, recompile_limit=_WAYS)
     for blocks in stack.children():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            block.forward = torch.compile(block.forward)
+            for module in block.modules():
+                if module is block or isinstance(module, (Experts, AdaptedExperts)):
+                    module.forward = compiled(module.forward)
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:
