@@ -18,12 +18,14 @@ from torch import nn
 
 from tests.training.test_flops import batch
 from unmask.config.model import PeftConfig
+from unmask.config.sampler import SamplerConfig
 from unmask.distributed import runtime
 from unmask.distributed.expert_parallel import expert_dispatch
 from unmask.models.loading import load_model
 from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
+from unmask.sampling.generate import generate
 from unmask.training.lora import attach
 
 LENGTHS = (40, 24, 33, 56, 48, 17)
@@ -123,3 +125,20 @@ def test_the_exchange_of_tokens_stays_outside(fixtures: Path, graphs: list[Any])
     assert any("grouped_mm" in name for name in called) and not any("all_to_all" in name for name in called)
     with_experts = [graph for graph in graphs if "grouped_mm" in str(graph.graph)]
     assert all("topk" not in str(graph.graph) for graph in with_experts)  # the router is in a graph of its own
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_answers_of_compiled_blocks(fixtures: Path, graphs: list[Any], cache: str) -> None:
+    """The same tokens, and all layers share what is compiled: with a cache, too, which is another in each."""
+    model = network(fixtures, "llada_tiny", "full", False).eval()
+    compiled = copy.deepcopy(model)
+    compile_all(compiled)
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    sampler = SamplerConfig(steps=8, max_new_tokens=16, block_size=8, cache=cache)
+    expected, found = (generate(each, prompts, sampler=sampler) for each in (model, compiled))
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    ways = len(graphs)
+    generate(compiled, prompts, sampler=sampler)
+    assert len(graphs) == ways <= 6 and model.config.n_layers > 1

@@ -58,10 +58,8 @@ class KeyValueStore:
 
     def write(self, layer: int, rows_K: Tensor | None, positions_KS: Tensor, k_KGSE: Tensor, v_KGSE: Tensor) -> None:
         """Write a layer's keys and values at some positions of some rows, None = the first K in order."""
-        if rows_K is None:
-            rows_K = torch.arange(len(k_KGSE), device=k_KGSE.device)
-        for stored_BGCE, new_KGSE in ((self.keys[layer], k_KGSE), (self.values[layer], v_KGSE)):
-            stored_BGCE.transpose(1, 2)[rows_K[:, None], positions_KS] = new_KGSE.transpose(1, 2).to(stored_BGCE.dtype)
+        write(self.keys[layer], rows_K, positions_KS, k_KGSE)
+        write(self.values[layer], rows_K, positions_KS, v_KGSE)
 
     def put(self, first: int, more: KeyValueStore, rows: int, columns: int) -> None:
         """Copy the first rows, as far as there are, and columns of another store to the rows from `first` on."""
@@ -75,3 +73,10 @@ class KeyValueStore:
         for tensors in (self.keys, self.values):
             for stored_BGCE in tensors:
                 stored_BGCE[: len(rows_K), :, :columns] = stored_BGCE[:, :, :columns].index_select(0, rows_K)
+
+
+def write(stored_BGCE: Tensor, rows_K: Tensor | None, positions_KS: Tensor, new_KGSE: Tensor) -> None:
+    """Write a layer's keys, or values, into its room; arguments as in `KeyValueStore.write`."""
+    if rows_K is None:
+        rows_K = torch.arange(len(new_KGSE), device=new_KGSE.device)
+    stored_BGCE.transpose(1, 2)[rows_K[:, None], positions_KS] = new_KGSE.transpose(1, 2).to(stored_BGCE.dtype)

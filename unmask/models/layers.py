@@ -156,7 +156,9 @@ def attend(
     if grouped and not takes_groups(q_BHQE.shape[3], mask is not None, compute_dtype(q_BHQE), q_BHQE.device.type):
         times, grouped = q_BHQE.shape[1] // k_BGKE.shape[1], False
         k_BGKE, v_BGKE = k_BGKE.repeat_interleave(times, dim=1), v_BGKE.repeat_interleave(times, dim=1)
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "scale": scale}
+    if grouped:  # said as a constant: what is compiled may hold sizes, and what follows from them, as symbols
+        options["enable_gqa"] = True
     if q_BHQE.device.type == "cpu" and q_BHQE.dtype == torch.bfloat16 and q_BHQE.requires_grad:
         # The backward pass of the CPU's flash kernel is some ten times slower in bf16 than in fp32 (torch 2.13, AMX).
         with torch.autocast("cpu", enabled=False):

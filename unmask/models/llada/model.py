@@ -22,22 +22,29 @@ from unmask.models.llada.config import LLaDAConfig
 from unmask.ops.head import Head
 
 
-class Cache(Protocol):
-    """Keys and values of positions outside a forward pass (implementation: `unmask/sampling/backends/window.py`)."""
+class LayerCache(Protocol):
+    """One layer's keys and values of positions outside a forward pass."""
 
-    def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; return all that its queries attend to, (B, G, ·, E) each."""
+    def update(self, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return all that the layer's queries attend to, (B, G, ·, E) each."""
+        ...
+
+
+class Cache(Protocol):
+    """Those of all layers (implementation: `unmask/sampling/backends/window.py`)."""
+
+    def layer(self, number: int) -> LayerCache:
+        """Return a layer's, counted from 0."""
         ...
 
 
 class Block(nn.Module):
     """Pre-norm attention and a gated MLP, `silu(ff_proj(x)) · up_proj(x)`."""
 
-    def __init__(self, config: LLaDAConfig, layer: int) -> None:
+    def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         bias, qkv_bias = config.include_bias, config.include_bias or config.include_qkv_bias
-        self.layer = layer
         self.head_dim = config.head_dim
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
@@ -49,19 +56,21 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.ff_out = nn.Linear(config.hidden_size, width, bias=bias)
 
-    def forward(self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None
+    ) -> Tensor:
         """Return the block's output, (B, L, D); `cos` and `sin` from `rotary_tables`, `mask` from `prepare_mask`."""
         hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask, cache)
         normed_BLD = self.ff_norm(hidden_BLD)
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
-    def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+    def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """Return bidirectional attention with rotary positions, (B, L, D)."""
         q_BHLE = rotate(self._heads(self.q_proj(normed_BLD)), cos, sin)
         k_BGLE = rotate(self._heads(self.k_proj(normed_BLD)), cos, sin)
         v_BGLE = self._heads(self.v_proj(normed_BLD))
         if cache is not None:
-            k_BGLE, v_BGLE = cache.update(self.layer, k_BGLE, v_BGLE)
+            k_BGLE, v_BGLE = cache.update(k_BGLE, v_BGLE)
         return self.attn_out(attend(q_BHLE, k_BGLE, v_BGLE, mask).transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BLD: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ class Transformer(nn.Module):
         self.attention_kernel: Kernel = "sdpa"
         # Left uninitialised: drawing on the meta device would import PyTorch's compiler. `initialise` draws.
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.rows, config.d_model), freeze=False)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
             self.ff_out = nn.Linear(config.d_model, config.rows, bias=config.include_bias)
@@ -114,11 +123,11 @@ class Transformer(nn.Module):
         hidden_BLD = self.wte(input_ids)
         if self.config.input_emb_norm:
             hidden_BLD = hidden_BLD * math.sqrt(self.config.d_model)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_BLD = checkpoint(block, hidden_BLD, cos, sin, mask, use_reentrant=False)
             else:
-                hidden_BLD = block(hidden_BLD, cos, sin, mask, cache)
+                hidden_BLD = block(hidden_BLD, cos, sin, mask, None if cache is None else cache.layer(number))
         return self.ln_f(hidden_BLD)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unmask.models.kv_cache import KeyValueStore
+from unmask.models.kv_cache import KeyValueStore, write
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,30 @@ class Window:
             lengths_K=None if self.lengths_K is None else next(given),
         )
 
-    def update(self, layer: int, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (K, G, S, E) into the store; return those of all columns."""
-        self.store.write(layer, self.rows_K, self.positions_KS, k_BGLE, v_BGLE)
-        if self.whole:
-            return k_BGLE, v_BGLE
-        seen = (stored[:, :, : self.columns] for stored in (self.store.keys[layer], self.store.values[layer]))
-        if self.rows_K is None:
-            keys, values = (tensor[: len(k_BGLE)] for tensor in seen)
-        else:
-            keys, values = (tensor.index_select(0, self.rows_K) for tensor in seen)
-        return keys, values
+    def layer(self, number: int) -> LayerWindow:
+        """Return what one layer reads and writes."""
+        return LayerWindow(self, self.store.keys[number], self.store.values[number])
+
+
+@dataclass(frozen=True)
+class LayerWindow:
+    """A window in one layer's keys and values (B, G, C, E); a compiled block takes that of any layer."""
+
+    window: Window
+    keys: Tensor
+    values: Tensor
+
+    def update(self, k_KGSE: Tensor, v_KGSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the layer's new keys and values; return those of all columns."""
+        window = self.window
+        write(self.keys, window.rows_K, window.positions_KS, k_KGSE)
+        write(self.values, window.rows_K, window.positions_KS, v_KGSE)
+        if window.whole:
+            return k_KGSE, v_KGSE
+        keys, values = self.keys[:, :, : window.columns], self.values[:, :, : window.columns]
+        if window.rows_K is None:
+            return keys[: len(k_KGSE)], values[: len(k_KGSE)]
+        return keys.index_select(0, window.rows_K), values.index_select(0, window.rows_K)
 
 
 def spans(first_K: Tensor, end_K: Tensor, width: int | None = None) -> Tensor:
