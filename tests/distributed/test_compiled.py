@@ -59,7 +59,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
 def network(fixtures: Path, name: str, trained: str, checkpointing: bool) -> Any:
     model: Any = load_model(str(fixtures / name), "float32")
     if trained == "lora":
-        attach(model, PeftConfig(r=4), None)
+        attach(model, PeftConfig(r=4), "")
     for module in model.modules():
         if hasattr(module, "activation_checkpointing"):
             module.activation_checkpointing = checkpointing
@@ -112,9 +112,11 @@ def test_the_exchange_of_tokens_stays_outside(fixtures: Path, graphs: list[Any])
     config, compiled = model.config, copy.deepcopy(model)
     objective = CanvasDiffusion(config.canvas_length, config.vocab_size, config.eos_token_id, self_conditioning_p=0)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
     try:
         for layer in compiled.stack.layers:
-            layer.dispatch = expert_dispatch(dist.group.WORLD)
+            layer.dispatch = expert_dispatch(group)
         compile_all(compiled)
         (loss, expected), (again, found) = (gradients(each, objective, 40) for each in (model, compiled))
     finally:
@@ -130,7 +132,7 @@ def test_the_exchange_of_tokens_stays_outside(fixtures: Path, graphs: list[Any])
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cache", ["none", "dual"])
-def test_answers_of_compiled_blocks(fixtures: Path, graphs: list[Any], cache: str) -> None:
+def test_answers_of_compiled_blocks(fixtures: Path, graphs: list[Any], cache: Any) -> None:
     """The same tokens, and all layers share what is compiled: with a cache, too, which is another in each."""
     model = network(fixtures, "llada_tiny", "full", False).eval()
     compiled = copy.deepcopy(model)

@@ -53,7 +53,7 @@ def network(family: Any, values: dict[str, Any], trained: str) -> Any:
     (initialise if family is LLADA else initialise_gemma)(model, torch.Generator().manual_seed(0))
     model.double()  # whose experts are multiplied one by one: PyTorch does not count grouped products
     if trained == "lora":
-        attach(model, PeftConfig(r=4), None)
+        attach(model, PeftConfig(r=4), "")
         model.double()
     return model
 

@@ -7,8 +7,8 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -200,12 +200,12 @@ def compile_blocks(stack: nn.Module) -> None:
     Blocks of one kind share what is compiled, once for each way in which they are called (as encoder or decoder, with
     gradients or without), for inputs of every length.
     """
-    compiled = partial(torch.compile, dynamic=True, recompile_limit=_WAYS)
     for blocks in stack.children():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
             for module in block.modules():
                 if module is block or isinstance(module, (Experts, AdaptedExperts)):
-                    module.forward = compiled(module.forward)
+                    forward: Callable[..., Any] = module.forward
+                    module.forward = torch.compile(forward, dynamic=True, recompile_limit=_WAYS)
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:
