@@ -17,8 +17,9 @@ from unmask.config import RunConfig, dump_config
 from unmask.config.reader import differences, to_mapping
 from unmask.data.batches import ValidationSet
 from unmask.data.sources import Rows
-from unmask.distributed.processes import cores, data_workers
+from unmask.distributed.processes import data_workers
 from unmask.distributed.runtime import idle_tensor_cores, matmul_dtype
+from unmask.machine import cores
 from unmask.models.folders import weights_fingerprint
 from unmask.models.lora.quantized import packed_elements
 from unmask.parsing import parse_yaml

@@ -16,8 +16,8 @@ from unmask.batch import Batch
 from unmask.config import RunConfig, dump_config
 from unmask.data.check import check_rows
 from unmask.data.encode import RowEncoder
-from unmask.distributed.processes import cores
 from unmask.distributed.runtime import pick_device
+from unmask.machine import cores
 from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
 from unmask.models.weights import check_tensors

@@ -18,7 +18,7 @@ import pytest
 from unmask import errors
 from unmask.data.encode import Visit, encoded_ahead
 from unmask.distributed import processes
-from unmask.distributed.processes import cores, data_workers
+from unmask.distributed.processes import data_workers
 from unmask.errors import DataError, FieldError
 
 ROOT = Path(processes.__file__).parents[2]
@@ -99,21 +99,6 @@ def test_no_more_workers_than_this_ranks_cores(monkeypatch: pytest.MonkeyPatch) 
     assert [data_workers(asked) for asked in (0, 1, 300)] == [0, 1, 2]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert data_workers(300) == 1
-
-
-def test_a_containers_share_of_time_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Path("/proc/self/cgroup").read_text().splitlines()
-    place = next((line.removeprefix("0::") for line in own if line.startswith("0::")), None)
-    if place is None:
-        pytest.skip("this machine has no control groups of version 2")
-    monkeypatch.setattr(processes, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert cores() == 64
-    folder = tmp_path / place.lstrip("/")
-    folder.mkdir(parents=True, exist_ok=True)
-    for text, expected in [("max 100000\n", 64), ("250000 100000\n", 3), ("50000 100000\n", 1)]:
-        (folder / "cpu.max").write_text(text)
-        assert cores() == expected
 
 
 @pytest.mark.parametrize("fails", [1, 3])

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.cli import main
-from unmask.distributed.launch import launch
+from unmask.distributed.launch import launch, relaunch
 from unmask.errors import ConfigError
 from unmask.report.metrics import read_metrics
 from unmask.training.checkpoint import verify
@@ -167,3 +166,8 @@ def test_torchrun_restarts_a_run_that_goes_on(tiny, train_tiny, tmp_path: Path) 
                          / "metrics.jsonl")  # fmt: skip
     for mine, theirs in zip(*([e for e in each if e["event"] == "train"] for each in (events, other)), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_far_more_processes_than_cores_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--nproc-per-node: 100000 processes on [0-9]+ cores"):
+        relaunch(["generate", "--nproc-per-node", "100000"], 100000)

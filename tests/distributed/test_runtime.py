@@ -118,3 +118,14 @@ def test_blocks_are_compiled_or_it_is_refused(monkeypatch: pytest.MonkeyPatch, f
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(torch.arange(12)[None]), plain)
     assert len(compiled) == model.config.n_layers  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_training_on_cuda_leaves_out_cudnns_attention(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose backward pass gives NaN under a mask at some lengths (pytorch issue 196678)."""
+    switched: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    build_runtime(DistributedConfig(device=device))  # pyright: ignore[reportArgumentType]
+    assert switched == ([False] if device == "cuda" else [])

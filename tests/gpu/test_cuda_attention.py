@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from unmask.batch import Batch
+from unmask.config.distributed import DistributedConfig
+from unmask.distributed.runtime import build_runtime
 from unmask.doctor.kernels import masked_gradients_finite
 from unmask.models.layers import attend
 from unmask.models.loading import empty_network
@@ -166,4 +168,5 @@ def test_released_heads_equal_fp32_on_the_cpu(device: torch.device, groups: int,
 
 @pytest.mark.parametrize("length", [192, 256, 704])
 def test_gradients_under_a_mask_are_numbers(device: torch.device, length: int) -> None:
+    build_runtime(DistributedConfig(device=device.type))  # pyright: ignore[reportArgumentType]  # as training does
     assert masked_gradients_finite(device, length)

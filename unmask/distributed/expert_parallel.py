@@ -56,7 +56,7 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
         mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, hidden_ND.shape[1])
         return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
 
-    return dispatch
+    return dispatch  # pyright: ignore[reportReturnType]
 
 
 def _regroup(rows_RD: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:

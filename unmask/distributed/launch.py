@@ -15,12 +15,14 @@ from torch.distributed.run import get_args_parser, run
 
 from unmask.distributed.processes import SHUTDOWN_TIMEOUT, STATUS_FILE
 from unmask.errors import ConfigError
+from unmask.machine import cores
 from unmask.places import temporary_folder
 
 _BY_SIGNAL = {
     signal.SIGKILL: ", perhaps because the machine ran out of memory",
     signal.SIGABRT: ", by itself (NCCL's watchdog does so when a collective fails or times out; see its lines above)",
 }
+_MOST_A_CORE = 8  # processes; each takes some hundred MB before it does anything
 _GRACE = 600  # seconds that ranks get to save a checkpoint after a signal, before the launcher kills them
 
 
@@ -28,14 +30,19 @@ def launch(module: str, words: Sequence[str], processes: int) -> int:
     """Run `python -m MODULE WORDS…` in several processes on this machine and return the run's exit status.
 
     Raises:
-        ConfigError: fewer than one process, or this is already one of a launcher's processes.
+        ConfigError: fewer than one process, or far more than cores, or this is already one of a launcher's processes.
     """
     if processes < 1:
         raise ConfigError(f"--nproc-per-node: must be at least 1, got {processes}")
+    if processes > _MOST_A_CORE * cores():
+        raise ConfigError(
+            f"--nproc-per-node: {processes} processes on {cores()} cores would fill the machine's memory; start one a "
+            f"device, and at most {_MOST_A_CORE} a core"
+        )
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         raise ConfigError("--nproc-per-node: this process was started by torchrun already; give it to torchrun alone")
     # Threads are split fairly: more of them than cores make every rank wait for the slowest.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(_GRACE))
     warnings.filterwarnings("ignore", module="torch.distributed")
     # Each rank reports its own failure in one line; the launcher's summary of exit codes would bury it.

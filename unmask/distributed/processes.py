@@ -7,7 +7,6 @@ experts of a mixture: each expert lives on the `spread` ranks that have the same
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import threading
@@ -17,9 +16,8 @@ from pathlib import Path
 
 from unmask.config.distributed import DistributedConfig
 from unmask.errors import ConfigError
+from unmask.machine import cores
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_MANY_CORES = 2**16
 _INTERVAL = 0.5  # seconds between two looks at the launcher
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds from SIGTERM to SIGKILL; torchrun reads it
 STATUS_FILE = "UNMASK_STATUS_FILE"  # where rank 0 leaves its exit status: a launcher that was signalled keeps none
@@ -81,30 +79,6 @@ def check_restarts(checkpoints: bool) -> None:
             "still in it; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and start torchrun with --standalone or "
             "--rdzv-backend c10d, or leave --max-restarts out"
         )
-
-
-def cores() -> int:
-    """Return how many cores this process may use: of its affinity, and of its container's share of time."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, *_cgroup_cores()))
-
-
-def _cgroup_cores() -> list[int]:
-    """Return the cores' worth of time that each control group (version 2) around this process may use, if limited."""
-    found = [_MANY_CORES]
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return found
-    place = _CGROUPS / own.lstrip("/")
-    for folder in (place, *place.parents):
-        with contextlib.suppress(OSError, ValueError):  # no limit is "max"; the uppermost group has no such file
-            quota, period = (folder / "cpu.max").read_text().split()
-            found.append(math.ceil(int(quota) / int(period)))
-        if folder == _CGROUPS:
-            break
-    return found
 
 
 def data_workers(asked: int) -> int:

@@ -7,7 +7,6 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -144,6 +143,10 @@ def build_runtime(section: DistributedConfig, degrees: Degrees | None = None) ->
     degrees = degrees or Degrees()
     device = pick_device(section.device)
     compute = autocast_dtype(section, device)
+    if device.type == "cuda":
+        # Under a mask cuDNN's backward pass gives NaN at lengths of 64 mod 128 on Hopper (pytorch issue 196678, torch
+        # 2.11 to 2.13); PyTorch's own flash and memory-efficient kernels take what it took.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if degrees.world == 1:
         return Runtime(device, compute)
     device = own_device(device)
@@ -204,8 +207,8 @@ def compile_blocks(stack: nn.Module) -> None:
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
             for module in block.modules():
                 if module is block or isinstance(module, (Experts, AdaptedExperts)):
-                    forward: Callable[..., Any] = module.forward
-                    module.forward = torch.compile(forward, dynamic=True, recompile_limit=_WAYS)
+                    options: dict[str, Any] = {"dynamic": True, "recompile_limit": _WAYS}
+                    module.forward = torch.compile(module.forward, **options)
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

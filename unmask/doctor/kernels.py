@@ -73,8 +73,8 @@ def _masked_attention(device: torch.device) -> Finding:
     what = "gradients of attention under a mask, of 192 positions with low scores"
     if masked_gradients_finite(device):
         return Finding("ok", f"{what}, are finite")
-    remedy = "have torch.backends.cuda.enable_cudnn_sdp(False) called first, or install a newer torch"
-    return Finding("error", f"{what}, are no numbers ({_CUDNN})", remedy)
+    remedy = "train with unmask train, which leaves cuDNN's kernels out; elsewhere call enable_cudnn_sdp(False)"
+    return Finding("warning", f"{what}, are no numbers with cuDNN's kernel ({_CUDNN})", remedy)
 
 
 def masked_gradients_finite(device: torch.device, length: int = 192, size: int = 64) -> bool:

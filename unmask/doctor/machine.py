@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ import huggingface_hub
 import torch
 from huggingface_hub import constants
 
-from unmask.distributed.processes import cores
 from unmask.doctor.findings import Finding
 from unmask.doctor.subject import Subject
+from unmask.machine import available_memory, cores
 
 _SECONDS = 5.0  # how long the hub may take to answer
 
@@ -41,18 +40,6 @@ def check_devices(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield Finding("note", "no CUDA device: everything runs on the CPU")
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this process may still take: of the machine, and of its container."""
-    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        least = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # "max" without a limit
-        return min(least, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError, StopIteration):
-        return least
 
 
 def device_memory(device: torch.device) -> int:

@@ -13,10 +13,11 @@ from unmask.data.conversation import Message
 from unmask.data.template_loading import load_template
 from unmask.distributed.runtime import Runtime
 from unmask.doctor.findings import Finding
-from unmask.doctor.machine import available_memory, compared, device_memory, free_disk
+from unmask.doctor.machine import compared, device_memory, free_disk
 from unmask.doctor.subject import Subject
 from unmask.doctor.trial import finite_loss, ragged_batch
 from unmask.errors import UnmaskError
+from unmask.machine import available_memory
 from unmask.models.experts import freeze_routers
 from unmask.models.folders import INDEX, SHARDED, WEIGHTS, read_generation, stored_tensors
 from unmask.models.loading import build_model, empty_network

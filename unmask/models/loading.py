@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import nn
 
 from unmask import rng
 from unmask.errors import ModelError, choice_problem
+from unmask.machine import host_memory
 from unmask.models.family import Family
 from unmask.models.folders import GENERATION, find_adapter, read_generation, stored_tensors
 from unmask.models.manifest import intact
@@ -63,7 +63,7 @@ def build_model(plan: ModelPlan, dtype: str | None, device: Any = "cpu", seed: i
 def check_memory(model: nn.Module, copies: int = 1) -> None:
     """Refuse a fresh network of which the host cannot hold so many copies, before any of it is allocated."""
     need = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    have = host_memory()
     if need > have:
         drawn = "" if copies == 1 else f", since each of {copies} processes draws them whole"
         raise ModelError(

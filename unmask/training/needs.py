@@ -6,16 +6,15 @@ Host memory is that of all processes of a machine, at the fullest: while weights
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from unmask.config import RunConfig
 from unmask.distributed.processes import Degrees, local_size, world_size
+from unmask.machine import host_memory
 from unmask.models.folders import stored_tensors
 from unmask.models.lora.quantized import packed_tensors
 from unmask.models.registry import ModelPlan
@@ -146,15 +145,6 @@ def shortages(config: RunConfig, needs: Needs, device_bytes: int, device: torch.
             "lower checkpoint.max_recent_checkpoints, or write elsewhere (checkpoint.checkpoint_dir)"
         )
     return found
-
-
-def host_memory() -> int:
-    """Return the bytes of memory that this process's machine, or its container, has."""
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no limit is "max"
-        return whole
 
 
 def _gib(size: int) -> str:
