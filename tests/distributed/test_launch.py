@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from unmask.cli import main
 from unmask.distributed.launch import launch, relaunch
 from unmask.errors import ConfigError
 from unmask.report.metrics import read_metrics
