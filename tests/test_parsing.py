@@ -29,7 +29,7 @@ MERGES = "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]
         ("a: " + "[" * 150 + "]" * 150, "nested"),
         (BOMB, "100,000 values"),
         (MERGES, "100,000 values"),
-        ("a: &a [*a]", "alias of what it stands in"),
+        ("a: &a [*a]", "alias of a value that it stands in"),
         ("a: 1\na: 2", "key 'a' is given twice (line 2)"),
         ("a: !!timestamp 2024-02-30", "could not determine a constructor"),
         ("a: !!binary '%'", "could not determine a constructor"),

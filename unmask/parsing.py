@@ -15,10 +15,12 @@ import yaml
 _DEEPEST = 100  # levels of lists and mappings within each other
 _MOST = 100_000  # values in YAML, each counted as often as an alias repeats it
 _DIGITS = 100  # of an integer
-_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")  # YAML's tags of plain values
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_TOO_DEEP = f"nested more than {_DEEPEST} levels deep"
+_HALF_PAIR = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
 
-Members = Callable[[list[tuple[str, Any]]], Any]
+Members = Callable[[list[tuple[str, Any]]], Any]  # the (key, value) pairs of a JSON object → its value
 
 
 class ParseProblem(ValueError):
@@ -30,9 +32,9 @@ def parse_json(text: str | bytes, members: Members | None = None, strict: bool =
 
     Args:
         text: bytes are UTF-8, with or without a byte order mark.
-        members: makes an object of its (key, value) pairs; its exceptions pass through.
-        strict: refuse what JSON has not: `NaN`, `Infinity`, numbers too large to be finite, half a surrogate pair. Who
-            reads rows of data says where in a row it is, and only where it matters.
+        members: called with the (key, value) pairs of each object, returns its value; its exceptions pass through.
+        strict: refuse what JSON does not have: `NaN`, `Infinity`, numbers too large to be finite, half a surrogate
+            pair. Readers of data pass False, and refuse these where they matter, naming the place in the row.
 
     Raises:
         ParseProblem: no JSON, nested too deeply, an integer of too many digits, or what `strict` refuses.
@@ -47,9 +49,9 @@ def parse_json(text: str | bytes, members: Members | None = None, strict: bool =
         raise ParseProblem(f"{error.msg} (line {error.lineno}, character {error.colno})") from None
     except RecursionError:
         raise ParseProblem(_TOO_DEEP) from None
-    if text.count("[") + text.count("{") > _DEEPEST:
+    if text.count("[") + text.count("{") > _DEEPEST:  # fewer cannot nest so deep
         _check_depth(value)
-    if strict and ("\\u" in text or not text.isascii()):
+    if strict and ("\\u" in text or not text.isascii()):  # no other text can have half a pair
         _check_characters(value)
     return value
 
@@ -82,14 +84,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_characters(value: Any) -> None:
-    """Refuse half a surrogate pair, which no file and no tokenizer takes, anywhere in a value of JSON."""
+    """Refuse half a surrogate pair anywhere in a value of JSON: no file and no tokenizer takes it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ParseProblem("half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-
-
-_TOO_DEEP = f"nested more than {_DEEPEST} levels deep"
+        raise ParseProblem(_HALF_PAIR) from None
 
 
 def _integer(text: str) -> int:
@@ -110,23 +109,28 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check_depth(value: Any) -> None:
+    """Refuse a value of JSON that is nested too deeply."""
     level, depth = [value], 0
-    while level := [item for each in level for item in _items(each)]:
+    while level := [item for parent in level for item in _items(parent)]:
         depth += 1
         if depth > _DEEPEST:
             raise ParseProblem(_TOO_DEEP)
 
 
 def _items(value: Any) -> Any:
+    """Return the values in a dict or list; none for other values."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Return how many values a node makes, aliases written out, and how deep it is; `known` are the others'."""
+    """Return how many values a node makes, aliases written out, and how deep it is.
+
+    `known` has the same of the nodes seen so far by their id, None for those that this one stands in.
+    """
     if id(node) in known:
         extent = known[id(node)]
         if extent is None:
-            raise ParseProblem(f"an alias of what it stands in (line {node.start_mark.line + 1})")
+            raise ParseProblem(f"an alias of a value that it stands in (line {node.start_mark.line + 1})")
         return extent
     known[id(node)] = None
     children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -137,7 +141,7 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that makes plain values alone, and refuses a key given twice."""
+    """PyYAML's SafeLoader, which here makes plain values alone and refuses a key given twice."""
 
     yaml_constructors = {
         tag: make
@@ -150,17 +154,14 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Make a value; what its text cannot be (`!!int x`, `0x_`) is an error of YAML's own."""
+        """Make a value; text that is none of its tag (`!!int x`, `0x_`) raises a YAML error, which has the line."""
         try:
             value = super().construct_object(node, deep)
-            if isinstance(value, int) and value.bit_length() > 4 * _DIGITS:
+            if isinstance(value, int) and value.bit_length() > 4 * _DIGITS:  # in whatever base it is written
                 raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
-            shown = str(node.value)[:40]
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{shown!r} cannot be read as {kind}", node.start_mark
-            ) from None
+            problem = f"{str(node.value)[:40]!r} cannot be read as {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
         return value
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
@@ -171,19 +172,17 @@ class _Loader(yaml.SafeLoader):
         try:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            problem = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+            raise yaml.constructor.ConstructorError(None, None, _HALF_PAIR, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Make a mapping."""
+        """Make a mapping; a key given twice is an error, where YAML keeps the last."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
                 continue  # merged keys may be given again, and SafeLoader itself refuses a key that is no scalar
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {str(key)[:40]!r} is given twice", key_node.start_mark
-                )
+                problem = f"key {str(key)[:40]!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)

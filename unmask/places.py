@@ -1,7 +1,8 @@
 """Checks the paths that users give, locks files and folders, and writes files beside their place before renaming them.
 
-A part is named after its process and locked by it. The lock ends with the process, however that dies, so that the next
-command that writes there knows what nobody works on any more, and removes it.
+An unfinished file or folder, a part, has the number of its process in its name and is locked by that process. The lock
+ends with the process, however that dies; so the next command that writes there knows which parts are abandoned, and
+removes them.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from pathlib import Path
 from unmask.errors import CheckpointError, ConfigError
 
 LOCK = ".lock"  # in a folder that one process at a time works in
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)  # for whoever opens it to say
+_LEFT_TO_OPENING = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)  # errors that are reported by what opens the path
 
 
 def user_path(name: str | os.PathLike[str], where: str) -> Path:
-    """Return the path of a file or folder that may be there or not.
+    """Return a path that a user gave, `~` expanded, after checks that hold whether it exists or not.
 
     Args:
         name: as the user wrote it.
         where: the flag or field that it was given by, for messages.
 
     Raises:
-        ConfigError: a name that no file can have, a link to what is not there, a pipe or a device.
+        ConfigError: a name that no file can have, `~` of an unknown user, a link to what is not there, a pipe or a
+            device.
     """
     text = os.fspath(name)
     if not text:
         raise ConfigError(f"{where}: the path is empty; name a file or folder")
     try:
-        os.fsencode(text)  # not isprintable: what of a name is not UTF-8 comes as half surrogates of its own
+        os.fsencode(text)  # refuses half characters but those that stand for bytes of a name that is not UTF-8
         path = Path(text).expanduser()
         os.lstat(path)
         if not os.path.exists(path) and path.is_symlink():
@@ -49,13 +51,13 @@ def user_path(name: str | os.PathLike[str], where: str) -> Path:
     except ValueError:  # UnicodeEncodeError, or a zero byte
         raise ConfigError(f"{where}: {text!r} holds what no file name can, a zero byte or half a character") from None
     except OSError as error:
-        if error.errno not in _NOT_THERE:
+        if error.errno not in _LEFT_TO_OPENING:
             raise ConfigError(f"{where}: {text}: {error.strerror}; name another place") from None
     return path
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError for a pipe, a socket or a device: it can be read once at most, and may never end."""
+    """Raise OSError for a pipe, a socket or a device: it can be read once at most, and may never end. Folders pass."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "a pipe, socket or device, and a file is needed", str(path))
@@ -69,7 +71,7 @@ def read_bytes(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def hold(path: Path, option: str, place: Path, verb: str) -> Iterator[None]:
-    """Create a lock file and hold it; inside, no other process holds it.
+    """Context that holds a lock, by a lock file that it creates; a second process that asks for it is refused.
 
     The lock ends with the context or with the process, however that dies; a file left behind locks nothing.
 
@@ -89,19 +91,19 @@ def hold(path: Path, option: str, place: Path, verb: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is still locked, so that only our own can be removed
         os.close(handle)
-        with contextlib.suppress(OSError):  # folders that were made and are empty: what was refused leaves nothing
+        with contextlib.suppress(OSError):  # where something was written; a refused command leaves no empty folders
             for folder in missing:
                 folder.rmdir()
 
 
 def lock_beside(place: Path) -> Path:
-    """Return the lock file of a file or folder that is replaced, beside it; a link's is that of what it leads to."""
+    """Return the lock file of an output that is replaced: beside it, or where it is a link, beside what it leads to."""
     place = Path(os.path.realpath(place))
     return place.parent / f".{place.name}.lock"
 
 
 def _lock_file(path: Path, option: str, place: Path, verb: str) -> int:
-    """Return the open, locked lock file, our process id in it."""
+    """Create and lock a lock file and write our process id into it; return its descriptor."""
     while True:
         handle = None
         try:
@@ -131,7 +133,7 @@ def _lock_file(path: Path, option: str, place: Path, verb: str) -> int:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Context that gives an error of the disk the name of the file that it met, where it has none."""
+    """Context that puts a file's path into an OSError that names none, such as one of a write."""
     try:
         yield
     except OSError as error:
@@ -140,6 +142,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _is_at(handle: int, path: Path) -> bool:
+    """Say whether an open file still lies at a path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -148,13 +151,13 @@ def _is_at(handle: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def part_of(final: Path, folder: bool = False) -> Iterator[Path]:
-    """Context with a new file or folder beside `final`, for the caller to fill; takes its place at the end.
+    """Context with an empty file or folder beside `final`, for the caller to fill; at the end it is renamed to `final`.
 
-    After an exception it is removed, and what is at `final` stays. A file that is replaced keeps its permissions, a
-    link leads to what is new. What dead processes left of earlier attempts at `final` is removed first.
+    After an exception it is removed, and what is at `final` stays. The new file gets the permissions of the one that it
+    replaces; where `final` is a link, what it leads to is replaced. Parts that dead processes left are removed first.
 
     Args:
-        final: a file; with `folder` what is not there, or an empty folder.
+        final: a file, there or not; with `folder` an empty folder, or none.
 
     Raises:
         OSError: it cannot be written; names the part or `final`.
@@ -163,7 +166,7 @@ def part_of(final: Path, folder: bool = False) -> Iterator[Path]:
     remove_dead(final.parent, re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.part"))
     part = final.parent / f".{final.name}.{os.getpid()}.part"
     if folder:
-        if os.path.ismount(final) or final == Path.cwd():  # whoever works in it would be left in one that is gone
+        if os.path.ismount(final) or final == Path.cwd():  # a shell in it would be left in a folder that is gone
             problem = "a mount point or the current folder, which another cannot take the place of"
             raise OSError(errno.EBUSY, problem, str(final))
         part.mkdir()
@@ -183,7 +186,7 @@ def part_of(final: Path, folder: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Context with a folder among the system's temporary ones; removes those of the same prefix whose process died."""
+    """Context with a new temporary folder; first removes those of the same prefix whose process has died."""
     among = Path(tempfile.gettempdir())
     remove_dead(among, re.compile(rf"{re.escape(prefix)}(\d+)-\w+"))
     with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=among, ignore_cleanup_errors=True) as name:
@@ -192,7 +195,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def remove_dead(folder: Path, pattern: re.Pattern[str]) -> None:
-    """Remove what in a folder has a name of `pattern`, whose first group is a process id, and provably no writer."""
+    """Remove a folder's parts whose process is provably gone: the names of `pattern`, its first group a process id."""
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             if (match := pattern.fullmatch(path.name)) and _is_dead(path, int(match[1])):
@@ -204,7 +207,7 @@ def _is_dead(path: Path, process: int) -> bool:
     try:
         if path.is_symlink() or path.stat().st_uid != os.getuid():
             return False
-        if process != os.getpid():  # in containers the same number comes again and again
+        if process != os.getpid():  # ours is an earlier process's: containers give the same numbers again and again
             with contextlib.suppress(ProcessLookupError, OverflowError):
                 os.kill(process, 0)
                 return False
@@ -220,6 +223,7 @@ def _is_dead(path: Path, process: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Context that locks a part, which shows other machines, too, that it is still written."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks, where nobody can prove anything either
@@ -230,7 +234,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as that can be done."""
+    """Remove a file or a folder; what cannot be removed stays, without an error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

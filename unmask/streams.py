@@ -1,7 +1,7 @@
 """Standard streams of the command line: a closed pipe or a full disk behind them never ends a training run.
 
-Python raises where a pipe has no reader any more or a disk is full, in whatever happens to print, and again when the
-process ends. Here it is seen at the one place through which all of them write, `print`, rich and logging alike.
+Where a pipe has lost its reader or a disk is full, Python raises an OSError in whatever happens to print, and once more
+when it flushes at its end. The streams here catch it in the one call through which `print`, rich and logging all write.
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ class OutputLost(Exception):
 
 
 class _Stream(io.RawIOBase):
-    """A file descriptor that goes quiet where it cannot be written any more."""
+    """A raw stream over a file descriptor; once a write has failed, what is written is dropped without an error.
+
+    Attributes:
+        needed: raise OutputLost at that failure.
+        problem: what failed, for a message; None so far.
+    """
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.descriptor, self.name = descriptor, name
-        self.needed = False  # raise OutputLost instead
+        self.needed = False
         self.problem: str | None = None
 
     def fileno(self) -> int:
@@ -56,11 +61,11 @@ class _Stream(io.RawIOBase):
         while True:
             try:
                 return os.write(self.descriptor, data)
-            except BlockingIOError:  # another program that has this pipe asked not to wait for its reader
+            except BlockingIOError:  # another program that shares this pipe has made it non-blocking
                 select.select((), (self.descriptor,), ())
             except OSError as error:
                 self.problem = f"{self.name}: {error.strerror}"
-                # All that comes later succeeds: Python's own last flush, libraries in C, processes that are started.
+                # So that later writes succeed: Python's own last flush, those of C libraries and of started processes.
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.descriptor)
                 os.close(null)
@@ -70,33 +75,34 @@ class _Stream(io.RawIOBase):
 
 
 def lost_outputs() -> list[str]:
-    """Return what could not be written, a line for each of standard output and standard error."""
+    """Return a line for each of standard output and standard error that could not be written, with the reason."""
     return [raw.problem for raw in map(_raw, (sys.stdout, sys.stderr)) if raw is not None and raw.problem is not None]
 
 
 def need_output(needed: bool) -> None:
-    """Say whether a command has nothing to give but what it prints, so that without standard output it may end."""
+    """Choose what a failure of standard output does: raise OutputLost where it is `needed`, else nothing."""
     if (raw := _raw(sys.stdout)) is not None:
         raw.needed = needed
 
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Context in which no character and no failure to write ends a command, and a signal leaves the terminal as it was.
+    """Context in which standard output and error raise for no character and no failed write (but see `need_output`).
 
-    Streams that a caller has put in place of the process's own stay as they are.
+    A signal that ends the process leaves the terminal as it was. Streams that a caller has put in place of the
+    process's own stay as they are.
     """
-    for descriptor in range(3):  # one that is closed would become the next file that is opened
+    for descriptor in range(3):  # the next file that is opened would get a closed one's number, and what is printed
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # writing there fails, also in processes that are started
+            os.open(os.devnull, os.O_RDONLY)  # so a write there fails and is noticed, also in a started process
     before = sys.stdin, sys.stdout, sys.stderr
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)
     sys.stdout = _guarded(sys.stdout, sys.__stdout__, _Stream(1, "standard output"))
     sys.stderr = _guarded(sys.stderr, sys.__stderr__, _Stream(2, "standard error"))
-    handlers = _mend_terminal_at_signals()
+    handlers = _restore_terminal_at_signals()
     try:
         yield
     finally:
@@ -109,6 +115,7 @@ def standard_streams() -> Iterator[None]:
 
 
 def _guarded(stream: TextIO | None, original: TextIO | None, raw: _Stream) -> TextIO:
+    """Return a text stream that writes to `raw` as `stream` does; `stream` itself where it is not the `original`."""
     if stream is not original:
         assert stream is not None
         return stream
@@ -117,22 +124,23 @@ def _guarded(stream: TextIO | None, original: TextIO | None, raw: _Stream) -> Te
         return io.TextIOWrapper(buffer, "utf-8", "replace")
     stream.flush()
     unbuffered = bool(getattr(stream, "write_through", False))
-    line = unbuffered or raw.descriptor == 2 or buffer.isatty()
-    return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=line, write_through=unbuffered)
+    by_line = unbuffered or raw.descriptor == 2 or buffer.isatty()
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=by_line, write_through=unbuffered)
 
 
 def _raw(stream: Any) -> _Stream | None:
+    """Return what a text stream of `_guarded` writes to; None for any other stream."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw if isinstance(raw, _Stream) else None
 
 
-def _mend_terminal_at_signals() -> dict[int, Any]:
-    """Let signals that end a process show the cursor first, which a live line hides, and let typing be seen again.
+def _restore_terminal_at_signals() -> dict[int, Any]:
+    """Make SIGTERM and SIGHUP restore the terminal before they end the process.
 
-    `input()` with readline reads keys one by one and draws them itself; a signal leaves the terminal so.
+    A progress line hides the cursor, and `input()` with readline turns off the echo of keys: so they would stay.
 
     Returns:
-        the handlers before.
+        the handlers that were replaced, by signal.
     """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     modes = termios.tcgetattr(0) if os.isatty(0) else None
@@ -150,7 +158,7 @@ def _mend_terminal_at_signals() -> dict[int, Any]:
 
     handlers = {}
     for number in (signal.SIGTERM, signal.SIGHUP) if terminals or modes is not None else ():
-        with contextlib.suppress(ValueError):  # not the main thread
+        with contextlib.suppress(ValueError):  # raised in any but the main thread
             if signal.getsignal(number) is signal.SIG_DFL:
                 handlers[number] = signal.signal(number, end)
     return handlers
