@@ -118,7 +118,7 @@ def test_a_data_position_of_another_shape_makes_the_older_one_be_used(tmp_path: 
         commit_checkpoint(tmp_path, step, temporary, {})
     found = find_checkpoint(tmp_path, IDENTITY, fit)
     assert found is not None and found.folder.name == "step_2"
-    assert found.refused == ("step_4 is torn: the data position in its state.json is none",)
+    assert found.refused == ("step_4 is torn: the data position in its state.json cannot be read",)
 
 
 def test_a_foreign_one_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows that several ranks encode together: each encodes a share of an order, and all exchange what they have."""
+"""Rows for several ranks, each row encoded (tokenised) by one of them and sent to all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from unmask.data.encode import Dropped, Encode, EncodedRow, Visit, encoded_ahead
 from unmask.errors import DataError
 
-Gather = Callable[[Any], list[Any]]  # a value of this rank → the values of all, in the order of ranks
+Gather = Callable[[Any], list[Any]]  # a collective: a value of this rank → the values of all, in the order of ranks
 
 
 def encoded_together(
@@ -17,17 +17,17 @@ def encoded_together(
 ) -> Generator[tuple[Visit, EncodedRow | Dropped]]:
     """Yield each visit with its row, in the order of the visits, the same on every rank.
 
-    A row is encoded by rank index % size, in each epoch, so that a rank's cache of rows is used again.
+    A row is encoded by rank index % size, in each epoch, so that a rank finds the rows of its share in its cache again.
 
     Args:
         encode, num_workers: as in `encoded_ahead`, for this rank's share.
         visits: equal on all ranks; may be endless.
-        chunk: visits that are exchanged at once; workers may be as many rows ahead.
-        gather: the collective that exchanges; every rank consumes this generator alike.
-        size: of ranks.
+        chunk: visits whose rows are exchanged in one collective; workers may be as many rows ahead.
+        gather: exchanges the rows. As it is a collective, all ranks take equally many rows from this generator.
+        size: number of ranks.
 
     Raises:
-        DataError: raised by `encode` on any rank, on all ranks and at the same visit.
+        DataError: `encode` raised it on any rank; raised on all ranks, at the visit of that row.
     """
     if size == 1:
         yield from encoded_ahead(encode, visits, num_workers, chunk)
@@ -40,7 +40,7 @@ def encoded_together(
         streams = [iter(theirs) for theirs, _ in parts]
         for visit in visited:
             row = next(streams[visit.index % size], None)
-            if row is None:  # what comes before the bad row is trained on, as with one rank
+            if row is None:  # raised only here, so that the rows before the bad one are trained on, as with one rank
                 raise DataError(parts[visit.index % size][1])
             yield visit, row
 
@@ -48,7 +48,7 @@ def encoded_together(
 def _next_rows(
     share: Generator[tuple[Visit, EncodedRow | Dropped]], count: int
 ) -> tuple[list[EncodedRow | Dropped], str | None]:
-    """Return the next rows of a rank's share, up to one that cannot be trained on, and what is wrong with that."""
+    """Return the next rows of a rank's share, and None; up to one that cannot be encoded, the rows before and why."""
     rows: list[EncodedRow | Dropped] = []
     try:
         for _, row in islice(share, count):

@@ -1,8 +1,9 @@
 """Renders a chat template within bounds of time and size: a checkpoint's template is a stranger's program.
 
 transformers renders templates in Jinja's sandbox, where they reach nothing but their data. That bounds `range`, but no
-loop within a loop, repeated text or power. Here the sandbox also counts: rounds of loops and calls look at the clock,
-what is written, repeated and joined is measured, and what makes much of little is measured before it does.
+loop within a loop, repeated text or power. Here the sandbox also counts: each round of a loop and each call looks at
+the clock, text that is written, repeated or joined is counted, and operations whose result can be far larger than what
+they are given (such as repeating, joining, replacing and formatting) are measured before they are done.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from transformers.utils import chat_template_utils
 
 _SECONDS = 20.0  # of one rendering, which takes milliseconds
 _SIZE = 50_000_000  # characters that one rendering makes: many times the longest conversation
-_ITEM = 64  # what an item of a list counts as, beside what it holds
-_BITS = 100_000  # of an integer
-_ARGUMENT = 1_000_000  # of a filter or method, such as a width
+_ITEM = 64  # characters that an item of a list counts as, beside its content
+_BITS = 100_000  # of the longest integer
+_ARGUMENT = 1_000_000  # the largest number that a filter or method is given, such as a width
 _SLOW = ("wordwrap", "urlize", "striptags", "pprint", "title", "xmlattr")  # whose time grows faster than the text
 _SLOW_SIZE = 100_000  # characters that they are given
-_STAR = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*\{")  # a width that stands among the values
+_STAR = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*\{")  # `%*d` and `{:{}}`, whose width is one of the values
 
-# What the program that a template is may end with.
+# What rendering may raise: a template is a program, and may fail in each of these ways.
 TEMPLATE_ERRORS = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
     SyntaxError,
@@ -47,12 +48,15 @@ class _Rendering(threading.local):
 
 
 _rendering = _Rendering()
-_swap = threading.RLock()
+_swap = threading.RLock()  # held while transformers' names are replaced, which all threads see
 
 
 @contextlib.contextmanager
 def bounded_rendering() -> Iterator[None]:
-    """Let transformers compile and render templates within bounds; a template beyond them raises SecurityError."""
+    """Context in which transformers renders chat templates within bounds; beyond them a template raises SecurityError.
+
+    transformers takes no environment as an argument, so two names in its module are replaced meanwhile.
+    """
     with _swap:
         compiled, sandbox = (
             chat_template_utils._compile_jinja_template,
@@ -79,8 +83,12 @@ _COMPILE = chat_template_utils._compile_jinja_template.__wrapped__
 
 
 def _charge(size: int = 0) -> None:
-    """Count what a rendering has made, and look at the clock."""
-    if _rendering.deadline == float("inf"):  # transformers renders it for somebody else
+    """Add to the characters that this thread's rendering has made, and look at the clock; SecurityError beyond a bound.
+
+    A bounded template may also be rendered outside of `bounded_rendering`, by other callers of transformers: not
+    counted.
+    """
+    if _rendering.deadline == float("inf"):
         return
     _rendering.left -= size
     if _rendering.left < 0:
@@ -90,14 +98,15 @@ def _charge(size: int = 0) -> None:
 
 
 def _written(value: Any) -> str:
-    _extent(value)
+    """Return a value as a template writes it, counted."""
+    _extent(value)  # refuses a list too large before it becomes text
     text = value if isinstance(value, str) else str(value)
     _charge(len(text))
     return text
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also counts."""
+    """Jinja's sandbox, which also counts what a template makes and the time that it takes."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
@@ -105,7 +114,8 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Compile a template with counting put into its loops and macros, its filters and what it writes."""
         self.finalize = _written
         self.filters = {name: _counted(name, function) for name, function in self.filters.items()}
-        self.filters |= {"counted size": _round, "counted text": _kept}  # called without the sandbox's own checks
+        # As filters, which the sandbox lets pass without checks; no template can spell a name with a space.
+        self.filters |= {"counted size": _count_round, "counted text": _count_kept}
         self.globals.pop("lipsum", None)  # a call of it makes as much text as it likes
         tree = self.parse(source)
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
@@ -121,8 +131,8 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().from_string(tree, *args, **options)
 
     def call(self, context: Any, function: Any, /, *args: Any, **options: Any) -> Any:
-        """Call a function, method or macro."""
-        method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
+        """Call a function, method or macro, with its arguments checked and its text counted."""
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps `str.format`
         subject = getattr(method, "__self__", None)
         if isinstance(subject, str):
             args = tuple(_checked(f"str.{method.__name__}", [subject, *args], options)[1:])
@@ -133,7 +143,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute what could be large."""
+        """Compute an operator whose result can be large, measured before where it can be far larger than its sides."""
         if operator == "+":
             value = left + right
             _charge(_length(value))
@@ -152,17 +162,19 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _charge_ahead(size: int) -> None:
+    """Count characters that an operation is going to make; SecurityError where they are too many."""
     if size > _SIZE:
         raise SecurityError(f"it makes more than {_SIZE:,} characters")
     _charge(size)
 
 
-def _widths(text: str) -> int:
-    """Return the largest number that stands in a format."""
+def _largest_number(text: str) -> int:
+    """Return the largest number in a format string: no width in it is larger."""
     return max((int(digits[:12]) for digits in "".join(c if c.isdigit() else " " for c in text).split()), default=0)
 
 
 def _check_arguments(args: Any, options: Any) -> None:
+    """Refuse arguments of a call that are too large."""
     for value in (*args, *options.values()):
         if isinstance(value, int) and abs(value) > _ARGUMENT:
             raise SecurityError(f"it calls with a number over {_ARGUMENT:,}")
@@ -170,9 +182,9 @@ def _check_arguments(args: Any, options: Any) -> None:
 
 
 def _checked(name: str, values: Any, options: Any) -> list[Any]:
-    """Return what a filter, or a text's method, is given, after a look at what it would make of it.
+    """Return the subject and the arguments of a filter or of a method of str, after a check of what it would make.
 
-    Items that come one by one are made a list, so that they can be counted.
+    Of `join` an iterator is made a list, so that its items can be counted and still be joined.
     """
     if name in ("join", "str.join"):
         values = [list(value) if isinstance(value, Iterator) else value for value in values]
@@ -182,7 +194,7 @@ def _checked(name: str, values: Any, options: Any) -> list[Any]:
 
 
 def _check_growth(name: str, subject: Any, values: list[Any]) -> None:
-    """Refuse a step that makes much of little, or takes long over much, before it does."""
+    """Refuse a filter or a method of str that would make too much of its subject, or take too long over it."""
     size = _extent(subject)
     if name in _SLOW and size > _SLOW_SIZE:
         raise SecurityError(f"it calls {name} with more than {_SLOW_SIZE:,} characters")
@@ -196,19 +208,22 @@ def _check_growth(name: str, subject: Any, values: list[Any]) -> None:
         _charge_ahead(_extent(rows) + between * (len(rows) if isinstance(rows, Sized) else 0))
     elif name in ("format", "format_map"):
         sizes = [_extent(value) for value in values if not isinstance(value, int)]
-        width = max(_widths(text), largest if _STAR.search(text) else 0)
+        width = max(_largest_number(text), largest if _STAR.search(text) else 0)
         _charge_ahead((text.count("%") + text.count("{")) * max(sizes, default=0) + width)
     elif name in ("indent", "expandtabs", "translate", "tojson"):
         _charge_ahead({"indent": text.count("\n"), "expandtabs": text.count("\t")}.get(name, size) * max(largest, 1))
 
 
 def _length(value: Any) -> int:
-    """Return the size of a text, or of a list without what it holds."""
+    """Return the size of a text, or of a list or mapping without the content of its items; 0 of other values."""
     return len(value) if isinstance(value, str) else _ITEM * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
 def _extent(value: Any, known: dict[int, int] | None = None) -> int:
-    """Return how many characters a value is of when it is written, what is in it twice counted twice."""
+    """Return about how many characters a value has when written, what is in it twice counted twice.
+
+    `known` has the sizes of the values seen so far by their id. Raises SecurityError where it is too large.
+    """
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Namespace):
@@ -229,7 +244,9 @@ def _extent(value: Any, known: dict[int, int] | None = None) -> int:
 
 
 def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)  # with Jinja's marks of what else it takes
+    """Return a filter that does what one of Jinja's does, its arguments checked and its text counted."""
+
+    @functools.wraps(function)  # copies the marks by which Jinja passes some filters its context first
     def counted(*args: Any, **options: Any) -> Any:
         passed = 1 if isinstance(args[0], Context | EvalContext | Environment) else 0
         value = function(*args[:passed], *_checked(name, args[passed:], options), **options)
@@ -239,16 +256,16 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-# With a context, or Jinja would call them once, when it compiles.
+# These two take a context since Jinja computes other filters of constants once, when it compiles.
 @pass_context
-def _round(_: Any, size: int) -> None:
-    """Count one round of a loop, or one call of a macro, that writes so much."""
+def _count_round(_: Any, size: int) -> None:
+    """Count one round of a loop, or one call of a macro, that writes `size` characters of the template's own text."""
     _charge(size)
 
 
 @pass_context
-def _kept(_: Any, value: Any) -> Any:
-    """Return a value that a template keeps, text counted."""
+def _count_kept(_: Any, value: Any) -> Any:
+    """Return a value that a template assigns or loops over, its text counted."""
     _extent(value)
     if isinstance(value, str):
         _charge(len(value))
@@ -256,4 +273,5 @@ def _kept(_: Any, value: Any) -> Any:
 
 
 def _filter(name: str, value: Any) -> nodes.Filter:
+    """Return the syntax tree of `value | name`."""
     return nodes.Filter(value, name, [], [], None, None)

@@ -1,11 +1,13 @@
-"""One message for one failure: of many ranks that stop, the one that has something to say says it, once.
+"""Errors of several ranks, each printed once: by the first rank that has it, not by those that only lost contact.
 
-Ranks leave their message in the launcher's key-value store. The first to report a message prints it; those that report
-the same one, or only lost contact with a rank that reported, stay silent and leave with its exit status. The traceback
-of what nobody foresaw is kept in a file, in the run directory where there is one, and the message names it.
+Ranks leave their message in the launcher's key-value store. The first to report a message prints it. Those that report
+the same one print nothing; nor do those that only lost contact, where another has reported: they end with its exit
+status. The traceback of an unexpected error is kept in a file, in the run directory where there is one, and the message
+names it.
 
-An error of a collective is of two sorts: the other side is gone, which says nothing of why, or this rank's own library,
-network or device failed. The words are those of torch 2.13 (gloo's transport, ProcessGroupNCCL.cpp, NCCLUtils.cpp).
+An error of a collective is of two sorts: another rank is gone, and the error does not say why, or the library, network
+or device of this rank failed. They are told apart by the wording of torch 2.13 (gloo's transport, ProcessGroupNCCL.cpp,
+NCCLUtils.cpp).
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from unmask.distributed.processes import local_rank, local_size, process_rank, world_size
 from unmask.models.manifest import Share
 
-_PATIENCE = 3.0  # seconds in which a rank that broke down gets its own report into the store
+_PATIENCE = 3.0  # seconds that a rank which lost contact waits for the report of the one that failed
 _WAIT = 0.05  # seconds between two looks for what another rank has found
-_checks = itertools.count()
+_checks = itertools.count()  # numbers the calls of `own_share`, so that all ranks use the same keys
 _LONGEST = 700  # characters of a cause
-# Of an error that names gloo: the other side is gone or silent.
+# Of an error that names gloo: another rank is gone or silent.
 _GLOO_LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -44,8 +46,9 @@ _GLOO_LOST = (
     "broken pipe",
     "timed out waiting",
 )
-# Of NCCL's codes, those whose cause is on this rank; ncclInternalError may be either (NVIDIA/nccl#795).
-_NCCL_OWN = ("ncclsystemerror", "ncclinvalidusage", "ncclinvalidargument", "ncclunhandledcudaerror")
+# Of NCCL's codes, those whose cause is on this rank; ncclInternalError may be of either sort (NVIDIA/nccl#795).
+_NCCL_HERE = ("ncclsystemerror", "ncclinvalidusage", "ncclinvalidargument", "ncclunhandledcudaerror")
+# Of any error: another rank is gone or silent.
 _LOST = (
     "ncclremoteerror",
     "remote process exited",
@@ -55,20 +58,20 @@ _LOST = (
     "possible application crash on rank",
     "application timeout caused pair closure",  # gloo, after a collective that timed out
 )
-_FRAMES = ("frame #", "exception raised from", "c++ capturedtraceback")
+_FRAMES = ("frame #", "exception raised from", "c++ capturedtraceback")  # lines that begin a C++ stack
 
-_folder: list[Path] = []  # where tracebacks are kept, once the run directory is known
+_folder: list[Path] = []  # the run directory, once it is known: where tracebacks are kept
 
 
 def keep_tracebacks_in(folder: Path) -> None:
-    """Choose the folder of the tracebacks of this process; before, the system's for temporary files."""
+    """Choose the folder for the tracebacks of this process; until then it is the system's for temporary files."""
     _folder[:] = [folder]
 
 
 def report(message: str, status: int, key: str | None = None) -> int:
-    """Print an error in one line, unless another rank has said the same; return the exit status.
+    """Print an error in one line, unless another rank has reported the same; return the exit status.
 
-    `key` is what the same means, by default the message.
+    Errors of the same `key` are the same error; by default the message is the key.
     """
     try:
         size, rank = world_size(), process_rank()
@@ -94,7 +97,7 @@ def report(message: str, status: int, key: str | None = None) -> int:
 def lost_contact(error: BaseException) -> bool:
     """Say whether an exception means that a collective failed because another rank is gone."""
     said = str(error).lower()
-    if not isinstance(error, RuntimeError) or any(code in said for code in _NCCL_OWN):
+    if not isinstance(error, RuntimeError) or any(code in said for code in _NCCL_HERE):
         return False
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
         return True
@@ -102,7 +105,10 @@ def lost_contact(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> str:
-    """Return what an exception says in one line, its last lines too, where NCCL names the cause; without C++ frames."""
+    """Return an exception's message as one line, without the C++ stack.
+
+    A long one is cut in its middle, since NCCL names the cause in its last lines.
+    """
     lines = []
     for line in str(error).splitlines():
         if line.strip().lower().startswith(_FRAMES):
@@ -113,7 +119,7 @@ def cause(error: BaseException) -> str:
 
 
 def report_failure(error: BaseException) -> int:
-    """Report an exception that nobody foresaw on one of several ranks; return the exit status."""
+    """Report an unexpected exception on one of several ranks; return the exit status."""
     if lost_contact(error):
         return _report_lost(error)
     said = f"{type(error).__name__}: {cause(error)}"
@@ -145,7 +151,7 @@ def _report_lost(error: BaseException) -> int:
             if store.add(_key("reports"), 0) > 0:
                 return int(store.get(_key("status")))
             time.sleep(0.1)
-    except Exception:  # the store went away with the rank that kept it, which speaks for itself
+    except Exception:  # the store went away with the rank that kept it, which reports its own error
         return 1
     return report(
         f"another rank died or did not answer within timeout_minutes: {cause(error)} ({_keep_traceback(error)}). The "
@@ -155,10 +161,10 @@ def _report_lost(error: BaseException) -> int:
 
 
 def own_share() -> Share:
-    """Return this rank's part of a check of files, shared among those of its machine; all call it, equally often."""
+    """Return this rank's part of a check of files that the ranks of a machine share; all call it, equally often."""
     number, size = next(_checks), local_size()
     store = _store() if size > 1 else None
-    if store is None:  # each checks all, and all say the same
+    if store is None:  # each rank checks all files, and all find the same damage
         return Share()
     first = process_rank() - local_rank()
 
@@ -172,30 +178,31 @@ def own_share() -> Share:
                         return damage
                 found.append(store.get(key).decode())
             return next(filter(None, found), None)
-        except Exception:  # the store went away with the rank that kept it, which speaks for itself
+        except Exception:  # the store went away with the rank that kept it, which reports its own error
             return damage
 
     return Share(local_rank(), size, tell)
 
 
 def _key(text: str) -> str:
-    """Return a key of this start of the run: the launcher may keep its store over restarts."""
+    """Return the store's key for a text, apart from those of earlier starts: the launcher may keep its store."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return f"unmask/{'/'.join(run)}/{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
 
 def _store() -> Any:
-    """Return the launcher's store, or that of the process group; None when there is none to be had."""
+    """Return the launcher's store, or that of the process group; None where neither can be reached."""
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return _agent_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         if dist.is_initialized():
             return _get_default_store()
-    except Exception:  # nothing to coordinate with: better said twice than not at all
+    except Exception:  # without a store each rank prints its error: better twice than not at all
         return None
     return None
 
 
 @cache
 def _agent_store(host: str, port: int) -> Any:
+    """Connect to the store of torchrun's agent, once."""
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))

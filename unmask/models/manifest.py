@@ -19,18 +19,18 @@ from unmask.places import read_bytes
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_BESIDE_WEIGHTS = ("config.json", ADAPTER_CONFIG, "tokenizer.json")  # compared where they are there
+_BESIDE_WEIGHTS = ("config.json", ADAPTER_CONFIG, "tokenizer.json")  # compared too, but may be missing
 _CHUNK = 2**22  # bytes
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what `read_manifest` may raise
 
 
 @dataclass(frozen=True)
 class Share:
-    """What this process checks of a folder, every `of`-th file from `part` on, and how it hears of the others' parts.
+    """The part of a folder's check that this process does: every `of`-th file, beginning with number `part`.
 
     Attributes:
-        tell: tells the others the damage that this process found and returns the first that anyone found, or None; an
-            event that is set ends its waiting.
+        tell: gives the damage that this process found to the processes that check the other files, waits for theirs and
+            returns the first that any of them found, or None. Setting the event ends the wait.
     """
 
     part: int = 0
@@ -42,15 +42,15 @@ class Share:
 def intact(folder: Path | None, check: bool = True, share: Share = Share()) -> Iterator[None]:  # noqa: B008 - frozen
     """Context that compares a model's or adapter's files with the manifest of the run that wrote them, if there is one.
 
-    That is done beside what the context does, loading, and has an end when the context has: what was loaded is not used
-    before. The optimizer's files, which only a resume reads, are left out, and so are settings that people edit: the
-    chat template, generation_config.json, tokenizer_config.json.
+    A thread compares while the body of the context loads the files. The context ends when both are done, so that no
+    damaged weights are used. The optimizer's files, which only a resume reads, are left out, and so are settings that
+    people edit: the chat template, generation_config.json, tokenizer_config.json.
 
     Raises:
-        ModelError: a file is missing, too short, changed or not in the manifest, in place of what loading it may have
-            raised.
+        ModelError: a file is missing, too short, changed or not in the manifest; raised in place of an error that
+            loading it led to.
     """
-    if folder is None or not check or not _has_manifest(folder):
+    if folder is None or not check or not _may_have_manifest(folder):
         yield
         return
     stopped = Event()
@@ -67,13 +67,13 @@ def intact(folder: Path | None, check: bool = True, share: Share = Share()) -> I
             stopped.set()
 
 
-def _has_manifest(folder: Path) -> bool:
-    """Say whether a run wrote a folder, with a manifest or one that was lost, or another tool left one of that name."""
+def _may_have_manifest(folder: Path) -> bool:
+    """Say whether a folder may be a run's: by a file of the manifest's name, or a state whose manifest was lost."""
     return any(os.path.lexists(folder / name) for name in (MANIFEST, STATE))
 
 
 def _check_model(folder: Path, share: Share, stopped: Event) -> None:
-    damage = None
+    """Compare this process's share of a folder with its manifest; ModelError for damage that any process found."""
     try:
         files = {name: entry for name, entry in read_manifest(folder)[1].items() if _is_model(folder, name)}
     except _UNREADABLE:
@@ -81,8 +81,8 @@ def _check_model(folder: Path, share: Share, stopped: Event) -> None:
             return  # another tool's file of that name
         damage = f"is torn: its {MANIFEST} is missing or unreadable"
     else:
-        own = dict(itertools.islice(sorted(files.items()), share.part, None, share.of))
-        damage = _unlisted(folder, files) or find_damage(folder, own, stopped)
+        part = dict(itertools.islice(sorted(files.items()), share.part, None, share.of))
+        damage = _unlisted(folder, files) or find_damage(folder, part, stopped)
     damage = share.tell(damage, stopped)
     if damage is not None:
         raise ModelError(
@@ -92,14 +92,15 @@ def _check_model(folder: Path, share: Share, stopped: Event) -> None:
 
 
 def _unlisted(folder: Path, files: Mapping[str, object]) -> str | None:
-    """Say which file that weights are read from lies in a folder and is not in its manifest."""
+    """Say which weights in a folder its manifest does not list, as loading would read them; None when it lists all."""
     parts = sorted(f"{SHARDED}/{path.name}" for path in (folder / SHARDED).glob("*.safetensors"))
-    there = (name for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS, *parts) if (folder / name).exists())
-    odd = next((name for name in there if name not in files), None)
-    return None if odd is None else f"is damaged: {odd} is not in its {MANIFEST}"
+    present = (name for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS, *parts) if (folder / name).exists())
+    unlisted = next((name for name in present if name not in files), None)
+    return None if unlisted is None else f"is damaged: {unlisted} is not in its {MANIFEST}"
 
 
 def _is_model(folder: Path, name: str) -> bool:
+    """Say whether a file of a manifest is one that loading a model or adapter reads and `intact` compares."""
     path = PurePath(name)
     if path.parts[:-1] not in ((), (SHARDED,)):
         return False
@@ -107,7 +108,12 @@ def _is_model(folder: Path, name: str) -> bool:
 
 
 def read_manifest(folder: Path) -> tuple[object, dict[str, tuple[int, int]]]:
-    """Return a manifest's format, and (size, CRC-32) of each file by its path in the folder; raises what json does."""
+    """Return a manifest's format, and (size, CRC-32) of each file by its path in the folder.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: it is no JSON, or of another shape.
+    """
     manifest = parse_json(read_bytes(folder / MANIFEST))
     return manifest.get("format"), {name: (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()}
 
@@ -115,7 +121,7 @@ def read_manifest(folder: Path) -> tuple[object, dict[str, tuple[int, int]]]:
 def find_damage(folder: Path, files: Mapping[str, tuple[int, int]], stopped: Event | None = None) -> str | None:
     """Say what is wrong with the first file that is missing, of another size or changed; None when all are whole.
 
-    An event that is set, by another thread, ends it: then nothing is known.
+    Once another thread has set `stopped` it soon returns None, which then says nothing.
     """
     for name, (size, crc) in files.items():
         path = folder / name
@@ -134,7 +140,7 @@ def find_damage(folder: Path, files: Mapping[str, tuple[int, int]], stopped: Eve
 
 
 def crc32(path: Path, stopped: Event | None = None) -> int:
-    """Return the CRC-32 of a file's bytes; of some of them where an event is set meanwhile."""
+    """Return the CRC-32 of a file's bytes; only of those read so far once another thread has set `stopped`."""
     value = 0
     with path.open("rb") as file:
         while (chunk := file.read(_CHUNK)) and not (stopped is not None and stopped.is_set()):

@@ -2,10 +2,10 @@
 
 `step_N/` is a Hugging Face folder (the model as it is at step N) with the optimizer's moments, the data position and
 the run's configuration beside the weights. `manifest.json` is written last and lists every file's size and CRC-32.
-What is in the other files is `saver`'s and `network`'s business.
+`saver` and `network` decide what is in the other files.
 
-state.json also tells the best evaluation up to its step, so that a resumed run goes on comparing with it, and a killed
-one has lost nothing: the link `best` is put where the state says.
+state.json also holds the best evaluation up to its step. A resumed run goes on comparing with it, and makes the link
+`best` from it, in case the run was killed between saving and linking.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ LATEST, BEST = "latest", "best"  # links to checkpoints
 _STEP = re.compile(r"step_(\d+)")
 SEEN_WITHIN = 60.0  # seconds in which a network file system shows what another machine has written
 _FORMAT = 2  # 1 had the moments in optimizer.safetensors, or pickled shards of several ranks
+# Remedies, at the end of a message.
 _OTHER_VERSION = (
     "; resume it with the version that wrote it, or train on from its weights (model.pretrained_model_name_or_path)"
 )
-
 _CHANGED_DATA = "; put them back, or set checkpoint.accept_changed_data: true to go on with them as they are"
 
-# What reading JSON as what it is not ends with.
+# What may be raised where JSON has another shape than it is read for.
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 # A checkpoint's data position → that position in the data as they are now, and how they have changed since, if they
-# have; DataError when it means nothing in them, an error of `_MALFORMED` when it is none.
+# have. DataError where the data have no such position any more, an error of `_MALFORMED` where it has another shape.
 Reconcile = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str | None]]
 
 
@@ -112,7 +112,7 @@ def commit_checkpoint(root: Path, step: int, temporary: Path, listing: Mapping[s
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (temporary / MANIFEST, temporary):
         _to_disk(path)
-    if final.exists():  # a torn one of that name; moved aside in one step, removed by `prune`
+    if final.exists():  # one that this run refused; moved aside in one step, and removed by `prune`
         final.rename(root / f".step_{step}.{os.getpid()}.old.part")
     temporary.rename(final)
     _point_latest(root, final.name)
@@ -152,10 +152,10 @@ def cannot_save(final: Path, reason: str | None) -> CheckpointError:
 
 
 def prune(root: Path, keep: int | None, saved: Path) -> None:
-    """Remove what failed saves left behind, and all but the best and the `keep` newest checkpoints up to this one.
+    """Remove what failed saves left behind, and all but the best and the `keep` newest checkpoints up to `saved`.
 
-    Checkpoints of later steps are ones that this run refused (torn or foreign): they neither count nor are touched, or
-    they would push out the whole one.
+    Checkpoints of later steps are ones that this run refused. They neither count nor are touched: if they counted, the
+    only ones that it can resume from would be removed for them.
     """
     remove_parts(root)
     newest_first, best_folder = checkpoints(root), (root / BEST).resolve()
@@ -168,7 +168,7 @@ def prune(root: Path, keep: int | None, saved: Path) -> None:
 
 
 def remove_parts(root: Path) -> None:
-    """Remove what killed or failed saves left in a run directory, whose holder the caller is."""
+    """Remove what killed or failed saves left in a run directory, whose lock the caller holds."""
     for pattern in (".step_*.part", f".{LATEST}.*", f".{BEST}.*"):
         for leftover in root.glob(pattern):
             remove(leftover)
@@ -204,7 +204,7 @@ def find_checkpoint(
         refused.append(problem)
     if refused:
         reasons = "; ".join(refused)
-        for remedy in (_OTHER_VERSION, _CHANGED_DATA):
+        for remedy in (_OTHER_VERSION, _CHANGED_DATA):  # each is said once, with the last reason that has it
             reasons = reasons.replace(remedy, "", reasons.count(remedy) - 1)
         raise CheckpointError(
             f"{root} holds no checkpoint that this run can resume from: {reasons}. "
@@ -214,7 +214,7 @@ def find_checkpoint(
 
 
 def _from_first(ranks: Ranks | None, function: Callable[[], T]) -> T:
-    """Return what a function that raises nothing returns on rank 0, which alone calls it."""
+    """Return what a function returns on rank 0, which alone calls it, on every rank; it must raise nothing."""
     if ranks is None:
         return function()
     return ranks.gather_results(function() if ranks.first else None)[0]
@@ -223,7 +223,7 @@ def _from_first(ranks: Ranks | None, function: Callable[[], T]) -> T:
 def _usable(
     folder: Path, identity: Mapping[str, Any], reconcile: Reconcile
 ) -> tuple[str | None, dict[str, Any], str | None]:
-    """Return what keeps a run from a whole checkpoint, None if nothing does; its state; and how the data changed."""
+    """Return why a run cannot resume from a whole checkpoint (None if it can), its state, and how the data changed."""
     try:
         state = _read_state(folder)
         for name, value in identity.items():
@@ -234,7 +234,7 @@ def _usable(
     except CheckpointError as error:
         return str(error), {}, None
     except _MALFORMED:
-        return f"{folder.name} is torn: the data position in its {STATE} is none", {}, None
+        return f"{folder.name} is torn: the data position in its {STATE} cannot be read", {}, None
     except DataError as error:
         return f"{folder.name} is foreign: {error}{_CHANGED_DATA}", {}, None
     return None, {**state, "loader": position}, changed_data
@@ -257,8 +257,9 @@ def verify(folder: Path, ranks: Ranks | None = None) -> None:
     problem, files = _from_first(ranks, lambda: _listed(folder))
     if problem is None:
         part, of = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-        own = set(sorted(files, key=lambda name: (-files[name][0], name))[part::of])  # as many bytes for each
-        problem = find_damage(folder, {name: entry for name, entry in files.items() if name in own})
+        largest_first = sorted(files, key=lambda name: (-files[name][0], name))
+        share = set(largest_first[part::of])  # about as many bytes for each rank
+        problem = find_damage(folder, {name: entry for name, entry in files.items() if name in share})
         if ranks is not None:
             problem = next(filter(None, ranks.gather_results(problem)), None)
     if problem is not None:
@@ -268,13 +269,13 @@ def verify(folder: Path, ranks: Ranks | None = None) -> None:
 def _listed(folder: Path) -> tuple[str | None, dict[str, tuple[int, int]]]:
     """Return what is wrong with a manifest, None if nothing is, and the files that it lists."""
     try:
-        layout, files = read_manifest(folder)
+        version, files = read_manifest(folder)
         if STATE not in files:
             raise KeyError(STATE)
     except (OSError, *_MALFORMED):
         return f"is torn: its {MANIFEST} is missing or unreadable", {}
-    if layout != _FORMAT:
-        return f"has format {_short(layout)}, this version reads {_FORMAT}{_OTHER_VERSION}", {}
+    if version != _FORMAT:
+        return f"has format {_short(version)}, this version reads {_FORMAT}{_OTHER_VERSION}", {}
     return None, files
 
 
@@ -307,6 +308,7 @@ def point(root: Path, link: str, name: str) -> None:
 
 
 def _to_disk(path: Path) -> None:
+    """Return when a file's bytes, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -341,10 +343,13 @@ class Best:
 
 
 def better(metric: str | None, best: Best | None, measured: Mapping[str, Mapping[str, Any]], step: int) -> Best | None:
-    """Return this step's evaluation if it beats the best so far; None when it does not, or measured something else.
+    """Return this step's evaluation if it beats the best so far; None if it does not, or did not measure `metric`.
 
-    Equal is not better. The model before the first step is no candidate: it has no checkpoint. `measured` has the
-    fields of each event by its name.
+    Equal is not better. The model before the first step is no candidate: it has no checkpoint.
+
+    Args:
+        metric: a key of METRICS; None compares nothing.
+        measured: name of an event of metrics.jsonl → its fields.
     """
     if metric is None or step == 0:
         return None
@@ -358,7 +363,7 @@ def better(metric: str | None, best: Best | None, measured: Mapping[str, Mapping
 
 
 def _check_best(best: Any) -> None:
-    """Raise an error of `_MALFORMED` where what a state tells of the best evaluation is no such thing."""
+    """Raise an error of `_MALFORMED` where a state's `best` is neither None nor has the fields of `Best`."""
     if best is not None and not (
         isinstance(best["metric"], str) and math.isfinite(best["value"]) and type(best["step"]) is int
     ):
@@ -366,6 +371,6 @@ def _check_best(best: Any) -> None:
 
 
 def stored_best(state: Mapping[str, Any], metric: str | None) -> Best | None:
-    """Return the best evaluation that a checkpoint's state tells of; None where it compared by another metric."""
+    """Return the best evaluation in a checkpoint's state; None where it has none, or one by another metric."""
     best = state.get("best")
     return Best(best["metric"], best["value"], best["step"]) if best and best["metric"] == metric else None

@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, counted from sizes, and the rate of this device's matrix products.
 
-MFU (model FLOPs utilization; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is what the step's matrix products
-need, divided by what the device can do in the step's time. Work that is done twice to save memory (activation
-checkpointing) is not counted, nor is anything but matrix products. Attention is counted over all pairs of queries and
-keys, those that a mask hides among them, as `torch.utils.flop_counter` counts it.
+MFU (model FLOPs utilization; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the number of operations in the
+step's matrix products, divided by the number that the device can do in the step's time. Nothing else is counted, and
+what activation checkpointing computes a second time is not counted again. Attention is counted over all pairs of
+queries and keys, those that a mask hides among them, as `torch.utils.flop_counter` counts it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class StepFlops:
     """What one position costs in a network, from which the operations of a micro-batch are counted.
 
     Attributes:
-        blocks: elements of the matrices that a position is multiplied by in all blocks; of experts, those of its own.
+        blocks: elements of the matrices that a position is multiplied by in all blocks; of experts, those that it is
+            sent to.
         outer: the same of the matrices outside the blocks, other than embedding and head.
         head: elements of the head's matrix.
         trained_blocks, trained_outer, trained_head: those of them that have a gradient.
-        attention: of each layer (width of the queries, window), as in `Family`.
+        attention: (width of the queries, window) of each layer, as of `Family.attention_layers`.
     """
 
     blocks: float
@@ -55,8 +56,8 @@ class StepFlops:
     def __call__(self, work: Work) -> float:
         """Return the operations of a micro-batch, a multiply-add being two.
 
-        A matrix costs 2 an element in the forward pass, 2 for the gradient of its input, 2 for its own. Attention costs
-        two products forward and four backward.
+        For each position a matrix costs 2 operations an element in the forward pass, 2 for the gradient of its input
+        and 2 for its own gradient. Attention costs two products forward and four backward.
         """
         total = 0.0
         for run in work.passes:
@@ -67,32 +68,35 @@ class StepFlops:
             total += forward + attention
             if run.gradient:
                 total += forward + trained + 2 * attention
-        total += work.scored * (2 * self.head + self.trained_head)
-        total += work.mixed * (2 * self.head + self.trained_head)
+        total += work.scored * (2 * self.head + self.trained_head)  # logits, gradients of their input and the head
+        total += work.mixed * (2 * self.head + self.trained_head)  # logits, the mix of embeddings and their gradient
         return 2 * total
 
 
 def _pairs(queries: int, before: Sequence[int], window: int | None) -> int:
-    """Return the pairs of queries and keys in all rows: the queries' own, and as many before as a window lets in."""
+    """Return the pairs of queries and keys in all rows.
+
+    A query sees all queries of its row and, of the positions `before` them, as many as its window reaches.
+    """
     return sum(queries * (queries + (some if window is None else min(some, window - 1))) for some in before)
 
 
 def count_flops(
     model: Any, family: Any, config: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> StepFlops:
-    """Count a network's matrices by name and size.
+    """Return what one position costs in a network, from the names and sizes of its matrices.
 
     Args:
         model: the network, whole or sharded.
         family, config: its `Family` record and configuration.
-        whole: gives a parameter in the size that it has in the whole network.
+        whole: parameter → a tensor of the size that it has in the whole network.
     """
     head: Head = model.head
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     sums: dict[str, float] = dict.fromkeys(("blocks", "outer", "trained_blocks", "trained_outer"), 0.0)
     plan = family.shard
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in looked_up or parameter is head.weight:
+        if parameter.dim() < 2 or id(parameter) in embeddings or parameter is head.weight:
             continue
         elements = whole(parameter).numel() * (2 if parameter.dtype == torch.uint8 else 1)  # 4-bit bases hold two
         place = "outer"
@@ -110,11 +114,11 @@ def count_flops(
 
 @dataclass(frozen=True)
 class Peak:
-    """The rate that MFU compares with.
+    """The rate of a device's matrix products that MFU compares with.
 
     Attributes:
         flops: operations a second.
-        source: where it is from: `table` (the maker's number) or `measured` (a large matrix product, here and now).
+        source: where it is from: `table` (the maker's number) or `measured` (a large matrix product on the device).
     """
 
     flops: float
@@ -122,7 +126,7 @@ class Peak:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Return the rate of a device's matrix products in a dtype; measured where the table does not have it."""
+    """Return the rate of a device's matrix products in a dtype; measured where `PEAK_BF16` does not have it."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_BF16.items():

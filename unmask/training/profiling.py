@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from unmask.training.step import BACKWARD, CORRUPT, DATA, EXCHANGE, FORWARD, UPDATE
 
 _LEFT_OUT = 2  # first steps of a start, in which kernels are chosen and caches filled
-_LINES = 12
+_LINES = 12  # operations in the summary
 _PARTS = (DATA, CORRUPT, EXCHANGE, FORWARD, BACKWARD, UPDATE)
 
 
@@ -52,13 +52,13 @@ class StepProfiler:
                       f"the {_LEFT_OUT + 1}rd")  # fmt: skip
 
     def made(self, step: int) -> None:
-        """Take note that a step was made."""
+        """Record that a training step has ended; after the last one that is profiled, trace and summary are written."""
         if self._profile is not None:
             self._made.append(step)
             self._profile.step()
 
     def _write(self, done: profile) -> None:
-        """Write the trace and print the summary."""
+        """Write the trace and print the summary; torch's profiler calls it, also where training ends early."""
         steps = self._made[_LEFT_OUT:]
         if not steps:
             return
@@ -74,13 +74,15 @@ class StepProfiler:
 def summary(events: Any, steps: int) -> list[str]:
     """Return the lines of a summary: the parts of a step by the host's time, and the operations that took most.
 
+    Operations are ordered by device time where a device was used, else by host time.
+
     Args:
         events: the profiler's averages by name; times are microseconds.
-        steps: how many steps they are of.
+        steps: number of steps that were profiled.
     """
     by_name = {event.key: event for event in events if event.is_user_annotation}
-    whole = sum(by_name[part].cpu_time_total for part in _PARTS if part in by_name)
     parts = [(part, by_name[part].cpu_time_total) for part in _PARTS if part in by_name]
+    whole = sum(time for _, time in parts)
     shares = ", ".join(f"{part} {100 * time / max(whole, 1e-9):.1f} %" for part, time in parts)
     on_device = any(event.self_device_time_total for event in events)
     times = [
