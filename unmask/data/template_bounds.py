@@ -85,8 +85,7 @@ _COMPILE = chat_template_utils._compile_jinja_template.__wrapped__
 def _charge(size: int = 0) -> None:
     """Add to the characters that this thread's rendering has made, and look at the clock; SecurityError beyond a bound.
 
-    A bounded template may also be rendered outside of `bounded_rendering`, by other callers of transformers: not
-    counted.
+    Outside of `bounded_rendering`, where another caller of transformers renders such a template, nothing is counted.
     """
     if _rendering.deadline == float("inf"):
         return
@@ -184,7 +183,7 @@ def _check_arguments(args: Any, options: Any) -> None:
 def _checked(name: str, values: Any, options: Any) -> list[Any]:
     """Return the subject and the arguments of a filter or of a method of str, after a check of what it would make.
 
-    Of `join` an iterator is made a list, so that its items can be counted and still be joined.
+    An iterator given to `join` becomes a list, so that its items can be counted and still be joined.
     """
     if name in ("join", "str.join"):
         values = [list(value) if isinstance(value, Iterator) else value for value in values]
