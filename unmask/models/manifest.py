@@ -94,7 +94,10 @@ def _check_model(folder: Path, share: Share, stopped: Event) -> None:
 def _unlisted(folder: Path, files: Mapping[str, object]) -> str | None:
     """Say which weights in a folder its manifest does not list, as loading would read them; None when it lists all."""
     parts = sorted(f"{SHARDED}/{path.name}" for path in (folder / SHARDED).glob("*.safetensors"))
-    present = (name for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS, *parts) if (folder / name).exists())
+    # In the order of `stored_tensors`, which leaves those that come later alone.
+    kinds = ([WEIGHTS], [INDEX], parts)
+    weights = next((names for names in kinds if any((folder / name).exists() for name in names)), [])
+    present = (name for name in (*weights, ADAPTER_WEIGHTS) if (folder / name).exists())
     unlisted = next((name for name in present if name not in files), None)
     return None if unlisted is None else f"is damaged: {unlisted} is not in its {MANIFEST}"
 
