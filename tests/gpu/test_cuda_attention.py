@@ -40,7 +40,7 @@ def network(
     def make(family: str) -> nn.Module:
         two = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
         if device.type == "cpu":
-            values = gemma_values(**two) if family == "diffusion_gemma" else {**tiny.model, "n_kv_heads": 1}
+            values = gemma_values(**two) if family == "diffusion_gemma" else tiny.model
         else:
             folder = "diffusiongemma_26b_a4b_it" if family == "diffusion_gemma" else "llada_8b_instruct"
             values = json.loads((fixtures / folder / "config.json").read_text())
@@ -128,10 +128,8 @@ def test_no_call_needs_the_math_kernel(network, calls, device: torch.device, fam
     ) or device.type == "cpu"
     seen = set()
     for tensors, options in calls:
-        mask, causal = options["attn_mask"], options["is_causal"]
-        choice = torch._fused_sdp_choice(
-            *tensors, mask, 0.0, causal, scale=options["scale"], enable_gqa=options["enable_gqa"]
-        )
+        mask, causal, grouped = options["attn_mask"], options["is_causal"], options.get("enable_gqa", False)
+        choice = torch._fused_sdp_choice(*tensors, mask, 0.0, causal, scale=options["scale"], enable_gqa=grouped)
         kernel = next(name for name, value in SDPBackend.__members__.items() if int(value) == choice)
         what = (
             tuple(tensors[0].shape),
