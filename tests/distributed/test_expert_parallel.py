@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from unmask.distributed import expert_parallel
 from unmask.models.diffusion_gemma.model import gelu
 from unmask.models.experts import Experts, local_dispatch
 from unmask.report.metrics import read_metrics
@@ -184,3 +186,31 @@ def test_the_exchange_equals_experts_in_one_place(run_ranks: Callable[..., list]
         together = [torch.cat(parts) for parts in zip(*(each["tensors"] for each in found), strict=True)]
         for ours, theirs in zip(together, (mixed.detach(), *gradients), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_tokens_travel_in_the_dtype_that_experts_multiply_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the estimate counts them; and a token's gradients are summed as in one place, in its own dtype."""
+    travelled: list[torch.dtype] = []
+
+    def exchange(rows: Tensor, *_: Any) -> Tensor:
+        travelled.append(rows.dtype)
+        return rows
+
+    monkeypatch.setattr(expert_parallel.dist, "get_world_size", lambda _: 1)
+    monkeypatch.setattr(expert_parallel, "all_to_all_single", lambda counts, *_: counts)
+    monkeypatch.setattr(expert_parallel, "all_to_all_single_autograd", exchange)
+    monkeypatch.setattr(expert_parallel, "wait_tensor", lambda rows: rows)
+    generator = torch.Generator().manual_seed(0)
+    experts = Experts(4, 16, 8, gelu)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    hidden = torch.randn(5, 16, generator=generator).requires_grad_()
+    chosen, weights = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 0], [2, 1]]), torch.rand(5, 2, generator=generator)
+    found = []
+    for dispatch in (local_dispatch, expert_parallel.expert_dispatch(None)):  # pyright: ignore[reportArgumentType]
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = dispatch(hidden, chosen, weights, experts)
+        found.append((mixed, *torch.autograd.grad(mixed.sin().sum(), [hidden, *experts.parameters()])))
+    assert travelled == [torch.bfloat16] * 2
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)

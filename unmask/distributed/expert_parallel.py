@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from unmask.models.experts import Dispatch, sort_by_expert
+from unmask.ops.head import compute_dtype
 from unmask.ops.rows import inverse, take_rows
 
 
@@ -49,7 +50,9 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
         # [p][h]: pairs that go to expert h of rank p, and those that come from rank p for expert h here.
         sent, came = ([each[at : at + held] for at in range(0, len(each), held)] for each in (sent_E, came_E))
         send, receive = ([sum(of_rank) for of_rank in counts] for counts in (sent, came))
-        received_RD = all_to_all_single_autograd(take_rows(hidden_ND, order_M // choices), receive, send, group)
+        # In the dtype that experts multiply in, which is what they return; gradients of a token are summed in its own.
+        sorted_MD = take_rows(hidden_ND, order_M // choices).to(compute_dtype(hidden_ND))
+        received_RD = all_to_all_single_autograd(sorted_MD, receive, send, group)
         mixed_RD = experts(_regroup(wait_tensor(received_RD), came), received_E.view(size, held).sum(dim=0))
         by_sender_RD = _regroup(mixed_RD, list(zip(*came, strict=True)))
         mixed_MD = all_to_all_single_autograd(by_sender_RD, send, receive, group)
