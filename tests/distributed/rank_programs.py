@@ -437,6 +437,19 @@ def timeouts(experts: int) -> dict[str, float]:
     }
 
 
+def meet_alone(seconds: float) -> str:
+    """Make the group that waits for work, to which the other ranks do not come; return the error on rank 0."""
+    from unmask.distributed import ranks
+
+    ranks.join(torch.device("cpu"))
+    try:
+        if int(os.environ["RANK"]) == 0:
+            ranks._patient_group(timedelta(seconds=seconds))
+    except RuntimeError as error:
+        return type(error).__name__
+    return ""
+
+
 def seconds_of(group: Any) -> float:
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 

@@ -23,6 +23,12 @@ def test_every_group_waits_as_long_as_the_user_says(run_ranks, experts: int) -> 
         assert len(found) - len(patient) == 2 + 2 + (3 if experts > 1 else 0)
 
 
+def test_a_group_that_waits_for_work_does_not_wait_for_its_members(run_ranks) -> None:
+    began = time.monotonic()
+    assert run_ranks(2, "meet_alone", 1.0) == ["DistStoreError", ""]
+    assert time.monotonic() - began < 60
+
+
 def test_a_run_makes_no_group_of_another_timeout(run_ranks, tiny, tmp_path: Path) -> None:
     values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1, distributed={"timeout_minutes": 7})
     for found in run_ranks(2, "train_and_wait", values):

@@ -94,7 +94,9 @@ class Ranks:
         """Return the same ranks with process groups of their own, for the collectives of another thread."""
         if self.size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout), patient=_patient_group())
+        return replace(
+            self, group=dist.new_group(backend="gloo", timeout=self.timeout), patient=_patient_group(self.timeout)
+        )
 
     def agree(self, values: Mapping[str, str]) -> None:
         """Refuse ranks that would run different things.
@@ -153,7 +155,7 @@ def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
         return Ranks()
     if dist.is_initialized():
         _set_pg_timeout(timeout)
-        return Ranks(rank, size, None, _patient_group(), timeout)
+        return Ranks(rank, size, None, _patient_group(timeout), timeout)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         if name not in os.environ:
             raise ConfigError(f"{name}: not set although WORLD_SIZE is {size}; start the run with torchrun")
@@ -169,11 +171,14 @@ def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
         raise TrainingError(_nobody_came(rank, size, timeout_minutes, error)) from None
     except dist.DistStoreError as error:
         raise TrainingError(_nobody_came(rank, size, timeout_minutes, error)) from None
-    return Ranks(rank, size, None, _patient_group(), timeout)
+    return Ranks(rank, size, None, _patient_group(timeout), timeout)
 
 
-def _patient_group() -> Any:
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+def _patient_group(timeout: timedelta) -> Any:
+    """Return a group that waits for work without end, but no longer than `timeout` for its members to meet."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    _set_pg_timeout(_PATIENCE, group)
+    return group
 
 
 def _nobody_came(rank: int, size: int, minutes: float, error: Exception) -> str:
