@@ -82,6 +82,24 @@ def test_experts_exchange_what_was_counted(
         assert 0.05 * expected.tokens_received < measured["tokens"] < expected.tokens_received
 
 
+def test_experts_in_place_have_no_second_gradient(tiny, gemma_values: Callable[..., dict], tmp_path: Path) -> None:
+    """FSDP2 keeps whole gradients until the last micro-batch beside their shards; these are their shards."""
+    values = tiny.config(
+        tmp_path / "run", step_scheduler__global_batch_size=8, step_scheduler__local_batch_size=2,
+        distributed__ep_size=2, dllm={"mode": "block_diffusion"},
+    )  # fmt: skip
+    text = {"vocab_size": 264, "num_experts": 8, "pad_token_id": 257, "eos_token_id": 257}
+    values["model"] = {"config": gemma_values(canvas_length=16, **text)}
+    in_place = counted(values, 2)
+    values["distributed"] |= {"mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}}
+    copied = counted(values, 2)
+    prepared = prepare(config_from_mapping(values), processes=2)
+    with torch.device("meta"):
+        model = empty_network(prepared.plan.family, prepared.plan.config)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    assert copied.gradients - in_place.gradients == experts // 2 > 0
+
+
 def test_a_dry_run_shows_the_share_of_a_process(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.write(tmp_path / "run.yaml", tiny.config(tmp_path / "run", step_scheduler__global_batch_size=8))
     words = ["train", "-c", str(path), "--dry-run", "--nproc-per-node", "4", "--distributed.dp_replicate_size", "2"]

@@ -271,14 +271,14 @@ def estimate_shared(
     accumulation = steps.global_batch_size // (steps.local_batch_size * degrees.world)
     shard, spread, experts = degrees.shard, degrees.spread, degrees.experts
     deferred = section.defer_grad_sync and accumulation > 1
-    trained = groups.trained_root + groups.trained_blocks + groups.trained_experts // experts
     # What stays gathered after the first forward pass is gathered again for further backward passes alone.
     runs, kept_runs = passes.forward_passes + passes.backward_passes, passes.backward_passes
     keeps, keeps_experts = not section.reshard_after_forward, not section.reshard_experts_after_forward
     keeps_experts = keeps if experts == 1 else keeps_experts
     at_once = min(2, groups.layers) / groups.layers
     in_memory = groups.root + groups.blocks * (1 if keeps else at_once)
-    in_place = experts_in_place(section, degrees)
+    in_place = experts_in_place(section, degrees)  # their gradients too, which are summed as they are made
+    trained = groups.trained_root + groups.trained_blocks + (0 if in_place else groups.trained_experts // experts)
     if not in_place:
         in_memory += groups.experts // experts * (1 if keeps_experts else at_once)
     gathered = _others(groups.blocks, shard) * (kept_runs if keeps else runs) + _others(groups.root, shard)
