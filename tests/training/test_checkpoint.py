@@ -36,6 +36,11 @@ def save(root: Path, step: int, identity: dict = IDENTITY) -> Path:
     return commit_checkpoint(root, step, temporary, {})
 
 
+def put(file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"other moments")
+
+
 def names(root: Path) -> set[str]:
     return {path.name for path in root.iterdir()}
 
@@ -54,6 +59,8 @@ def test_what_is_saved_is_found(tmp_path: Path) -> None:
     ("damage", "words"),
     [
         (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"other weights"), "model.safetensors is not in its manifest"),
+        (lambda f: put(f / "optimizer" / "sharded" / "x.safetensors"), "optimizer/sharded/x.safetensors is not in its"),
         (lambda f: (f / "manifest.json").write_text('{"for'), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {"weights": 5}}'), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text('{"format": 2, "files": [["weights", 5]]}'), "manifest.json"),

@@ -111,7 +111,8 @@ def test_the_rate_of_a_device_without_an_entry_is_measured() -> None:
     ("name", "flops"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12),
+        ("NVIDIA B200", 2250e12),
     ],
 )  # fmt: skip
 def test_a_known_device_has_its_makers_number(monkeypatch: pytest.MonkeyPatch, name: str, flops: float) -> None:

@@ -82,7 +82,7 @@ def _check_model(folder: Path, share: Share, stopped: Event) -> None:
         damage = f"is torn: its {MANIFEST} is missing or unreadable"
     else:
         part = dict(itertools.islice(sorted(files.items()), share.part, None, share.of))
-        damage = _unlisted(folder, files) or find_damage(folder, part, stopped)
+        damage = unlisted(folder, files) or find_damage(folder, part, stopped)
     damage = share.tell(damage, stopped)
     if damage is not None:
         raise ModelError(
@@ -91,15 +91,21 @@ def _check_model(folder: Path, share: Share, stopped: Event) -> None:
         )
 
 
-def _unlisted(folder: Path, files: Mapping[str, object]) -> str | None:
-    """Say which weights in a folder its manifest does not list, as loading would read them; None when it lists all."""
-    parts = sorted(f"{SHARDED}/{path.name}" for path in (folder / SHARDED).glob("*.safetensors"))
+def unlisted(folder: Path, files: Mapping[str, object], place: str = "") -> str | None:
+    """Say which tensors in a folder its manifest does not list, as loading would read them; None when it lists all.
+
+    Args:
+        files: the manifest's.
+        place: of the folder among them, with a slash at its end.
+    """
+    inner = folder / place
+    parts = sorted(f"{SHARDED}/{path.name}" for path in (inner / SHARDED).glob("*.safetensors"))
     # In the order of `stored_tensors`, which leaves those that come later alone.
     kinds = ([WEIGHTS], [INDEX], parts)
-    weights = next((names for names in kinds if any((folder / name).exists() for name in names)), [])
-    present = (name for name in (*weights, ADAPTER_WEIGHTS) if (folder / name).exists())
-    unlisted = next((name for name in present if name not in files), None)
-    return None if unlisted is None else f"is damaged: {unlisted} is not in its {MANIFEST}"
+    read = next((names for names in kinds if any((inner / name).exists() for name in names)), [])
+    present = (place + name for name in (*read, ADAPTER_WEIGHTS) if (inner / name).exists())
+    name = next((name for name in present if name not in files), None)
+    return None if name is None else f"is damaged: {name} is not in its {MANIFEST}"
 
 
 def _is_model(folder: Path, name: str) -> bool:

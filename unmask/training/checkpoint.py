@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unmask.errors import CheckpointError, DataError
-from unmask.models.manifest import MANIFEST, STATE, crc32, find_damage, read_manifest
+from unmask.models.manifest import MANIFEST, STATE, crc32, find_damage, read_manifest, unlisted
 from unmask.parsing import parse_json
 from unmask.places import naming, read_bytes, remove
 
@@ -276,7 +276,7 @@ def _listed(folder: Path) -> tuple[str | None, dict[str, tuple[int, int]]]:
         return f"is torn: its {MANIFEST} is missing or unreadable", {}
     if version != _FORMAT:
         return f"has format {_short(version)}, this version reads {_FORMAT}{_OTHER_VERSION}", {}
-    return None, files
+    return unlisted(folder, files) or unlisted(folder, files, "optimizer/"), files
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

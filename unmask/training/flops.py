@@ -8,6 +8,7 @@ queries and keys, those that a mask hides among them, as `torch.utils.flop_count
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ PEAK_BF16 = {
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 
@@ -130,7 +132,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_BF16.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return Peak(flops, "table")
     return Peak(_measured(device, dtype), "measured")
 
