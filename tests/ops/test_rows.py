@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.ops.rows import inverse, take_rows
+from unmask.ops.rows import in_order, inverse, take_rows
 
 RUNS = 6
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -47,5 +47,18 @@ def test_copies_gradients_are_added_in_the_same_order() -> None:
     values = crowded()[0]
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
     rows = torch.zeros(len(values) // 8, 64, requires_grad=True)
-    found = [torch.autograd.grad(take_rows(rows, order // 8), rows, values)[0] for _ in range(RUNS)]
+    found = [torch.autograd.grad(in_order(rows, order, inverse(order), 8), rows, values)[0] for _ in range(RUNS)]
     assert all(torch.equal(found[0], again) for again in found[1:])
+
+
+@given(rows=st.integers(0, 9), times=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_copies_in_order_are_rows_taken_in_values_and_gradients(rows: int, times: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows * times, generator=generator)
+    taken = torch.randn(rows, 4, generator=generator).double().requires_grad_()
+    probe = torch.randn(rows * times, 4, generator=generator).double()
+    results = [in_order(taken, order, inverse(order), times), take_rows(taken, order // times)]
+    assert torch.equal(*results)
+    ours, theirs = (torch.autograd.grad(found, taken, probe)[0] for found in results)
+    torch.testing.assert_close(ours, theirs)

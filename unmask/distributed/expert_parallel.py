@@ -23,7 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from unmask.models.experts import Dispatch, sort_by_expert
 from unmask.ops.head import compute_dtype
-from unmask.ops.rows import inverse, take_rows
+from unmask.ops.rows import in_order, inverse
 
 
 def narrow_experts(experts: nn.Module, rank: int, size: int) -> None:
@@ -50,14 +50,15 @@ def expert_dispatch(group: ProcessGroup) -> Dispatch:
         # [p][h]: pairs that go to expert h of rank p, and those that come from rank p for expert h here.
         sent, came = ([each[at : at + held] for at in range(0, len(each), held)] for each in (sent_E, came_E))
         send, receive = ([sum(of_rank) for of_rank in counts] for counts in (sent, came))
-        # In the dtype that experts multiply in, which is what they return; gradients of a token are summed in its own.
-        sorted_MD = take_rows(hidden_ND, order_M // choices).to(compute_dtype(hidden_ND))
+        inverse_M = inverse(order_M)
+        # In the dtype that experts multiply in, which is what they return.
+        sorted_MD = in_order(hidden_ND, order_M, inverse_M, choices).to(compute_dtype(hidden_ND))
         received_RD = all_to_all_single_autograd(sorted_MD, receive, send, group)
         mixed_RD = experts(_regroup(wait_tensor(received_RD), came), received_E.view(size, held).sum(dim=0))
         by_sender_RD = _regroup(mixed_RD, list(zip(*came, strict=True)))
         mixed_MD = all_to_all_single_autograd(by_sender_RD, send, receive, group)
-        mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, hidden_ND.shape[1])
-        return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
+        mixed_NTD = in_order(mixed_MD, inverse_M, order_M).view(tokens, choices, hidden_ND.shape[1])
+        return (mixed_NTD * weights_NT[..., None]).sum(dim=1)
 
     return dispatch  # pyright: ignore[reportReturnType]
 

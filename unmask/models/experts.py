@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.ops.head import compute_dtype
-from unmask.ops.rows import inverse, take_rows
+from unmask.ops.rows import in_order, inverse
 
 Activation = Callable[[Tensor], Tensor]
 Dispatch = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
@@ -60,16 +60,17 @@ def gated_mlps(
 
 
 def local_dispatch(hidden_ND: Tensor, experts_NT: Tensor, weights_NT: Tensor, experts: nn.Module) -> Tensor:
-    """Return Σ_t w_t · expert_t(x) for each token, all experts on this device; (N, D).
+    """Return Σ_t w_t · expert_t(x) for each token, all experts on this device; (N, D), as wide as the weights.
 
     `experts` is called with (sorted_MD, counts_E) and has `num_experts`.
     """
     tokens, choices = experts_NT.shape
     order_M, counts_E = sort_by_expert(experts_NT, experts.num_experts)  # pyright: ignore[reportArgumentType]
-    mixed_MD = experts(take_rows(hidden_ND, order_M // choices), counts_E)
+    inverse_M = inverse(order_M)
+    mixed_MD = experts(in_order(hidden_ND, order_M, inverse_M, choices), counts_E)
     # Brought back by a permutation and summed over T, which adds in the same order on every device and in every run.
-    mixed_NTD = mixed_MD.index_select(0, inverse(order_M)).view(tokens, choices, hidden_ND.shape[1])
-    return (mixed_NTD * weights_NT[..., None]).sum(dim=1).to(hidden_ND.dtype)
+    mixed_NTD = in_order(mixed_MD, inverse_M, order_M).view(tokens, choices, hidden_ND.shape[1])
+    return (mixed_NTD * weights_NT[..., None]).sum(dim=1)
 
 
 def sort_by_expert(experts_NT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
