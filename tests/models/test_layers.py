@@ -26,7 +26,7 @@ def test_norm_is_the_formula_in_values_and_gradients(dtype: torch.dtype, frozen:
     hidden.requires_grad_(frozen != "input")
     probe = normal(ROWS, LENGTH, SIZE, seed=3).to(dtype)
     wanted = [tensor for tensor in (hidden, norm.weight) if tensor.requires_grad]
-    found = norm(hidden)
+    found = norm(hidden, dtype)
     assert found.dtype == dtype
     wide = hidden.double()
     expected = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-3) * norm.weight.double()
@@ -64,7 +64,20 @@ def test_a_trained_norm_over_a_narrower_network_is_not_rounded_first() -> None:
     assert norm.weight is not None
     with torch.no_grad():
         norm.weight.add_(1e-3 * normal(SIZE, seed=0))  # less than bf16 tells apart at 1
-    found = norm(hidden)
-    assert found.dtype == torch.bfloat16
-    expected = (torch.nn.functional.rms_norm(hidden.float(), (SIZE,), norm.weight, 1e-3)).bfloat16()
-    assert torch.equal(found, expected)
+    expected = torch.nn.functional.rms_norm(hidden.float(), (SIZE,), norm.weight, 1e-3)
+    assert torch.equal(norm(hidden), expected)
+    assert torch.equal(norm(hidden, torch.bfloat16), expected.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_rotation_is_computed_in_fp32_and_rounded_once(dtype: torch.dtype | None) -> None:
+    cos, sin = rotary_tables(torch.tensor([[0, 1, 2, 7, 500]]), SIZE, 50.0)
+    heads = normal(ROWS, LENGTH, HEADS, SIZE, seed=4).transpose(1, 2).requires_grad_()
+    probe = normal(ROWS, HEADS, LENGTH, SIZE, seed=5).to(dtype or torch.float32)
+    turned = rotate(heads, cos, sin, dtype)
+    assert torch.equal(turned, rotate(heads, cos, sin).to(dtype or torch.float32))
+    (gradient,) = torch.autograd.grad(turned, heads, probe)
+    torch.testing.assert_close(gradient, rotate(probe.float(), cos, -sin))
+    with torch.no_grad():
+        narrow = heads.bfloat16()
+        assert torch.equal(rotate(narrow, cos, sin), rotate(narrow.float(), cos, sin).bfloat16())

@@ -39,11 +39,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size)) if scale else None
 
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        """Return the normalised hidden states in the input's dtype."""
-        if self.weight is None or self.weight.dtype == hidden_BLD.dtype:
-            return F.rms_norm(hidden_BLD, (self.size,), self.weight, self.eps)  # fp32 inside, rounded once
-        return F.rms_norm(hidden_BLD.float(), (self.size,), self.weight.float(), self.eps).to(hidden_BLD.dtype)
+    def forward(self, hidden_BLD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the normalised hidden states in `dtype`; None = the wider one of the input's and the weight's.
+
+        Give the dtype of products to what only they read, and the residual stream's to what is added to it: each is
+        then cast once, or not at all.
+        """
+        weight_D = self.weight
+        if weight_D is not None and weight_D.dtype != hidden_BLD.dtype:  # which no fused kernel takes
+            hidden_BLD, weight_D = hidden_BLD.float(), weight_D.float()
+        # On GPUs autocast would widen what is read here, and with it what is returned.
+        with torch.autocast(hidden_BLD.device.type, enabled=False):
+            normed_BLD = F.rms_norm(hidden_BLD, (self.size,), weight_D, self.eps)  # fp32 inside, rounded once
+        return normed_BLD if dtype is None else normed_BLD.to(dtype)
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int | None = None) -> tuple[Tensor, Tensor]:
@@ -67,10 +75,28 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int 
     return angles.cos(), angles.sin()
 
 
-def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) of queries or keys by its position's angle, in fp32; returns the input's dtype."""
-    low, high = heads_BHLE.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads_BHLE.dtype)
+def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn each pair (i, i + E/2) of queries or keys by its position's angle, in fp32; return `dtype`, None = as is."""
+    return _Rotation.apply(heads_BHLE, cos, sin, 1, dtype or heads_BHLE.dtype)  # pyright: ignore[reportReturnType]
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation by `turn` (1 or -1) times the angles; its gradient is the gradient turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, heads_BHLE: Tensor, cos: Tensor, sin: Tensor, turn: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.turn, ctx.dtype = turn, heads_BHLE.dtype
+        low, high = heads_BHLE.chunk(2, dim=-1)
+        # Three kernels, which read any dtype as fp32.
+        turned = heads_BHLE.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)
+        turned.select(-2, 0).addcmul_(high, sin, value=-turn)
+        turned.select(-2, 1).addcmul_(low, sin, value=turn)
+        return turned.flatten(-2).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return _Rotation.apply(gradients[0], *ctx.saved_tensors, -ctx.turn, ctx.dtype), None, None, None, None
 
 
 def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:

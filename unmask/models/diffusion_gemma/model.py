@@ -27,7 +27,7 @@ from unmask.errors import ModelError
 from unmask.models.diffusion_gemma.config import FULL, SLIDING, DiffusionGemmaConfig
 from unmask.models.experts import Dispatch, Experts, local_dispatch
 from unmask.models.layers import Kernel, Mask, RMSNorm, attend, prepare_mask, rotary_tables, rotate
-from unmask.ops.head import Head
+from unmask.ops.head import Head, compute_dtype
 from unmask.ops.rows import take_rows
 
 # Position of a padding column: after everything, so that neither causal attention nor a canvas ever sees it.
@@ -122,8 +122,9 @@ class Attention(nn.Module):
         """Return (output (B, L, D), own keys (B, G, L, E), own values); `past` keys and values come before them."""
         raw_BLGE = self._heads(self.k_proj(normed_BLD))
         values_BLGE = raw_BLGE if self.v_proj is None else self._heads(self.v_proj(normed_BLD))
-        q_BHLE = rotate(self.q_norm(self._heads(self.q_proj(normed_BLD))).transpose(1, 2), inputs.cos, inputs.sin)
-        k_BGLE = rotate(self.k_norm(raw_BLGE).transpose(1, 2), inputs.cos, inputs.sin)
+        dtype, tables = raw_BLGE.dtype, (inputs.cos, inputs.sin)
+        q_BHLE = rotate(self.q_norm(self._heads(self.q_proj(normed_BLD))).transpose(1, 2), *tables, dtype)
+        k_BGLE = rotate(self.k_norm(raw_BLGE).transpose(1, 2), *tables, dtype)
         v_BGLE = self.v_norm(values_BLGE).transpose(1, 2)
         keys, values = k_BGLE, v_BGLE
         if past is not None:
@@ -171,7 +172,7 @@ class SelfConditioning(nn.Module):
         """Return post_norm(x + mlp(pre_norm(predicted))), (K, C, D); None stands for zeros."""
         if predicted_KCD is None:  # zeros stay zeros through the norm and an MLP without biases
             return self.post_norm(embedded_KCD)
-        normed_KCD = self.pre_norm(predicted_KCD)
+        normed_KCD = self.pre_norm(predicted_KCD, compute_dtype(predicted_KCD))
         gated_KCI = gelu(self.gate_proj(normed_KCD)) * self.up_proj(normed_KCD)
         return self.post_norm(embedded_KCD + self.down_proj(gated_KCI))
 
@@ -232,14 +233,17 @@ class Layer(nn.Module):
         self, hidden_BLD: Tensor, inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None, scalar: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (hidden states (B, L, D), own keys, own values); `scalar`: the encoder's or the decoder's."""
-        mixed_BLD, keys, values = self.self_attn(self.input_layernorm(hidden_BLD), inputs, past)
-        hidden_BLD = hidden_BLD + self.post_attention_layernorm(mixed_BLD)
-        dense_BLD = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_BLD)))
+        residual, compute = hidden_BLD.dtype, compute_dtype(hidden_BLD)
+        mixed_BLD, keys, values = self.self_attn(self.input_layernorm(hidden_BLD, compute), inputs, past)
+        hidden_BLD = hidden_BLD + self.post_attention_layernorm(mixed_BLD, residual)
+        dense_BLD = self.mlp(self.pre_feedforward_layernorm(hidden_BLD, compute))
+        dense_BLD = self.post_feedforward_layernorm_1(dense_BLD, residual)
         flat_ND = hidden_BLD.flatten(0, 1)
         experts_NT, weights_NT = self.router(flat_ND)
-        sparse_ND = self.dispatch(self.pre_feedforward_layernorm_2(flat_ND), experts_NT, weights_NT, self.experts)
-        sparse_BLD = self.post_feedforward_layernorm_2(sparse_ND.view_as(hidden_BLD))
-        hidden_BLD = hidden_BLD + self.post_feedforward_layernorm(dense_BLD + sparse_BLD)
+        normed_ND = self.pre_feedforward_layernorm_2(flat_ND, compute)
+        sparse_ND = self.dispatch(normed_ND, experts_NT, weights_NT, self.experts).to(residual)
+        sparse_BLD = self.post_feedforward_layernorm_2(sparse_ND.view_as(hidden_BLD), residual)
+        hidden_BLD = hidden_BLD + self.post_feedforward_layernorm(dense_BLD + sparse_BLD, residual)
         return hidden_BLD * scalar, keys, values
 
 
@@ -309,7 +313,7 @@ class Stack(nn.Module):
             hidden_BLD, own_keys, own_values = run(hidden_BLD, inputs[layer_type], before, scalars[number])
             keys.append(own_keys)
             values.append(own_values)
-        return self.norm(hidden_BLD), tuple(keys), tuple(values)
+        return self.norm(hidden_BLD, hidden_BLD.dtype), tuple(keys), tuple(values)
 
 
 class DiffusionGemma(nn.Module):

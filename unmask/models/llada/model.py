@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from unmask.errors import ModelError
 from unmask.models.layers import Kernel, Mask, RMSNorm, attend, boolean_mask, prepare_mask, rotary_tables, rotate
 from unmask.models.llada.config import LLaDAConfig
-from unmask.ops.head import Head
+from unmask.ops.head import Head, compute_dtype
 
 
 class LayerCache(Protocol):
@@ -60,8 +60,9 @@ class Block(nn.Module):
         self, hidden_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None = None
     ) -> Tensor:
         """Return the block's output, (B, L, D); `cos` and `sin` from `rotary_tables`, `mask` from `prepare_mask`."""
-        hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD), cos, sin, mask, cache)
-        normed_BLD = self.ff_norm(hidden_BLD)
+        compute = compute_dtype(hidden_BLD)
+        hidden_BLD = hidden_BLD + self.attention(self.attn_norm(hidden_BLD, compute), cos, sin, mask, cache)
+        normed_BLD = self.ff_norm(hidden_BLD, compute)
         return hidden_BLD + self.ff_out(F.silu(self.ff_proj(normed_BLD)) * self.up_proj(normed_BLD))
 
     def attention(self, normed_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
                 hidden_BLD = checkpoint(block, hidden_BLD, cos, sin, mask, use_reentrant=False)
             else:
                 hidden_BLD = block(hidden_BLD, cos, sin, mask, None if cache is None else cache.layer(number))
-        return self.ln_f(hidden_BLD)
+        return self.ln_f(hidden_BLD, hidden_BLD.dtype)
 
 
 class LLaDA(nn.Module):
