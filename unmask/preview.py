@@ -165,9 +165,9 @@ def _assumed(context: int) -> str:
 def _machine(config: RunConfig, needs: Needs) -> list[str]:
     """Say what a run needs of each machine's memory and disk."""
     gib = 2**30
-    parts = {"training": needs.training, "loading": needs.loading, "pinned copies for saves": needs.staging}
-    if needs.loading and needs.staging:
-        del parts["loading" if needs.loading < needs.staging else "pinned copies for saves"]  # one after the other
+    parts = {"training": needs.training, "loading": needs.loading}
+    if needs.loading < needs.staging + needs.writing:  # one after the other
+        parts = {"training": needs.training, "pinned copies for saves": needs.staging, "files": needs.writing}
     counted = "".join(f" + {name} {size / gib:.2f}" for name, size in parts.items() if size)
     many = f" for {needs.processes} processes" if needs.processes > 1 else ""
     lines = [

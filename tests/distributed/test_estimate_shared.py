@@ -17,6 +17,7 @@ from unmask.errors import ConfigError
 from unmask.models.loading import empty_network
 from unmask.prepare import prepare
 from unmask.training.estimate import SharedEstimate, estimate_memory, estimate_shared
+from unmask.training.needs import count_needs
 
 
 def counted(values: dict, processes: int) -> SharedEstimate:
@@ -98,6 +99,22 @@ def test_experts_in_place_have_no_second_gradient(tiny, gemma_values: Callable[.
         model = empty_network(prepared.plan.family, prepared.plan.config)
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     assert copied.gradients - in_place.gradients == experts // 2 > 0
+
+
+def test_the_files_of_ranks_are_counted_as_they_are_put_together(tiny, run_ranks, tmp_path: Path) -> None:
+    """In memory, twice: safetensors makes a file of bytes that it has copied."""
+    values = tiny.config(tmp_path / "run", step_scheduler__global_batch_size=8, step_scheduler__max_steps=1)
+    prepared = prepare(config_from_mapping(values), processes=2)
+    with torch.device("meta"):
+        model = empty_network(prepared.plan.family, prepared.plan.config)
+    config, plan, device = prepared.config, prepared.plan, torch.device("cpu")
+    whole = estimate_memory(config, plan, model)
+    shared = estimate_shared(config, plan, model, whole, prepared.degrees)
+    needs = count_needs(config, plan, model, whole, shared, prepared.degrees, device, 1)
+    assert needs.host >= needs.program + needs.training + needs.writing
+    run_ranks(2, "train", values)
+    files = list((tmp_path / "run" / "latest" / "optimizer" / "sharded").iterdir())
+    assert len(files) == 2 and needs.writing / 2 < 2 * sum(file.stat().st_size for file in files) <= needs.writing
 
 
 def test_a_dry_run_shows_the_share_of_a_process(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

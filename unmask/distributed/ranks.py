@@ -176,7 +176,7 @@ def join(device: torch.device, timeout_minutes: float = 30.0) -> Ranks:
 
 def _patient_group(timeout: timedelta) -> Any:
     """Return a group that waits for work without end, but no longer than `timeout` for its members to meet."""
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
     _set_pg_timeout(_PATIENCE, group)
     return group
 

@@ -18,6 +18,7 @@ from unmask.machine import host_memory
 from unmask.models.folders import stored_tensors
 from unmask.models.lora.quantized import packed_tensors
 from unmask.models.registry import ModelPlan
+from unmask.models.weights import SHARD_BYTES
 from unmask.places import user_path
 from unmask.training.estimate import Estimate, SharedEstimate
 
@@ -35,6 +36,7 @@ class Needs:
         training: what training keeps in host memory: all of it on a CPU, what is offloaded on a CUDA device.
         loading: tensors on their way from the files to the device, or a fresh network before it is moved.
         staging: pinned copies of weights and optimizer state, made by the first save and used by all (`saver`).
+        writing: files that processes put together in memory, as safetensors makes them of parts: twice their size.
         checkpoint: one checkpoint on the disk, the whole run's.
         kept: checkpoints there at once, with the one that is written and the best.
         disk: of all of those; a consolidated one has its weights twice for a while.
@@ -45,6 +47,7 @@ class Needs:
     training: int
     loading: int
     staging: int
+    writing: int
     checkpoint: int
     kept: int
     disk: int
@@ -52,7 +55,7 @@ class Needs:
     @property
     def host(self) -> int:
         """Bytes of host memory in all."""
-        return self.program + self.training + max(self.loading, self.staging)
+        return self.program + self.training + max(self.loading, self.staging + self.writing)
 
 
 def count_needs(
@@ -87,6 +90,8 @@ def count_needs(
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     weights = trained if config.peft is not None else whole.weights + _passed_through(plan)
     checkpoint, kept = weights + whole.optimizer, _kept(config, steps)
+    # `write_parts` divides tensors among files by their whole sizes, of which each process writes its part.
+    file = min(SHARD_BYTES, saved * degrees.shard) if config.checkpoint.enabled and degrees.world > 1 else 0
     twice = degrees.world > 1 and config.peft is None and config.checkpoint.save_consolidated
     return Needs(
         processes=processes,
@@ -94,6 +99,7 @@ def count_needs(
         training=processes * (one.total if on_cpu else offloaded),
         loading=processes * loading,
         staging=processes * staged,
+        writing=processes * 2 * file // degrees.shard,
         checkpoint=checkpoint if config.checkpoint.enabled else 0,
         kept=kept,
         disk=(kept * checkpoint + (weights if twice else 0)) if config.checkpoint.enabled else 0,
