@@ -11,11 +11,8 @@ import torch
 
 from unmask.config import load_config
 from unmask.distributed.processes import Degrees
-from unmask.models.experts import freeze_routers
-from unmask.models.loading import empty_network
 from unmask.models.registry import ModelPlan, family_named
-from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
-from unmask.training.lora import attach
+from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared, network_to_count
 from unmask.training.needs import Needs, count_needs
 
 ROOT = Path(__file__).parents[1]
@@ -54,12 +51,7 @@ def count(family: str, processes: int, *overrides: str, lora: bool = False, rows
     values = json.loads((ROOT / "tests" / "fixtures" / RELEASED[family] / "config.json").read_text())
     chosen = family_named(values, "config.json")
     plan = ModelPlan(chosen, chosen.parse_config(values, "config.json"), values, Path(), "owner/model")
-    with torch.device("meta"):
-        model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
-        if config.peft is not None:
-            attach(model, config.peft, "")
-        if config.dllm.freeze_router:
-            freeze_routers(model)
+    model = network_to_count(config, plan)
     whole = estimate_memory(config, plan, model, DEVICE)
     degrees = Degrees(processes, copies, config.distributed.ep_size if processes > 1 else 1)
     shared = estimate_shared(config, plan, model, whole, degrees, DEVICE) if processes > 1 else None

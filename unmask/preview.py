@@ -18,15 +18,13 @@ from unmask.data.check import check_rows
 from unmask.data.encode import RowEncoder
 from unmask.distributed.runtime import pick_device
 from unmask.machine import cores
-from unmask.models.experts import freeze_routers
 from unmask.models.loading import empty_network
 from unmask.models.weights import check_tensors
 from unmask.parts import Parts, build_parts, seen_later_turns
 from unmask.prepare import Prepared
 from unmask.report.progress import checking_rows
 from unmask.rng import NoiseStream
-from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared
-from unmask.training.lora import attach
+from unmask.training.estimate import Estimate, SharedEstimate, estimate_memory, estimate_shared, network_to_count
 from unmask.training.needs import Needs, count_needs, shortages
 from unmask.training.optim import check_rounding
 
@@ -41,14 +39,10 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     device = pick_device(config.distributed.device)
     parts = build_parts(prepared)  # of one process, which composes the same global batches
     checked = _check(prepared, parts, console)
-    with torch.device("meta"):
-        model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
-        if plan.folder is not None and plan.hub_id is None:  # of a hub id the weights need not be here
-            check_tensors(model, plan.folder, plan.family.files)
-        if config.peft is not None:
-            attach(model, config.peft, "")
-        if config.dllm.freeze_router:
-            freeze_routers(model)
+    if plan.folder is not None and plan.hub_id is None:  # of a hub id the weights need not be here
+        with torch.device("meta"):
+            check_tensors(empty_network(plan.family, plan.config), plan.folder, plan.family.files)
+    model = network_to_count(config, plan)
     check_rounding(config.optimizer, model)
     console.print(Rule("configuration"))
     console.print(Syntax(dump_config(config), "yaml", background_color="default"))

@@ -18,7 +18,6 @@ from unmask.doctor.subject import Subject
 from unmask.doctor.trial import finite_loss, ragged_batch
 from unmask.errors import UnmaskError
 from unmask.machine import available_memory
-from unmask.models.experts import freeze_routers
 from unmask.models.folders import INDEX, SHARDED, WEIGHTS, read_generation, stored_tensors
 from unmask.models.loading import build_model, empty_network
 from unmask.models.manifest import MANIFEST, read_manifest
@@ -27,8 +26,7 @@ from unmask.models.weights import check_tensors
 from unmask.parts import build_parts
 from unmask.places import user_path
 from unmask.sampling.jobs import stop_ids_of
-from unmask.training.estimate import estimate_memory, estimate_shared
-from unmask.training.lora import attach
+from unmask.training.estimate import estimate_memory, estimate_shared, network_to_count
 from unmask.training.needs import count_needs
 
 # What a forward pass may take: a minute goes into reading a file of this size, or drawing this many numbers.
@@ -142,12 +140,7 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
             )  # fmt: skip
         return
     config, degrees = prepared.config, prepared.degrees
-    with torch.device("meta"):
-        model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
-        if config.peft is not None:
-            attach(model, config.peft, "")
-        if config.dllm.freeze_router:
-            freeze_routers(model)
+    model = network_to_count(config, plan)
     whole = estimate_memory(config, plan, model, device)
     shared = estimate_shared(config, plan, model, whole, degrees, device) if degrees.world > 1 else None
     steps = config.step_scheduler.total_steps(max(1, len(prepared.rows) // config.step_scheduler.global_batch_size))

@@ -15,12 +15,14 @@ from torch import nn
 from unmask.config import RunConfig
 from unmask.distributed.processes import Degrees, experts_in_place
 from unmask.distributed.runtime import autocast_dtype, pick_device
-from unmask.models.experts import Experts
+from unmask.models.experts import Experts, freeze_routers
 from unmask.models.family import ShardPlan
+from unmask.models.loading import empty_network
 from unmask.models.lora.quantized import packed_elements, packed_tensors
 from unmask.models.registry import ModelPlan
 from unmask.ops.chunks import working_bytes
 from unmask.ops.head import Head
+from unmask.training.lora import attach
 from unmask.training.optim import held_bytes
 
 # Assumed, not counted. A process's CUDA context with the kernels that it loads, as the Hugging Face documentation
@@ -62,6 +64,17 @@ class Estimate:
 
 
 _HELD = ("weights", "casts", "gradients", "head", "optimizer", "activations")
+
+
+def network_to_count(config: RunConfig, plan: ModelPlan) -> nn.Module:
+    """Return the network of a run on the meta device, in its dtype and with what it trains, to be counted."""
+    with torch.device("meta"):
+        model = empty_network(plan.family, plan.config).to(getattr(torch, config.model.torch_dtype))
+        if config.peft is not None:
+            attach(model, config.peft, "")
+        if config.dllm.freeze_router:
+            freeze_routers(model)
+    return model
 
 
 def estimate_memory(
