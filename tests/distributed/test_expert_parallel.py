@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from unmask.distributed import expert_parallel
 from unmask.models.diffusion_gemma.model import gelu
@@ -214,3 +218,16 @@ def test_tokens_travel_in_the_dtype_that_experts_multiply_in(monkeypatch: pytest
     assert travelled == [torch.bfloat16] * 2
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+
+
+def test_experts_in_place_are_as_before_after_an_exception() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        experts = Experts(4, 16, 8, gelu)
+        expert_parallel.compute_in_place(experts, init_device_mesh("cpu", (1,)))
+        for width in (16, 3):
+            with nullcontext() if width == 16 else pytest.raises(RuntimeError):
+                experts(torch.ones(4, width), torch.tensor([4, 0, 0, 0]))
+            assert all(isinstance(parameter, DTensor) for parameter in experts.parameters())
+    finally:
+        dist.destroy_process_group()
