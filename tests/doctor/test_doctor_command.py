@@ -97,10 +97,16 @@ def copied(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **changes: object) -> None:
-    """Change fields of config.json; the manifest goes, which would tell."""
+    """Change fields of config.json; what would tell goes."""
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **changes}))
-    (folder / "manifest.json").unlink(missing_ok=True)
+    forget(folder)
+
+
+def forget(folder: Path) -> None:
+    """Take what a run knows of a checkpoint away, as if another tool had written it."""
+    for name in ("manifest.json", "state.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def test_a_tensor_of_another_shape_or_missing(copied: Path, capsys) -> None:
@@ -116,7 +122,7 @@ def test_weights_that_give_no_number(copied: Path, capsys) -> None:
     tensors = load_file(copied / "model.safetensors")
     tensors["model.transformer.ln_f.weight"] *= torch.nan
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    (copied / "manifest.json").unlink()
+    forget(copied)
     status, found = doctor(capsys, copied)
     assert (status, levels(found, "forward"), levels(found, "files")) == (2, {"error"}, {"ok", "note"})
 
@@ -125,6 +131,20 @@ def test_a_file_of_another_size_than_the_manifest_says(copied: Path, capsys) -> 
     (copied / "tokenizer_config.json").write_text("{}")
     status, found = doctor(capsys, copied)
     assert status == 2 and "tokenizer_config.json has another size than manifest.json says" in found["files"][-1][1]
+
+
+def test_a_manifest_that_is_lost(copied: Path, capsys) -> None:
+    (copied / "manifest.json").unlink()
+    status, found = doctor(capsys, copied)
+    assert status == 2 and "manifest.json, which a run wrote, is missing" in found["files"][-1][1]
+
+
+def test_a_changed_bit_that_the_network_does_not_show(copied: Path, capsys) -> None:
+    content = bytearray((copied / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(content)
+    status, found = doctor(capsys, copied)
+    assert status == 2 and "model.safetensors does not match its checksum" in found["forward"][-1][1]
 
 
 def test_a_mask_that_text_can_hold(copied: Path, capsys) -> None:
@@ -138,7 +158,7 @@ def test_a_mask_that_text_can_hold(copied: Path, capsys) -> None:
 
 
 def test_no_chat_template_and_no_tokenizer(copied: Path, capsys) -> None:
-    (copied / "manifest.json").unlink()
+    forget(copied)
     (copied / "chat_template.jinja").unlink()
     status, found = doctor(capsys, copied)
     assert status == 1 and "has no chat template" in found["tokenizer"][-1][1]

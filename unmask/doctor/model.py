@@ -20,7 +20,7 @@ from unmask.errors import UnmaskError
 from unmask.machine import available_memory
 from unmask.models.folders import INDEX, SHARDED, WEIGHTS, read_generation, stored_tensors
 from unmask.models.loading import build_model, empty_network
-from unmask.models.manifest import MANIFEST, read_manifest
+from unmask.models.manifest import MANIFEST, STATE, intact, read_manifest
 from unmask.models.tokenizer import load_tokenizer
 from unmask.models.weights import check_tensors
 from unmask.parts import build_parts
@@ -59,12 +59,14 @@ def check_files(subject: Subject) -> Iterator[Finding]:
 def _manifest(folder: Path) -> Finding:
     """Compare sizes with the manifest of the run that wrote a checkpoint; loading compares checksums."""
     if not (folder / MANIFEST).is_file():
+        if (folder / STATE).is_file():
+            return Finding("error", f"{folder}: {MANIFEST}, which a run wrote, is missing", "copy it again")
         return Finding("note", f"no {MANIFEST}: not written by a run of unmask, so there is nothing to compare with")
     try:
         files = read_manifest(folder)[1]
         odd = [name for name, (size, _) in files.items() if (folder / name).stat().st_size != size]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if not (folder / "state.json").is_file():
+        if not (folder / STATE).is_file():
             return Finding("note", f"{folder / MANIFEST} is another tool's, so there is nothing to compare with")
         return Finding("error", f"{folder / MANIFEST} does not fit the files beside it ({error})", "copy it again")
     if odd:
@@ -182,7 +184,8 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
         yield Finding("note", f"not done: a forward pass; weights of {need / 1e9:,.1f} GB {why}")
         return
     runtime = Runtime(device, subject.compute_dtype if subject.compute_dtype == torch.bfloat16 else None)
-    model = build_model(plan, None, device)
+    with intact(plan.folder):
+        model = build_model(plan, None, device)
     batch = ragged_batch(plan.config.vocab_size, 2, min(64, subject.length))
     loss = finite_loss(model, subject.objective, batch, runtime)
     del model
