@@ -156,7 +156,7 @@ def _worker(note: Path) -> None:
             "peak_gib": runtime.memory_gib(),
         }
         note.write_text(json.dumps(found))
-    leave()
+    leave(60)
 
 
 def _saves(saver: Saver, step: Callable[[], float], ranks: Ranks) -> dict[str, float]:

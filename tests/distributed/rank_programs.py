@@ -38,6 +38,20 @@ def train(values: dict[str, Any]) -> str:
     return run_training(prepare(config_from_mapping(values)), Console(file=sys.stdout, width=300)).reason
 
 
+def train_with_slow_rows(values: dict[str, Any], rank: int, seconds: float) -> str:
+    """As `train`; one rank takes so long for its share of the rows, each time."""
+    from unmask.data import exchange
+
+    original = exchange._next_rows
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds if os.environ["RANK"] == str(rank) else 0)
+        return original(*arguments)
+
+    exchange._next_rows = slow
+    return train(values)
+
+
 def command(words: list[str]) -> int:
     """Run a command line as `python -m unmask` does, `{rank}` in it replaced; return its exit status."""
     from unmask.cli import main as run

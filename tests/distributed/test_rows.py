@@ -68,3 +68,14 @@ def test_fewer_prompts_than_ranks(tiny_base: Path, run_ranks, tmp_path: Path, de
     assert main(words("one.jsonl")) == 0
     assert run_ranks(2, "command", words("two.jsonl", *shard)) == [0, 0]
     assert records(tmp_path / "one.jsonl") == records(tmp_path / "two.jsonl")
+
+
+@pytest.mark.parametrize(("slow", "field"), [(1, "exchange_seconds"), (0, "data_seconds")])
+def test_a_step_waits_for_its_own_rows_or_for_the_other_rank(
+    tiny, run_ranks: Callable[..., list], tmp_path: Path, slow: int, field: str
+) -> None:
+    values = tiny.config(tmp_path / "run", step_scheduler__max_steps=1)
+    run_ranks(2, "train_with_slow_rows", values, slow, 1.0)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (step,) = (line for line in lines if line["event"] == "train")
+    assert {name for name in ("data_seconds", "exchange_seconds") if step[name] > 0.9} == {field}

@@ -5,10 +5,12 @@ Every collective here is the identity with one process, which has no process gro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +28,20 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=365)  # of a rank that waits for work of the others, whose death closes its connections
 
 
+@dataclass
+class Waited:
+    """How long a process was in collectives on the host, which is mostly waiting for the slowest of all."""
+
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Context whose time is added."""
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+
 @dataclass(frozen=True)
 class Ranks:
     """What one process knows of the others. Each method is a collective: all ranks call it, in the same order.
@@ -36,6 +52,7 @@ class Ranks:
         patient: process group of `gather_results`, which waits for as long as the other processes live: one that has
             answered its prompts, or has nothing to check or to write, waits for those that have.
         timeout: how long the other collectives wait; also for groups that are made later.
+        waited: counts the time in those on the host.
     """
 
     rank: int = 0
@@ -43,6 +60,7 @@ class Ranks:
     group: Any = None
     patient: Any = None
     timeout: timedelta = timedelta(minutes=30)
+    waited: Waited = field(default_factory=Waited, init=False, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -54,7 +72,8 @@ class Ranks:
         if self.size == 1:
             return list(values)
         total = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
+        with self.waited.counting():
+            dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def sum_tensor(self, values: Tensor) -> Tensor:
@@ -68,7 +87,8 @@ class Ranks:
         if self.size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        with self.waited.counting():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest)
 
     def gather(self, value: Any) -> list[Any]:
@@ -83,7 +103,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=group)
+        with self.waited.counting():
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def barrier(self) -> None:

@@ -57,10 +57,10 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
         if run.steps.val_at_start and step == 0:
             _evaluate(run, step, run.validators, best)
         while step < run.total_steps:
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), ranks.waited.seconds
             with record_function(DATA):
                 batches, problem = _next_batches(run, stream)
-            data_seconds = time.perf_counter() - began
+            data_seconds = time.perf_counter() - began - (ranks.waited.seconds - waited)
             if problem is not None:
                 stopped = stop.agreed(ranks)
                 if stopped is not None:  # the signal reached the data workers too
@@ -76,7 +76,8 @@ def _train(run: TrainingRun, start: ResumePoint) -> TrainingOutcome:
             result = _step(run, step, batches)
             if not result.finite:
                 raise _not_finite(run, step, result, batches)
-            _record(run, step, rate, result, time.perf_counter() - began, data_seconds)
+            exchange_seconds = ranks.waited.seconds - waited
+            _record(run, step, rate, result, time.perf_counter() - began, data_seconds, exchange_seconds)
             run.profiler.made(step)
             measured = _evaluate(run, step, [one for one in run.validators if due(step, one.every)], best)
             best = measured.best
@@ -167,9 +168,17 @@ def _evaluate(run: TrainingRun, step: int, validators: Sequence[Validator], best
     return _Evaluation(bool(measured) and run.is_good_enough(together), better_now or best, better_now is not None)
 
 
-def _record(run: TrainingRun, step: int, rate: float, result: StepResult, seconds: float, data_seconds: float) -> None:
+def _record(
+    run: TrainingRun,
+    step: int,
+    rate: float,
+    result: StepResult,
+    seconds: float,
+    data_seconds: float,
+    exchange_seconds: float,
+) -> None:
     speed, devices = result.tokens / seconds, run.runtime.ranks.size
-    exchange = {"exchange_seconds": round(result.exchange_seconds, 4)} if devices > 1 else {}
+    exchange = {"exchange_seconds": round(exchange_seconds, 4)} if devices > 1 else {}
     run.metrics.write(
         "train",
         step=step,

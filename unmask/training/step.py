@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +34,6 @@ class StepResult:
         supervised_tokens: positions that the loss may look at.
         finite: False when the loss or the norm was not; the update was then not made.
         flops: operations of the matrix products (`flops.py`).
-        exchange_seconds: how long this rank waited for the others' counts, which is for the slowest one's data.
     """
 
     losses: dict[str, float]
@@ -45,7 +43,6 @@ class StepResult:
     supervised_tokens: int
     finite: bool
     flops: float
-    exchange_seconds: float
 
 
 def train_step(
@@ -75,9 +72,7 @@ def train_step(
     with record_function(CORRUPT):
         noisy = [objective.corrupt(batch, noise) for batch in batches]
     flops = sum(count_flops(objective.work(part)) for part in noisy)
-    began = time.perf_counter()
     counts, (tokens, supervised, flops) = _global_counts(noisy, batches, flops, runtime)
-    waited = time.perf_counter() - began
     sums: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
@@ -114,7 +109,6 @@ def train_step(
         supervised_tokens=int(supervised),
         finite=finite,
         flops=flops,
-        exchange_seconds=waited,
     )
 
 
