@@ -20,6 +20,7 @@ from unmask.models.llada.model import LLaDA, initialise
 from unmask.objectives.canvas import CanvasDiffusion
 from unmask.objectives.mdlm import MDLM
 from unmask.rng import NoiseStream
+from unmask.training import flops
 from unmask.training.flops import Peak, StepFlops, count_flops, peak_flops
 from unmask.training.lora import attach
 
@@ -108,13 +109,21 @@ def test_the_rate_of_a_device_without_an_entry_is_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "flops"),
+    ("name", "rate"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12),
         ("NVIDIA B200", 2250e12),
     ],
 )  # fmt: skip
-def test_a_known_device_has_its_makers_number(monkeypatch: pytest.MonkeyPatch, name: str, flops: float) -> None:
+def test_a_known_device_has_its_makers_number(monkeypatch: pytest.MonkeyPatch, name: str, rate: float) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == Peak(flops, "table")
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == Peak(rate, "table")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GB200", "NVIDIA GeForce RTX 4090"])
+def test_a_device_whose_name_holds_anothers_is_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(flops, "_measured", lambda *_: 1.0)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == Peak(1.0, "measured")

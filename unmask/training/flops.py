@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from unmask.batch import Work
 from unmask.ops.head import Head
 
-# Dense bf16 operations a second, by a part of the device's name (NVIDIA's data sheets, values without sparsity).
+# Dense bf16 operations a second, by words of the device's name (NVIDIA's data sheets, values without sparsity); the
+# first that fits counts. Whole words: an L40 is no L4, and a GB200 no B200.
 PEAK_BF16 = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
