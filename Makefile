@@ -40,7 +40,7 @@ slow: $(DEV) ## the tests that are slow by nature
 	@# Exit status 5 says that no test carries the marker.
 	$(PYTEST) -m "slow and not gpus" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-gpu: $(DEV) ## the checks that need a CUDA device, in ten minutes
+gpu: $(DEV) ## the checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 gpus: $(DEV) ## the checks that need two CUDA devices or more

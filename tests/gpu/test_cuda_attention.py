@@ -72,7 +72,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[tuple[Tensor, 
     run = F.scaled_dot_product_attention
 
     def recorded(*tensors: Tensor, **options: Any) -> Tensor:
-        made.append((tuple(tensor.detach() for tensor in tensors), options))
+        # Which kernel is taken depends on whether gradients are asked for.
+        made.append((tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors), options))
         return run(*tensors, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
@@ -91,7 +92,7 @@ def ragged(length: int) -> Batch:
 
 def milliseconds(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> float:
     """Return the median time of forward and backward passes of a call."""
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     seconds = []
     for _ in range(5):
         for edge in (0, 1):
@@ -123,6 +124,7 @@ def test_no_call_needs_the_math_kernel(network, calls, device: torch.device, fam
             )  # causal, no mask
             model.decode(noisy.canvas_ids_KC, short)
     monkeypatch.undo()
+    assert any(tensors[0].requires_grad for tensors, _ in calls)
     assert {tensors[0].shape[-1] for tensors, _ in calls} == (
         {128} if family == "llada" else {256, 512}
     ) or device.type == "cpu"

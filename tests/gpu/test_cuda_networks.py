@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from unmask.config.distributed import DistributedConfig
+from unmask.config.sampler import SamplerConfig
 from unmask.distributed.runtime import Runtime, flex_available, set_switches
 from unmask.models.layers import attend, prepare_mask
 from unmask.models.loading import load_model
 from unmask.ops.head import Head
 from unmask.ops.linear_cross_entropy import linear_cross_entropy
 from unmask.rng import NoiseStream
+from unmask.sampling.generate import generate
 
 pytestmark = pytest.mark.gpu
 
@@ -115,13 +117,22 @@ def test_a_loss_waits_for_the_device_nowhere(fixtures: Path, cuda, batch, object
                 torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own
-def test_compiled_blocks_change_nothing(fixtures: Path, cuda, batch, step_of, far):
-    found = []
-    for compiled in (False, True):
-        model = load_model(str(fixtures / "llada_tiny"), "float32", cuda)
-        set_switches(model, DistributedConfig(compile=compiled), Runtime(cuda, torch.bfloat16))
-        found.append(step_of(model, batch, cuda, torch.bfloat16))
-    assert far(found[1][0], found[0][0]) < 5e-3
-    for name, grad in found[0][1].items():
-        assert far(found[1][1][name], grad) < 5e-2, name
+# Where the rounding of a kernel decides between two experts, a token goes to another one.
+@pytest.mark.parametrize(
+    ("family", "tolerance", "of_gradients"), [("llada", 5e-3, 5e-2), ("diffusion_gemma", 3e-2, 0.3)]
+)
+def test_compiled_blocks_change_nothing(
+    folders, cuda, batches, step_of, far, family: str, tolerance: float, of_gradients: float
+) -> None:
+    eager, compiled = (load_model(folders[family], "float32", cuda).train() for _ in range(2))
+    set_switches(compiled, DistributedConfig(compile=True), Runtime(cuda, torch.bfloat16))
+    for batch in batches.values():  # of other lengths than those that were compiled for
+        expected, found = (step_of(model, batch, cuda, torch.bfloat16) for model in (eager, compiled))
+        assert far(found[0], expected[0]) < tolerance
+        assert found[1].keys() == expected[1].keys() and far(found[1], expected[1]) < of_gradients
+    sampler = SamplerConfig(steps=8, max_new_tokens=16)
+    with torch.autocast("cuda", torch.bfloat16):  # as a run has answers sampled
+        answers = [generate(compiled.eval(), [[5, 6, 7], [9, 10, 11, 12]], sampler=sampler) for _ in range(2)]
+    assert [one.token_ids for one in answers[0]] == [one.token_ids for one in answers[1]]

@@ -69,7 +69,7 @@ def test_a_seed_draws_the_same_on_both_devices(fixtures: Path, cuda, family):
     assert sum(same) > 0.9 * len(same)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
     ("folder", "settings"),
     [
@@ -81,6 +81,7 @@ def test_a_seed_draws_the_same_on_both_devices(fixtures: Path, cuda, family):
     ],
 )
 def test_recorded_calls_change_nothing(fixtures: Path, cuda, monkeypatch, folder, settings, batch_size):
+    """With prompts of unlike length in a batch, too."""
     model = load_model(str(fixtures / folder), "bfloat16", cuda)
     sampler = SamplerConfig(max_new_tokens=24, **settings)
     recorded: list[replay.Recording] = []
@@ -91,12 +92,12 @@ def test_recorded_calls_change_nothing(fixtures: Path, cuda, monkeypatch, folder
         return recorded[-1]
 
     monkeypatch.setattr(replay, "_record", counted)
-    prompts = [[5, 6, 7], [9, 10, 11], [4, 3, 2, 8]]
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13], [4, 3, 2, 8]]
     found = generate(model, prompts, sampler=sampler, batch_size=batch_size)
     assert recorded
     alive = [weakref.ref(recording) for recording in recorded]
     recorded.clear()
-    assert len(alive) <= 5  # kinds of calls, not lengths
+    assert len(alive) <= 6  # kinds of calls, not lengths
     assert not any(reference() for reference in alive)  # with the memory that they held
     monkeypatch.setenv(replay.SWITCH, "0")
     expected = generate(model, prompts, sampler=sampler, batch_size=batch_size)
@@ -139,7 +140,7 @@ def test_a_run_equals_the_cpu_run_and_resumes(tiny, tmp_path, dtype):
     train(path, "--step_scheduler.max_steps", "6", "--lr_scheduler.lr_decay_style", "constant")
     whole = tmp_path / "whole"
     train(path, "--lr_scheduler.lr_decay_style", "constant", "--checkpoint.checkpoint_dir", str(whole))
-    assert losses(run) == pytest.approx(losses(whole), rel=bound)  # sums of gradients have no fixed order there
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
 
 
 def test_flex_attention_trains(tiny, tmp_path):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +131,24 @@ def test_weights_that_travel_in_bf16_leave_the_residual_stream_in_fp32(
     assert dtypes == {torch.float32}
 
 
-def test_a_save_makes_no_context_on_another_device(fixtures: Path, cuda, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device: there is no other one to make a context on")
-    if torch._C._cuda_hasPrimaryContext(0):  # pyright: ignore[reportAttributeAccessIssue]
-        pytest.skip("an earlier test used device 0: run this test alone (-k no_context)")
+def save_on_the_second(folder: Path, place: Path) -> None:
+    """Save a network from the second device, in a process that has used no other one."""
     device = torch.device("cuda", 1)
     torch.cuda.set_device(device)
-    try:
-        network = built(fixtures / FOLDERS["llada"], Runtime(device, None))
-        saver = Saver(tmp_path, CheckpointConfig(), network, Runtime(device, None), {}, None)
-        saver.save(1, {}, last=False)
-        saver.wait()
-        assert not torch._C._cuda_hasPrimaryContext(0)  # pyright: ignore[reportAttributeAccessIssue]
-    finally:
-        torch.cuda.set_device(0)
+    saver = Saver(place, CheckpointConfig(), built(folder, Runtime(device, None)), Runtime(device, None), {}, None)
+    saver.save(1, {}, last=False)
+    saver.wait()
+    assert saver.newest is not None
+    assert not torch._C._cuda_hasPrimaryContext(0)  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch._C._cuda_hasPrimaryContext(1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.gpus
+def test_a_save_makes_no_context_on_another_device(fixtures: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device: there is no other one to make a context on (`make gpus`)")
+    root = Path(__file__).parents[2]
+    code = "import sys; from pathlib import Path; from tests.gpu.test_cuda_sharding import save_on_the_second as save"
+    words = [sys.executable, "-c", f"{code}; save(*map(Path, sys.argv[1:]))", fixtures / FOLDERS["llada"], tmp_path]
+    done = subprocess.run(words, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
