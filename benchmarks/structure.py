@@ -25,12 +25,13 @@ PACKAGE = ROOT / "unmask"
 NETWORKS = {
     "LLaDA's network": ("unmask.models.llada.model", 5, 700),
     "DiffusionGemma's network": ("unmask.models.diffusion_gemma.model", 8, 1200),
+    "the decoder trunk's network": ("unmask.models.decoder.model", 6, 700),
 }
-FAMILY_NAMES = re.compile(r"llada|diffusion_?gemma", re.IGNORECASE)
+FAMILY_NAMES = re.compile(r"llada|diffusion_?gemma|(?<![a-z])dream|a2d-", re.IGNORECASE)
 # Where a family's name belongs: its own folder, the table's line, the translation of another project's files, backends.
 HOMES = (
-    "unmask/models/llada/", "unmask/models/diffusion_gemma/", "unmask/models/registry.py", "unmask/automodel.py",
-    "unmask/sampling/backends/",
+    "unmask/models/llada/", "unmask/models/diffusion_gemma/", "unmask/models/decoder/", "unmask/models/registry.py",
+    "unmask/automodel.py", "unmask/sampling/backends/",
 )  # fmt: skip
 # What a prompt's way is asked of: each of these happens once between the command line and the first network call.
 ONCE = ("encode_prompts", "resolve_settings", "backend_for", "plan_folder", "load_tokenizer")

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def written(page: str) -> str:
 
 def sampling_written(page: str) -> str:
     """Return the page with the first table under `## Settings` and under `## Presets` made anew."""
-    families = [resolve(f"{module}:FAMILY") for module in FAMILIES.values()]
-    names = [family.name for family in families]
+    families = [resolve(target) for target in FAMILIES.values()]
+    families, names = _columns(families)
     settings = [
         [f"`{name}`", *(_setting(family, name) for family in families), meaning]
         for name, meaning in described(SamplerConfig).items()
@@ -64,6 +64,14 @@ def sampling_written(page: str) -> str:
         table = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
         page = re.sub(rf"(?<=^## {heading}\n)((?:(?!\|).*\n)*)(?:\|.*\n)+", rf"\1{table}", page, flags=re.MULTILINE)
     return page
+
+
+def _columns(families: Sequence[Family]) -> tuple[list[Family], list[str]]:
+    """Return one family of each way to sample, and the names of all that have it."""
+    alike: dict[str, list[Family]] = {}
+    for family in families:
+        alike.setdefault(repr((family.noise, family.attention, family.sampler)), []).append(family)
+    return [group[0] for group in alike.values()], [", ".join(each.name for each in group) for group in alike.values()]
 
 
 def _setting(family: Family, name: str) -> str:

@@ -30,7 +30,7 @@ def the_line() -> Iterator[None]:
     """The one line that a new family adds, and where Python finds its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(HERE)
-        patch.setitem(FAMILIES, "made_up", "made_up_family.family")
+        patch.setitem(FAMILIES, "made_up", "made_up_family.family:FAMILY")
         yield
     for name in [name for name in sys.modules if name.startswith("made_up_family")]:
         del sys.modules[name]
@@ -113,7 +113,7 @@ def test_the_guide_names_four_files() -> None:
     """Three files of the family, and the one that has the table."""
     guide = (HERE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     steps = re.findall(r"^\d\. `([\w./]+\.py)`", guide.partition("## Adding a family")[2].partition("\n## ")[0], re.M)
-    folder = "unmask/models/dream/"
+    folder = "unmask/models/sedd/"
     assert steps == [folder + "config.py", folder + "model.py", folder + "family.py", "unmask/models/registry.py"]
     assert sorted(path.name for path in (HERE / "made_up_family").glob("[a-z]*.py")) == [
         "config.py", "family.py", "model.py",

@@ -128,7 +128,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @every_page
 def test_files_named_in_the_text_exist(page: Path) -> None:
     for name in re.findall(r"`((?:unmask|examples|tests|docs|benchmarks|\.ci)/[\w./-]+)`", prose(page)):
-        if page.name != "CONTRIBUTING.md" or "dream" not in name:  # the family that it adds as an example
+        if page.name != "CONTRIBUTING.md" or "sedd" not in name:  # the family that it adds as an example
             assert (ROOT / name).exists(), name
 
 

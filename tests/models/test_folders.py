@@ -127,8 +127,8 @@ def test_the_model_section_takes_one_source(tmp_path: Path) -> None:
 
 
 def test_every_family_of_the_table_says_its_own_name() -> None:
-    for model_type, module in FAMILIES.items():
-        family = resolve(f"{module}:FAMILY")
+    for model_type, target in FAMILIES.items():
+        family = resolve(target)
         assert family.model_type == model_type and set(family.sampler.presets) == {"reference", "balanced", "fast"}
         assert family_named({"model_type": model_type, "architectures": [family.architectures[0]]}, "x") is family
 
@@ -143,7 +143,7 @@ def test_a_family_is_found_by_its_architecture_where_two_share_a_model_type(monk
     moe = dataclasses.replace(llada, architectures=("LLaDAMoEModelLM",), parse_config=lambda values, where: moe_config)
     other = SimpleNamespace(FAMILY=moe)
     monkeypatch.setitem(sys.modules, "moe_family", other)  # type: ignore[arg-type]
-    monkeypatch.setitem(FAMILIES, "LLaDAMoEModelLM", "moe_family")
+    monkeypatch.setitem(FAMILIES, "LLaDAMoEModelLM", "moe_family:FAMILY")
     assert family_named(values, "x") is moe and family_of(moe.parse_config(values, "x")) is moe
     assert family_named({"model_type": "llada", "architectures": ["LLaDAModelLM"]}, "x") is llada
     assert family_of(llada.parse_config({"model_type": "llada"}, "x")) is llada

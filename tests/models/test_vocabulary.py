@@ -13,7 +13,7 @@ from unmask.models.tokenizer import train_tokenizer
 
 
 def controls_of(model_type: str) -> ControlTokens:
-    found = resolve(f"{FAMILIES[model_type]}:FAMILY").control_tokens
+    found = resolve(FAMILIES[model_type]).control_tokens
     assert found is not None
     return found
 

@@ -71,8 +71,15 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, pairs: int 
     frequencies = 1.0 / theta**exponents
     if pairs is not None:
         frequencies[pairs:] = 0.0
+    return angle_tables(position_ids, frequencies)
+
+
+def angle_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return `scale` times cos and sin of position · frequency, as `rotary_tables`; `frequencies` is fp32 (E/2,)."""
     angles = (position_ids.float()[..., None] * frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    if scale == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(heads_BHLE: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -23,12 +23,28 @@ from unmask.models.folders import (
 from unmask.models.pretrained_config import generation_note
 from unmask.places import user_path
 
-# Key of a family → the module whose FAMILY describes it. A new family is a folder and a line here. The key is the
+# Key of a family → its record as "module:attribute". A new family is a folder and a line here. The key is the
 # model_type of its config.json, or its architecture where an earlier family has that model_type; its parsed
 # configuration says it as `family`.
 FAMILIES: dict[str, str] = {
-    "llada": "unmask.models.llada.family",
-    "diffusion_gemma": "unmask.models.diffusion_gemma.family",
+    "llada": "unmask.models.llada.family:FAMILY",
+    "diffusion_gemma": "unmask.models.diffusion_gemma.family:FAMILY",
+    "Dream": "unmask.models.decoder.families:DREAM",
+    "a2d-llama": "unmask.models.decoder.families:A2D_LLAMA",
+    "a2d-qwen2": "unmask.models.decoder.families:A2D_QWEN2",
+    "a2d-qwen3": "unmask.models.decoder.families:A2D_QWEN3",
+}
+# model_type of other models that people may try → why they do not run here.
+_REFUSED = {
+    **dict.fromkeys(
+        ("gemma3_text", "llama", "mistral", "qwen2", "qwen3"),
+        "is an autoregressive model, which was not trained to fill in masked tokens; give a diffusion language model",
+    ),
+    **dict.fromkeys(
+        ("Fast_dLLM_Qwen", "sdar"),
+        "is a diffusion model with block-causal attention, which is not supported yet; give one whose attention goes "
+        "both ways",
+    ),
 }
 
 
@@ -76,9 +92,11 @@ def family_named(values: Mapping[str, Any], where: str) -> Family:
     if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
         raise ModelError(f"{where}: architectures must be a list of names, got {architectures!r}")
     key = next((name for name in architectures if name in FAMILIES), model_type)
+    if key in _REFUSED:
+        raise ModelError(f"{where}: model_type {key!r} {_REFUSED[key]} ({', '.join(FAMILIES)})")
     if key not in FAMILIES:
         raise ModelError(f"{where}: model_type {choice_problem(model_type, FAMILIES)}")
-    family = resolve(f"{FAMILIES[key]}:FAMILY")
+    family = resolve(FAMILIES[key])
     if architectures and not set(architectures) & set(family.architectures):
         raise ModelError(
             f"{where}: architectures {list(architectures)} is not supported; {family.name} is "
@@ -89,21 +107,21 @@ def family_named(values: Mapping[str, Any], where: str) -> Family:
 
 def family_of(config: Any) -> Family:
     """Return the family of a parsed configuration, such as a network's `config`, by its key."""
-    return resolve(f"{FAMILIES[config.family]}:FAMILY")
+    return resolve(FAMILIES[config.family])
 
 
 def register_configs() -> None:
     """Make transformers' AutoConfig, and with it AutoTokenizer, know the families that it lacks; repeatable."""
-    for module in FAMILIES.values():
-        family = resolve(f"{module}:FAMILY")
+    for target in FAMILIES.values():
+        family = resolve(target)
         if family.auto_config is not None:
             resolve(family.auto_config)()
 
 
 def register() -> None:
     """Make transformers' Auto classes load the families that it lacks, without remote code; repeatable."""
-    for module in FAMILIES.values():
-        family = resolve(f"{module}:FAMILY")
+    for target in FAMILIES.values():
+        family = resolve(target)
         if family.auto is not None:
             resolve(family.auto)()
 
