@@ -62,6 +62,9 @@ OWN = [
      "Attribute busid of node nic not found")), "Attribute busid"),
     (dist.DistBackendError(NCCL.format("invalid argument", "ncclInvalidArgument: Invalid value for an argument.",
      "AllReduce : invalid reduction operation 9")), "invalid reduction operation"),
+    (dist.DistBackendError("NCCL communicator was aborted on rank 3. Original reason for failure was: " + NCCL.format(
+     "unhandled cuda error", "ncclUnhandledCudaError: Call to CUDA function failed.", "Cuda failure 719 'launch'")),
+     "Cuda failure 719"),
     (RuntimeError("[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/device.cc:83] ifa != nullptr. Unable "
      "to find address for: node7"), "Unable to find address"),
     (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"),

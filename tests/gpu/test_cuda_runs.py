@@ -140,7 +140,7 @@ def test_a_run_equals_the_cpu_run_and_resumes(tiny, tmp_path, dtype):
     train(path, "--step_scheduler.max_steps", "6", "--lr_scheduler.lr_decay_style", "constant")
     whole = tmp_path / "whole"
     train(path, "--lr_scheduler.lr_decay_style", "constant", "--checkpoint.checkpoint_dir", str(whole))
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert losses(run) == pytest.approx(losses(whole), rel=bound)  # sums of gradients have no fixed order there
 
 
 def test_flex_attention_trains(tiny, tmp_path):

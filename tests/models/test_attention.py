@@ -149,7 +149,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     run = F.scaled_dot_product_attention
 
     def counted(
-        q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, enable_gqa: bool, **options: Any
+        q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, enable_gqa: bool = False, **options: Any
     ) -> Tensor:
         made.append(fused_kernels(q, k, v, attn_mask, enable_gqa))
         return run(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)

@@ -46,7 +46,8 @@ def read_records(path: Path, kind: Kind) -> tuple[dict[str, Any], list[Record]]:
             continue
         try:
             value = parse_json(line, strict=False)
-            as_line(value).encode()  # half a surrogate pair could not be written again
+            # Names of files may hold bytes that are no UTF-8; any other half of a surrogate pair is damage.
+            as_line(value).encode(errors="surrogateescape")
             if head is None:
                 head = dict(value[kind.name])
             elif type(value["row"]) is int and kind.is_record(value):
