@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def test_a_signal_at_the_prompt_leaves_the_terminal_as_it_was(fixtures: Path) ->
     terminal.type("/seed 1")
     terminal.wait_for(b"seed: 1")
     terminal.wait_for(b"> ")
+    time.sleep(1)  # the prompt is written before input is waited for
     terminal.end_by(signal.SIGTERM)
 
 

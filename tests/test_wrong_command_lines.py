@@ -108,3 +108,10 @@ def test_a_wrong_command_line_is_one_line(
             if path.name not in before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert refused > count / 2
+
+
+@pytest.mark.parametrize("words", [["generate", "--prompt=--"], ["eval", "--checkpoint=--"], ["train", "-c=--"]])
+def test_two_dashes_are_no_value(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "`--` is no value" in said and said.count("\n") == 1

@@ -69,6 +69,9 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _command(parser: argparse.ArgumentParser, words: list[str]) -> int:
     try:
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):  # argparse takes it for an empty list
+                raise ConfigError(f"{word[:-3]}: `--` is no value; leave the flag out, or give it one")
         arguments, rest = parser.parse_known_args(words)
         need_output(_only_prints(arguments))
         if rest and not getattr(arguments, "takes_overrides", False):
