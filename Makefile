@@ -38,7 +38,7 @@ test: $(DEV) ## the quick tests
 
 slow: $(DEV) ## the tests that are slow by nature
 	@# Exit status 5 says that no test carries the marker.
-	$(PYTEST) -m "slow and not gpus" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpus" --durations=25 $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 gpu: $(DEV) ## the checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

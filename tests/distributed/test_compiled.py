@@ -33,8 +33,7 @@ pytestmark = pytest.mark.timeout(600)  # compiling takes a busy machine minutes
 CASES = [
     ("llada_tiny", "full", False),
     pytest.param("llada_tiny", "lora", True, marks=pytest.mark.slow),
-    pytest.param("diffusion_gemma_step", "full", False, marks=pytest.mark.slow),
-    pytest.param("diffusion_gemma_step", "lora", True, marks=pytest.mark.slow),
+    pytest.param("diffusion_gemma_step", "full", True, marks=pytest.mark.slow),
 ]
 
 
