@@ -154,8 +154,8 @@ def count() -> list[Measure]:
     inner = Counter({name: function_imports(path) for name, path in known.items()})
     loops = circles(graph)
     measures = [
-        Measure("files in unmask/", len(files), 210),
-        Measure("lines in unmask/", sum(lines.values()), 31500),
+        Measure("files in unmask/", len(files), 205),
+        Measure("lines in unmask/", sum(lines.values()), 31000),
         Measure("imports inside functions", sum(inner.values()), 60, _most(inner)),
         Measure("import circles", len(loops), 0, tuple(" ↔ ".join(sorted(group)) for group in loops)),
         Measure("family names outside their homes", len(names := family_names()), 0, tuple(names)),
