@@ -54,7 +54,13 @@ def sampling_written(page: str) -> str:
         for name, meaning in described(SamplerConfig).items()
     ]
     presets = [
-        [f"`{preset}`", *(_preset(family.sampler.presets[preset]) for family in families)]
+        [
+            f"`{preset}`",
+            *(
+                _preset(family.sampler.presets[preset]) if preset in family.sampler.presets else "none"
+                for family in families
+            ),
+        ]
         for preset in families[0].sampler.presets
     ]
     for heading, head, rows in (

@@ -11,6 +11,7 @@ import pytest
 
 from unmask.config.sampler import SamplerConfig
 from unmask.errors import ModelError, SamplingError
+from unmask.models.decoder.families import DREAM
 from unmask.models.diffusion_gemma.family import FAMILY as DIFFUSION_GEMMA
 from unmask.models.llada.family import FAMILY as LLADA
 from unmask.sampling.settings import SCHEMES, SETTINGS, SamplerSettings, family_settings, resolve_settings
@@ -203,6 +204,11 @@ def test_a_given_schedule_rule_or_score_takes_the_place_of_the_presets_rule(give
     settings = resolve(SamplerConfig(preset="fast", **given))
     assert settings.rule == rule and settings.cache == "dual"
     assert all(getattr(settings, name) == value for name, value in given.items())
+
+
+def test_a_preset_that_a_family_lacks_is_refused_by_name():
+    with pytest.raises(SamplingError, match="preset: Dream has no reference, whose sampler .*use balanced or fast"):
+        resolve(SamplerConfig(preset="reference"), DREAM)
 
 
 @pytest.mark.parametrize("family", [LLADA, DIFFUSION_GEMMA], ids=lambda family: family.name)

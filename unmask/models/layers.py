@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,22 @@ from unmask.ops.head import compute_dtype
 
 Kernel = Literal["sdpa", "flex"]
 Mask = Tensor | BlockMask | None
+
+
+class LayerCache(Protocol):
+    """One layer's keys and values of positions outside a forward pass."""
+
+    def update(self, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return all that the layer's queries attend to, (B, G, ·, E) each."""
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of positions outside a forward pass, in all layers (`unmask/sampling/backends/window.py`)."""
+
+    def layer(self, number: int) -> LayerCache:
+        """Return a layer's, counted from 0."""
+        ...
 
 
 class RMSNorm(nn.Module):

@@ -268,6 +268,9 @@ def _preset_settings(family: Family, preset: str | None, given: Mapping[str, Any
     A given rule, `steps`, or score that is no probability also drops the preset's rule, which would contradict it or
     mean nothing.
     """
+    if preset is not None and preset not in family.sampler.presets:
+        there = " or ".join(family.sampler.presets)
+        raise SamplingError(f"preset: {family.name} has no {preset}, whose sampler is not there; use {there}")
     values = {} if preset is None else dict(family.sampler.presets[preset])
     replaced = any(name in given for name in (*RULE_SCORES, "steps"))
     if replaced or given.get("remasking", PROBABILITIES[0]) not in PROBABILITIES:

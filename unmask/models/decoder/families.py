@@ -5,25 +5,28 @@ from __future__ import annotations
 from unmask.models.decoder.variant import Variant, record
 from unmask.models.family import SamplerDefaults
 
+_VALUES = {
+    "steps": 128,
+    "max_new_tokens": 128,
+    "block_size": 32,
+    "temperature": 0.0,
+    "remasking": "low_confidence",
+    "cfg_scale": 0.0,
+    "eos": "allow",
+    "cache": "none",
+    "revise": "none",
+    "revise_threshold": 0.9,
+}
+
+# No preset `reference`: the published samplers of these families are not there.
+
 # Grown out of Qwen2.5 by next-token prediction under masks (Ye et al. 2025, arXiv 2508.15487); DiffuCoder and
 # Dream-Coder have its network and its type. Position i predicts token i + 1.
 DREAM = record(
     Variant("Dream", "Dream", "DreamModel", "qwen2", shift=1),
     SamplerDefaults(
-        values={
-            "steps": 128,
-            "max_new_tokens": 128,
-            "block_size": 128,
-            "temperature": 0.0,
-            "remasking": "entropy",
-            "cfg_scale": 0.0,
-            "eos": "allow",
-            "cache": "none",
-            "revise": "none",
-            "revise_threshold": 0.9,
-        },
+        values={**_VALUES, "block_size": 128, "remasking": "entropy"},
         presets={
-            "reference": {},
             "balanced": {"threshold": 0.95, "remasking": "low_confidence"},
             "fast": {"threshold": 0.9, "remasking": "low_confidence"},
         },
@@ -32,20 +35,8 @@ DREAM = record(
 
 # dllm's conversions of autoregressive checkpoints ("a2d"). Position i predicts token i.
 _A2D = SamplerDefaults(
-    values={
-        "steps": 128,
-        "max_new_tokens": 128,
-        "block_size": 32,
-        "temperature": 0.0,
-        "remasking": "low_confidence",
-        "cfg_scale": 0.0,
-        "eos": "allow",
-        "cache": "none",
-        "revise": "none",
-        "revise_threshold": 0.9,
-    },
+    values=_VALUES,
     presets={
-        "reference": {},
         "balanced": {"threshold": 0.9, "cache": "prefix"},
         "fast": {"threshold": 0.9, "cache": "dual"},
     },

@@ -7,8 +7,6 @@ Shapes: B rows, L positions, D hidden size, H query heads, G key/value heads, E 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,25 +14,20 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
 from unmask.models.decoder.config import DecoderConfig
-from unmask.models.layers import Kernel, Mask, RMSNorm, angle_tables, attend, boolean_mask, prepare_mask, rotate
+from unmask.models.layers import (
+    Cache,
+    Kernel,
+    LayerCache,
+    Mask,
+    RMSNorm,
+    angle_tables,
+    attend,
+    boolean_mask,
+    prepare_mask,
+    rotate,
+)
 from unmask.ops.head import Head, compute_dtype
 from unmask.ops.rows import take_rows
-
-
-class LayerCache(Protocol):
-    """One layer's keys and values of positions outside a forward pass."""
-
-    def update(self, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return all that the layer's queries attend to, (B, G, ·, E) each."""
-        ...
-
-
-class Cache(Protocol):
-    """Those of all layers."""
-
-    def layer(self, number: int) -> LayerCache:
-        """Return a layer's, counted from 0."""
-        ...
 
 
 class Attention(nn.Module):

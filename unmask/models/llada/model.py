@@ -9,7 +9,6 @@ Shapes: B rows, L positions, D d_model, H query heads, G key/value heads, E head
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +16,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.errors import ModelError
-from unmask.models.layers import Kernel, Mask, RMSNorm, attend, boolean_mask, prepare_mask, rotary_tables, rotate
+from unmask.models.layers import (
+    Cache,
+    Kernel,
+    LayerCache,
+    Mask,
+    RMSNorm,
+    attend,
+    boolean_mask,
+    prepare_mask,
+    rotary_tables,
+    rotate,
+)
 from unmask.models.llada.config import LLaDAConfig
 from unmask.ops.head import Head, compute_dtype
-
-
-class LayerCache(Protocol):
-    """One layer's keys and values of positions outside a forward pass."""
-
-    def update(self, k_BGLE: Tensor, v_BGLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return all that the layer's queries attend to, (B, G, ·, E) each."""
-        ...
-
-
-class Cache(Protocol):
-    """Those of all layers (implementation: `unmask/sampling/backends/window.py`)."""
-
-    def layer(self, number: int) -> LayerCache:
-        """Return a layer's, counted from 0."""
-        ...
 
 
 class Block(nn.Module):
